@@ -1,0 +1,47 @@
+"""Packaging. Every dependency has the oldest release that `make test-matrix` runs, and its reason."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "weyl_megatron/__init__.py").read_text(), re.M)
+assert VERSION is not None
+
+setup(
+    name="weyl-megatron",
+    version=VERSION[1],
+    description="AdamW²: train Transformers without learning-rate warmup, under DeepSpeed and Megatron",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["weyl_megatron", "weyl_megatron.*"]),
+    package_data={"weyl_megatron": ["py.typed"]},
+    install_requires=[
+        "torch>=2.5",  # 2.5 is the first that loads plugins at import, which is how DeepSpeed finds the name AdamW2
+    ],
+    extras_require={
+        "deepspeed": ["deepspeed>=0.16"],  # the engine; not required, so that Megatron's users need not install it
+        "megatron": ["megatron-core>=0.14"],  # the engine; likewise
+        "demo": ["deepspeed>=0.16"],  # `weyl-megatron demo` trains under ZeRO-2
+        "dev": [
+            "pytest>=8",  # runs the tests
+            "hypothesis>=6",  # property tests of tiles and layouts
+            "mypy>=1.11",  # strict types of the package
+            "ruff>=0.6",  # lint and format
+            "pre-commit>=3.5",  # both before a commit
+            "numpy",  # torch warns on every import without it
+        ],
+    },
+    entry_points={
+        "console_scripts": ["weyl-megatron = weyl_megatron.cli:main"],
+        "torch.backends": ["weyl_megatron = weyl_megatron.integrations.torch_plugin:register"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,135 @@
+"""torchrun worker: trains tests/net.py under DeepSpeed for every case of a list and saves what came out.
+
+Usage: deepspeed_worker.py CASES.json OUT_DIR. Imports nothing of weyl_megatron: DeepSpeed finds AdamW2 by its name.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_get_full_fp32_param
+from tests import net as nets
+from tests.integrations.megatron_style import ToyMpu, tensor_parallel_net, whole
+
+
+def config_of(case: dict[str, Any]) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": case["stage"], "round_robin_gradients": case.get("round_robin", False)}
+    if case.get("offload"):
+        zero["offload_optimizer"] = {"device": "cpu"}
+    zero |= case.get("zero", {})
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": nets.MICRO,
+        "gradient_accumulation_steps": nets.ACCUMULATION,
+        "optimizer": {"type": "AdamW2", "params": {**nets.OPTIONS, **case.get("params", {})}},
+        "zero_optimization": zero,
+        "steps_per_print": 10**9,
+    }
+    if case["dtype"] == "bf16":
+        config["bf16"] = {"enabled": True}
+        if case.get("grad_dtype"):
+            config["data_types"] = {"grad_accum_dtype": case["grad_dtype"]}
+    if case["dtype"] == "fp16":
+        config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 8, "hysteresis": 1}
+    if case.get("tp") == "auto":
+        rules = [
+            {"patterns": [r"up\.weight$"], "partition_type": "column"},
+            {"patterns": [r"down\.weight$"], "partition_type": "row"},
+        ]
+        config["tensor_parallel"] = {
+            "autotp_size": case["tp_size"],
+            "partition_config": {"use_default_specs": False, "layer_specs": rules},
+        }
+    return config
+
+
+def train(case: dict[str, Any]) -> dict[str, Any]:
+    config = config_of(case)
+    mpu = ToyMpu(case["tp_size"]) if case.get("tp") == "mpu" else None
+    if case.get("zero_init"):
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            net = nets.make_net()
+        reference = nets.make_net()
+        for p, q in zip(net.parameters(), reference.parameters(), strict=True):
+            with deepspeed.zero.GatheredParameters(p, modifier_rank=0):
+                if dist.get_rank() == 0:
+                    p.data.copy_(q.data)
+    else:
+        net = nets.make_net() if mpu is None else tensor_parallel_net(nets.make_net(), mpu)
+    groups = nets.parameter_groups(net)
+    engine, _, _, _ = deepspeed.initialize(model=net, model_parameters=groups, config=config, mpu=mpu)
+
+    replicas = dist.get_world_size() // case.get("tp_size", 1)
+    replica = dist.get_rank() // case.get("tp_size", 1)
+    for step, global_batch in enumerate(nets.batches(replicas)):
+        for micro in global_batch[:, replica]:
+            loss = engine(micro)
+            if step == case.get("overflow_at"):
+                loss = loss * float("inf")
+            engine.backward(loss)
+            engine.step()
+
+    stats = engine.basic_optimizer.stats()
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, {name: tuple(entry) for name, entry in stats.items()})
+    straddles: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(straddles, straddled(engine.basic_optimizer))
+    return {
+        "weights": {name: whole(p, full_fp32(engine, p), engine) for name, p in engine.module.named_parameters()},
+        "stats": everyone,
+        "straddled": sorted(set().union(*straddles)),
+        "wrapper": type(engine.optimizer).__name__,
+        "steps": int(next(iter(engine.basic_optimizer.state.values()))["step"]),
+    }
+
+
+def straddled(optimizer: Any) -> list[str]:
+    """Names of the matrices of which this rank's first or last row is cut."""
+    shards = [shard for buffer in optimizer._buffers.values() for shard in buffer.shards]
+    return [
+        shard.parameter.name
+        for shard in shards
+        if len(shard.parameter.shape) == 2
+        and shard.start < shard.stop
+        and (shard.start % shard.parameter.shape[1] or shard.stop % shard.parameter.shape[1])
+    ]
+
+
+def full_fp32(engine: Any, param: Any) -> torch.Tensor:
+    """Return this tensor-parallel rank's whole parameter in fp32, from the masters that the optimizer steps."""
+    wrapper = engine.optimizer
+    if hasattr(wrapper, "fp32_groups"):
+        copies = zip(sum(wrapper.fp16_groups, []), sum(wrapper.fp32_groups, []), strict=True)
+        return next(master for p, master in copies if p is param).detach()
+    if wrapper is engine.basic_optimizer:
+        return param.detach()
+    return safe_get_full_fp32_param(param)
+
+
+def main() -> None:
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    get_accelerator().is_fp16_supported = lambda: True  # torch computes fp16 on any CPU; DeepSpeed asks for fast fp16
+    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=120), verbose=False)
+    for case in cases:
+        try:
+            result = train(case)
+        except Exception:
+            result = {"error": traceback.format_exc()}
+        if dist.get_rank() == 0:
+            torch.save(result, out / f"{case['name']}.pt")
+        if "error" in result:
+            print(f"case {case['name']}, rank {dist.get_rank()}: {result['error']}", flush=True)
+        dist.barrier()
+        deepspeed.utils.groups.mpu = None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The small network that engines train in the tests, its data, and the same training in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from weyl_megatron.reference import AdamW2Reference, BlockPower
+
+VOCAB, WIDTH, HIDDEN, LENGTH = 37, 22, 35, 6
+STEPS, ACCUMULATION, MICRO = 10, 4, 2
+OPTIONS = {"lr": 0.02, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "tau": 0.01}
+NO_DECAY = ("bias", "norm.weight", "embed.weight")
+
+
+class Net(nn.Module):
+    """Odd-shaped matrices, gains and biases: no slice of equal size falls on row boundaries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.up = nn.Linear(WIDTH, HIDDEN)
+        self.down = nn.Linear(HIDDEN, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = self.norm(x + self.down(torch.tanh(self.up(x))))
+        return nn.functional.cross_entropy(self.head(x[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def make_net(seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net()
+
+
+def parameter_groups(net: nn.Module) -> list[dict[str, object]]:
+    """Two groups, as most recipes have: with weight decay and without."""
+    named = list(net.named_parameters())
+    return [
+        {"params": [p for n, p in named if not n.endswith(NO_DECAY)]},
+        {"params": [p for n, p in named if n.endswith(NO_DECAY)], "weight_decay": 0.0},
+    ]
+
+
+def batches(data_parallel: int) -> Tensor:
+    """All tokens of a run, ``(STEPS, ACCUMULATION, data_parallel, MICRO, LENGTH)``."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(VOCAB, (STEPS, ACCUMULATION, data_parallel, MICRO, LENGTH), generator=generator)
+
+
+def one_process(
+    data_parallel: int, dtype: torch.dtype = torch.float32, skip: Callable[[int], bool] = lambda step: False
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Train with the reference on the same global batches; return the fp32 weights and the last step's rates.
+
+    In a lower ``dtype`` the network computes in it and the reference steps fp32 masters, as mixed precision does.
+    """
+    net = make_net().to(dtype)
+    masters = {name: p.detach().float().clone().requires_grad_() for name, p in net.named_parameters()}
+    decayed = [
+        AdamW2Reference(
+            [(n, p) for n, p in masters.items() if n.endswith(NO_DECAY) == (decay == 0.0)],
+            **{**OPTIONS, "weight_decay": decay, "betas": tuple(OPTIONS["betas"])},
+            sigma=lambda name: BlockPower(name),
+        )
+        for decay in (OPTIONS["weight_decay"], 0.0)
+    ]
+    rates: dict[str, float] = {}
+    for step, global_batch in enumerate(batches(data_parallel)):
+        if skip(step):
+            continue
+        for p in masters.values():
+            p.grad = torch.zeros_like(p)
+        micros = global_batch.flatten(0, 1)
+        for micro in micros:
+            net.zero_grad()
+            net(micro).backward()
+            for name, p in net.named_parameters():
+                masters[name].grad += p.grad.float() / len(micros)
+        for optimizer in decayed:
+            rates |= optimizer.step()
+        with torch.no_grad():
+            for name, p in net.named_parameters():
+                p.copy_(masters[name])
+    return {name: p.detach() for name, p in masters.items()}, rates

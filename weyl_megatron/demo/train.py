@@ -1,0 +1,195 @@
+"""The worker that torchrun starts on every rank: trains the runs one after another and logs them.
+
+`train` is what a user's own script would hold. It never names the optimizer: DeepSpeed finds it from the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from weyl_megatron.demo import data
+from weyl_megatron.demo.model import GPT, GPTConfig, uniform_entropy
+from weyl_megatron.demo.recipe import RUNS, Run, deepspeed_config, schedule, sequences_per_rank
+
+VALIDATION_WINDOWS = 512
+VALIDATION_CHUNK = 32
+ENTROPY_WINDOWS = 8
+SNAPSHOTS = 80  # points of the α and entropy curves
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What every run sees: this rank's part of each step's batch, and the validation sequences."""
+
+    train: Tensor
+    offsets: Tensor
+    validation: tuple[Tensor, Tensor]
+    context: int
+    device: torch.device
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = data.sequences(self.train, self.offsets[step], self.context)
+        return inputs.to(self.device), targets.to(self.device)
+
+
+def train(run: Run, steps: int, seed: int, batches: Batches, log: Log) -> None:
+    """Trains one run from the seed's weights on the seed's batches."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig())
+    config = deepspeed_config(run, dist.get_world_size(), bf16=torch.cuda.is_available())
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=model.parameters(), config=config, lr_scheduler=schedule(run, steps)
+    )
+
+    log.start(run, steps, config)
+    for step in range(steps):
+        (lr,) = engine.get_lr()
+        loss = engine(*batches[step])
+        engine.backward(loss)
+        engine.step()
+        log.step(engine, step + 1, mean_over_ranks(loss), lr, batches)
+    log.end(validation_loss(engine, batches))
+    engine.destroy()
+
+
+def mean_over_ranks(value: Tensor) -> float:
+    """The mean of a scalar over all ranks."""
+    total = value.detach().float().clone()
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
+
+
+@torch.no_grad()
+def validation_loss(engine: Any, batches: Batches) -> float:
+    """The mean loss on the validation sequences, each rank doing its share of the chunks."""
+    inputs, targets = (part.split(VALIDATION_CHUNK) for part in batches.validation)
+    mine = range(dist.get_rank(), len(inputs), dist.get_world_size())
+    losses = [engine.module(inputs[chunk], targets[chunk]).float() for chunk in mine]
+    total = torch.stack(losses).sum() if losses else torch.zeros((), device=batches.device)
+    return mean_over_ranks(total) * dist.get_world_size() / len(inputs)
+
+
+class Log:
+    """Rank 0's `log.jsonl` of each run, one JSON object per line; the other ranks write nothing."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out if dist.get_rank() == 0 else None
+        self.file: TextIO | None = None
+        self.began = 0.0
+        self.every = 1
+
+    def start(self, run: Run, steps: int, config: dict[str, Any]) -> None:
+        """Opens the run's file and writes down its configuration."""
+        self.began = time.monotonic()
+        self.every = max(1, steps // SNAPSHOTS)
+        if self.out is not None:
+            (self.out / run.name).mkdir(parents=True, exist_ok=True)
+            self.file = (self.out / run.name / "log.jsonl").open("w", encoding="utf-8")
+            self._write("start", {"run": run.name, "steps": steps, "config": config})
+
+    def step(self, engine: Any, step: int, loss: float, lr: float, batches: Batches) -> None:
+        """Writes one step: its loss, its scheduled rate, how many matrices were clipped, and now and then the details."""
+        if self.file is None:
+            return
+        stats = matrix_stats(engine)
+        record: dict[str, Any] = {"step": step, "loss": loss, "lr": lr}
+        if stats:
+            record["clipped"] = sum(matrix.clipped for matrix in stats.values())
+            record["matrices"] = len(stats)
+        if step == 1 or step % self.every == 0:
+            record["alpha"] = {name: matrix.lr for name, matrix in stats.items()}
+            tokens = batches.validation[0][:: VALIDATION_WINDOWS // ENTROPY_WINDOWS]
+            record["entropy"] = engine.module.attention_entropy(tokens).tolist()
+        self._write("step", record)
+
+    def end(self, loss: float) -> None:
+        """Writes the final validation loss and closes the file."""
+        if self.file is not None:
+            self._write("end", {"validation_loss": loss})
+            self.file.close()
+            self.file = None
+
+    def _write(self, event: str, record: dict[str, Any]) -> None:
+        assert self.file is not None
+        elapsed = round(time.monotonic() - self.began, 3)
+        self.file.write(json.dumps({"event": event, **record, "elapsed": elapsed}) + "\n")
+        self.file.flush()
+
+
+def matrix_stats(engine: Any) -> Mapping[str, Any]:
+    """What the last step did to each matrix; nothing where the optimizer does not tell."""
+    optimizer = engine.basic_optimizer
+    return optimizer.stats() if hasattr(optimizer, "stats") else {}
+
+
+def load_batches(steps: int, seed: int, device: torch.device) -> tuple[Batches, dict[str, Any]]:
+    """This rank's batches, and what the report says about the text."""
+    corpus, context = data.load_corpus(), GPTConfig().context
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    offsets = data.training_offsets(corpus, steps, sequences_per_rank(ranks) * ranks, context, seed)
+    inputs, targets = data.sequences(
+        corpus.validation, data.validation_offsets(corpus, VALIDATION_WINDOWS, context), context
+    )
+    facts = {
+        "files": corpus.files,
+        "train_bytes": corpus.train.numel(),
+        "validation_bytes": corpus.validation.numel(),
+        "digest": corpus.digest,
+        "unigram_entropy": data.unigram_entropy(corpus.train, targets),
+    }
+    validation = (inputs.to(device), targets.to(device))
+    return Batches(corpus.train, offsets[:, rank::ranks], validation, context, device), facts
+
+
+def describe(steps: int, seed: int, facts: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What all runs have in common: model, text, machine."""
+    model = GPT(GPTConfig())
+    return {
+        "steps": steps,
+        "seed": seed,
+        "ranks": dist.get_world_size(),
+        "batch": sequences_per_rank(dist.get_world_size()) * dist.get_world_size(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "precision": "bf16" if device.type == "cuda" else "fp32",
+        "model": {**asdict(model.config), "parameters": sum(p.numel() for p in model.parameters())},
+        "uniform_entropy": uniform_entropy(model.config.context),
+        "text": facts,
+        "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
+    }
+
+
+def main() -> None:
+    """Trains all runs; `launch` starts this under torchrun."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    arguments = parser.parse_args()
+
+    deepspeed.init_distributed(verbose=False)
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    batches, facts = load_batches(arguments.steps, arguments.seed, device)
+    if dist.get_rank() == 0:
+        common = describe(arguments.steps, arguments.seed, facts, device)
+        (arguments.out / "setting.json").write_text(json.dumps(common), encoding="utf-8")
+    log = Log(arguments.out)
+    for run in RUNS:
+        train(run, arguments.steps, arguments.seed, batches, log)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""DeepSpeed: how AdamW2 gets past its checks, and where it reads what DeepSpeed did to the parameters.
+
+DeepSpeed resolves ``"type": "AdamW2"`` by ``getattr(torch.optim, "AdamW2")`` (see :mod:`.torch_plugin`) and gives the
+optimizer no reference to the engine. But every step that the engine takes, and the construction of the engine
+itself, runs below one of its frames: that is where it is found, once, at the first step.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from weyl_megatron.layouts.buffers import Buffer, Parameter
+from weyl_megatron.layouts.grid import Sharding
+from weyl_megatron.layouts.plain import plain_buffer
+from weyl_megatron.layouts.tensor_parallel import shardings_of
+from weyl_megatron.layouts.zero import flat_partition_buffers, master_copy_buffers, zero3_buffers
+
+
+@dataclass(frozen=True)
+class EngineLayout:
+    """What the engine tells: every buffer that it will ever step, the model, and the name of each of its parameters."""
+
+    buffers: list[Buffer]
+    module: torch.nn.Module
+
+
+def allow_under_zero(optimizer: type) -> None:
+    """Add the class to the optimizers that DeepSpeed takes under ZeRO, where DeepSpeed is imported."""
+    zero = sys.modules.get("deepspeed.runtime.zero.utils")
+    supported = getattr(zero, "ZERO_SUPPORTED_OPTIMIZERS", None)
+    if supported is not None and optimizer not in supported:
+        supported.append(optimizer)
+
+
+def engine_on_stack(optimizer: object) -> Any | None:
+    """Return the DeepSpeedEngine that is stepping, or being built around, ``optimizer``; None where there is none."""
+    module = sys.modules.get("deepspeed.runtime.engine")
+    if module is None:
+        return None
+    frame = sys._getframe(1)
+    while frame is not None:
+        candidate = frame.f_locals.get("self")
+        if isinstance(candidate, module.DeepSpeedEngine) and candidate.basic_optimizer is optimizer:
+            return candidate
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def is_under_construction(engine: Any) -> bool:
+    """True while the engine's optimizer wrapper is being built.
+
+    FP16_UnfusedOptimizer calls ``step()`` with zero gradients then, to allocate the state.
+    """
+    return engine.optimizer is None
+
+
+def read_layout(engine: Any) -> EngineLayout:
+    """Return the layout of everything that the engine's optimizer wrapper gives to the optimizer.
+
+    Collective over the tensor-parallel group.
+
+    Raises:
+        ValueError: the wrapper, or an option of it, is one whose layout is not understood.
+    """
+    wrapper = engine.optimizer
+    named = list(engine.module.named_parameters(remove_duplicate=True))
+    names = {id(param): name for name, param in named}
+    for param, name in engine.param_names.items():
+        names.setdefault(id(param), name)
+    owners = {id(param): type(m).__name__ for m in engine.module.modules() for param in m.parameters(recurse=False)}
+    shardings = shardings_of(named, _tensor_parallel_group(engine), owners)
+
+    def describe(param: Tensor) -> Parameter:
+        name = names.get(id(param), "<a parameter that the engine's model does not have>")
+        return Parameter(name, tuple(getattr(param, "ds_shape", param.shape)), shardings.get(id(param)))
+
+    return EngineLayout(list(_buffers(engine, wrapper, describe, names, shardings)), engine.module)
+
+
+def _buffers(
+    engine: Any, wrapper: Any, describe: Any, names: dict[int, str], shardings: dict[int, Sharding]
+) -> Iterator[Buffer]:
+    kind = type(wrapper).__name__
+    if wrapper is engine.basic_optimizer:
+        for group in wrapper.param_groups:
+            for param in group["params"]:
+                yield plain_buffer(param, describe(param).name, shardings)
+    elif kind == "FP16_UnfusedOptimizer":
+        yield from master_copy_buffers(wrapper.fp16_groups, wrapper.fp32_groups, describe)
+    elif kind == "BF16_Optimizer":
+        yield from flat_partition_buffers(
+            wrapper.bf16_groups, wrapper.fp32_groups_flat_partition, wrapper.real_dp_process_group, describe
+        )
+    elif kind == "DeepSpeedZeroOptimizer":
+        yield from flat_partition_buffers(
+            wrapper.bit16_groups, wrapper.single_partition_of_fp32_groups, wrapper.real_dp_process_group, describe
+        )
+    elif kind == "DeepSpeedZeroOptimizer_Stage3":
+        _reject_zero3_options(engine, wrapper)
+        yield from zero3_buffers(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, describe)
+    else:
+        first = next(iter(names.values()), "")
+        raise ValueError(
+            f"AdamW2: DeepSpeed's {kind} gives out parameter '{first}' and the others in a layout that AdamW2 does not "
+            f"understand; it takes ZeRO 0, 1, 2 and 3, BF16_Optimizer and FP16_UnfusedOptimizer."
+        )
+
+
+def _reject_zero3_options(engine: Any, wrapper: Any) -> None:
+    if wrapper.offload_optimizer and wrapper.partial_offload != 1.0:
+        raise ValueError(
+            f"AdamW2: offload_optimizer.ratio got {wrapper.partial_offload}, it takes 1.0, since DeepSpeed steps the "
+            f"rest of the parameters with a plain AdamW of its own."
+        )
+    if wrapper.swap_optimizer:
+        raise ValueError("AdamW2: offload_optimizer.device got 'nvme', it takes 'cpu' or 'none'.")
+    if getattr(engine, "zero_hpz_partition_size", lambda: 1)() > 1:
+        raise ValueError("AdamW2: zero_hpz_partition_size takes 1: ZeRO++'s layout was not tested.")
+
+
+def _tensor_parallel_group(engine: Any) -> Any | None:
+    """Return the tensor-parallel group of the user's ``mpu`` or of AutoTP, or None."""
+    for method in ("get_tensor_model_parallel_group", "get_model_parallel_group"):
+        get = getattr(engine.mpu, method, None)
+        if get is not None:
+            return get()
+    return None

@@ -1,0 +1,107 @@
+"""What every engine's layout is reduced to: local buffers, and which range of which parameter lies where in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+from weyl_megatron.layouts.grid import Grid, Sharding
+from weyl_megatron.spectral.power import MatrixSpec
+from weyl_megatron.spectral.tiles import Tile, tiles_of_range
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Parameter(NamedTuple):
+    """A parameter of the model as this rank's tensor-parallel share of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    sharding: Sharding | None = None
+
+    @property
+    def is_vector(self) -> bool:
+        """True of gains, biases and class tokens: one dimension, or three and more of which only one counts."""
+        return len(self.shape) < 2 or (len(self.shape) > 2 and sum(extent > 1 for extent in self.shape) < 2)
+
+
+class Shard(NamedTuple):
+    """Elements ``[start, stop)`` of a flattened parameter, from ``offset`` on in a buffer; may be empty."""
+
+    parameter: Parameter
+    start: int
+    stop: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One tensor that the engine gives the optimizer to step, and what lies in it.
+
+    ``shards`` lists every parameter that any rank of ``groups`` holds a piece of, in the same order on all of them.
+    """
+
+    tensor: Tensor
+    shards: tuple[Shard, ...]
+    groups: tuple[ProcessGroup, ...] = ()
+
+
+class Run(NamedTuple):
+    """A rectangle of a buffer that takes one rate: that of a matrix, or the scheduled one where ``matrix`` is None."""
+
+    offset: int
+    rows: int
+    cols: int
+    stride: int
+    matrix: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Buffers that are stepped together, as matrices, tiles and runs."""
+
+    matrices: tuple[MatrixSpec, ...]
+    parameters: tuple[Parameter, ...]  # of each matrix
+    buffer_of: tuple[int, ...]  # of each matrix: the buffer that holds, or on other ranks would hold, it
+    tiles: tuple[Tile, ...]
+    runs: tuple[tuple[Run, ...], ...]  # per buffer
+
+
+def plan_of(buffers: Sequence[Buffer], grid_of: Callable[[Parameter], Grid | None]) -> Plan:
+    """Return the plan of ``buffers``; ``grid_of`` says which matrices a parameter holds, or None where it is exempt."""
+    matrices: list[MatrixSpec] = []
+    parameters: list[Parameter] = []
+    buffer_of: list[int] = []
+    tiles: list[Tile] = []
+    runs: list[tuple[Run, ...]] = []
+    for number, buffer in enumerate(buffers):
+        mine: list[Run] = []
+        for shard in buffer.shards:
+            parameter, length = shard.parameter, shard.stop - shard.start
+            grid = grid_of(parameter)
+            if grid is None:
+                if length:
+                    mine.append(Run(shard.offset, 1, length, length, None))
+                continue
+            first = len(matrices)
+            sharding = parameter.sharding
+            groups = buffer.groups if sharding is None else (*buffer.groups, sharding.group)
+            for shape in grid.matrices:
+                matrices.append(MatrixSpec(parameter.name + shape.suffix, shape.rows, shape.cols, groups))
+                parameters.append(parameter)
+                buffer_of.append(number)
+            found = [
+                tile._replace(matrix=first + tile.matrix)
+                for tile in tiles_of_range(grid.blocks, grid.width, shard.start, shard.stop, shard.offset, number)
+            ]
+            tiles += found
+            if len(grid.matrices) == 1 and length:
+                mine.append(Run(shard.offset, 1, length, length, first))
+            else:
+                mine += [Run(tile.offset, tile.rows, tile.cols, tile.stride, tile.matrix) for tile in found]
+        runs.append(tuple(mine))
+    return Plan(tuple(matrices), tuple(parameters), tuple(buffer_of), tuple(tiles), tuple(runs))

@@ -1,0 +1,85 @@
+"""Algorithm 1 on one device, as plain as it can be. Slow; what every faster path is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from weyl_megatron.spectral.power import BLOCK, COLD_ITERS, start_block
+
+
+def exact_sigma(matrix: Tensor) -> float:
+    """Return σ₁ by singular value decomposition."""
+    return float(torch.linalg.matrix_norm(matrix.double(), 2))
+
+
+class BlockPower:
+    """σ₁ of one whole matrix by the same block power iteration that the sharded code runs on tiles."""
+
+    def __init__(self, name: str, iters: int = 2) -> None:
+        self.name, self.iters = name, iters
+        self.block: Tensor | None = None  # (cols, b)
+
+    def __call__(self, matrix: Tensor) -> float:
+        iters = self.iters
+        if self.block is None:
+            iters = max(iters, COLD_ITERS)
+            self.block = start_block(self.name, matrix.shape[1], min(BLOCK, *matrix.shape), matrix.dtype)
+        for _ in range(iters):
+            left = torch.linalg.qr(matrix @ self.block).Q  # (rows, b)
+            self.block, triangle = torch.linalg.qr(matrix.T @ left)  # (cols, b), (b, b)
+        return float(torch.linalg.matrix_norm(triangle, 2))
+
+
+class AdamW2Reference:
+    """AdamW² for 2-D parameters and vectors, one at a time, in the order of the paper's lines.
+
+    Args:
+        params: ``(name, parameter)`` pairs.
+        lr, betas, eps, weight_decay, tau: as in :class:`weyl_megatron.AdamW2`; τ is a number.
+        sigma: makes, from a matrix's name, the function that measures σ₁: ``BlockPower``, or ``lambda _: exact_sigma``.
+        floor: σ₁(W) is taken for at least ``floor(rows, cols)``.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[tuple[str, Tensor]],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        tau: float = 0.01,
+        sigma: Callable[[str], Callable[[Tensor], float]] = BlockPower,
+        floor: Callable[[int, int], float] = lambda rows, cols: 1e-3 * (rows**0.5 + cols**0.5),
+    ) -> None:
+        self.params = dict(params)
+        self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay, self.tau = lr, betas, eps, weight_decay, tau
+        self.floor, self.t = floor, 0
+        self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.params.items()}
+        self.sigma = {name: (sigma(name), sigma(name)) for name, p in self.params.items() if p.ndim == 2}
+
+    @torch.no_grad()
+    def step(self) -> dict[str, float]:
+        """Make one step; return the rate of every parameter."""
+        self.t += 1  # line 1
+        rates = {}
+        for name, w in self.params.items():
+            g = w.grad  # line 2
+            if g is None:
+                continue
+            m, v = self.moments[name]
+            m.mul_(self.beta1).add_(g, alpha=1 - self.beta1)  # line 3
+            v.mul_(self.beta2).add_(g * g, alpha=1 - self.beta2)
+            m_hat, v_hat = m / (1 - self.beta1**self.t), v / (1 - self.beta2**self.t)  # line 4
+            u = m_hat / (v_hat.sqrt() + self.eps)  # line 5; ε outside the root, as in torch
+            rate = self.lr
+            if w.ndim == 2:
+                sigma_of_w, sigma_of_u = self.sigma[name]
+                delta, sigma = sigma_of_u(u), max(sigma_of_w(w), self.floor(*w.shape))  # line 6
+                if rate * delta > self.tau * sigma:  # line 7
+                    rate = self.tau * sigma / delta  # line 8
+            w.sub_(rate * u + rate * self.weight_decay * w)  # line 11
+            rates[name] = rate
+        return rates

@@ -1,0 +1,33 @@
+"""Rule 1 of the paper as arithmetic: the largest rate at which an update is smooth, and the τ that "auto" picks."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+#: What tau="auto" shares out over a model's hidden matrices: each gets HIDDEN_BUDGET / K.
+HIDDEN_BUDGET = 0.144
+
+#: τ of embeddings, positions and the head under tau="auto".
+IO_TAU = 0.1
+
+
+def clipped_rates(lr: Tensor, tau: Tensor, floor: Tensor, sigma_weight: Tensor, sigma_update: Tensor) -> Tensor:
+    """Return α_W = min(α, τ · max(σ₁(W), floor) / σ₁(U)) for every matrix (Rule 1, equation 6).
+
+    An update of zero is bounded by nothing. All arguments are vectors of one length, in float64.
+    """
+    bound = tau * torch.maximum(sigma_weight, floor) / sigma_update
+    return torch.minimum(lr, torch.where(sigma_update == 0, torch.inf, bound))
+
+
+def random_sigma(rows: int, cols: int, std: float) -> float:
+    """Return about the σ₁ of a random (rows, cols) matrix of standard deviation ``std``: std·(√rows + √cols)."""
+    return std * (sqrt(rows) + sqrt(cols))
+
+
+def xavier_std(rows: int, cols: int) -> float:
+    """Return the standard deviation of a Xavier-initialised (rows, cols) matrix."""
+    return sqrt(2 / (rows + cols))

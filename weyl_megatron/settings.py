@@ -1,0 +1,130 @@
+"""The options of AdamW2, checked: whatever is wrong stops at construction with one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from math import isnan
+from numbers import Real
+from typing import Any
+
+#: Keys of AdamW configurations that change nothing here, and the values they may have (None: any).
+_HARMLESS: dict[str, tuple[Any, ...] | None] = {
+    "torch_adam": None,
+    "fp32_optimizer_states": (True, None),
+    "adam_w_mode": (True,),
+    "bias_correction": (True,),
+    "amsgrad": (False,),
+    "maximize": (False,),
+    "capturable": (False,),
+    "differentiable": (False,),
+    "foreach": None,
+    "fused": None,
+}
+
+_OPTIONS = "lr, betas, eps, weight_decay, tau, power_iters, floor_std, clip_vectors, io, overrides, tp_group"
+_OVERRIDES = {"match", "tau", "exempt", "fused"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What AdamW2 was told, beyond what ``torch.optim.AdamW`` keeps in its parameter groups."""
+
+    tau: float | str
+    power_iters: int
+    floor_std: float
+    clip_vectors: bool
+    io: tuple[str, ...] | None
+    overrides: tuple[Mapping[str, Any], ...]
+
+    def override(self, name: str, key: str, default: Any = None) -> Any:
+        """Return what the last override that matches ``name`` and has ``key`` says, or ``default``."""
+        for override in reversed(self.overrides):
+            if key in override and fnmatchcase(name, override["match"]):
+                return override[key]
+        return default
+
+    def check_matches(self, names: Sequence[str]) -> None:
+        """Raise ValueError where an override's pattern matches none of ``names``."""
+        for override in self.overrides:
+            if not any(fnmatchcase(name, override["match"]) for name in names):
+                raise ValueError(
+                    f"AdamW2: overrides got the match {override['match']!r}, which matches no parameter's name "
+                    f"(the first is '{names[0] if names else ''}')."
+                )
+
+
+def check_settings(
+    *, tau: Any, power_iters: Any, floor_std: Any, clip_vectors: Any, io: Any, overrides: Any, others: Mapping[str, Any]
+) -> Settings:
+    """Return the settings, or raise ValueError with one sentence: the key, what it got, what it takes."""
+    for key, value in others.items():
+        if key == "max_grad_norm":
+            raise ValueError(
+                f"AdamW2: max_grad_norm got {value!r}, but clipping gradients is the engine's: DeepSpeed takes "
+                f"'gradient_clipping' beside 'optimizer', torch takes clip_grad_norm_."
+            )
+        if key not in _HARMLESS:
+            raise ValueError(f"AdamW2: unknown key {key!r} got {value!r}; it takes {_OPTIONS}.")
+        taken = _HARMLESS[key]
+        if taken is not None and not any(value is option for option in taken):
+            raise ValueError(f"AdamW2: {key} got {value!r}, it takes {' or '.join(map(repr, taken))}.")
+    check_tau("tau", tau)
+    if not isinstance(power_iters, int) or isinstance(power_iters, bool) or power_iters < 1:
+        raise ValueError(f"AdamW2: power_iters got {power_iters!r}, it takes a whole number from 1 on.")
+    if not _is_number(floor_std) or not 0 <= floor_std < float("inf"):
+        raise ValueError(f"AdamW2: floor_std got {floor_std!r}, it takes a number from 0 (no floor) on.")
+    if not isinstance(clip_vectors, bool):
+        raise ValueError(f"AdamW2: clip_vectors got {clip_vectors!r}, it takes True or False.")
+    if io is not None and (isinstance(io, str) or not _are_strings(io)):
+        raise ValueError(f"AdamW2: io got {io!r}, it takes a list of patterns of parameter names, or None.")
+    return Settings(
+        tau, power_iters, float(floor_std), clip_vectors, None if io is None else tuple(io), _check_overrides(overrides)
+    )
+
+
+def check_adamw(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
+    """Check torch.optim.AdamW's own hyperparameters, whose types it leaves unchecked."""
+    for key, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not _is_number(value) or not 0 <= value < float("inf"):
+            raise ValueError(f"AdamW2: {key} got {value!r}, it takes a number from 0 on.")
+    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
+        raise ValueError(f"AdamW2: betas got {betas!r}, it takes two numbers from 0 up to, but without, 1.")
+
+
+def check_tau(key: str, tau: Any) -> None:
+    """Raise ValueError where ``tau`` is neither a positive number (infinity is AdamW) nor "auto"."""
+    if tau != "auto" and (not _is_number(tau) or isnan(tau) or tau <= 0):
+        raise ValueError(f"AdamW2: {key} got {tau!r}, it takes a number above 0 (infinity is AdamW) or 'auto'.")
+
+
+def _check_overrides(overrides: Any) -> tuple[Mapping[str, Any], ...]:
+    if isinstance(overrides, (str, Mapping)) or not isinstance(overrides, Sequence):
+        raise ValueError(f"AdamW2: overrides got {overrides!r}, it takes a list of {{'match': pattern, …}}.")
+    for override in overrides:
+        if not isinstance(override, Mapping) or not isinstance(override.get("match"), str) or len(override) < 2:
+            raise ValueError(f"AdamW2: overrides got {override!r}, it takes {{'match': pattern, 'tau': 0.1}} and the like.")
+        for key, value in override.items():
+            if key not in _OVERRIDES:
+                raise ValueError(f"AdamW2: overrides got the key {key!r}, it takes 'match', 'tau', 'exempt', 'fused'.")
+            if key == "tau":
+                check_tau("overrides' tau", value)
+            if key == "exempt" and not isinstance(value, bool):
+                raise ValueError(f"AdamW2: overrides' exempt got {value!r}, it takes true or false.")
+            if key == "fused" and not _is_split(value):
+                raise ValueError(f"AdamW2: overrides' fused got {value!r}, it takes a number of parts or their sizes.")
+    return tuple(dict(override) for override in overrides)
+
+
+def _is_split(value: Any) -> bool:
+    sizes = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    return len(sizes) > 0 and all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _are_strings(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(item, str) for item in value)
