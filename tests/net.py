@@ -70,6 +70,7 @@ def one_process(
         for decay in (OPTIONS["weight_decay"], 0.0)
     ]
     rates: dict[str, float] = {}
+    scale = 2.0**12 if dtype == torch.float16 else 1.0  # gradients of fp16 vanish without
     for step, global_batch in enumerate(batches(data_parallel)):
         if skip(step):
             continue
@@ -78,9 +79,9 @@ def one_process(
         micros = global_batch.flatten(0, 1)
         for micro in micros:
             net.zero_grad()
-            net(micro).backward()
+            (net(micro) * scale).backward()
             for name, p in net.named_parameters():
-                masters[name].grad += p.grad.float() / len(micros)
+                masters[name].grad += p.grad.float() / (len(micros) * scale)
         for optimizer in decayed:
             rates |= optimizer.step()
         with torch.no_grad():

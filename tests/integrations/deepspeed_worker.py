@@ -38,7 +38,7 @@ def config_of(case: dict[str, Any]) -> dict[str, Any]:
         if case.get("grad_dtype"):
             config["data_types"] = {"grad_accum_dtype": case["grad_dtype"]}
     if case["dtype"] == "fp16":
-        config["fp16"] = {"enabled": True, "loss_scale": 0, "initial_scale_power": 8, "hysteresis": 1}
+        config["fp16"] = {"enabled": True, "loss_scale": 0, "hysteresis": 1}
     if case.get("tp") == "auto":
         rules = [
             {"patterns": [r"up\.weight$"], "partition_type": "column"},
@@ -69,13 +69,17 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
 
     replicas = dist.get_world_size() // case.get("tp_size", 1)
     replica = dist.get_rank() // case.get("tp_size", 1)
+    overflow_kept = None
     for step, global_batch in enumerate(nets.batches(replicas)):
+        before = snapshot(engine) if step == case.get("overflow_at") else None
         for micro in global_batch[:, replica]:
             loss = engine(micro)
             if step == case.get("overflow_at"):
                 loss = loss * float("inf")
             engine.backward(loss)
             engine.step()
+        if before is not None:
+            overflow_kept = all(map(torch.equal, before, snapshot(engine)))
 
     stats = engine.basic_optimizer.stats()
     everyone: list[Any] = [None] * dist.get_world_size()
@@ -86,9 +90,16 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         "weights": {name: whole(p, full_fp32(engine, p), engine) for name, p in engine.module.named_parameters()},
         "stats": everyone,
         "straddled": sorted(set().union(*straddles)),
+        "overflow_kept": overflow_kept,
         "wrapper": type(engine.optimizer).__name__,
         "steps": int(next(iter(engine.basic_optimizer.state.values()))["step"]),
     }
+
+
+def snapshot(engine: Any) -> list[torch.Tensor]:
+    """Copies of everything that an optimizer step changes: the masters, their moments, the step counts."""
+    state = engine.basic_optimizer.state
+    return [p.detach().clone() for p in state] + [value.clone() for entry in state.values() for value in entry.values()]
 
 
 def straddled(optimizer: Any) -> list[str]:
@@ -111,6 +122,15 @@ def full_fp32(engine: Any, param: Any) -> torch.Tensor:
         return next(master for p, master in copies if p is param).detach()
     if wrapper is engine.basic_optimizer:
         return param.detach()
+    if hasattr(wrapper, "single_partition_of_fp32_groups"):
+        # Not safe_get_full_fp32_param: it is wrong under round_robin_gradients.
+        group = next(g for g, params in enumerate(wrapper.bit16_groups) if any(p is param for p in params))
+        mine = wrapper.single_partition_of_fp32_groups[group].detach()
+        parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(wrapper.dp_process_group))]
+        dist.all_gather(parts, mine, group=wrapper.dp_process_group)
+        flat = torch.cat(parts)[param.storage_offset() : param.storage_offset() + param.numel()].view(param.shape)
+        assert torch.equal(flat.to(param.dtype), param.detach()), "the model does not hold what its masters hold"
+        return flat
     return safe_get_full_fp32_param(param)
 
 

@@ -27,8 +27,8 @@ def cases_of(world: int) -> list[dict[str, Any]]:
     cases.append({"stage": 3, "dtype": "fp32", "zero_init": True, "label": "zero-init"})
     cases.append({"stage": 3, "dtype": "fp32", "zero": {"sub_group_size": 500}, "label": "sub-groups"})
     if world == 2:
-        cases.append({"stage": 2, "dtype": "fp16", "overflow_at": 4, "label": "overflow"})
-        cases.append({"stage": 0, "dtype": "fp16", "overflow_at": 4, "label": "overflow"})
+        # Not stage 0: DeepSpeed 0.19.8 divides its fp16 gradients by a loss scale that it never multiplied the loss with.
+        cases += [{"stage": stage, "dtype": "fp16", "overflow_at": 4, "label": "overflow"} for stage in (1, 2, 3)]
         cases.append({"stage": 0, "dtype": "fp32", "tp": "auto", "tp_size": 2, "label": "autotp"})
         cases.append({"stage": 0, "dtype": "fp32", "tp": "mpu", "tp_size": 2, "label": "mpu"})
     for case in cases:
@@ -70,18 +70,33 @@ def result(runs: dict[int, Path], world: int, case: dict[str, Any]) -> dict[str,
 def test_ten_steps_follow_the_reference(result: dict[str, Any], world: int, case: dict[str, Any]) -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[case["dtype"]]
     skip = (lambda step: step == case["overflow_at"]) if "overflow_at" in case else (lambda step: False)
-    expected, rates = nets.one_process(world // case.get("tp_size", 1), dtype, skip)
-    start = nets.make_net().state_dict()
+    replicas = world // case.get("tp_size", 1)
+    expected, rates = nets.one_process(replicas, dtype, skip)
     assert result["steps"] == nets.STEPS - ("overflow_at" in case)
-    for name, weight in result["weights"].items():
-        error = (weight - expected[name]).norm() / expected[name].norm()
-        # fp32: the order of sums differs between layouts. bf16 and fp16: gradients are rounded where they are reduced;
-        # half the spacing of the type, relative to the weights.
-        assert error < {"fp32": 1e-5, "bf16": 2**-9, "fp16": 2**-11}[case["dtype"]], f"{name}: {error:.2e}"
-        assert (weight - start[name]).norm() / start[name].norm() > 0.01 or weight.ndim == 1, f"{name} did not move"
+    if dtype == torch.float32:
+        # Sums are made in another order in every layout; Adam divides by √V, which keeps that near float32's 6e-8.
+        assert max(distances(result["weights"], expected).values()) < 1e-5
+        tolerance = 1e-4
+    else:
+        # DeepSpeed also reduces gradients in the low precision, which rounds them up to four times (unscale, divide,
+        # sum, accumulate) where the reference does it once: the measure is how far that once moved the reference.
+        exact, _ = nets.one_process(replicas, torch.float32, skip)
+        assert distance(result["weights"], expected) < 4 * distance(expected, exact)
+        tolerance = 0.02
     for name, entry in result["stats"][0].items():
-        assert entry[2] == pytest.approx(rates[name], rel={"fp32": 1e-4, "bf16": 0.05, "fp16": 0.01}[case["dtype"]])
+        assert entry[2] == pytest.approx(rates[name], rel=tolerance)
     assert any(entry[3] for entry in result["stats"][0].values()), "nothing was clipped: the case shows nothing"
+    start = nets.make_net().state_dict()
+    assert min(distances(result["weights"], start).values()) > 0.001, "a weight did not move"
+
+
+def distances(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, float]:
+    return {name: float((one[name] - other[name]).norm() / (other[name].norm() + 1e-12)) for name in one}
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    gap = sum(float((one[name] - other[name]).square().sum()) for name in one)
+    return (gap / sum(float(other[name].square().sum()) for name in one)) ** 0.5
 
 
 @pytest.mark.parametrize(("world", "case"), ALL)
@@ -90,6 +105,11 @@ def test_stats_are_the_same_on_every_rank(result: dict[str, Any], world: int, ca
     assert set(result["stats"][0]) == names
     for other in result["stats"][1:]:
         assert other == result["stats"][0]
+
+
+@pytest.mark.parametrize(("world", "case"), [p for p in ALL if "overflow_at" in p.values[1]])
+def test_an_overflow_step_changes_nothing(result: dict[str, Any], world: int, case: dict[str, Any]) -> None:
+    assert result["overflow_kept"]
 
 
 @pytest.mark.parametrize(("world", "case"), [p for p in ALL if p.values[1]["stage"] > 0])

@@ -14,7 +14,6 @@ GLOBAL_BATCH = 8
 PEAK_LR = 3e-3
 END_LR = 0.1 * PEAK_LR
 WARMUP = 0.5  # of all steps, the best of 0.2, 0.35, 0.5, 0.65 and 0.8
-ADAMW = {"lr": PEAK_LR, "betas": [0.9, 0.95], "weight_decay": 0.1}
 
 
 @dataclass(frozen=True)
@@ -27,11 +26,17 @@ class Run:
     warmup: bool = False
 
 
-# torch_adam: DeepSpeed's own AdamW is a kernel that compiles for minutes where there is no GPU.
-ADAMW_ALONE = Run("adamw", "AdamW, no warmup", {"type": "AdamW", "params": {**ADAMW, "torch_adam": True}})
-ADAMW_WARMUP = Run("adamw-warmup", "AdamW, warmup", ADAMW_ALONE.optimizer, warmup=True)
-ADAMW2 = Run("adamw2", "AdamW², τ = 0.01", {"type": "AdamW2", "params": {**ADAMW, "tau": 0.01}})
-ADAMW2_AUTO = Run("adamw2-auto", "AdamW², τ = auto", {"type": "AdamW2", "params": {**ADAMW, "tau": "auto"}})
+
+
+def _params(**more: Any) -> dict[str, Any]:
+    # torch_adam: DeepSpeed's own AdamW is a kernel that compiles for minutes where there is no GPU. AdamW² ignores it.
+    return {"lr": PEAK_LR, "betas": [0.9, 0.95], "weight_decay": 0.1, **more, "torch_adam": True}
+
+
+ADAMW_ALONE = Run("adamw", "AdamW, no warmup", {"type": "AdamW", "params": _params()})
+ADAMW_WARMUP = Run("adamw-warmup", "AdamW, warmup", {"type": "AdamW", "params": _params()}, warmup=True)
+ADAMW2 = Run("adamw2", "AdamW², τ = 0.01", {"type": "AdamW2", "params": _params(tau=0.01)})
+ADAMW2_AUTO = Run("adamw2-auto", "AdamW², τ = auto", {"type": "AdamW2", "params": _params(tau="auto")})
 
 RUNS = (ADAMW_ALONE, ADAMW_WARMUP, ADAMW2, ADAMW2_AUTO)
 

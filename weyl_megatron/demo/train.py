@@ -109,9 +109,10 @@ class Log:
             record["clipped"] = sum(matrix.clipped for matrix in stats.values())
             record["matrices"] = len(stats)
         if step == 1 or step % self.every == 0:
-            record["alpha"] = {name: matrix.lr for name, matrix in stats.items()}
+            record["alpha"] = {name: float(f"{matrix.lr:.5g}") for name, matrix in stats.items()}
             tokens = batches.validation[0][:: VALIDATION_WINDOWS // ENTROPY_WINDOWS]
-            record["entropy"] = engine.module.attention_entropy(tokens).tolist()
+            entropy = engine.module.attention_entropy(tokens)
+            record["entropy"] = [[round(head, 5) for head in layer] for layer in entropy.tolist()]
         self._write("step", record)
 
     def end(self, loss: float) -> None:
@@ -170,6 +171,15 @@ def describe(steps: int, seed: int, facts: dict[str, Any], device: torch.device)
     }
 
 
+def forgo_compiled_collectives() -> None:
+    """Keeps DeepSpeed to gloo between CPU processes.
+
+    Its shared-memory collectives need a C++ compiler and up to a minute at first use, and wait by spinning, which costs
+    more than it gains where processes share cores.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def main() -> None:
     """Trains all runs; `launch` starts this under torchrun."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -178,6 +188,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     arguments = parser.parse_args()
 
+    forgo_compiled_collectives()
     deepspeed.init_distributed(verbose=False)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")

@@ -98,7 +98,8 @@ def plan_of(buffers: Sequence[Buffer], grid_of: Callable[[Parameter], Grid | Non
                 tile._replace(matrix=first + tile.matrix)
                 for tile in tiles_of_range(grid.blocks, grid.width, shard.start, shard.stop, shard.offset, number)
             ]
-            tiles += found
+            if sharding is None or not sharding.is_repeated:
+                tiles += found
             if len(grid.matrices) == 1 and length:
                 mine.append(Run(shard.offset, 1, length, length, first))
             else:

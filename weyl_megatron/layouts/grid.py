@@ -18,12 +18,17 @@ if TYPE_CHECKING:
 
 
 class Sharding(NamedTuple):
-    """Tensor parallelism of one parameter: a band of ``dim`` on each rank of ``group``."""
+    """Tensor parallelism of one parameter: a band of ``dim`` on each rank of ``group``, or a replica where it is None."""
 
     group: ProcessGroup
-    dim: int
+    dim: int | None
     sizes: tuple[int, ...]  # the local extent along ``dim`` on every rank of the group
     rank: int
+
+    @property
+    def is_repeated(self) -> bool:
+        """True of all replicas but the first: what they hold counts once."""
+        return self.dim is None and self.rank > 0
 
 
 class Fused(NamedTuple):
@@ -105,6 +110,8 @@ def grid_of(shape: Sequence[int], *, sharding: Sharding | None = None, fused: Fu
     Raises:
         ValueError: tensor parallelism of a parameter that is neither a vector nor a 2-D matrix.
     """
+    if sharding is not None and sharding.dim is None:
+        sharding = None
     if len(shape) == 3:
         if sharding is not None:
             raise ValueError(f"a tensor-parallel parameter of shape {tuple(shape)} is not understood")

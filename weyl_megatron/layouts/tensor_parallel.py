@@ -20,7 +20,7 @@ _AUTOTP_DIM = {"LinearLayer": 0, "LinearAllreduce": 1}
 def shardings_of(
     named: Sequence[tuple[str, Tensor]], group: ProcessGroup | None, owners: dict[int, str] | None = None
 ) -> dict[int, Sharding]:
-    """Return the sharding of every tensor-parallel parameter, by ``id``; the others are replicated.
+    """Return the sharding of every parameter, by ``id``; empty where there is no tensor parallelism.
 
     A parameter is split where ``param.tensor_model_parallel`` is true (Megatron, DeepSpeed AutoTP), along
     ``param.partition_dim`` or AutoTP's own metadata. Collective over ``group``: its ranks compare their extents.
@@ -53,9 +53,10 @@ def shardings_of(
     everyone: list[dict[str, int]] = [{} for _ in range(world)]
     dist.all_gather_object(everyone, mine, group=group)
     rank = dist.get_rank(group)
-    return {
-        id(param): Sharding(group, dim, tuple(extents[name] for extents in everyone), rank) for name, param, dim in split
-    }
+    shardings = {id(param): Sharding(group, None, (), rank) for _, param in named}
+    for name, param, dim in split:
+        shardings[id(param)] = Sharding(group, dim, tuple(extents[name] for extents in everyone), rank)
+    return shardings
 
 
 def _shape(param: Tensor) -> tuple[int, ...]:

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from weyl_megatron.layouts.buffers import Parameter
+from weyl_megatron.layouts.grid import Fused, Grid, Sharding, grid_of, known_fused, told_fused
+
+
+def rebuild(grid: Grid, weight: torch.Tensor) -> list[torch.Tensor]:
+    cells = weight.reshape(-1, grid.width)
+    matrices = [torch.zeros(shape.rows, shape.cols) for shape in grid.matrices]
+    for b in grid.blocks:
+        matrices[b.matrix][b.row : b.row + b.rows, b.col : b.col + b.cols] += cells[
+            b.grid_row : b.grid_row + b.rows, b.grid_col : b.grid_col + b.cols
+        ]
+    return matrices
+
+
+def test_a_matrix_is_itself() -> None:
+    weight = torch.randn(5, 3)
+    assert torch.equal(rebuild(grid_of((5, 3)), weight)[0], weight)
+
+
+def test_a_convolution_is_out_by_in_times_kernel() -> None:
+    weight = torch.randn(4, 3, 2, 2)
+    assert torch.equal(rebuild(grid_of(weight.shape), weight)[0], weight.reshape(4, 12))
+
+
+def test_stacked_experts_are_one_matrix_each() -> None:
+    weight = torch.randn(3, 4, 5)
+    matrices = rebuild(grid_of(weight.shape), weight)
+    assert len(matrices) == 3 and all(torch.equal(m, w) for m, w in zip(matrices, weight, strict=True))
+
+
+@pytest.mark.parametrize(("name", "shape", "axis"), [("h.0.attn.c_attn.weight", (12, 4), 0), ("c_attn.weight", (4, 12), 1)])
+def test_gpt2_s_stacked_qkv_is_three_matrices(name: str, shape: tuple[int, int], axis: int) -> None:
+    weight = torch.randn(shape)
+    fused = known_fused(name, shape)
+    assert fused is not None
+    grid = grid_of(shape, fused=fused)
+    assert [matrix.suffix for matrix in grid.matrices] == ["[q]", "[k]", "[v]"]
+    for matrix, part in zip(rebuild(grid, weight), weight.chunk(3, axis), strict=True):
+        assert torch.equal(matrix, part)
+
+
+def test_a_grouped_query_weight_of_that_name_is_left_whole() -> None:
+    assert known_fused("h.0.attn.qkv.weight", (8, 4)) is None
+
+
+@pytest.mark.parametrize("fused", [None, Fused(0, (2, 4), ("0", "1"))])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_tensor_parallel_bands_of_uneven_size_make_up_the_matrix(dim: int, fused: Fused | None) -> None:
+    weight = torch.randn(6, 5)
+    sizes = (4, 2) if dim == 0 else (2, 3)
+    if fused is not None and dim == fused.axis:
+        pytest.skip("a stack that is cut along itself has no description")
+    total: list[Any] = [0.0, 0.0]
+    for rank, band in enumerate(weight.split(sizes, dim)):
+        grid = grid_of(band.shape, sharding=Sharding(None, dim, sizes, rank), fused=fused)  # type: ignore[arg-type]
+        for number, matrix in enumerate(rebuild(grid, band)):
+            total[number] = total[number] + matrix
+    expected = [weight] if fused is None else weight.split(fused.sizes, 0)
+    assert all(torch.equal(t, e) for t, e in zip(total, expected, strict=False))
+
+
+def test_a_tensor_parallel_stack_of_experts_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 4\) is not understood"):
+        grid_of((2, 3, 4), sharding=Sharding(None, 1, (3, 3), 0))  # type: ignore[arg-type]
+
+
+def test_told_parts_that_do_not_divide_name_the_parameter() -> None:
+    with pytest.raises(ValueError, match=r"'fused' of parameter 'w' got 4, but it takes"):
+        told_fused("w", (5, 3), 4)
+    assert told_fused("w", (5, 3), [2, 3]) == Fused(0, (2, 3), ("0", "1"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_vector"), [((3,), True), ((), True), ((1, 1, 9), True), ((1, 4, 9), False), ((1, 9), False)]
+)
+def test_gains_biases_and_class_tokens_are_vectors(shape: tuple[int, ...], is_vector: bool) -> None:
+    assert Parameter("p", shape).is_vector is is_vector

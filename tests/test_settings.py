@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from weyl_megatron import AdamW2
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"tua": 0.01}, r"unknown key 'tua' got 0.01; it takes lr, betas"),
+    ({"tau": -0.01}, r"tau got -0.01, it takes a number above 0"),
+    ({"tau": float("nan")}, r"tau got nan, it takes"),
+    ({"tau": "0.01"}, r"tau got '0.01', it takes"),
+    ({"tau": True}, r"tau got True, it takes"),
+    ({"power_iters": 0}, r"power_iters got 0, it takes a whole number from 1"),
+    ({"power_iters": 1.5}, r"power_iters got 1.5"),
+    ({"lr": "6e-4"}, r"lr got '6e-4', it takes a number from 0 on"),
+    ({"lr": -1.0}, r"lr got -1.0"),
+    ({"lr": float("nan")}, r"lr got nan"),
+    ({"betas": (0.9,)}, r"betas got \(0.9,\), it takes two numbers"),
+    ({"betas": (0.9, 1.0)}, r"betas got \(0.9, 1.0\)"),
+    ({"eps": "x"}, r"eps got 'x'"),
+    ({"weight_decay": None}, r"weight_decay got None"),
+    ({"adam_w_mode": False}, r"adam_w_mode got False, it takes True"),
+    ({"bias_correction": False}, r"bias_correction got False, it takes True"),
+    ({"amsgrad": True}, r"amsgrad got True, it takes False"),
+    ({"max_grad_norm": 1.0}, r"max_grad_norm got 1.0, .*'gradient_clipping'"),
+    ({"floor_std": -1}, r"floor_std got -1"),
+    ({"clip_vectors": 1}, r"clip_vectors got 1"),
+    ({"io": "*embed*"}, r"io got '\*embed\*', it takes a list"),
+    ({"overrides": {"match": "*"}}, r"overrides got .* it takes a list"),
+    ({"overrides": [{"tau": 0.1}]}, r"overrides got .*'match'"),
+    ({"overrides": [{"match": "*", "lr": 1}]}, r"overrides got the key 'lr'"),
+    ({"overrides": [{"match": "*", "tau": 0}]}, r"overrides' tau got 0"),
+    ({"overrides": [{"match": "*", "exempt": "no"}]}, r"overrides' exempt got 'no'"),
+    ({"overrides": [{"match": "*", "fused": 0}]}, r"overrides' fused got 0"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=[next(iter(o)) + str(i) for i, (o, _) in enumerate(BAD)])
+def test_an_impossible_setting_is_one_sentence_at_construction(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        AdamW2([torch.nn.Parameter(torch.ones(2, 2))], **options)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+
+
+def test_keys_that_every_adamw_config_carries_are_accepted() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    AdamW2([parameter], torch_adam=True, adam_w_mode=True, bias_correction=True, fused=False, foreach=None)
+
+
+def test_a_parameter_group_s_tau_is_checked_too() -> None:
+    with pytest.raises(ValueError, match="a parameter group's tau got 0"):
+        AdamW2([{"params": [torch.nn.Parameter(torch.ones(2, 2))], "tau": 0}])
+
+
+def test_an_override_that_matches_nothing_is_refused_at_the_first_step() -> None:
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    parameter.grad = torch.ones(2, 2)
+    optimizer = AdamW2([("w", parameter)], overrides=[{"match": "v*", "exempt": True}])
+    with pytest.raises(ValueError, match="match 'v\\*', which matches no parameter's name"):
+        optimizer.step()

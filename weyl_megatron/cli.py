@@ -1,0 +1,76 @@
+"""`weyl-megatron`: the command line. Each sub-command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one sub-command and returns its exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show τ is no reason to stop
+    parsed = _parser().parse_args(arguments)
+    command: Command = parsed.command
+    try:
+        return command(parsed)
+    except (ValueError, RuntimeError) as error:
+        print(f"weyl-megatron: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="weyl-megatron", description="AdamW²: train Transformers without learning-rate warmup."
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_demo(commands)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="pretrain a small GPT four times and compare",
+        description="Pretrains a small GPT on the Python standard library's sources under DeepSpeed ZeRO-2: AdamW without "
+        "and with warmup, AdamW² without warmup at τ = 0.01 and τ = auto. Uses all GPUs, or the CPU and gloo "
+        "(DS_ACCELERATOR=cpu forces that). Writes OUT/report.html, OUT/results.json and each run's log.jsonl; exits "
+        "with 1 if a claim about the final losses is not met.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="the folder that everything is written to")
+    demo.add_argument("--steps", type=_at_least(2), default=400, help="training steps of each run")
+    demo.add_argument("--seed", type=_at_least(0), default=0, help="seed of the initial weights and of the batches")
+    demo.add_argument("--procs", type=_at_least(1), help="processes to train on (default: the number of GPUs, 2 on CPU)")
+    demo.set_defaults(command=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from weyl_megatron.demo.launch import run_demo
+
+    return run_demo(arguments.out, arguments.steps, arguments.seed, arguments.procs)
+
+
+def _at_least(smallest: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = smallest - 1
+        if value < smallest:
+            raise argparse.ArgumentTypeError(f"takes an integer of {smallest} or more, got {text!r}")
+        return value
+
+    return integer
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""The report: one HTML file with everything in it, readable without a network, in light and in dark mode."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from weyl_megatron.demo.charts import Axis, Chart, Line, Rule
+from weyl_megatron.demo.page import PAGE
+from weyl_megatron.demo.recipe import (
+    ADAMW2,
+    ADAMW2_AUTO,
+    ADAMW_ALONE,
+    ADAMW_WARMUP,
+    PEAK_LR,
+    RUNS,
+    warmup_steps,
+)
+from weyl_megatron.demo.results import Results, RunResult, claims, row
+
+COLORS = {run.name: f"var(--{run.name})" for run in RUNS}
+KINDS = {
+    "q": "query W_q",
+    "k": "key W_k",
+    "v": "value W_v",
+    "o": "attention output W_o",
+    "fc": "MLP in",
+    "proj": "MLP out",
+    "embedding": "embeddings",
+    "head": "head",
+}
+
+
+def write_report(results: Results, path: Path) -> None:
+    """Writes the report of `results` to `path`."""
+    path.write_text(PAGE.substitute(sections(results)), encoding="utf-8")
+
+
+def sections(results: Results) -> dict[str, str]:
+    """The values of the page's placeholders."""
+    layers = results.setting["model"]["layers"]
+    return {
+        "takeaway": takeaway(results),
+        "tiles": "".join(tile(result) for result in results.runs.values()),
+        "claims": "".join(
+            f'<li class="{"met" if claim.holds else "unmet"}">{escape(claim.text)}</li>' for claim in claims(results)
+        ),
+        "legend": legend(),
+        "loss": loss_chart(results).svg(),
+        "rates_paper": small_multiples(results.runs[ADAMW2.name], layers),
+        "rates_auto": small_multiples(results.runs[ADAMW2_AUTO.name], layers),
+        "depths": depth_legend(layers),
+        "entropy": "".join(f"<figure>{chart.svg()}</figure>" for chart in entropy_charts(results)),
+        "rows": "".join(table_row(results, result) for result in results.runs.values()),
+        "unigram": f"{results.unigram_entropy:.3f}",
+        "change": change(results),
+        "facts": facts(results),
+    }
+
+
+def takeaway(results: Results) -> str:
+    """The result in one sentence."""
+    alone, warmup = results.loss(ADAMW_ALONE), results.loss(ADAMW_WARMUP)
+    steps = results.setting["steps"]
+    return (
+        f"Without warmup, AdamW ends at {alone:.2f} nats per byte, where a model that ignores all context stands "
+        f"({results.unigram_entropy:.2f}). AdamW², without warmup too, trains the same model on the same batches to "
+        f"{results.loss(ADAMW2):.2f} with τ = 0.01 and to {results.loss(ADAMW2_AUTO):.2f} with τ = auto. "
+        f"AdamW needs {warmup_steps(steps)} of its {steps} steps as warmup to reach {warmup:.2f}."
+    )
+
+
+def tile(result: RunResult) -> str:
+    """A run's final number, large."""
+    share = result.clipped_share
+    note = "nothing is clipped" if share is None else f"{share:.0%} of matrix-steps clipped"
+    return (
+        f'<div class="tile" style="--run:{COLORS[result.run.name]}"><b>{escape(result.run.title)}</b>'
+        f"<strong>{result.validation_loss:.3f}</strong><span>{note}</span></div>"
+    )
+
+
+def legend() -> str:
+    """The runs and their colours."""
+    return "".join(f'<span style="--run:{COLORS[run.name]}">{escape(run.title)}</span>' for run in RUNS)
+
+
+def loss_chart(results: Results) -> Chart:
+    """Training loss of all runs, smoothed, with the final validation loss as the end point's label."""
+    steps = results.setting["steps"]
+    lines = [loss_line(result, steps) for result in results.runs.values()]
+    finals = [result.validation_loss for result in results.runs.values()]
+    lowest = min([*finals, *(value for line in lines for value in line.y), results.unigram_entropy])
+    return Chart(
+        title="",
+        x=Axis("step", 0, steps),
+        y=Axis("training loss, nats per byte", lowest - 0.1, results.unigram_entropy + 0.7),
+        lines=lines,
+        rules=[Rule(results.unigram_entropy, f"unigram entropy {results.unigram_entropy:.3f}")],
+        width=1080,
+        height=420,
+        right=190,
+        margins=(24, 32, 46),
+    )
+
+
+def loss_line(result: RunResult, steps: int) -> Line:
+    """One run's training loss as a centred running mean."""
+    losses = smooth([record["loss"] for record in result.steps], reach=steps // 40)
+    return Line(
+        name=result.run.title,
+        x=[record["step"] for record in result.steps],
+        y=losses,
+        color=COLORS[result.run.name],
+        label=result.run.title,
+        width=2.25,
+    )
+
+
+def smooth(values: Sequence[float], reach: int) -> list[float]:
+    """The mean of each value and its neighbours up to `reach` away, as many on either side as there are on both."""
+    means = []
+    for index in range(len(values)):
+        near = min(reach, index, len(values) - 1 - index)
+        window = values[index - near : index + near + 1]
+        means.append(sum(window) / len(window))
+    return means
+
+
+def place(matrix: str) -> tuple[str, int | None, str]:
+    """A matrix's kind, its layer (None outside the layers) and the name to show."""
+    inside = re.fullmatch(r"h\.(\d+)\.(?:attn|mlp)\.(\w+)\.weight", matrix)
+    if inside:
+        layer = int(inside[1])
+        return inside[2], layer, f"layer {layer + 1}"
+    if matrix == "lm_head.weight":
+        return "head", None, "head"
+    return "embedding", None, {"wte.weight": "tokens", "wpe.weight": "positions"}.get(matrix, matrix)
+
+
+def small_multiples(result: RunResult, layers: int) -> str:
+    """The α_t of every matrix of a run beside the schedule, one chart per kind."""
+    snapshots = [record for record in result.steps if record.get("alpha")]
+    steps = [record["step"] for record in snapshots]
+    lines: dict[str, list[Line]] = {
+        kind: [Line("schedule", steps, [record["lr"] for record in snapshots], "var(--ink-3)", dashed=True, width=1)]
+        for kind in KINDS
+    }
+    for number, matrix in enumerate(snapshots[0]["alpha"]):
+        kind, layer, name = place(matrix)
+        color = depth_color(number if layer is None else layer, 2 if layer is None else layers)
+        lines[kind].append(Line(name, steps, [record["alpha"][matrix] for record in snapshots], color, width=1.25))
+    axes = Axis("step", 0, len(result.steps)), Axis("rate α (log scale)", lowest_rate(result) * 0.8, PEAK_LR * 1.4, log=True)
+    charts = (Chart(title, *axes, lines[kind]) for kind, title in KINDS.items())
+    return "".join(f"<figure>{chart.svg()}</figure>" for chart in charts)
+
+
+def lowest_rate(result: RunResult) -> float:
+    """The smallest rate that a matrix got."""
+    return min(rate for record in result.steps for rate in record.get("alpha", {}).values() if rate > 0)
+
+
+def depth_color(layer: int, layers: int) -> str:
+    """A layer's colour, from violet (first) to orange (last), readable on light and on dark ground."""
+    fraction = layer / max(1, layers - 1)
+    return f"hsl({265 + 125 * fraction:.0f} 70% {58 - 6 * fraction:.0f}%)"
+
+
+def depth_legend(layers: int) -> str:
+    """The layers and their colours."""
+    names = (f'<span style="--run:{depth_color(layer, layers)}">layer {layer + 1}</span>' for layer in range(layers))
+    return "".join(names) + '<span class="dashed">schedule</span>'
+
+
+def entropy_charts(results: Results) -> list[Chart]:
+    """Attention entropy, one chart per layer: each run's mean over the heads and their range."""
+    uniform = results.setting["uniform_entropy"]
+    layers = results.setting["model"]["layers"]
+    lowest = min(min(map(min, record["entropy"])) for result in results.runs.values() for record in snapshots(result))
+    return [
+        Chart(
+            title=f"layer {layer + 1}",
+            x=Axis("step", 0, results.setting["steps"]),
+            y=Axis("attention entropy, nats", max(0.0, lowest - 0.1), uniform + 0.35),
+            lines=[entropy_line(result, layer) for result in results.runs.values()],
+            rules=[Rule(uniform, "uniform")],
+            width=350,
+            height=210,
+        )
+        for layer in range(layers)
+    ]
+
+
+def snapshots(result: RunResult) -> list[dict[str, list[list[float]]]]:
+    """The steps of a run that logged the attention entropy."""
+    return [record for record in result.steps if "entropy" in record]
+
+
+def entropy_line(result: RunResult, layer: int) -> Line:
+    """One run's attention entropy in one layer."""
+    heads = [record["entropy"][layer] for record in snapshots(result)]
+    return Line(
+        name=result.run.title,
+        x=[record["step"] for record in result.steps if "entropy" in record],
+        y=[sum(values) / len(values) for values in heads],
+        color=COLORS[result.run.name],
+        band=([min(values) for values in heads], [max(values) for values in heads]),
+    )
+
+
+def table_row(results: Results, result: RunResult) -> str:
+    """A run's row of the table."""
+    title, *numbers = row(results, result)
+    warmup = warmup_steps(results.setting["steps"]) if result.run.warmup else 0
+    cells = "".join(f"<td>{escape(cell)}</td>" for cell in [str(warmup), *numbers])
+    return f'<tr style="--run:{COLORS[result.run.name]}"><th scope="row">{escape(title)}</th>{cells}</tr>'
+
+
+def change(results: Results) -> str:
+    """The DeepSpeed configurations of AdamW and of AdamW² with τ = auto, as a diff."""
+    before, after = (printed(results.runs[run.name].config) for run in (ADAMW_ALONE, ADAMW2_AUTO))
+    element = {"-": "del", "+": "ins", " ": "span"}
+    marked = (line for line in difflib.ndiff(before, after) if line[0] in element)
+    return "".join(f"<{element[line[0]]}>{escape(line, quote=False)}</{element[line[0]]}>" for line in marked)
+
+
+def printed(config: dict[str, Any]) -> list[str]:
+    """A configuration as lines of JSON, lists of numbers on one line."""
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), text).splitlines()
+
+
+def facts(results: Results) -> str:
+    """Model, text, machine and versions."""
+    setting = results.setting
+    model, text, machine = setting["model"], setting["text"], setting["machine"]
+    versions = setting["versions"]
+    entries = {
+        "Model": f"byte-level GPT, post-LN, {model['layers']} layers, width {model['width']}, {model['heads']} heads, "
+        f"context {model['context']}, {model['parameters']:,} parameters, no biases",
+        "Text": f"{text['files']} files of the Python {machine['python']} standard library, {text['train_bytes']:,} bytes to "
+        f"train on and {text['validation_bytes']:,} held out (sha256 {text['digest']}…)",
+        "Training": f"{setting['steps']} steps of {setting['batch']} sequences, cosine from {PEAK_LR:g} to a tenth, no gradient "
+        f"clipping, seed {setting['seed']}; all runs start from the same weights and see the same batches",
+        "Engine": f"DeepSpeed {versions['deepspeed']} ZeRO-2, {setting['ranks']} processes, {setting['precision']}, "
+        f"torch {versions['torch']}, weyl-megatron {machine['weyl_megatron']}",
+        "Machine": f"{setting['device']}: {machine['processor']}, {machine['system']}",
+    }
+    return "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in entries.items())

@@ -1,0 +1,148 @@
+"""What the logs say: final numbers, the demo's claims about them, and the table in the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weyl_megatron.demo.recipe import ADAMW2, ADAMW2_AUTO, ADAMW_ALONE, ADAMW_WARMUP, RUNS, Run
+
+# How far above the warmup run the paper's τ may end, in nats per byte.
+TOLERANCE = 0.10
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """One finished run as its log tells it."""
+
+    run: Run
+    config: dict[str, Any]
+    steps: list[Record]
+    validation_loss: float
+    seconds: float
+
+    @property
+    def clipped_share(self) -> float | None:
+        """The share of all (matrix, step) pairs whose rate was clipped; None for an optimizer that does not clip."""
+        pairs = sum(record.get("matrices", 0) for record in self.steps)
+        return sum(record.get("clipped", 0) for record in self.steps) / pairs if pairs else None
+
+
+@dataclass(frozen=True)
+class Results:
+    """All runs of one demo, and what they have in common."""
+
+    setting: dict[str, Any]
+    runs: dict[str, RunResult]
+
+    @property
+    def unigram_entropy(self) -> float:
+        """Nats per byte that a model scores which has learned the frequencies of the bytes and nothing else."""
+        return float(self.setting["text"]["unigram_entropy"])
+
+    def loss(self, run: Run) -> float:
+        """The final validation loss of `run`."""
+        return self.runs[run.name].validation_loss
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One sentence about the final numbers, and whether it is true of them."""
+
+    text: str
+    holds: bool
+
+
+def load_results(out: Path) -> Results:
+    """Reads what the worker left under `out`."""
+    setting = json.loads((out / "setting.json").read_text(encoding="utf-8"))
+    return Results(setting, {run.name: _load_run(run, out / run.name / "log.jsonl") for run in RUNS})
+
+
+def _load_run(run: Run, log: Path) -> RunResult:
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    start, *steps, end = records
+    if end["event"] != "end":
+        raise RuntimeError(f"{log} takes an 'end' record as its last line, got {end['event']!r}: the run did not finish")
+    return RunResult(run, start["config"], steps, end["validation_loss"], end["elapsed"])
+
+
+def claims(results: Results) -> list[Claim]:
+    """What the demo is there to show, held against the final validation losses."""
+    unigram = results.unigram_entropy
+    alone, warmup = results.loss(ADAMW_ALONE), results.loss(ADAMW_WARMUP)
+    paper, auto = results.loss(ADAMW2), results.loss(ADAMW2_AUTO)
+    return [
+        Claim(
+            f"AdamW without warmup fails: {alone:.3f} is at the unigram entropy of {unigram:.3f} or above",
+            not alone < unigram,
+        ),
+        Claim(
+            f"AdamW² with τ = 0.01 and no warmup trains to within {TOLERANCE:.2f} of AdamW with warmup: "
+            f"{paper:.3f} against {warmup:.3f}",
+            paper <= warmup + TOLERANCE and paper < unigram,
+        ),
+        Claim(
+            f"AdamW² with τ = auto and no warmup ends no worse than AdamW with warmup: {auto:.3f} against {warmup:.3f}",
+            auto <= warmup and auto < unigram,
+        ),
+    ]
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """What goes into `results.json`."""
+    return {
+        "unigram_entropy": results.unigram_entropy,
+        "runs": {
+            name: {
+                "title": result.run.title,
+                "validation_loss": _finite(result.validation_loss),
+                "seconds": result.seconds,
+                "clipped_share": result.clipped_share,
+                "optimizer": result.config["optimizer"],
+            }
+            for name, result in results.runs.items()
+        },
+        "claims": [{"claim": claim.text, "holds": claim.holds} for claim in claims(results)],
+        "setting": results.setting,
+    }
+
+
+def table(results: Results) -> str:
+    """The final numbers, aligned for a terminal."""
+    head = ("", "validation loss", "against warmup", "clipped", "time")
+    rows = [head, *(row(results, result) for result in results.runs.values())]
+    rows.append(("unigram entropy", f"{results.unigram_entropy:.3f}", "", "", ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "   ".join([cells[0].ljust(widths[0]), *(map(str.rjust, cells[1:], widths[1:]))]).rstrip() for cells in rows
+    ]
+    rule = "─" * (sum(widths) + 3 * (len(widths) - 1))
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def row(results: Results, result: RunResult) -> tuple[str, str, str, str, str]:
+    """One run's cells: title, validation loss, difference to the warmup run, share of clipped rates, seconds."""
+    warmup = result.run is ADAMW_WARMUP
+    share = result.clipped_share
+    return (
+        result.run.title,
+        f"{result.validation_loss:.3f}",
+        "–" if warmup else signed(result.validation_loss - results.loss(ADAMW_WARMUP)),
+        "–" if share is None else f"{share:.0%}",
+        f"{result.seconds:.0f} s",
+    )
+
+
+def signed(value: float) -> str:
+    """A difference with its sign, and a true minus."""
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
