@@ -40,16 +40,16 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     demo = commands.add_parser(
         "demo",
         help="pretrain a small GPT four times and compare",
-        description="Pretrains a small GPT on the Python standard library's sources under DeepSpeed ZeRO-2: AdamW without "
-        "and with warmup, AdamW² without warmup at τ = 0.01 and τ = auto. Uses all GPUs, or the CPU and gloo "
-        "(DS_ACCELERATOR=cpu forces that). Writes OUT/report.html, OUT/results.json and each run's log.jsonl; exits "
-        "with 1 if a claim about the final losses is not met.",
+        description="Pretrains a small GPT on the Python standard library's sources under DeepSpeed ZeRO-2: AdamW "
+        "without and with warmup, AdamW² without warmup at τ = 0.01 and τ = auto. Uses all GPUs, or the CPU and "
+        "gloo (DS_ACCELERATOR=cpu forces that). Writes OUT/report.html, OUT/results.json and each run's log.jsonl; "
+        "exits with 1 if a claim about the final losses is not met.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="the folder that everything is written to")
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to")
     demo.add_argument("--steps", type=_at_least(2), default=400, help="training steps of each run")
-    demo.add_argument("--seed", type=_at_least(0), default=0, help="seed of the initial weights and of the batches")
-    demo.add_argument("--procs", type=_at_least(1), help="processes to train on (default: the number of GPUs, 2 on CPU)")
+    demo.add_argument("--seed", type=_at_least(0), default=0, help="seed of the weights and batches")
+    demo.add_argument("--procs", type=_at_least(1), help="processes; None: one per GPU, 2 on CPU")
     demo.set_defaults(command=_demo)
 
 

@@ -115,3 +115,10 @@ def test_an_overflow_step_changes_nothing(result: dict[str, Any], world: int, ca
 @pytest.mark.parametrize(("world", "case"), [p for p in ALL if p.values[1]["stage"] > 0])
 def test_matrices_straddle_ranks_in_mid_row(result: dict[str, Any], world: int, case: dict[str, Any]) -> None:
     assert len(result["straddled"]) >= (1 if "tp" in case else 2)
+
+
+def test_collectives_per_step_are_the_same_for_2_and_for_48_layers() -> None:
+    output = torchrun(Path(__file__).with_name("collectives_worker.py"), 2)
+    table = json.loads(next(line for line in output.splitlines() if "collectives {" in line).split("collectives ")[1])
+    print(f"collectives per step with 2 and with 48 layers: {table}")
+    assert table == {f"ZeRO-{stage}": [4, 4] for stage in (1, 2, 3)}  # two per power iteration

@@ -1,7 +1,7 @@
 """Line charts as inline SVG: axes, reference lines, bands, labels at the line ends.
 
-Colours are CSS values and text takes its colour from the page, so that a chart follows the page into dark mode. The page's
-script reads the values under the pointer back from the `data-` attributes and the polylines.
+Colours are CSS values and text takes its colour from the page, so that a chart follows the page into dark mode. The
+page's script reads the values under the pointer back from the `data-` attributes and the polylines.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Axis:
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self, wanted: int) -> list[tuple[float, str]]:
-        """Round values within the range with their labels, about `wanted` of them; the decades of a logarithmic axis."""
+        """Round values in the range with their labels, about `wanted`; on a logarithmic axis the decades."""
         if self.log:
             decades = range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
             return [(10.0**decade, f"10{_superscript(decade)}") for decade in decades]
@@ -56,10 +56,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Rule:
-    """A horizontal reference line with its name."""
+    """A horizontal reference line; its name stands above its right end, or with `at_end` among the lines' labels."""
 
     y: float
     label: str
+    at_end: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,9 @@ class Chart:
     def svg(self) -> str:
         """The chart as an `<svg>` element."""
         top, bottom, left = self.margins
-        box = f'data-box="{left},{self.width - self.right},{top},{self.height - bottom}"'
+        right, base = self.width - self.right, self.height - bottom
+        inner = f'x="{left}" y="{top}" width="{right - left}" height="{base - top}"'
+        box = f'data-box="{left},{right},{top},{base}"'
         x = f'data-x="{self.x.low:g},{self.x.high:g}"'
         y = f'data-y="{self.y.low:g},{self.y.high:g},{"log" if self.y.log else "linear"}"'
         return "".join(
@@ -89,8 +92,7 @@ class Chart:
                 self._frame(),
                 self._axes(),
                 *(self._rule(rule) for rule in self.rules),
-                f'<svg x="{left}" y="{top}" width="{self.width - self.right - left}" height="{self.height - bottom - top}" '
-                f'viewBox="{left} {top} {self.width - self.right - left} {self.height - bottom - top}">',
+                f'<svg {inner} viewBox="{left} {top} {right - left} {base - top}">',
                 *(self._band(line) for line in self.lines),
                 *(self._line(line) for line in self.lines),
                 "</svg>",
@@ -108,7 +110,7 @@ class Chart:
         return self.height - bottom - self.y.fraction(value) * (self.height - bottom - top)
 
     def _frame(self) -> str:
-        top, bottom, left = self.margins
+        top, _, left = self.margins
         return (
             f'<text class="title" x="{left}" y="13">{escape(self.title)}</text>'
             f'<text class="unit" x="{left}" y="{top - 7}">{escape(self.y.label)}</text>'
@@ -120,22 +122,24 @@ class Chart:
         top, bottom, left = self.margins
         right, base = self.width - self.right, self.height - bottom
         parts = []
-        for value, text in self.y.ticks(max(2, (base - top) // 45)):
+        for value, text in self.y.ticks(max(2, (base - top) // 42)):
             y = self._py(value)
             parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            parts.append(f'<text class="tick" x="{left - 6}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
-        for value, text in self.x.ticks(max(2, (right - left) // 110)):
+            tick = f'<text class="tick" x="{left - 6}" y="{y + 3.5:.1f}" text-anchor="end">'
+            parts.append(f"{tick}{text}</text>")
+        for value, text in self.x.ticks(max(2, (right - left) // 75)):
             x = self._px(value)
             parts.append(f'<text class="tick" x="{x:.1f}" y="{base + 14}" text-anchor="middle">{text}</text>')
         parts.append(f'<line class="axis" x1="{left}" x2="{right}" y1="{base}" y2="{base}"/>')
         return "".join(parts)
 
     def _rule(self, rule: Rule) -> str:
-        left, y = self.margins[2], self._py(rule.y)
-        return (
-            f'<line class="rule" x1="{left}" x2="{self.width - self.right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text class="tick" x="{self.width - self.right - 4}" y="{y - 5:.1f}" text-anchor="end">{escape(rule.label)}</text>'
-        )
+        left, right, y = self.margins[2], self.width - self.right, self._py(rule.y)
+        line = f'<line class="rule" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        if rule.at_end:
+            return line
+        text = f'<text class="tick" x="{right}" y="{y - 5:.1f}" text-anchor="end">{escape(rule.label)}</text>'
+        return line + text
 
     def _band(self, line: Line) -> str:
         if line.band is None:
@@ -157,19 +161,18 @@ class Chart:
         return " ".join(f"{self._px(x):.1f},{self._py(y):.2f}" for x, y in drawn)
 
     def _end_labels(self) -> str:
-        labelled = sorted(
-            ((self._py(line.y[-1]), line) for line in self.lines if line.label and math.isfinite(line.y[-1])),
-            key=lambda pair: pair[0],
-        )
+        """The names at the ends of the lines, moved apart where they would overlap."""
+        x = self.width - self.right
+        ends = [(self._py(line.y[-1]), line.label, line.color) for line in self.lines if line.label]
+        ends += [(self._py(rule.y), rule.label, "") for rule in self.rules if rule.at_end]
+        ends = sorted(end for end in ends if math.isfinite(end[0]))
         parts = []
-        places = spread([y for y, _ in labelled], LABEL_GAP)
-        for (y, line), place in zip(labelled, places, strict=True):
-            x = self._px(line.x[-1])
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" style="fill:{line.color}"/>')
-            parts.append(f'<path class="lead" d="M{x + 5:.1f} {y:.1f}L{x + 13:.1f} {place:.1f}"/>')
-            parts.append(
-                f'<text class="end" x="{x + 17:.1f}" y="{place + 4:.1f}" style="fill:{line.color}">{escape(line.label)}</text>'
-            )
+        places = spread([y for y, _, _ in ends], LABEL_GAP)
+        for (y, label, color), place in zip(ends, places, strict=True):
+            style = f' style="fill:{color}"' if color else ""
+            dot = f'<circle cx="{x}" cy="{y:.1f}" r="3.5"{style}/>' if color else ""
+            parts.append(f'{dot}<path class="lead" d="M{x + 5} {y:.1f}L{x + 14} {place:.1f}"/>')
+            parts.append(f'<text class="end" x="{x + 18}" y="{place + 4:.1f}"{style}>{escape(label)}</text>')
         return "".join(parts)
 
 

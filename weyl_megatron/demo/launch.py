@@ -1,4 +1,4 @@
-"""What `weyl-megatron demo` does: starts the worker under torchrun, shows its progress, judges and reports."""
+"""What `weyl-megatron demo` does: starts the worker under torchrun, shows its progress, reports."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run_demo(out: Path, steps: int, seed: int, processes: int | None) -> int:
         raise RuntimeError("the demo takes DeepSpeed, got none installed: pip install 'weyl-megatron[demo]'")
     devices = choose_devices(processes)
     clear(out)
-    print(f"{len(RUNS)} runs of {steps} steps under DeepSpeed ZeRO-2, {devices}; noise goes to {out / 'worker.log'}\n")
+    print(f"{len(RUNS)} runs of {steps} steps under DeepSpeed ZeRO-2, {devices}, logs in {out}\n")
     train(out, steps, seed, devices)
     return conclude(out)
 
@@ -66,8 +66,9 @@ def clear(out: Path) -> None:
 
 def train(out: Path, steps: int, seed: int, devices: Devices) -> None:
     """Runs the worker to its end, drawing progress; an interrupt or an error here ends it, too."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={devices.processes}"]
-    command += ["-m", "weyl_megatron.demo.train", f"--out={out}", f"--steps={steps}", f"--seed={seed}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={devices.processes}", "-m", "weyl_megatron.demo.train"]
+    command += [f"--out={out}", f"--steps={steps}", f"--seed={seed}"]
     progress = Progress(out, steps, sys.stdout)
     with (out / "worker.log").open("w", encoding="utf-8") as log:
         # A session of its own, so that Ctrl-C reaches the worker once, by way of the `finally` here.
@@ -88,7 +89,7 @@ def train(out: Path, steps: int, seed: int, devices: Devices) -> None:
 
 
 def environment(devices: Devices) -> dict[str, str]:
-    """The worker's environment; without GPUs it names the CPU, where DeepSpeed would look for an accelerator."""
+    """The worker's environment; without GPUs it says so, where DeepSpeed would look for an accelerator."""
     own = {} if devices.gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return {**os.environ, "OMP_NUM_THREADS": "1", **own}
 
@@ -104,7 +105,8 @@ def conclude(out: Path) -> int:
     """Prints the table and the claims, writes `results.json` and the report."""
     results = load_results(out)
     results.setting["machine"] = machine()
-    (out / "results.json").write_text(json.dumps(summary(results), indent=2, ensure_ascii=False), encoding="utf-8")
+    text = json.dumps(summary(results), indent=2, ensure_ascii=False)
+    (out / "results.json").write_text(text + "\n", encoding="utf-8")
     write_report(results, out / "report.html")
     print(f"\n{table(results)}\n")
     return verdict(results, out)

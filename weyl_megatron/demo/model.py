@@ -34,10 +34,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (self._split(linear(x)) for linear in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o(y.transpose(1, 2).flatten(2))
+        out: Tensor = self.o(y.transpose(1, 2).flatten(2))
+        return out
 
     def entropy(self, x: Tensor) -> Tensor:
-        """Entropy of the attention map in nats, one row per head and one column per query, averaged over the batch."""
+        """Entropy of the attention map in nats, (head, query), averaged over the batch."""
         q, k = self._split(self.q(x)).float(), self._split(self.k(x)).float()
         scores = q @ k.transpose(-2, -1) / q.size(-1) ** 0.5
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
@@ -46,7 +47,7 @@ class Attention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         """(batch, time, width) to (batch, head, time, width / heads)."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -58,7 +59,8 @@ class MLP(nn.Module):
         self.proj = nn.Linear(4 * config.width, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.gelu(self.fc(x)))
+        out: Tensor = self.proj(F.gelu(self.fc(x)))
+        return out
 
 
 class Block(nn.Module):
@@ -73,7 +75,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.ln_1(x + self.attn(x))
-        return self.ln_2(x + self.mlp(x))
+        out: Tensor = self.ln_2(x + self.mlp(x))
+        return out
 
 
 class GPT(nn.Module):
@@ -92,7 +95,7 @@ class GPT(nn.Module):
         x = self._embed(tokens)
         for block in self.h:
             x = block(x)
-        logits = self.lm_head(x)
+        logits: Tensor = self.lm_head(x)
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
@@ -103,18 +106,20 @@ class GPT(nn.Module):
         x = self._embed(tokens)
         entropies = []
         for block in self.h:
+            assert isinstance(block, Block)
             entropies.append(block.attn.entropy(x).mean(-1))
             x = block(x)
         return torch.stack(entropies)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if tokens.size(1) > self.config.context:
-            raise ValueError(f"tokens takes at most context = {self.config.context} positions, got {tokens.size(1)}")
-        return self.wte(tokens) + self.wpe(torch.arange(tokens.size(1), device=tokens.device))
+            raise ValueError(f"tokens takes at most {self.config.context} positions, got {tokens.size(1)}")
+        x: Tensor = self.wte(tokens) + self.wpe(torch.arange(tokens.size(1), device=tokens.device))
+        return x
 
 
 def uniform_entropy(context: int) -> float:
-    """What `attention_entropy` gives when every query looks at all its visible keys alike: the mean of log 1 ... log T."""
+    """What `attention_entropy` gives for attention that is uniform over the visible keys: mean log 1 … log T."""
     return torch.arange(1, context + 1).double().log().mean().item()
 
 

@@ -33,7 +33,7 @@ p { margin: 0 0 12px; max-width: 78ch; color: var(--ink-2); }
 p.takeaway { font-size: 18px; color: var(--ink); max-width: 74ch; }
 .tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 14px; margin: 26px 0 18px; }
 .tile { background: var(--card); border: 1px solid var(--edge); border-top: 3px solid var(--run); border-radius: 8px;
-  padding: 14px 16px; display: grid; }
+  padding: 14px 16px; display: grid; align-content: start; }
 .tile b { font-size: 14px; font-weight: 600; color: var(--ink-2); }
 .tile strong { font-size: 34px; line-height: 1.25; letter-spacing: -.02em; font-variant-numeric: tabular-nums; }
 .tile span { font-size: 13px; color: var(--ink-3); }
@@ -42,8 +42,7 @@ ul.claims li::before { display: inline-block; width: 1.5em; font-weight: 700; }
 ul.claims .met::before { content: "✓"; color: var(--good); }
 ul.claims .unmet::before { content: "✗"; color: var(--bad); }
 .card { background: var(--card); border: 1px solid var(--edge); border-radius: 8px; padding: 16px; margin: 10px 0; }
-.grid { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px; }
-.grid.three { grid-template-columns: repeat(3, 1fr); }
+.grid { display: grid; grid-template-columns: repeat(3, 1fr); gap: 14px 18px; }
 figure { margin: 0; min-width: 0; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 13px; color: var(--ink-2); margin: 0 0 10px; }
 .legend span::before { content: ""; display: inline-block; width: 16px; height: 0; border-top: 3px solid var(--run);
@@ -84,21 +83,21 @@ dl { margin: 0; font-size: 14px; }
 dt { font-weight: 600; }
 dd { margin: 0 0 10px; color: var(--ink-2); }
 @media (max-width: 860px) {
-  .tiles, .grid, .grid.three { grid-template-columns: repeat(2, 1fr); }
+  .tiles, .grid { grid-template-columns: repeat(2, 1fr); }
   .columns { grid-template-columns: 1fr; }
 }
-@media (max-width: 520px) { .grid, .grid.three { grid-template-columns: 1fr; } }
+@media (max-width: 520px) { .grid { grid-template-columns: 1fr; } }
 </style>
 </head>
 <body>
 <main>
-<h1>AdamW² trains without warmup</h1>
+<h1>$headline</h1>
 <p class="takeaway">$takeaway</p>
 <div class="tiles">$tiles</div>
 <ul class="claims">$claims</ul>
 
 <h2>Loss</h2>
-<p>Training loss of the four runs, a centred running mean. The numbers above are mean losses on held-out files after the last
+<p>Training loss of the four runs, smoothed. The numbers above are mean losses on held-out files after the last
 step. A model at the unigram entropy has learned how often each byte occurs and nothing about its context.</p>
 <div class="card">$loss</div>
 
@@ -113,9 +112,10 @@ the dashed schedule is a matrix being clipped; where they meet, the step is Adam
 
 <h2>Attention entropy</h2>
 <p>Mean over the heads of a layer, and the range between its heads, on fixed held-out text. At the dotted line every query looks
-at all its visible keys alike: attention that stays there has collapsed, and passes on nothing but an average.</p>
+at all its visible keys alike: attention that stays there has collapsed, and passes on nothing but an average. Layer 1 reads
+the raw embeddings, which are too small for its scores to leave zero in any run.</p>
 <div class="legend">$legend</div>
-<div class="card grid three">$entropy</div>
+<div class="card grid">$entropy</div>
 
 <h2>The numbers</h2>
 <div class="card"><table class="runs">

@@ -28,7 +28,9 @@ class Progress:
 
     def update(self) -> None:
         """Draws what has been logged since the last call."""
-        if not any(self._drain(run) for run in RUNS) and self.live and not self._started():
+        for run in RUNS:
+            self._drain(run)
+        if self.live and not self._started():
             self._draw(f"starting the processes … {time.monotonic() - self.began:.0f} s")
 
     def close(self) -> None:
@@ -40,24 +42,25 @@ class Progress:
     def _started(self) -> bool:
         return any(log.position for log in self.logs.values())
 
-    def _drain(self, run: Run) -> bool:
+    def _drain(self, run: Run) -> None:
         records = self.logs[run.name].read()
         for record in records:
             if record["event"] == "end":
                 self.finished.append(record["elapsed"])
-                self._line(f"{run.title:<{self.width}}  validation loss {record['validation_loss']:.3f}"
-                           f"  in {record['elapsed']:.0f} s")
+                final = f"validation loss {record['validation_loss']:.3f}  in {record['elapsed']:.0f} s"
+                self._line(f"{run.title:<{self.width}}  {final}")
             elif record["event"] == "step" and not self.live and record["step"] % LINE_EVERY == 0:
                 self._line(self._describe(run, record))
         if self.live and records and records[-1]["event"] == "step":
             self._draw(self._describe(run, records[-1]))
-        return bool(records)
 
     def _describe(self, run: Run, record: dict[str, Any]) -> str:
         step = record["step"]
         done = BAR * step // self.steps
         bar = f"{'━' * done}{'·' * (BAR - done)}  " if self.live else ""
-        clipped = f"clipped {record['clipped']:>2}/{record['matrices']} matrices  " if "clipped" in record else ""
+        clipped = (
+            f"clipped {record['clipped']:>2}/{record['matrices']} matrices  " if "clipped" in record else ""
+        )
         left = self._seconds_left(record)
         return (
             f"{run.title:<{self.width}}  {bar}step {step:>{len(str(self.steps))}}/{self.steps}  "
@@ -66,7 +69,7 @@ class Progress:
 
     def _seconds_left(self, record: dict[str, Any]) -> int:
         """The rest of this run at its own pace, and of the runs to come at the mean pace so far."""
-        this = record["elapsed"] / record["step"] * self.steps
+        this: float = record["elapsed"] / record["step"] * self.steps
         later = len(RUNS) - len(self.finished) - 1
         mean = (sum(self.finished) + this) / (len(self.finished) + 1)
         return round(this - record["elapsed"] + later * mean)

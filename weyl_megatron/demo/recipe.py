@@ -26,8 +26,6 @@ class Run:
     warmup: bool = False
 
 
-
-
 def _params(**more: Any) -> dict[str, Any]:
     # torch_adam: DeepSpeed's own AdamW is a kernel that compiles for minutes where there is no GPU. AdamW² ignores it.
     return {"lr": PEAK_LR, "betas": [0.9, 0.95], "weight_decay": 0.1, **more, "torch_adam": True}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Sequence
 from html import escape
@@ -25,14 +26,15 @@ from weyl_megatron.demo.results import Results, RunResult, claims, row
 
 COLORS = {run.name: f"var(--{run.name})" for run in RUNS}
 KINDS = {
-    "q": "query W_q",
-    "k": "key W_k",
-    "v": "value W_v",
-    "o": "attention output W_o",
+    "q": "query",
+    "k": "key",
+    "v": "value",
+    "o": "attention output",
     "fc": "MLP in",
     "proj": "MLP out",
-    "embedding": "embeddings",
-    "head": "head",
+    "wte": "token embedding",
+    "wpe": "position embedding",
+    "lm_head": "head",
 }
 
 
@@ -44,16 +46,19 @@ def write_report(results: Results, path: Path) -> None:
 def sections(results: Results) -> dict[str, str]:
     """The values of the page's placeholders."""
     layers = results.setting["model"]["layers"]
+    judged = claims(results)
     return {
+        "headline": "AdamW² trains without warmup" if all(claim.holds for claim in judged) else "A claim is not met",
         "takeaway": takeaway(results),
-        "tiles": "".join(tile(result) for result in results.runs.values()),
+        "tiles": "".join(tile(results, result) for result in results.runs.values()),
         "claims": "".join(
-            f'<li class="{"met" if claim.holds else "unmet"}">{escape(claim.text)}</li>' for claim in claims(results)
+            f'<li class="{"met" if claim.holds else "unmet"}">{escape(claim.text)}</li>'
+            for claim in judged
         ),
         "legend": legend(),
         "loss": loss_chart(results).svg(),
-        "rates_paper": small_multiples(results.runs[ADAMW2.name], layers),
-        "rates_auto": small_multiples(results.runs[ADAMW2_AUTO.name], layers),
+        "rates_paper": rate_charts(results.runs[ADAMW2.name], layers),
+        "rates_auto": rate_charts(results.runs[ADAMW2_AUTO.name], layers),
         "depths": depth_legend(layers),
         "entropy": "".join(f"<figure>{chart.svg()}</figure>" for chart in entropy_charts(results)),
         "rows": "".join(table_row(results, result) for result in results.runs.values()),
@@ -75,10 +80,14 @@ def takeaway(results: Results) -> str:
     )
 
 
-def tile(result: RunResult) -> str:
-    """A run's final number, large."""
-    share = result.clipped_share
-    note = "nothing is clipped" if share is None else f"{share:.0%} of matrix-steps clipped"
+def tile(results: Results, result: RunResult) -> str:
+    """A run's final number, large, and what there is to say about it."""
+    if result.clipped_share is not None:
+        note = f"{result.clipped_share:.0%} of matrix-steps clipped"
+    elif result.run.warmup:
+        note = f"warmup over {warmup_steps(results.setting['steps'])} of {results.setting['steps']} steps"
+    else:
+        note = f"the unigram entropy is {results.unigram_entropy:.3f}"
     return (
         f'<div class="tile" style="--run:{COLORS[result.run.name]}"><b>{escape(result.run.title)}</b>'
         f"<strong>{result.validation_loss:.3f}</strong><span>{note}</span></div>"
@@ -101,17 +110,17 @@ def loss_chart(results: Results) -> Chart:
         x=Axis("step", 0, steps),
         y=Axis("training loss, nats per byte", lowest - 0.1, results.unigram_entropy + 0.7),
         lines=lines,
-        rules=[Rule(results.unigram_entropy, f"unigram entropy {results.unigram_entropy:.3f}")],
+        rules=[Rule(results.unigram_entropy, "unigram entropy", at_end=True)],
         width=1080,
         height=420,
-        right=190,
+        right=150,
         margins=(24, 32, 46),
     )
 
 
 def loss_line(result: RunResult, steps: int) -> Line:
-    """One run's training loss as a centred running mean."""
-    losses = smooth([record["loss"] for record in result.steps], reach=steps // 40)
+    """One run's training loss, smoothed."""
+    losses = smooth([record["loss"] for record in result.steps], reach=max(1, steps // 15))
     return Line(
         name=result.run.title,
         x=[record["step"] for record in result.steps],
@@ -123,57 +132,56 @@ def loss_line(result: RunResult, steps: int) -> Line:
 
 
 def smooth(values: Sequence[float], reach: int) -> list[float]:
-    """The mean of each value and its neighbours up to `reach` away, as many on either side as there are on both."""
+    """The mean of each value and its neighbours less than `reach` away, the nearer the heavier (a Hann window)."""
+    weights = {offset: 1 + math.cos(math.pi * offset / reach) for offset in range(1 - reach, reach)}
     means = []
     for index in range(len(values)):
-        near = min(reach, index, len(values) - 1 - index)
-        window = values[index - near : index + near + 1]
-        means.append(sum(window) / len(window))
+        near = {offset: weight for offset, weight in weights.items() if 0 <= index + offset < len(values)}
+        total = sum(weight * values[index + offset] for offset, weight in near.items())
+        means.append(total / sum(near.values()))
     return means
 
 
-def place(matrix: str) -> tuple[str, int | None, str]:
-    """A matrix's kind, its layer (None outside the layers) and the name to show."""
+def place(matrix: str) -> tuple[str, int | None]:
+    """A matrix's kind, and its layer where it is in one."""
     inside = re.fullmatch(r"h\.(\d+)\.(?:attn|mlp)\.(\w+)\.weight", matrix)
-    if inside:
-        layer = int(inside[1])
-        return inside[2], layer, f"layer {layer + 1}"
-    if matrix == "lm_head.weight":
-        return "head", None, "head"
-    return "embedding", None, {"wte.weight": "tokens", "wpe.weight": "positions"}.get(matrix, matrix)
+    return (inside[2], int(inside[1])) if inside else (matrix.removesuffix(".weight"), None)
 
 
-def small_multiples(result: RunResult, layers: int) -> str:
-    """The α_t of every matrix of a run beside the schedule, one chart per kind."""
-    snapshots = [record for record in result.steps if record.get("alpha")]
-    steps = [record["step"] for record in snapshots]
-    lines: dict[str, list[Line]] = {
-        kind: [Line("schedule", steps, [record["lr"] for record in snapshots], "var(--ink-3)", dashed=True, width=1)]
-        for kind in KINDS
-    }
-    for number, matrix in enumerate(snapshots[0]["alpha"]):
-        kind, layer, name = place(matrix)
-        color = depth_color(number if layer is None else layer, 2 if layer is None else layers)
-        lines[kind].append(Line(name, steps, [record["alpha"][matrix] for record in snapshots], color, width=1.25))
-    axes = Axis("step", 0, len(result.steps)), Axis("rate α (log scale)", lowest_rate(result) * 0.8, PEAK_LR * 1.4, log=True)
-    charts = (Chart(title, *axes, lines[kind]) for kind, title in KINDS.items())
+def rate_charts(result: RunResult, layers: int) -> str:
+    """The rate of every matrix of a run beside the schedule, one chart per kind."""
+    logged = [record for record in result.steps if record.get("alpha")]
+    steps = [record["step"] for record in logged]
+    schedule = Line("schedule", steps, [record["lr"] for record in logged], "var(--ink-3)", dashed=True, width=1)
+    lines = {kind: [schedule] for kind in KINDS}
+    for matrix in logged[0]["alpha"]:
+        kind, layer = place(matrix)
+        name, color = ("α", "var(--ink)") if layer is None else (f"layer {layer + 1}", depth_color(layer, layers))
+        lines[kind].append(Line(name, steps, [record["alpha"][matrix] for record in logged], color, width=1.25))
+    x = Axis("step", 0, len(result.steps))
+    y = Axis("rate α, log scale", lowest_rate(result) * 0.8, PEAK_LR * 1.4, log=True)
+    charts = (Chart(title, x, y, lines[kind], width=350, height=190) for kind, title in KINDS.items())
     return "".join(f"<figure>{chart.svg()}</figure>" for chart in charts)
 
 
 def lowest_rate(result: RunResult) -> float:
     """The smallest rate that a matrix got."""
-    return min(rate for record in result.steps for rate in record.get("alpha", {}).values() if rate > 0)
+    rates: list[float] = [rate for record in result.steps for rate in record.get("alpha", {}).values()]
+    return min(rate for rate in rates if rate > 0)
 
 
 def depth_color(layer: int, layers: int) -> str:
-    """A layer's colour, from violet (first) to orange (last), readable on light and on dark ground."""
+    """A layer's colour, from blue (first) to orange (last), readable on light and on dark ground."""
     fraction = layer / max(1, layers - 1)
-    return f"hsl({265 + 125 * fraction:.0f} 70% {58 - 6 * fraction:.0f}%)"
+    return f"hsl({235 + 160 * fraction:.0f} 68% {57 - 5 * fraction:.0f}%)"
 
 
 def depth_legend(layers: int) -> str:
     """The layers and their colours."""
-    names = (f'<span style="--run:{depth_color(layer, layers)}">layer {layer + 1}</span>' for layer in range(layers))
+    names = (
+        f'<span style="--run:{depth_color(layer, layers)}">layer {layer + 1}</span>'
+        for layer in range(layers)
+    )
     return "".join(names) + '<span class="dashed">schedule</span>'
 
 
@@ -181,7 +189,9 @@ def entropy_charts(results: Results) -> list[Chart]:
     """Attention entropy, one chart per layer: each run's mean over the heads and their range."""
     uniform = results.setting["uniform_entropy"]
     layers = results.setting["model"]["layers"]
-    lowest = min(min(map(min, record["entropy"])) for result in results.runs.values() for record in snapshots(result))
+    lowest = min(
+        min(map(min, record["entropy"])) for result in results.runs.values() for record in snapshots(result)
+    )
     return [
         Chart(
             title=f"layer {layer + 1}",

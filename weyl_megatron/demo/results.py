@@ -28,7 +28,7 @@ class RunResult:
 
     @property
     def clipped_share(self) -> float | None:
-        """The share of all (matrix, step) pairs whose rate was clipped; None for an optimizer that does not clip."""
+        """The share of all (matrix, step) pairs that were clipped; None for an optimizer that does not clip."""
         pairs = sum(record.get("matrices", 0) for record in self.steps)
         return sum(record.get("clipped", 0) for record in self.steps) / pairs if pairs else None
 
@@ -42,7 +42,7 @@ class Results:
 
     @property
     def unigram_entropy(self) -> float:
-        """Nats per byte that a model scores which has learned the frequencies of the bytes and nothing else."""
+        """The loss of a model that has learned the frequencies of the bytes and nothing else, nats per byte."""
         return float(self.setting["text"]["unigram_entropy"])
 
     def loss(self, run: Run) -> float:
@@ -68,7 +68,9 @@ def _load_run(run: Run, log: Path) -> RunResult:
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     start, *steps, end = records
     if end["event"] != "end":
-        raise RuntimeError(f"{log} takes an 'end' record as its last line, got {end['event']!r}: the run did not finish")
+        raise RuntimeError(
+            f"{log} takes an 'end' record as its last, got {end['event']!r}: an unfinished run"
+        )
     return RunResult(run, start["config"], steps, end["validation_loss"], end["elapsed"])
 
 
@@ -88,7 +90,8 @@ def claims(results: Results) -> list[Claim]:
             paper <= warmup + TOLERANCE and paper < unigram,
         ),
         Claim(
-            f"AdamW² with τ = auto and no warmup ends no worse than AdamW with warmup: {auto:.3f} against {warmup:.3f}",
+            f"AdamW² with τ = auto and no warmup trains to no worse than AdamW with warmup: "
+            f"{auto:.3f} against {warmup:.3f}",
             auto <= warmup and auto < unigram,
         ),
     ]
@@ -119,15 +122,14 @@ def table(results: Results) -> str:
     rows = [head, *(row(results, result) for result in results.runs.values())]
     rows.append(("unigram entropy", f"{results.unigram_entropy:.3f}", "", "", ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "   ".join([cells[0].ljust(widths[0]), *(map(str.rjust, cells[1:], widths[1:]))]).rstrip() for cells in rows
-    ]
+    aligned = ([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])] for cells in rows)
+    lines = ["   ".join(cells).rstrip() for cells in aligned]
     rule = "─" * (sum(widths) + 3 * (len(widths) - 1))
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
 def row(results: Results, result: RunResult) -> tuple[str, str, str, str, str]:
-    """One run's cells: title, validation loss, difference to the warmup run, share of clipped rates, seconds."""
+    """One run's cells: title, validation loss, difference to the warmup run, share of clipped rates, time."""
     warmup = result.run is ADAMW_WARMUP
     share = result.clipped_share
     return (

@@ -1,6 +1,6 @@
 """The worker that torchrun starts on every rank: trains the runs one after another and logs them.
 
-`train` is what a user's own script would hold. It never names the optimizer: DeepSpeed finds it from the JSON.
+`train` is what a user's own script would hold. It never names the optimizer: DeepSpeed finds it by the JSON.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def mean_over_ranks(value: Tensor) -> float:
 @torch.no_grad()
 def validation_loss(engine: Any, batches: Batches) -> float:
     """The mean loss on the validation sequences, each rank doing its share of the chunks."""
-    inputs, targets = (part.split(VALIDATION_CHUNK) for part in batches.validation)
+    inputs, targets = (torch.split(part, VALIDATION_CHUNK) for part in batches.validation)
     mine = range(dist.get_rank(), len(inputs), dist.get_world_size())
     losses = [engine.module(inputs[chunk], targets[chunk]).float() for chunk in mine]
     total = torch.stack(losses).sum() if losses else torch.zeros((), device=batches.device)
@@ -100,7 +100,7 @@ class Log:
             self._write("start", {"run": run.name, "steps": steps, "config": config})
 
     def step(self, engine: Any, step: int, loss: float, lr: float, batches: Batches) -> None:
-        """Writes one step: its loss, its scheduled rate, how many matrices were clipped, and now and then the details."""
+        """Writes one step: loss, scheduled rate, how many matrices were clipped, and now and then the details."""
         if self.file is None:
             return
         stats = matrix_stats(engine)
@@ -131,8 +131,8 @@ class Log:
 
 def matrix_stats(engine: Any) -> Mapping[str, Any]:
     """What the last step did to each matrix; nothing where the optimizer does not tell."""
-    optimizer = engine.basic_optimizer
-    return optimizer.stats() if hasattr(optimizer, "stats") else {}
+    stats: Mapping[str, Any] = getattr(engine.basic_optimizer, "stats", dict)()
+    return stats
 
 
 def load_batches(steps: int, seed: int, device: torch.device) -> tuple[Batches, dict[str, Any]]:
@@ -174,8 +174,8 @@ def describe(steps: int, seed: int, facts: dict[str, Any], device: torch.device)
 def forgo_compiled_collectives() -> None:
     """Keeps DeepSpeed to gloo between CPU processes.
 
-    Its shared-memory collectives need a C++ compiler and up to a minute at first use, and wait by spinning, which costs
-    more than it gains where processes share cores.
+    Its shared-memory collectives need a C++ compiler and up to a minute at first use, and wait by spinning, which
+    costs more than it gains where processes share cores.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 

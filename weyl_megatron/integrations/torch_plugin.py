@@ -1,16 +1,28 @@
 """The entry point of the group ``torch.backends`` that PyTorch calls at the end of ``import torch`` (2.5 and newer).
 
-It puts AdamW2 on ``torch.optim``, where DeepSpeed looks up every optimizer name that it does not know itself.
-Switched off, with all other plugins, by ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``.
+It makes ``torch.optim.AdamW2`` resolvable, which is where DeepSpeed looks up every optimizer name that it does not
+know itself. Switched off, with all other plugins, by ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 
 def register() -> None:
-    """Make ``torch.optim.AdamW2`` resolvable."""
-    import torch
+    """Let ``torch.optim`` import AdamW2 when it is asked for: every ``import torch`` pays for what is done here."""
+    import torch.optim
 
-    from weyl_megatron.optimizer import AdamW2
+    known = getattr(torch.optim, "__getattr__", None)
 
-    torch.optim.AdamW2 = AdamW2  # type: ignore[attr-defined]
+    def resolve(name: str) -> Any:
+        if name == "AdamW2":
+            from weyl_megatron.optimizer import AdamW2
+
+            torch.optim.AdamW2 = AdamW2  # type: ignore[attr-defined]
+            return AdamW2
+        if known is not None:
+            return known(name)
+        raise AttributeError(f"module 'torch.optim' has no attribute {name!r}")
+
+    torch.optim.__getattr__ = resolve  # type: ignore[method-assign]

@@ -1,0 +1,56 @@
+"""torchrun worker: counts the collectives of one optimizer step under ZeRO-1, 2 and 3 for few and for many layers."""
+
+from __future__ import annotations
+
+import json
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+
+def collectives(stage: int, layers: int) -> int:
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(*[torch.nn.Linear(16, 16) for _ in range(layers)])
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW2", "params": {"lr": 1e-2}},
+        "zero_optimization": {"stage": stage},
+    }
+    engine, _, _, _ = deepspeed.initialize(model=net, model_parameters=net.parameters(), config=config)
+    optimizer, counted = engine.basic_optimizer, [0]
+    step, names = optimizer.step, [n for n in dir(dist) if n.startswith(("all_", "reduce", "broadcast", "gather", "send"))]
+
+    def counting_step() -> None:
+        originals = {name: getattr(dist, name) for name in names}
+
+        def counter(function: object) -> object:
+            def call(*args: object, **kwargs: object) -> object:
+                counted[0] += 1
+                return function(*args, **kwargs)  # type: ignore[operator]
+
+            return call
+
+        for name, function in originals.items():
+            setattr(dist, name, counter(function))
+        step()
+        for name, function in originals.items():
+            setattr(dist, name, function)
+
+    optimizer.step = counting_step
+    for _ in range(3):  # the second and later steps are the usual ones
+        counted[0] = 0
+        engine.backward(engine(torch.randn(1, 16)).square().mean())
+        engine.step()
+    return counted[0]
+
+
+def main() -> None:
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    table = {f"ZeRO-{stage}": [collectives(stage, layers) for layers in (2, 48)] for stage in (1, 2, 3)}
+    if dist.get_rank() == 0:
+        print("collectives " + json.dumps(table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests import net as nets
+from tests.launch import torchrun
+from weyl_megatron import AdamW2, MatrixStats
+from weyl_megatron.reference import AdamW2Reference, exact_sigma
+
+INFINITE = float("inf")
+
+
+class Mixed(nn.Module):
+    """Every kind of parameter: matrices, gains, biases, a convolution, stacked experts, a frozen one, an unused one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 2)
+        self.norm = nn.LayerNorm(6)
+        self.experts = nn.Parameter(torch.randn(2, 6, 5) * 0.3)
+        self.head = nn.Linear(5, 4)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.conv(x).mean((2, 3)))
+        return self.frozen(self.head(torch.einsum("bi,eio->bo", x, self.experts).tanh())).square().mean()
+
+
+def train(
+    make: Callable[[nn.Module], torch.optim.Optimizer], steps: int = 20, model: type[nn.Module] = Mixed
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    net = model()
+    optimizer = make(net)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        net(torch.randn(4, 3, 5, 5)).backward()
+        optimizer.step()
+        schedule.step()
+    return net, optimizer
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_with_infinite_tau_it_is_torch_s_adamw_bit_for_bit(weight_decay: float) -> None:
+    options: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": weight_decay}
+    theirs, adamw = train(lambda net: torch.optim.AdamW(net.parameters(), **options))
+    ours, adamw2 = train(lambda net: AdamW2(net.named_parameters(), tau=INFINITE, **options))
+    for (name, one), other in zip(theirs.named_parameters(), ours.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    for one, other in zip(theirs.parameters(), ours.parameters(), strict=True):
+        assert adamw.state[one].keys() == adamw2.state[other].keys()
+        assert all(torch.equal(value, adamw2.state[other][key]) for key, value in adamw.state[one].items())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_it_follows_the_reference(dtype: torch.dtype, tolerance: float) -> None:
+    net = nets.make_net().to(dtype)
+    twin = copy.deepcopy(net)
+    options: dict[str, Any] = {"lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.1, "tau": 0.01}
+    optimizer = AdamW2(net.named_parameters(), **options)
+    reference = AdamW2Reference(twin.named_parameters(), **options)
+    for batch in nets.batches(1).flatten(0, 2).repeat(2, 1, 1)[:50]:
+        for each, step in ((net, optimizer.step), (twin, reference.step)):
+            each.zero_grad()
+            each(batch).backward()
+            step()
+    rates = {name: entry.lr for name, entry in optimizer.stats().items()}
+    assert any(rate < 0.02 for rate in rates.values())
+    for (name, one), other in zip(net.named_parameters(), twin.parameters(), strict=True):
+        # A handful of roundings of float64; of float32, carried through 50 steps.
+        assert torch.allclose(one, other, rtol=0, atol=tolerance * float(other.detach().abs().max()) * 10), name
+
+
+def test_stats_say_what_the_step_did() -> None:
+    net, optimizer = train(lambda net: AdamW2(net.named_parameters(), lr=0.02, tau=0.003), steps=1)
+    torch.manual_seed(0)
+    before = dict(Mixed().named_parameters())
+    stats = optimizer.stats()  # type: ignore[attr-defined]
+    assert set(stats) == {"conv.weight", "experts[0]", "experts[1]", "head.weight", "unused.weight"}
+    entry = stats["conv.weight"]
+    assert isinstance(entry, MatrixStats) and entry.clipped and entry.tau == 0.003
+    assert entry.sigma_weight == pytest.approx(exact_sigma(before["conv.weight"].detach().flatten(1)), rel=1e-4)
+    assert entry.lr == pytest.approx(0.003 * entry.sigma_weight / entry.sigma_update, rel=1e-6)
+    assert stats["unused.weight"] == MatrixStats(stats["unused.weight"].sigma_weight, 0.0, 0.02, False, 0.003)
+
+
+@pytest.mark.parametrize("part", ["conv", "experts"])
+def test_convolutions_and_experts_move_as_the_matrices_they_are(part: str) -> None:
+    """Against the reference on 2-D views of the same gradients."""
+    torch.manual_seed(0)
+    shape = (6, 3, 2, 2) if part == "conv" else (2, 6, 5)
+    weight = nn.Parameter(torch.randn(shape))
+    pieces = [weight.detach().clone().flatten(1)] if part == "conv" else list(weight.detach().clone())
+    names = ["w"] if part == "conv" else ["w[0]", "w[1]"]
+    reference = AdamW2Reference(zip(names, pieces, strict=True), lr=0.05, tau=0.01)
+    optimizer = AdamW2([("w", weight)], lr=0.05, tau=0.01)
+    for _ in range(10):
+        weight.grad = torch.randn(shape)
+        grads = [weight.grad.flatten(1)] if part == "conv" else list(weight.grad)
+        for piece, grad in zip(pieces, grads, strict=True):
+            piece.grad = grad
+        optimizer.step()
+        reference.step()
+    moved = weight.detach().flatten(1) if part == "conv" else weight.detach()
+    expected = pieces[0] if part == "conv" else torch.stack(pieces)
+    assert torch.allclose(moved, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24)], ids=["rows (nanoGPT)", "columns (Conv1D)"])
+def test_gpt2_s_stacked_qkv_takes_three_rates(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    axis = 0 if shape[0] == 24 else 1
+    weight = nn.Parameter(torch.randn(shape) * torch.repeat_interleave(torch.tensor([1.0, 0.1, 3.0]), 8).unsqueeze(1 - axis))
+    pieces = [piece.clone() for piece in weight.detach().chunk(3, axis)]
+    name = "h.0.attn.c_attn.weight"
+    reference = AdamW2Reference(zip([f"{name}[{x}]" for x in "qkv"], pieces, strict=True), lr=0.05, tau=0.01)
+    optimizer = AdamW2([(name, weight)], lr=0.05, tau=0.01)
+    for _ in range(10):
+        weight.grad = torch.randn(shape)
+        for piece, grad in zip(pieces, weight.grad.chunk(3, axis), strict=True):
+            piece.grad = grad
+        optimizer.step()
+        reference.step()
+    assert list(optimizer.stats()) == [f"{name}[{x}]" for x in "qkv"]
+    assert len({entry.lr for entry in optimizer.stats().values()}) == 3
+    assert torch.allclose(weight, torch.cat(pieces, axis), rtol=1e-5, atol=1e-6)
+
+
+def test_vectors_take_the_scheduled_rate_and_are_clipped_where_asked() -> None:
+    def step(**options: Any) -> torch.Tensor:
+        bias = nn.Parameter(torch.full((9,), 0.5))
+        bias.grad = torch.arange(1.0, 10.0)
+        AdamW2([("bias", bias)], lr=0.1, tau=0.01, weight_decay=0.0, **options).step()
+        return bias.detach()
+
+    assert torch.allclose(step(), torch.full((9,), 0.4))
+    assert torch.allclose(step(clip_vectors=True), torch.full((9,), 0.5 * 0.99))
+
+
+@pytest.mark.parametrize("tau", [0.01, "auto"])
+def test_a_zero_initialised_matrix_moves(tau: Any) -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(16, 8))
+    optimizer = AdamW2([("w", weight)], lr=1e-2, tau=tau, io=[] if tau == "auto" else None)
+    for _ in range(20):
+        weight.grad = torch.randn(16, 8)
+        optimizer.step()
+    assert weight.detach().norm() > 1e-3
+
+
+def test_without_the_floor_a_zero_initialised_matrix_stays_zero() -> None:
+    weight = nn.Parameter(torch.zeros(4, 4))
+    weight.grad = torch.ones(4, 4)
+    AdamW2([("w", weight)], floor_std=0).step()
+    assert not weight.detach().any()
+
+
+def test_overrides_and_groups_set_tau_and_exempt_by_pattern() -> None:
+    torch.manual_seed(0)
+    names = ["h.0.a.weight", "h.0.b.weight", "h.1.a.weight", "head.weight"]
+    weights = {name: nn.Parameter(torch.randn(6, 6)) for name in names}
+    groups = [{"params": list(weights.items())[:3]}, {"params": list(weights.items())[3:], "tau": 0.5}]
+    overrides = [{"match": "h.*", "tau": 0.02}, {"match": "h.1.*", "tau": 0.03}, {"match": "*.b.*", "exempt": True}]
+    optimizer = AdamW2(groups, overrides=overrides)
+    for weight in weights.values():
+        weight.grad = torch.randn(6, 6)
+    optimizer.step()
+    assert {name: entry.tau for name, entry in optimizer.stats().items()} == {
+        "h.0.a.weight": 0.02,
+        "h.1.a.weight": 0.03,
+        "head.weight": 0.5,
+    }
+
+
+def test_auto_shares_one_budget_among_hidden_matrices_and_floors_by_xavier() -> None:
+    torch.manual_seed(0)
+    named = [("wte.weight", (20, 8)), ("h.0.c_attn.weight", (24, 8)), ("h.0.fc.weight", (16, 8)), ("lm_head.weight", (20, 8))]
+    params = [(name, nn.Parameter(torch.randn(shape) * 1e-4)) for name, shape in named]
+    for _, param in params:
+        param.grad = torch.randn_like(param)
+    optimizer = AdamW2(params, lr=1.0, tau="auto")
+    optimizer.step()
+    stats = optimizer.stats()
+    assert {name for name, entry in stats.items() if entry.tau == 0.1} == {"wte.weight", "lm_head.weight"}
+    assert {entry.tau for name, entry in stats.items() if name.startswith("h.")} == {0.144 / 4}  # q, k, v, fc
+    floor = (2 / 24) ** 0.5 * (16**0.5 + 8**0.5)
+    assert stats["h.0.fc.weight"].lr == pytest.approx(0.144 / 4 * floor / stats["h.0.fc.weight"].sigma_update)
+
+
+def test_channels_last_convolutions_are_the_same_matrices() -> None:
+    torch.manual_seed(0)
+    plain = nn.Parameter(torch.randn(6, 3, 4, 4))
+    last = nn.Parameter(plain.detach().clone(memory_format=torch.channels_last))
+    optimizers = [AdamW2([("w", plain)], lr=0.05), AdamW2([("w", last)], lr=0.05)]
+    for _ in range(5):
+        grad = torch.randn(6, 3, 4, 4)
+        for weight, optimizer in zip((plain, last), optimizers, strict=True):
+            weight.grad = grad.clone()
+            optimizer.step()
+    # Both estimate the same σ₁, from other start vectors; cold iterations bring either within 1e-3 of it.
+    assert optimizers[0].stats()["w"].sigma_weight == pytest.approx(optimizers[1].stats()["w"].sigma_weight, rel=1e-3)
+    assert torch.allclose(plain, last, rtol=1e-3, atol=1e-4)
+
+
+def test_checkpoints_travel_from_adamw_and_back() -> None:
+    _, adamw = train(lambda net: torch.optim.AdamW(net.parameters(), lr=1e-3), steps=3)
+    net, adamw2 = train(lambda net: AdamW2(net.parameters(), lr=1e-3), steps=3)
+    adamw2.load_state_dict(adamw.state_dict())
+    net(torch.randn(4, 3, 5, 5)).backward()
+    adamw2.step()
+    assert {float(state["step"]) for state in adamw2.state.values()} == {4.0}
+    assert all(set(state) == {"step", "exp_avg", "exp_avg_sq"} for state in adamw2.state.values())
+    theirs = torch.optim.AdamW(net.parameters())
+    theirs.load_state_dict(adamw2.state_dict())
+    theirs.step()
+
+
+def test_a_resumed_run_goes_on_as_the_uninterrupted_one() -> None:
+    def run(stop: int | None) -> torch.Tensor:
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(20, 12))
+        optimizer = AdamW2([("w", weight)], lr=0.05)
+        grads = torch.randn(12, 20, 12)
+        for step, grad in enumerate(grads):
+            if step == stop:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = AdamW2([("w", weight)], lr=0.05)
+                optimizer.load_state_dict(state)
+            weight.grad = grad
+            optimizer.step()
+        return weight.detach()
+
+    # The power vectors are not saved; those rebuilt from the name find the same σ₁ within 1e-3, times τ = 0.01 a step.
+    assert torch.allclose(run(stop=6), run(stop=None), atol=1e-4)
+
+
+def test_parameters_that_are_frozen_unfrozen_or_added_later_are_stepped() -> None:
+    torch.manual_seed(0)
+    one, two, three = (nn.Parameter(torch.randn(5, 4)) for _ in range(3))
+    two.requires_grad_(False)
+    optimizer = AdamW2([("one", one), ("two", two)], tau=0.01, lr=0.1)
+
+    def step() -> set[str]:
+        for weight in (one, two, three):
+            weight.grad = torch.randn(5, 4) if weight.requires_grad else None
+        optimizer.step()
+        return set(optimizer.stats())
+
+    assert step() == {"one"}
+    two.requires_grad_(True)
+    assert step() == {"one", "two"}
+    optimizer.add_param_group({"params": [("three", three)], "lr": 0.2})
+    assert step() == {"one", "two", "three"}
+    assert optimizer.state[three]["step"] == 1 and optimizer.state[one]["step"] == 3
+
+
+def test_a_closure_s_loss_is_returned() -> None:
+    weight = nn.Parameter(torch.ones(2, 2))
+
+    def closure() -> torch.Tensor:
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    assert AdamW2([weight]).step(closure) == 4.0  # type: ignore[arg-type]
+
+
+def test_what_it_cannot_step_is_named() -> None:
+    ugly: list[tuple[torch.Tensor, str]] = [
+        (torch.ones(2, 2, dtype=torch.complex64), "complex64"),
+        (torch.ones(4, 1).expand(4, 3), "not dense"),
+    ]
+    for tensor, message in ugly:
+        parameter = nn.Parameter(tensor)
+        parameter.grad = torch.ones_like(parameter)
+        with pytest.raises(ValueError, match=f"parameter 'w'.*{message}"):
+            AdamW2([("w", parameter)]).step()
+    table = nn.Embedding(4, 3, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="sparse gradient"):
+        AdamW2(table.named_parameters()).step()
+
+
+def test_a_tensor_that_an_engine_put_in_place_of_the_parameters_is_refused() -> None:
+    optimizer = AdamW2([("h.0.weight", nn.Parameter(torch.ones(3, 3)))])
+    flat = nn.Parameter(torch.ones(9))
+    flat.grad = torch.ones(9)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(ValueError, match=r"an engine replaced parameter 'h.0.weight' .* shape \(9,\)"):
+        optimizer.step()
+
+
+def test_tensor_parallel_marks_without_a_group_are_refused() -> None:
+    weight = nn.Parameter(torch.ones(3, 3))
+    weight.tensor_model_parallel, weight.partition_dim = True, 0  # type: ignore[attr-defined]
+    weight.grad = torch.ones(3, 3)
+    with pytest.raises(ValueError, match="parameter 'w' is tensor-parallel, but no tensor-parallel group is known"):
+        AdamW2([("w", weight)]).step()
+
+
+def test_ddp_trains_as_one_process_and_fsdp_is_refused() -> None:
+    """Two real processes, see ddp_worker.py."""
+    output = torchrun(Path(__file__).with_name("ddp_worker.py"), 2)
+    assert "ddp follows one process" in output
+    assert "fsdp1 refused" in output and "fsdp2 refused" in output
