@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from weyl_megatron import AdamW2
 from weyl_megatron.reference import AdamW2Reference, BlockPower
 
 VOCAB, WIDTH, HIDDEN, LENGTH = 37, 22, 35, 6
@@ -53,11 +54,15 @@ def batches(data_parallel: int) -> Tensor:
 
 
 def one_process(
-    data_parallel: int, dtype: torch.dtype = torch.float32, skip: Callable[[int], bool] = lambda step: False
+    data_parallel: int,
+    dtype: torch.dtype = torch.float32,
+    skip: Callable[[int], bool] = lambda step: False,
+    auto: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Train with the reference on the same global batches; return the fp32 weights and the last step's rates.
 
-    In a lower ``dtype`` the network computes in it and the reference steps fp32 masters, as mixed precision does.
+    In a lower ``dtype`` the network computes in it and the reference steps fp32 masters, as mixed precision does. With
+    ``auto`` it is AdamW2 on whole parameters with tau="auto", which the reference does not know.
     """
     net = make_net().to(dtype)
     masters = {name: p.detach().float().clone().requires_grad_() for name, p in net.named_parameters()}
@@ -69,6 +74,13 @@ def one_process(
         )
         for decay in (OPTIONS["weight_decay"], 0.0)
     ]
+    whole = None
+    if auto:
+        groups = parameter_groups(net)
+        names = {id(p): name for name, p in net.named_parameters()}
+        for group in groups:
+            group["params"] = [(names[id(p)], masters[names[id(p)]]) for p in group["params"]]  # type: ignore[attr-defined]
+        whole = AdamW2(groups, **{**OPTIONS, "tau": "auto"})
     rates: dict[str, float] = {}
     scale = 2.0**12 if dtype == torch.float16 else 1.0  # gradients of fp16 vanish without
     for step, global_batch in enumerate(batches(data_parallel)):
@@ -82,8 +94,12 @@ def one_process(
             (net(micro) * scale).backward()
             for name, p in net.named_parameters():
                 masters[name].grad += p.grad.float() / (len(micros) * scale)
-        for optimizer in decayed:
-            rates |= optimizer.step()
+        if whole is not None:
+            whole.step()
+            rates = {name: entry.lr for name, entry in whole.stats().items()}
+        else:
+            for optimizer in decayed:
+                rates |= optimizer.step()
         with torch.no_grad():
             for name, p in net.named_parameters():
                 p.copy_(masters[name])

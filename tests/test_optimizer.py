@@ -81,7 +81,7 @@ def test_it_follows_the_reference(dtype: torch.dtype, tolerance: float) -> None:
 
 
 def test_stats_say_what_the_step_did() -> None:
-    net, optimizer = train(lambda net: AdamW2(net.named_parameters(), lr=0.02, tau=0.003), steps=1)
+    _, optimizer = train(lambda net: AdamW2(net.named_parameters(), lr=0.02, tau=0.003), steps=1)
     torch.manual_seed(0)
     before = dict(Mixed().named_parameters())
     stats = optimizer.stats()  # type: ignore[attr-defined]
@@ -119,7 +119,9 @@ def test_convolutions_and_experts_move_as_the_matrices_they_are(part: str) -> No
 def test_gpt2_s_stacked_qkv_takes_three_rates(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     axis = 0 if shape[0] == 24 else 1
-    weight = nn.Parameter(torch.randn(shape) * torch.repeat_interleave(torch.tensor([1.0, 0.1, 3.0]), 8).unsqueeze(1 - axis))
+    weight = nn.Parameter(
+        torch.randn(shape) * torch.repeat_interleave(torch.tensor([1.0, 0.1, 3.0]), 8).unsqueeze(1 - axis)
+    )
     pieces = [piece.clone() for piece in weight.detach().chunk(3, axis)]
     name = "h.0.attn.c_attn.weight"
     reference = AdamW2Reference(zip([f"{name}[{x}]" for x in "qkv"], pieces, strict=True), lr=0.05, tau=0.01)
@@ -183,7 +185,12 @@ def test_overrides_and_groups_set_tau_and_exempt_by_pattern() -> None:
 
 def test_auto_shares_one_budget_among_hidden_matrices_and_floors_by_xavier() -> None:
     torch.manual_seed(0)
-    named = [("wte.weight", (20, 8)), ("h.0.c_attn.weight", (24, 8)), ("h.0.fc.weight", (16, 8)), ("lm_head.weight", (20, 8))]
+    named = [
+        ("wte.weight", (20, 8)),
+        ("h.0.c_attn.weight", (24, 8)),
+        ("h.0.fc.weight", (16, 8)),
+        ("lm_head.weight", (20, 8)),
+    ]
     params = [(name, nn.Parameter(torch.randn(shape) * 1e-4)) for name, shape in named]
     for _, param in params:
         param.grad = torch.randn_like(param)

@@ -24,7 +24,10 @@ def test_the_rate_is_the_scheduled_one_or_what_the_rule_allows() -> None:
 
 
 def test_nothing_bounds_an_update_of_zero_not_even_of_a_matrix_of_zero() -> None:
-    assert clipped_rates(vector(0.1, 0.1), vector(0.01, inf), vector(0, 0), vector(0, 1), vector(0, 3)).tolist() == [0.1, 0.1]
+    assert clipped_rates(vector(0.1, 0.1), vector(0.01, inf), vector(0, 0), vector(0, 1), vector(0, 3)).tolist() == [
+        0.1,
+        0.1,
+    ]
 
 
 def test_the_floor_stands_in_for_a_small_sigma() -> None:

@@ -104,7 +104,9 @@ def _check_overrides(overrides: Any) -> tuple[Mapping[str, Any], ...]:
         raise ValueError(f"AdamW2: overrides got {overrides!r}, it takes a list of {{'match': pattern, …}}.")
     for override in overrides:
         if not isinstance(override, Mapping) or not isinstance(override.get("match"), str) or len(override) < 2:
-            raise ValueError(f"AdamW2: overrides got {override!r}, it takes {{'match': pattern, 'tau': 0.1}} and the like.")
+            raise ValueError(
+                f"AdamW2: overrides got {override!r}, it takes {{'match': pattern, 'tau': 0.1}} and the like."
+            )
         for key, value in override.items():
             if key not in _OVERRIDES:
                 raise ValueError(f"AdamW2: overrides got the key {key!r}, it takes 'match', 'tau', 'exempt', 'fused'.")

@@ -19,7 +19,10 @@ def collectives(stage: int, layers: int) -> int:
     }
     engine, _, _, _ = deepspeed.initialize(model=net, model_parameters=net.parameters(), config=config)
     optimizer, counted = engine.basic_optimizer, [0]
-    step, names = optimizer.step, [n for n in dir(dist) if n.startswith(("all_", "reduce", "broadcast", "gather", "send"))]
+    step, names = (
+        optimizer.step,
+        [n for n in dir(dist) if n.startswith(("all_", "reduce", "broadcast", "gather", "send"))],
+    )
 
     def counting_step() -> None:
         originals = {name: getattr(dist, name) for name in names}

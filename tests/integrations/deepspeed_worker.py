@@ -9,6 +9,7 @@ import json
 import sys
 import traceback
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
+
 from tests import net as nets
 from tests.integrations.megatron_style import ToyMpu, tensor_parallel_net, whole
 
@@ -118,7 +120,7 @@ def full_fp32(engine: Any, param: Any) -> torch.Tensor:
     """Return this tensor-parallel rank's whole parameter in fp32, from the masters that the optimizer steps."""
     wrapper = engine.optimizer
     if hasattr(wrapper, "fp32_groups"):
-        copies = zip(sum(wrapper.fp16_groups, []), sum(wrapper.fp32_groups, []), strict=True)
+        copies = zip(chain(*wrapper.fp16_groups), chain(*wrapper.fp32_groups), strict=True)
         return next(master for p, master in copies if p is param).detach()
     if wrapper is engine.basic_optimizer:
         return param.detach()

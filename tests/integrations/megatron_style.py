@@ -1,4 +1,4 @@
-"""Tensor parallelism as Megatron marks it (``tensor_model_parallel``, ``partition_dim``, an ``mpu``) for tests/net.py."""
+"""tests/net.py with tensor parallelism as Megatron marks it: attributes of the parameters, and an ``mpu``."""
 
 from __future__ import annotations
 

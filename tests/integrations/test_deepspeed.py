@@ -1,4 +1,4 @@
-"""Real DeepSpeed processes train as the one-process reference does, for every way in which DeepSpeed spreads matrices."""
+"""Real DeepSpeed processes train as the one-process reference does, in every way that DeepSpeed spreads matrices."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def cases_of(world: int) -> list[dict[str, Any]]:
     cases.append({"stage": 3, "dtype": "fp32", "zero_init": True, "label": "zero-init"})
     cases.append({"stage": 3, "dtype": "fp32", "zero": {"sub_group_size": 500}, "label": "sub-groups"})
     if world == 2:
-        # Not stage 0: DeepSpeed 0.19.8 divides its fp16 gradients by a loss scale that it never multiplied the loss with.
+        for stage in (2, 3):
+            cases.append({"stage": stage, "dtype": "fp32", "params": {"tau": "auto"}, "label": "auto"})
+        # Not stage 0: DeepSpeed 0.19.8 divides its fp16 gradients by a loss scale that it never applied to the loss.
         cases += [{"stage": stage, "dtype": "fp16", "overflow_at": 4, "label": "overflow"} for stage in (1, 2, 3)]
         cases.append({"stage": 0, "dtype": "fp32", "tp": "auto", "tp_size": 2, "label": "autotp"})
         cases.append({"stage": 0, "dtype": "fp32", "tp": "mpu", "tp_size": 2, "label": "mpu"})
@@ -71,7 +73,7 @@ def test_ten_steps_follow_the_reference(result: dict[str, Any], world: int, case
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[case["dtype"]]
     skip = (lambda step: step == case["overflow_at"]) if "overflow_at" in case else (lambda step: False)
     replicas = world // case.get("tp_size", 1)
-    expected, rates = nets.one_process(replicas, dtype, skip)
+    expected, rates = nets.one_process(replicas, dtype, skip, auto="params" in case)
     assert result["steps"] == nets.STEPS - ("overflow_at" in case)
     if dtype == torch.float32:
         # Sums are made in another order in every layout; Adam divides by √V, which keeps that near float32's 6e-8.
@@ -122,3 +124,18 @@ def test_collectives_per_step_are_the_same_for_2_and_for_48_layers() -> None:
     table = json.loads(next(line for line in output.splitlines() if "collectives {" in line).split("collectives ")[1])
     print(f"collectives per step with 2 and with 48 layers: {table}")
     assert table == {f"ZeRO-{stage}": [4, 4] for stage in (1, 2, 3)}  # two per power iteration
+
+
+def test_what_is_not_understood_is_refused_in_one_sentence_that_names_it() -> None:
+    output = torchrun(Path(__file__).with_name("refusals_worker.py"), 1)
+    said = json.loads(next(line for line in output.splitlines() if "refusals {" in line).split("refusals ", 1)[1])
+    expected = {
+        "unknown key": "unknown key 'tua' got 0.01",
+        "max_grad_norm": "'max_grad_norm' is not supported",  # DeepSpeed's own sentence comes first
+        "adam_w_mode": "adam_w_mode got False, it takes True",
+        "ratio": "offload_optimizer.ratio got 0.5, it takes 1.0",
+        "moved weights": "DeepSpeed ZeRO's partition does not hold the weights of parameter 'head.weight'",
+        "unknown wrapper": "DeepSpeed's ZeroOptimizerOfTheFuture gives out parameter 'embed.weight'",
+    }
+    for name, sentence in expected.items():
+        assert sentence in said[name], (name, said[name])

@@ -35,7 +35,9 @@ def test_stacked_experts_are_one_matrix_each() -> None:
     assert len(matrices) == 3 and all(torch.equal(m, w) for m, w in zip(matrices, weight, strict=True))
 
 
-@pytest.mark.parametrize(("name", "shape", "axis"), [("h.0.attn.c_attn.weight", (12, 4), 0), ("c_attn.weight", (4, 12), 1)])
+@pytest.mark.parametrize(
+    ("name", "shape", "axis"), [("h.0.attn.c_attn.weight", (12, 4), 0), ("c_attn.weight", (4, 12), 1)]
+)
 def test_gpt2_s_stacked_qkv_is_three_matrices(name: str, shape: tuple[int, int], axis: int) -> None:
     weight = torch.randn(shape)
     fused = known_fused(name, shape)
@@ -50,13 +52,10 @@ def test_a_grouped_query_weight_of_that_name_is_left_whole() -> None:
     assert known_fused("h.0.attn.qkv.weight", (8, 4)) is None
 
 
-@pytest.mark.parametrize("fused", [None, Fused(0, (2, 4), ("0", "1"))])
-@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize(("dim", "fused"), [(0, None), (1, None), (1, Fused(0, (2, 4), ("0", "1")))])
 def test_tensor_parallel_bands_of_uneven_size_make_up_the_matrix(dim: int, fused: Fused | None) -> None:
     weight = torch.randn(6, 5)
     sizes = (4, 2) if dim == 0 else (2, 3)
-    if fused is not None and dim == fused.axis:
-        pytest.skip("a stack that is cut along itself has no description")
     total: list[Any] = [0.0, 0.0]
     for rank, band in enumerate(weight.split(sizes, dim)):
         grid = grid_of(band.shape, sharding=Sharding(None, dim, sizes, rank), fused=fused)  # type: ignore[arg-type]
@@ -82,3 +81,8 @@ def test_told_parts_that_do_not_divide_name_the_parameter() -> None:
 )
 def test_gains_biases_and_class_tokens_are_vectors(shape: tuple[int, ...], is_vector: bool) -> None:
     assert Parameter("p", shape).is_vector is is_vector
+
+
+def test_a_stack_that_tensor_parallelism_cuts_along_itself_is_kept_whole() -> None:
+    grid = grid_of((6, 5), sharding=Sharding(None, 0, (6, 6), 1), fused=Fused(0, (2, 2, 2), ("q", "k", "v")))  # type: ignore[arg-type]
+    assert [(matrix.rows, matrix.cols) for matrix in grid.matrices] == [(12, 5)]

@@ -1,4 +1,4 @@
-"""torchrun worker, 3 ranks: σ₁ of matrices in several layouts against the whole matrices, and the collectives counted."""
+"""torchrun worker, 3 ranks: σ₁ in several layouts against the whole matrices, and the collectives counted."""
 
 from __future__ import annotations
 

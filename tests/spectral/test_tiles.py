@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -40,7 +42,7 @@ def test_tiles_of_all_ranks_rebuild_every_matrix(
     ]
     rebuilt = torch.zeros(parts, rows, cols)
     edges = [0, *sorted(int(cut * weight.numel()) for cut in cuts), weight.numel()]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         buffer = torch.cat([torch.full((gap,), -1.0), weight.flatten()[start:stop]])
         for tile in tiles_of_range(blocks, shape[1], start, stop, gap):
             piece = buffer.as_strided((tile.rows, tile.cols), (tile.stride, 1), tile.offset)

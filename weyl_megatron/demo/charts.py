@@ -42,7 +42,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Line:
-    """One curve; `band` is a range around it, `label` is written at its end."""
+    """One curve; `band` is a range around it, `label` is written at its end, `faint` makes it a background."""
 
     name: str
     x: Sequence[float]
@@ -50,6 +50,7 @@ class Line:
     color: str
     label: str = ""
     dashed: bool = False
+    faint: bool = False
     width: float = 1.5
     band: tuple[Sequence[float], Sequence[float]] | None = None
 
@@ -150,10 +151,11 @@ class Chart:
 
     def _line(self, line: Line) -> str:
         dash = ' stroke-dasharray="4 3"' if line.dashed else ""
+        faint = ' class="faint"' if line.faint else ""
         points = self._points(list(zip(line.x, line.y, strict=True)))
         return (
             f'<polyline data-name="{escape(line.name)}" points="{points}" '
-            f'style="stroke:{line.color};stroke-width:{line.width}"{dash}/>'
+            f'style="stroke:{line.color};stroke-width:{line.width}"{dash}{faint}/>'
         )
 
     def _points(self, pairs: Sequence[tuple[float, float]]) -> str:

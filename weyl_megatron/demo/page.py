@@ -59,6 +59,7 @@ svg .rule { stroke: var(--ink-2); stroke-dasharray: 2 3; }
 svg .lead { stroke: var(--ink-3); fill: none; }
 svg polyline { fill: none; stroke-linejoin: round; stroke-linecap: round; }
 svg .band { opacity: .16; }
+svg .faint { opacity: .2; }
 svg .cursor { stroke: var(--ink-3); stroke-width: 1; }
 #values { position: fixed; pointer-events: none; display: none; background: var(--card); border: 1px solid var(--edge);
   border-radius: 6px; padding: 7px 10px; font-size: 12px; line-height: 1.5; box-shadow: 0 4px 16px rgb(0 0 0 / .16);
@@ -97,7 +98,7 @@ dd { margin: 0 0 10px; color: var(--ink-2); }
 <ul class="claims">$claims</ul>
 
 <h2>Loss</h2>
-<p>Training loss of the four runs, smoothed. The numbers above are mean losses on held-out files after the last
+<p>Training loss of the four runs, smoothed, the single steps faint behind. The numbers above are mean losses on held-out files after the last
 step. A model at the unigram entropy has learned how often each byte occurs and nothing about its context.</p>
 <div class="card">$loss</div>
 
@@ -142,7 +143,7 @@ function valuesAt(svg, event) {
   if (at < left || at > right) return null;
   const rows = [];
   let cursor = at;
-  for (const line of svg.querySelectorAll("polyline")) {
+  for (const line of svg.querySelectorAll("polyline:not(.faint)")) {
     let nearest = null;
     for (const point of line.points)
       if (nearest === null || Math.abs(point.x - at) < Math.abs(nearest.x - at)) nearest = point;

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -102,14 +103,15 @@ def legend() -> str:
 def loss_chart(results: Results) -> Chart:
     """Training loss of all runs, smoothed, with the final validation loss as the end point's label."""
     steps = results.setting["steps"]
-    lines = [loss_line(result, steps) for result in results.runs.values()]
+    smooth_lines = [loss_line(result, reach=max(1, steps // 20)) for result in results.runs.values()]
+    faint_lines = [replace(loss_line(result), faint=True, width=0.75) for result in results.runs.values()]
     finals = [result.validation_loss for result in results.runs.values()]
-    lowest = min([*finals, *(value for line in lines for value in line.y), results.unigram_entropy])
+    lowest = min([*finals, *(value for line in smooth_lines for value in line.y), results.unigram_entropy])
     return Chart(
         title="",
         x=Axis("step", 0, steps),
-        y=Axis("training loss, nats per byte", lowest - 0.1, results.unigram_entropy + 0.7),
-        lines=lines,
+        y=Axis("training loss, nats per byte", lowest - 0.15, results.unigram_entropy + 0.7),
+        lines=[*faint_lines, *smooth_lines],
         rules=[Rule(results.unigram_entropy, "unigram entropy", at_end=True)],
         width=1080,
         height=420,
@@ -118,15 +120,15 @@ def loss_chart(results: Results) -> Chart:
     )
 
 
-def loss_line(result: RunResult, steps: int) -> Line:
-    """One run's training loss, smoothed."""
-    losses = smooth([record["loss"] for record in result.steps], reach=max(1, steps // 15))
+def loss_line(result: RunResult, reach: int = 0) -> Line:
+    """One run's training loss, with a `reach` smoothed and labelled."""
+    losses = [record["loss"] for record in result.steps]
     return Line(
         name=result.run.title,
         x=[record["step"] for record in result.steps],
-        y=losses,
+        y=smooth(losses, reach) if reach else losses,
         color=COLORS[result.run.name],
-        label=result.run.title,
+        label=result.run.title if reach else "",
         width=2.25,
     )
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from types import FrameType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,12 +22,11 @@ from weyl_megatron.layouts.tensor_parallel import shardings_of
 from weyl_megatron.layouts.zero import flat_partition_buffers, master_copy_buffers, zero3_buffers
 
 
-@dataclass(frozen=True)
-class EngineLayout:
-    """What the engine tells: every buffer that it will ever step, the model, and the name of each of its parameters."""
+class EngineLayout(NamedTuple):
+    """What the engine tells: the model, and every buffer that it will ever step."""
 
-    buffers: list[Buffer]
     module: torch.nn.Module
+    buffers: list[Buffer]
 
 
 def allow_under_zero(optimizer: type) -> None:
@@ -43,12 +42,12 @@ def engine_on_stack(optimizer: object) -> Any | None:
     module = sys.modules.get("deepspeed.runtime.engine")
     if module is None:
         return None
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         candidate = frame.f_locals.get("self")
         if isinstance(candidate, module.DeepSpeedEngine) and candidate.basic_optimizer is optimizer:
             return candidate
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 
@@ -80,7 +79,7 @@ def read_layout(engine: Any) -> EngineLayout:
         name = names.get(id(param), "<a parameter that the engine's model does not have>")
         return Parameter(name, tuple(getattr(param, "ds_shape", param.shape)), shardings.get(id(param)))
 
-    return EngineLayout(list(_buffers(engine, wrapper, describe, names, shardings)), engine.module)
+    return EngineLayout(engine.module, list(_buffers(engine, wrapper, describe, names, shardings)))
 
 
 def _buffers(

@@ -39,4 +39,5 @@ def adamw_update(
 
 
 def _denominator(exp_avg_sq: Tensor, *, step: float, beta2: float, eps: float) -> Tensor:
-    return (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(eps)
+    denominator: Tensor = exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5
+    return denominator.add_(eps)

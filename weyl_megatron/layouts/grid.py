@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Sharding(NamedTuple):
-    """Tensor parallelism of one parameter: a band of ``dim`` on each rank of ``group``, or a replica where it is None."""
+    """Tensor parallelism of one parameter: every rank of ``group`` has a band of ``dim``, or all where it is None."""
 
     group: ProcessGroup
     dim: int | None

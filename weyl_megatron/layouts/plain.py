@@ -32,7 +32,7 @@ def storage_order(tensor: Tensor) -> list[int]:
     """
     if tensor.is_contiguous():
         return list(range(tensor.dim()))
-    return sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim))
+    return sorted(range(tensor.dim()), key=lambda dim: tensor.stride(dim), reverse=True)
 
 
 def reject_foreign(tensor: Tensor, name: str) -> None:

@@ -40,11 +40,15 @@ def shardings_of(
             if dim is None:
                 if len(_shape(param)) < 2:  # AutoTP marks replicated biases too
                     continue
-                raise ValueError(f"AdamW2: parameter '{name}' is tensor-parallel, but which dimension is split is not known.")
+                raise ValueError(
+                    f"AdamW2: parameter '{name}' is tensor-parallel, but which dimension is split is not known."
+                )
             split.append((name, param, dim))
     if group is None:
         if split:
-            raise ValueError(f"AdamW2: parameter '{split[0][0]}' is tensor-parallel, but no tensor-parallel group is known.")
+            raise ValueError(
+                f"AdamW2: parameter '{split[0][0]}' is tensor-parallel, but no tensor-parallel group is known."
+            )
         return {}
     world = dist.get_world_size(group)
     if world == 1:

@@ -38,7 +38,7 @@ def flat_partition_buffers(
         begin = dist.get_rank(process_group) * partition.numel()
         shards = []
         for param in params:
-            at = param.storage_offset() - begin
+            at = int(param.storage_offset()) - begin
             start = min(max(-at, 0), param.numel())
             stop = max(start, min(param.numel(), partition.numel() - at))
             shard = Shard(describe(param), start, stop, at + start if start < stop else 0)
@@ -67,7 +67,9 @@ def zero3_buffers(sub_groups: list[list[Any]], partitions: list[Tensor], describ
         yield Buffer(partition, tuple(shards), _spread(params[0].ds_process_group))
 
 
-def master_copy_buffers(groups: list[list[Tensor]], masters: list[list[Tensor]], describe: Describe) -> Iterator[Buffer]:
+def master_copy_buffers(
+    groups: list[list[Tensor]], masters: list[list[Tensor]], describe: Describe
+) -> Iterator[Buffer]:
     """Yield the buffers of FP16_UnfusedOptimizer (ZeRO-0 in fp16 or bf16): an fp32 copy of every whole parameter."""
     for params, copies in zip(groups, masters, strict=True):
         for param, copy in zip(params, copies, strict=True):

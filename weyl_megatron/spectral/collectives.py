@@ -43,7 +43,7 @@ def _all_reduce(parts: list[Tensor], group: ProcessGroup) -> None:
         return
     joined = torch.cat(parts).to(device)
     dist.all_reduce(joined, group=group)
-    for part, summed in zip(parts, joined.split([part.numel() for part in parts]), strict=True):
+    for part, summed in zip(parts, torch.split(joined, [part.numel() for part in parts]), strict=True):
         part.copy_(summed)
 
 

@@ -54,7 +54,8 @@ def start_block(name: str, cols: int, width: int, dtype: torch.dtype = torch.flo
     """Return the orthonormal start block ``(cols, width)`` that belongs to a matrix's name on every rank and run."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
     noise = torch.randn(cols, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.linalg.qr(noise).Q.to(dtype)
+    orthonormal: Tensor = torch.linalg.qr(noise).Q
+    return orthonormal.to(dtype)
 
 
 class PowerIteration:

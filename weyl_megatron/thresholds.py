@@ -1,0 +1,65 @@
+"""Which τ and which floor under σ₁(W) hold for each matrix, and which parameters hold matrices at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from weyl_megatron.layouts.buffers import Parameter
+from weyl_megatron.layouts.grid import Grid, grid_of, known_fused, told_fused
+from weyl_megatron.roles import io_parameters
+from weyl_megatron.rule import HIDDEN_BUDGET, IO_TAU, random_sigma, xavier_std
+from weyl_megatron.settings import Settings
+
+
+class Thresholds:
+    """What the settings mean for the parameters of one model.
+
+    Args:
+        settings: what the optimizer was told.
+        parameters: every parameter of the optimizer, on this tensor-parallel rank whole.
+        module: the model, where it is known; it tells embeddings and head apart for tau="auto".
+        auto: whether any parameter group or override uses tau="auto".
+
+    Raises:
+        ValueError: an override matches nothing, or nothing tells which parameters are embeddings and head.
+    """
+
+    def __init__(
+        self, settings: Settings, parameters: Sequence[Parameter], module: nn.Module | None, auto: bool
+    ) -> None:
+        names = [parameter.name for parameter in parameters]
+        settings.check_matches(names)
+        self._settings = settings
+        self._io: set[str] | None = None
+        if auto:
+            self._io = io_parameters(names, module, settings.io)
+            grids = [self.grid(parameter) for parameter in parameters if parameter.name not in self._io]
+            self._hidden = sum(len(grid.matrices) for grid in grids if grid is not None)
+
+    def grid(self, parameter: Parameter) -> Grid | None:
+        """Return which matrices a parameter holds, or None where it takes the scheduled rate."""
+        if self._settings.override(parameter.name, "exempt", False):
+            return None
+        if parameter.is_vector and not (self._settings.clip_vectors and len(parameter.shape) == 1):
+            return None
+        told = self._settings.override(parameter.name, "fused")
+        if told is None:
+            fused = known_fused(parameter.name, parameter.shape)
+        else:
+            fused = None if told == 1 else told_fused(parameter.name, parameter.shape, told)
+        try:
+            return grid_of(parameter.shape, sharding=parameter.sharding, fused=fused)
+        except ValueError as error:
+            raise ValueError(f"AdamW2: parameter '{parameter.name}': {error}.") from None
+
+    def floor_and_tau(self, parameter: Parameter, rows: int, cols: int, tau: float | str) -> tuple[float, float]:
+        """Return (floor under σ₁(W), τ) of a (rows, cols) matrix whose parameter group says ``tau``."""
+        tau = self._settings.override(parameter.name, "tau", tau)
+        if tau != "auto":
+            return random_sigma(rows, cols, self._settings.floor_std), float(tau)
+        if self._io is None:
+            raise ValueError("AdamW2: a parameter group's tau became 'auto' after construction, it takes a number now.")
+        share = IO_TAU if parameter.name in self._io else HIDDEN_BUDGET / self._hidden
+        return random_sigma(rows, cols, xavier_std(rows, cols)), share
