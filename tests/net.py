@@ -13,6 +13,7 @@ from weyl_megatron.reference import AdamW2Reference, BlockPower
 VOCAB, WIDTH, HIDDEN, LENGTH = 37, 22, 35, 6
 STEPS, ACCUMULATION, MICRO = 10, 4, 2
 OPTIONS = {"lr": 0.02, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "tau": 0.01}
+AUTO = {"tau": "auto", "lr": 0.3}  # a rate at which its larger thresholds clip
 NO_DECAY = ("bias", "norm.weight", "embed.weight")
 
 
@@ -80,7 +81,7 @@ def one_process(
         names = {id(p): name for name, p in net.named_parameters()}
         for group in groups:
             group["params"] = [(names[id(p)], masters[names[id(p)]]) for p in group["params"]]  # type: ignore[attr-defined]
-        whole = AdamW2(groups, **{**OPTIONS, "tau": "auto"})
+        whole = AdamW2(groups, **{**OPTIONS, **AUTO})
     rates: dict[str, float] = {}
     scale = 2.0**12 if dtype == torch.float16 else 1.0  # gradients of fp16 vanish without
     for step, global_batch in enumerate(batches(data_parallel)):

@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Command = parsed.command
     try:
         return command(parsed)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"weyl-megatron: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

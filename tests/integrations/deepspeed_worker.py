@@ -22,11 +22,17 @@ from deepspeed.utils import safe_get_full_fp32_param
 from tests import net as nets
 from tests.integrations.megatron_style import ToyMpu, tensor_parallel_net, whole
 
+#: On gloo, DeepSpeed before 0.19 gathers into a buffer that requires grad, which torch allows under no_grad alone, and
+#: at stage 3 races on the parameters that it keeps whole: its own AdamW ends now right, now anywhere.
+BEFORE_0_19 = tuple(map(int, deepspeed.__version__.split(".")[:2])) < (0, 19)
+
 
 def config_of(case: dict[str, Any]) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": case["stage"], "round_robin_gradients": case.get("round_robin", False)}
     if case.get("offload"):
         zero["offload_optimizer"] = {"device": "cpu"}
+    if BEFORE_0_19 and case["stage"] == 3:
+        zero["stage3_param_persistence_threshold"] = 0
     zero |= case.get("zero", {})
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": nets.MICRO,
@@ -79,7 +85,8 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
             if step == case.get("overflow_at"):
                 loss = loss * float("inf")
             engine.backward(loss)
-            engine.step()
+            with torch.set_grad_enabled(not BEFORE_0_19):
+                engine.step()
         if before is not None:
             overflow_kept = all(map(torch.equal, before, snapshot(engine)))
 

@@ -14,7 +14,6 @@ CASES: dict[str, dict[str, Any]] = {
     "unknown key": {"optimizer": {"tua": 0.01}},
     "max_grad_norm": {"optimizer": {"max_grad_norm": 1.0}},
     "adam_w_mode": {"optimizer": {"adam_w_mode": False}},
-    "ratio": {"zero": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}, "sub_group_size": 500}},
     "moved weights": {"zero": {"stage": 2}, "move": True},
     "unknown wrapper": {"zero": {"stage": 2}, "rename": True},
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,26 @@ from tests import net as nets
 from tests.launch import torchrun
 
 WORKER = Path(__file__).with_name("deepspeed_worker.py")
+
+
+DEEPSPEED = tuple(map(int, version("deepspeed").split(".")[:2]))
+
+
+def engine_fault(case: dict[str, Any]) -> str | None:
+    """Say where this release of DeepSpeed does not train its own AdamW right on CPU and gloo, or cannot be told to."""
+    if DEEPSPEED < (0, 19):
+        if case["stage"] == 2 and case.get("offload"):
+            return "DeepSpeed before 0.19 loses accumulated gradients under ZeRO-2 with offload, with its AdamW too"
+        if case.get("label") == "bf16-optimizer":
+            return "DeepSpeed before 0.19 does not reduce the last micro-batch in BF16_Optimizer, with its AdamW too"
+        if case["stage"] == 3 and "tp" in case:
+            return "DeepSpeed before 0.19 has no tensor parallelism under ZeRO-3"
+    if DEEPSPEED < (0, 18):
+        if case.get("tp") == "auto":
+            return "DeepSpeed before 0.18 has AutoTP for known Hugging Face models only"
+        if case["stage"] == 0 and case["dtype"] == "bf16":
+            return "DeepSpeed before 0.18 steps bf16 without ZeRO in BF16_Optimizer, which gloo refuses"
+    return None
 
 
 def cases_of(world: int) -> list[dict[str, Any]]:
@@ -28,7 +49,7 @@ def cases_of(world: int) -> list[dict[str, Any]]:
     cases.append({"stage": 3, "dtype": "fp32", "zero": {"sub_group_size": 500}, "label": "sub-groups"})
     if world == 2:
         for stage in (2, 3):
-            cases.append({"stage": stage, "dtype": "fp32", "params": {"tau": "auto"}, "label": "auto"})
+            cases.append({"stage": stage, "dtype": "fp32", "params": nets.AUTO, "label": "auto"})
         # Not stage 0: DeepSpeed 0.19.8 divides its fp16 gradients by a loss scale that it never applied to the loss.
         cases += [{"stage": stage, "dtype": "fp16", "overflow_at": 4, "label": "overflow"} for stage in (1, 2, 3)]
         cases.append({"stage": 0, "dtype": "fp32", "tp": "auto", "tp_size": 2, "label": "autotp"})
@@ -41,7 +62,7 @@ def cases_of(world: int) -> list[dict[str, Any]]:
 
 def tensor_parallel_cases() -> list[dict[str, Any]]:
     cases: list[dict[str, Any]] = []
-    for stage, tp in product((0, 1, 2), ("auto", "mpu")):
+    for stage, tp in product((0, 1, 2, 3), ("auto", "mpu")):
         cases.append({"stage": stage, "dtype": "fp32", "tp": tp, "tp_size": 2, "name": f"z{stage}-{tp}-tp2-dp2"})
     return cases
 
@@ -56,13 +77,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folders = {}
     for world, cases in CASES.items():
         folders[world] = tmp_path_factory.mktemp(f"world{world}")
-        (folders[world] / "cases.json").write_text(json.dumps(cases))
+        sound = [case for case in cases if not engine_fault(case)]
+        (folders[world] / "cases.json").write_text(json.dumps(sound))
         torchrun(WORKER, world, str(folders[world] / "cases.json"), str(folders[world]))
     return folders
 
 
 @pytest.fixture
 def result(runs: dict[int, Path], world: int, case: dict[str, Any]) -> dict[str, Any]:
+    if fault := engine_fault(case):
+        pytest.skip(fault)
     loaded: dict[str, Any] = torch.load(runs[world] / f"{case['name']}.pt", weights_only=False)
     assert "error" not in loaded, loaded["error"]
     return loaded
@@ -133,7 +157,6 @@ def test_what_is_not_understood_is_refused_in_one_sentence_that_names_it() -> No
         "unknown key": "unknown key 'tua' got 0.01",
         "max_grad_norm": "'max_grad_norm' is not supported",  # DeepSpeed's own sentence comes first
         "adam_w_mode": "adam_w_mode got False, it takes True",
-        "ratio": "offload_optimizer.ratio got 0.5, it takes 1.0",
         "moved weights": "DeepSpeed ZeRO's partition does not hold the weights of parameter 'head.weight'",
         "unknown wrapper": "DeepSpeed's ZeroOptimizerOfTheFuture gives out parameter 'embed.weight'",
     }

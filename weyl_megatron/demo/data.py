@@ -43,11 +43,7 @@ def source_files(root: Path) -> list[Path]:
     """The `.py` files under `root` that belong to the standard library's modules, in a fixed order."""
     wanted = sys.stdlib_module_names - LEFT_OUT
     parts = {path: path.relative_to(root).parts for path in root.rglob("*.py")}
-    files = [
-        path
-        for path, names in parts.items()
-        if names[0].removesuffix(".py") in wanted and "test" not in names
-    ]
+    files = [path for path, names in parts.items() if names[0].removesuffix(".py") in wanted and "test" not in names]
     return sorted(files, key=lambda path: parts[path])
 
 
@@ -56,9 +52,7 @@ def load_corpus(root: Path | None = None) -> Corpus:
     root = root or Path(sysconfig.get_paths()["stdlib"])
     texts = [path.read_bytes() for path in source_files(root)]
     if len(texts) < HELD_OUT:
-        raise ValueError(
-            f"the corpus takes {HELD_OUT} or more library sources, got {len(texts)} under {root}"
-        )
+        raise ValueError(f"the corpus takes {HELD_OUT} or more library sources, got {len(texts)} under {root}")
     return Corpus(
         train=_tokens(text for index, text in enumerate(texts) if (index + 1) % HELD_OUT),
         validation=_tokens(texts[HELD_OUT - 1 :: HELD_OUT]),

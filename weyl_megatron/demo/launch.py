@@ -12,7 +12,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from weyl_megatron.demo.machine import machine
 from weyl_megatron.demo.progress import Progress
 from weyl_megatron.demo.recipe import RUNS
 from weyl_megatron.demo.report import write_report
@@ -104,7 +103,6 @@ def stop(worker: subprocess.Popen[bytes]) -> None:
 def conclude(out: Path) -> int:
     """Prints the table and the claims, writes `results.json` and the report."""
     results = load_results(out)
-    results.setting["machine"] = machine()
     text = json.dumps(summary(results), indent=2, ensure_ascii=False)
     (out / "results.json").write_text(text + "\n", encoding="utf-8")
     write_report(results, out / "report.html")

@@ -43,7 +43,8 @@ class Attention(nn.Module):
         scores = q @ k.transpose(-2, -1) / q.size(-1) ** 0.5
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
         attention = scores.masked_fill(future, float("-inf")).softmax(-1)
-        return torch.special.entr(attention).sum(-1).mean(0)
+        entropy: Tensor = torch.special.entr(attention).sum(-1).mean(0)
+        return entropy
 
     def _split(self, x: Tensor) -> Tensor:
         """(batch, time, width) to (batch, head, time, width / heads)."""

@@ -11,20 +11,22 @@ PAGE = Template("""<!doctype html>
 <style>
 :root {
   color-scheme: light dark;
-  --page: #fbfbfa; --card: #ffffff; --edge: #e4e4e0; --ink: #1c1d1f; --ink-2: #55585e; --ink-3: #8b8f96; --grid: #ececea;
+  --page: #fbfbfa; --card: #ffffff; --edge: #e4e4e0; --grid: #ececea;
+  --ink: #1c1d1f; --ink-2: #55585e; --ink-3: #80848b;
   --adamw: #c8452d; --adamw-warmup: #6b7280; --adamw2: #0f8a78; --adamw2-auto: #5b4bd6;
   --good: #14795f; --bad: #b3361f; --ins: #e3f4ec; --del: #fbe7e3;
 }
 @media (prefers-color-scheme: dark) {
   :root {
-    --page: #131417; --card: #1a1c20; --edge: #2c2f35; --ink: #ecedef; --ink-2: #aeb2ba; --ink-3: #7d828b; --grid: #282b31;
+    --page: #131417; --card: #1a1c20; --edge: #2c2f35; --grid: #282b31;
+    --ink: #ecedef; --ink-2: #aeb2ba; --ink-3: #868b94;
     --adamw: #f0745c; --adamw-warmup: #a3aab5; --adamw2: #3cc4ae; --adamw2-auto: #9d92ff;
     --good: #4cc9a4; --bad: #f0745c; --ins: #17332b; --del: #3a211d;
   }
 }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto,
-  "Helvetica Neue", Arial, sans-serif; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 1160px; margin: 0 auto; padding: 44px 24px 64px; }
 h1 { font-size: 34px; line-height: 1.15; margin: 0 0 14px; letter-spacing: -.02em; }
 h2 { font-size: 20px; margin: 48px 0 4px; letter-spacing: -.01em; }
@@ -77,7 +79,7 @@ table.runs tbody th::before { content: ""; display: inline-block; width: 10px; h
 table.runs tfoot td, table.runs tfoot th { color: var(--ink-2); border-bottom: 0; font-weight: 400; }
 .columns { display: grid; grid-template-columns: 5fr 6fr; gap: 24px; align-items: start; }
 pre { margin: 0; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-x: auto; }
-pre del, pre ins, pre span { display: block; text-decoration: none; white-space: pre; padding: 0 8px; border-radius: 3px; }
+pre * { display: block; text-decoration: none; white-space: pre; padding: 0 8px; border-radius: 3px; }
 pre del { background: var(--del); }
 pre ins { background: var(--ins); }
 dl { margin: 0; font-size: 14px; }
@@ -98,13 +100,14 @@ dd { margin: 0 0 10px; color: var(--ink-2); }
 <ul class="claims">$claims</ul>
 
 <h2>Loss</h2>
-<p>Training loss of the four runs, smoothed, the single steps faint behind. The numbers above are mean losses on held-out files after the last
-step. A model at the unigram entropy has learned how often each byte occurs and nothing about its context.</p>
+<p>Training loss of the four runs, smoothed, the single steps faint behind. The numbers above are mean losses on
+held-out files after the last step. A model at the unigram entropy has learned how often each byte occurs and nothing
+about its context.</p>
 <div class="card">$loss</div>
 
 <h2>The rate of every matrix</h2>
-<p>AdamW² bounds the rate of each matrix: α = min(schedule, τ σ₁(W) / σ₁(U)), where U is Adam's update. A curve that runs below
-the dashed schedule is a matrix being clipped; where they meet, the step is AdamW's.</p>
+<p>AdamW² bounds the rate of each matrix: α = min(schedule, τ σ₁(W) / σ₁(U)), where U is Adam's update. A curve that
+runs below the dashed schedule is a matrix being clipped; where they meet, the step is AdamW's.</p>
 <div class="legend">$depths</div>
 <h3>τ = 0.01: one threshold for all matrices</h3>
 <div class="card grid">$rates_paper</div>
@@ -112,9 +115,9 @@ the dashed schedule is a matrix being clipped; where they meet, the step is Adam
 <div class="card grid">$rates_auto</div>
 
 <h2>Attention entropy</h2>
-<p>Mean over the heads of a layer, and the range between its heads, on fixed held-out text. At the dotted line every query looks
-at all its visible keys alike: attention that stays there has collapsed, and passes on nothing but an average. Layer 1 reads
-the raw embeddings, which are too small for its scores to leave zero in any run.</p>
+<p>Mean over the heads of a layer, and the range between its heads, on fixed held-out text. At the dotted line every
+query looks at all its visible keys alike: attention that stays there has collapsed, and passes on nothing but an
+average. Layer 1 reads the raw embeddings, which are too small for its scores to leave zero in any run.</p>
 <div class="legend">$legend</div>
 <div class="card grid">$entropy</div>
 
@@ -127,7 +130,8 @@ the raw embeddings, which are too small for its scores to leave zero in any run.
 </table></div>
 
 <h2>The change</h2>
-<p>DeepSpeed's configuration of the run that fails, and of the one that trains. The training script is the same.</p>
+<p>DeepSpeed's configuration of AdamW without warmup, and what AdamW² changes in it. The training script is the
+same.</p>
 <div class="columns"><div class="card"><pre>$change</pre></div><dl>$facts</dl></div>
 </main>
 <div id="values"></div>

@@ -58,9 +58,7 @@ class Progress:
         step = record["step"]
         done = BAR * step // self.steps
         bar = f"{'━' * done}{'·' * (BAR - done)}  " if self.live else ""
-        clipped = (
-            f"clipped {record['clipped']:>2}/{record['matrices']} matrices  " if "clipped" in record else ""
-        )
+        clipped = f"clipped {record['clipped']:>2}/{record['matrices']} matrices  " if "clipped" in record else ""
         left = self._seconds_left(record)
         return (
             f"{run.title:<{self.width}}  {bar}step {step:>{len(str(self.steps))}}/{self.steps}  "
@@ -69,10 +67,12 @@ class Progress:
 
     def _seconds_left(self, record: dict[str, Any]) -> int:
         """The rest of this run at its own pace, and of the runs to come at the mean pace so far."""
-        this: float = record["elapsed"] / record["step"] * self.steps
+        elapsed: float = record["elapsed"]
+        step: int = record["step"]
+        this = elapsed / step * self.steps
         later = len(RUNS) - len(self.finished) - 1
         mean = (sum(self.finished) + this) / (len(self.finished) + 1)
-        return round(this - record["elapsed"] + later * mean)
+        return round(this - elapsed + later * mean)
 
     def _draw(self, text: str) -> None:
         """Writes over the live line."""

@@ -53,8 +53,7 @@ def sections(results: Results) -> dict[str, str]:
         "takeaway": takeaway(results),
         "tiles": "".join(tile(results, result) for result in results.runs.values()),
         "claims": "".join(
-            f'<li class="{"met" if claim.holds else "unmet"}">{escape(claim.text)}</li>'
-            for claim in judged
+            f'<li class="{"met" if claim.holds else "unmet"}">{escape(claim.text)}</li>' for claim in judged
         ),
         "legend": legend(),
         "loss": loss_chart(results).svg(),
@@ -106,7 +105,8 @@ def loss_chart(results: Results) -> Chart:
     smooth_lines = [loss_line(result, reach=max(1, steps // 20)) for result in results.runs.values()]
     faint_lines = [replace(loss_line(result), faint=True, width=0.75) for result in results.runs.values()]
     finals = [result.validation_loss for result in results.runs.values()]
-    lowest = min([*finals, *(value for line in smooth_lines for value in line.y), results.unigram_entropy])
+    drawn = [results.unigram_entropy, *finals, *(loss for line in smooth_lines for loss in line.y)]
+    lowest = min(loss for loss in drawn if math.isfinite(loss))
     return Chart(
         title="",
         x=Axis("step", 0, steps),
@@ -180,10 +180,7 @@ def depth_color(layer: int, layers: int) -> str:
 
 def depth_legend(layers: int) -> str:
     """The layers and their colours."""
-    names = (
-        f'<span style="--run:{depth_color(layer, layers)}">layer {layer + 1}</span>'
-        for layer in range(layers)
-    )
+    names = (f'<span style="--run:{depth_color(layer, layers)}">layer {layer + 1}</span>' for layer in range(layers))
     return "".join(names) + '<span class="dashed">schedule</span>'
 
 
@@ -191,9 +188,7 @@ def entropy_charts(results: Results) -> list[Chart]:
     """Attention entropy, one chart per layer: each run's mean over the heads and their range."""
     uniform = results.setting["uniform_entropy"]
     layers = results.setting["model"]["layers"]
-    lowest = min(
-        min(map(min, record["entropy"])) for result in results.runs.values() for record in snapshots(result)
-    )
+    lowest = min(min(map(min, record["entropy"])) for result in results.runs.values() for record in snapshots(result))
     return [
         Chart(
             title=f"layer {layer + 1}",
@@ -251,16 +246,15 @@ def facts(results: Results) -> str:
     """Model, text, machine and versions."""
     setting = results.setting
     model, text, machine = setting["model"], setting["text"], setting["machine"]
-    versions = setting["versions"]
     entries = {
-        "Model": f"byte-level GPT, post-LN, {model['layers']} layers, width {model['width']}, {model['heads']} heads, "
-        f"context {model['context']}, {model['parameters']:,} parameters, no biases",
-        "Text": f"{text['files']} files of the Python {machine['python']} standard library, {text['train_bytes']:,} bytes to "
-        f"train on and {text['validation_bytes']:,} held out (sha256 {text['digest']}…)",
-        "Training": f"{setting['steps']} steps of {setting['batch']} sequences, cosine from {PEAK_LR:g} to a tenth, no gradient "
-        f"clipping, seed {setting['seed']}; all runs start from the same weights and see the same batches",
-        "Engine": f"DeepSpeed {versions['deepspeed']} ZeRO-2, {setting['ranks']} processes, {setting['precision']}, "
-        f"torch {versions['torch']}, weyl-megatron {machine['weyl_megatron']}",
+        "Model": f"byte-level GPT, post-LN, {model['layers']} layers, width {model['width']}, "
+        f"{model['heads']} heads, context {model['context']}, {model['parameters']:,} parameters, no biases",
+        "Text": f"{text['files']} files of the Python {machine['python']} standard library (sha256 {text['digest']}…), "
+        f"{text['train_bytes']:,} bytes to train on and {text['validation_bytes']:,} held out",
+        "Training": f"{setting['steps']} steps of {setting['batch']} sequences, cosine from {PEAK_LR:g} to a tenth, "
+        f"no gradient clipping, seed {setting['seed']}; all runs start from the same weights and see the same batches",
+        "Engine": f"DeepSpeed {machine['deepspeed']} ZeRO-2, {setting['ranks']} processes, {setting['precision']}, "
+        f"torch {machine['torch']}, weyl-megatron {machine['weyl-megatron']}",
         "Machine": f"{setting['device']}: {machine['processor']}, {machine['system']}",
     }
     return "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in entries.items())

@@ -68,9 +68,7 @@ def _load_run(run: Run, log: Path) -> RunResult:
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     start, *steps, end = records
     if end["event"] != "end":
-        raise RuntimeError(
-            f"{log} takes an 'end' record as its last, got {end['event']!r}: an unfinished run"
-        )
+        raise RuntimeError(f"{log} takes an 'end' record as its last, got {end['event']!r}: an unfinished run")
     return RunResult(run, start["config"], steps, end["validation_loss"], end["elapsed"])
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,8 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from weyl_megatron.demo import data
-from weyl_megatron.demo.model import GPT, GPTConfig, uniform_entropy
+from weyl_megatron.demo.model import GPT, GPTConfig
 from weyl_megatron.demo.recipe import RUNS, Run, deepspeed_config, schedule, sequences_per_rank
+from weyl_megatron.demo.setting import machine_facts, model_facts, text_facts, training_facts
 
 VALIDATION_WINDOWS = 512
 VALIDATION_CHUNK = 32
@@ -135,39 +136,22 @@ def matrix_stats(engine: Any) -> Mapping[str, Any]:
     return stats
 
 
-def load_batches(steps: int, seed: int, device: torch.device) -> tuple[Batches, dict[str, Any]]:
-    """This rank's batches, and what the report says about the text."""
-    corpus, context = data.load_corpus(), GPTConfig().context
-    rank, ranks = dist.get_rank(), dist.get_world_size()
+def load_batches(corpus: data.Corpus, steps: int, seed: int, device: torch.device) -> Batches:
+    """This rank's batches and the validation sequences."""
+    rank, ranks, context = dist.get_rank(), dist.get_world_size(), GPTConfig().context
     offsets = data.training_offsets(corpus, steps, sequences_per_rank(ranks) * ranks, context, seed)
-    inputs, targets = data.sequences(
-        corpus.validation, data.validation_offsets(corpus, VALIDATION_WINDOWS, context), context
-    )
-    facts = {
-        "files": corpus.files,
-        "train_bytes": corpus.train.numel(),
-        "validation_bytes": corpus.validation.numel(),
-        "digest": corpus.digest,
-        "unigram_entropy": data.unigram_entropy(corpus.train, targets),
-    }
-    validation = (inputs.to(device), targets.to(device))
-    return Batches(corpus.train, offsets[:, rank::ranks], validation, context, device), facts
+    windows = data.validation_offsets(corpus, VALIDATION_WINDOWS, context)
+    inputs, targets = data.sequences(corpus.validation, windows, context)
+    return Batches(corpus.train, offsets[:, rank::ranks], (inputs.to(device), targets.to(device)), context, device)
 
 
-def describe(steps: int, seed: int, facts: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """What all runs have in common: model, text, machine."""
-    model = GPT(GPTConfig())
+def describe(corpus: data.Corpus, batches: Batches, steps: int, seed: int) -> dict[str, Any]:
+    """What all runs have in common."""
     return {
-        "steps": steps,
-        "seed": seed,
-        "ranks": dist.get_world_size(),
-        "batch": sequences_per_rank(dist.get_world_size()) * dist.get_world_size(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "precision": "bf16" if device.type == "cuda" else "fp32",
-        "model": {**asdict(model.config), "parameters": sum(p.numel() for p in model.parameters())},
-        "uniform_entropy": uniform_entropy(model.config.context),
-        "text": facts,
-        "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
+        **training_facts(steps, seed, dist.get_world_size(), batches.device),
+        **model_facts(GPT(GPTConfig())),
+        "text": text_facts(corpus, batches.validation[1].cpu()),
+        "machine": machine_facts(),
     }
 
 
@@ -192,10 +176,11 @@ def main() -> None:
     deepspeed.init_distributed(verbose=False)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
-    batches, facts = load_batches(arguments.steps, arguments.seed, device)
+    corpus = data.load_corpus()
+    batches = load_batches(corpus, arguments.steps, arguments.seed, device)
     if dist.get_rank() == 0:
-        common = describe(arguments.steps, arguments.seed, facts, device)
-        (arguments.out / "setting.json").write_text(json.dumps(common), encoding="utf-8")
+        setting = json.dumps(describe(corpus, batches, arguments.steps, arguments.seed))
+        (arguments.out / "setting.json").write_text(setting, encoding="utf-8")
     log = Log(arguments.out)
     for run in RUNS:
         train(run, arguments.steps, arguments.seed, batches, log)

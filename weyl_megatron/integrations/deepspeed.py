@@ -101,7 +101,8 @@ def _buffers(
             wrapper.bit16_groups, wrapper.single_partition_of_fp32_groups, wrapper.real_dp_process_group, describe
         )
     elif kind == "DeepSpeedZeroOptimizer_Stage3":
-        _reject_zero3_options(engine, wrapper)
+        if wrapper.swap_optimizer:
+            raise ValueError("AdamW2: offload_optimizer.device got 'nvme', it takes 'cpu' or 'none'.")
         yield from zero3_buffers(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, describe)
     else:
         first = next(iter(names.values()), "")
@@ -109,18 +110,6 @@ def _buffers(
             f"AdamW2: DeepSpeed's {kind} gives out parameter '{first}' and the others in a layout that AdamW2 does not "
             f"understand; it takes ZeRO 0, 1, 2 and 3, BF16_Optimizer and FP16_UnfusedOptimizer."
         )
-
-
-def _reject_zero3_options(engine: Any, wrapper: Any) -> None:
-    if wrapper.offload_optimizer and wrapper.partial_offload != 1.0:
-        raise ValueError(
-            f"AdamW2: offload_optimizer.ratio got {wrapper.partial_offload}, it takes 1.0, since DeepSpeed steps the "
-            f"rest of the parameters with a plain AdamW of its own."
-        )
-    if wrapper.swap_optimizer:
-        raise ValueError("AdamW2: offload_optimizer.device got 'nvme', it takes 'cpu' or 'none'.")
-    if getattr(engine, "zero_hpz_partition_size", lambda: 1)() > 1:
-        raise ValueError("AdamW2: zero_hpz_partition_size takes 1: ZeRO++'s layout was not tested.")
 
 
 def _tensor_parallel_group(engine: Any) -> Any | None:

@@ -25,8 +25,8 @@ from weyl_megatron.spectral.tiles import Tile
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-#: Vectors per matrix. With one, the estimate of σ₁(U) misses a change of the top direction: its 95th percentile
-#: error over a training run is 9 %; with four it is 0.1 %, at the same memory traffic (benchmarks/estimator.py).
+#: Vectors per matrix. One alone is late where the top direction changes, and its dangerous error, an underestimated
+#: σ₁(U), has a long tail; `python benchmarks/estimator.py` measures both. W and U are still read once per product.
 BLOCK = 4
 
 #: Iterations for vectors that nothing is known about: at the first step and after a resume.
@@ -66,6 +66,7 @@ class PowerIteration:
         tiles: the pieces that this rank holds; may be empty.
         operands: how many sets of buffers each call of :meth:`sigmas` measures.
         iters: iterations per call once the vectors are warm.
+        block: vectors per matrix.
         device, dtype: of the vectors.
     """
 
@@ -76,12 +77,14 @@ class PowerIteration:
         *,
         operands: int = 1,
         iters: int = 2,
+        block: int = BLOCK,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self._count = len(matrices)
         self._operands = operands
         self._iters = iters
+        self._block = block
         self._warm = False
         self._dtype = dtype
         self._tiles = list(tiles)
@@ -96,7 +99,7 @@ class PowerIteration:
             shapes.setdefault((matrix.groups, matrix.rows, matrix.cols), []).append(index)
         spreads = list(dict.fromkeys(groups for groups, _, _ in shapes))
         order = sorted(shapes, key=lambda key: spreads.index(key[0]))
-        widths = {key: min(BLOCK, key[1], key[2]) for key in order}
+        widths = {key: min(self._block, key[1], key[2]) for key in order}
         blocks = {key: self._operands * len(shapes[key]) * widths[key] for key in order}
         self._left = torch.zeros(sum(blocks[k] * k[1] for k in order), device=self._device, dtype=self._dtype)
         self._right = torch.zeros(sum(blocks[k] * k[2] for k in order), device=self._device, dtype=self._dtype)

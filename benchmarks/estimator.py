@@ -1,0 +1,70 @@
+"""How far the estimates of σ₁ are off over a training run, per width of the block and number of iterations.
+
+    python benchmarks/estimator.py [--steps 200]        about 2 minutes on one core
+
+Trains the demo's GPT with AdamW² (exact σ₁ decide the rates, so every estimator sees the same run) and prints, for the
+updates U and the weights W, the relative error against SVD: median, 95th and 99th percentile, largest.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from weyl_megatron.demo.data import load_corpus, sequences, training_offsets
+from weyl_megatron.demo.model import GPT, GPTConfig
+from weyl_megatron.reference import AdamW2Reference, exact_sigma
+from weyl_megatron.spectral import Block, MatrixSpec, PowerIteration, tiles_of_range
+
+ESTIMATORS = [(block, iters) for block in (1, 2, 4) for iters in (1, 2, 3)]
+
+
+class Watched:
+    """Exact σ₁ of one matrix for the optimizer, and every estimator's error beside it."""
+
+    def __init__(self, name: str, errors: dict[tuple[int, int], list[float]]) -> None:
+        self.name, self.errors = name, errors
+        self.estimators: dict[tuple[int, int], PowerIteration] = {}
+
+    def __call__(self, matrix: torch.Tensor) -> float:
+        exact = exact_sigma(matrix)
+        rows, cols = matrix.shape
+        tiles = list(tiles_of_range([Block(0, 0, 0, rows, cols, 0, 0)], cols, 0, rows * cols, 0))
+        for block, iters in ESTIMATORS:
+            if (block, iters) not in self.estimators:
+                specs = [MatrixSpec(self.name, rows, cols)]
+                self.estimators[block, iters] = PowerIteration(specs, tiles, iters=iters, block=block)
+            estimate = self.estimators[block, iters].sigmas([[matrix.detach().flatten()]]).item()
+            self.errors[block, iters].append(1 - estimate / exact)
+        return exact
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    steps = parser.parse_args().steps
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    errors: dict[str, dict[tuple[int, int], list[float]]] = {kind: {e: [] for e in ESTIMATORS} for kind in "UW"}
+    model = GPT(GPTConfig())
+    optimizer = AdamW2Reference(model.named_parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer.sigma = {name: (Watched(name, errors["W"]), Watched(name, errors["U"])) for name in optimizer.sigma}
+    corpus = load_corpus()
+    offsets = training_offsets(corpus, steps, 8, 64, seed=0)
+    for step in range(steps):
+        model.zero_grad()
+        model(*sequences(corpus.train, offsets[step], 64)).backward()
+        optimizer.step()
+    print(f"{steps} steps, {len(optimizer.sigma)} matrices; relative error of σ₁: median / p95 / p99 / largest, in %")
+    for block, iters in ESTIMATORS:
+        line = f"block {block}, {iters} iterations"
+        for kind in "UW":
+            error = 100 * torch.tensor(errors[kind][block, iters]).abs()
+            quantiles = [error.median(), error.quantile(0.95), error.quantile(0.99), error.max()]
+            line += f"   {kind} " + " / ".join(f"{value:7.3f}" for value in quantiles)
+        print(line)
+
+
+if __name__ == "__main__":
+    main()
