@@ -229,7 +229,12 @@ class AdamW2(torch.optim.AdamW):
         """
         engine = deepspeed.engine_on_stack(self)
         if engine is not None:
-            module, buffers = deepspeed.read_layout(engine)
+            module, buffers, is_stage = deepspeed.read_layout(engine)
+            if is_stage and self._auto:
+                raise ValueError(
+                    "AdamW2: tau got 'auto', but a pipeline stage does not know the other stages' matrices; it takes a "
+                    "number under DeepSpeed's pipeline engine."
+                )
         else:
             module, buffers = None, self._plain_layout()
         parameters = [shard.parameter for buffer in buffers for shard in buffer.shards]

@@ -23,10 +23,11 @@ from weyl_megatron.layouts.zero import flat_partition_buffers, master_copy_buffe
 
 
 class EngineLayout(NamedTuple):
-    """What the engine tells: the model, and every buffer that it will ever step."""
+    """What the engine tells: the model, every buffer that it will ever step, and whether others have more of it."""
 
     module: torch.nn.Module
     buffers: list[Buffer]
+    is_stage: bool
 
 
 def allow_under_zero(optimizer: type) -> None:
@@ -79,7 +80,8 @@ def read_layout(engine: Any) -> EngineLayout:
         name = names.get(id(param), "<a parameter that the engine's model does not have>")
         return Parameter(name, tuple(getattr(param, "ds_shape", param.shape)), shardings.get(id(param)))
 
-    return EngineLayout(engine.module, list(_buffers(engine, wrapper, describe, names, shardings)))
+    buffers = list(_buffers(engine, wrapper, describe, names, shardings))
+    return EngineLayout(engine.module, buffers, bool(engine.pipeline_parallelism))
 
 
 def _buffers(
@@ -113,8 +115,9 @@ def _buffers(
 
 
 def _tensor_parallel_group(engine: Any) -> Any | None:
-    """Return the tensor-parallel group of the user's ``mpu`` or of AutoTP, or None."""
-    for method in ("get_tensor_model_parallel_group", "get_model_parallel_group"):
+    """Return the tensor-parallel group of the user's ``mpu``, of AutoTP or of the pipeline's grid, or None."""
+    # The grid's "model parallel" group spans the stages, too; its tensor-parallel one is called "slice".
+    for method in ("get_slice_parallel_group", "get_tensor_model_parallel_group", "get_model_parallel_group"):
         get = getattr(engine.mpu, method, None)
         if get is not None:
             return get()
