@@ -83,7 +83,7 @@ def one_process(
             group["params"] = [(names[id(p)], masters[names[id(p)]]) for p in group["params"]]  # type: ignore[attr-defined]
         whole = AdamW2(groups, **{**OPTIONS, **AUTO})
     rates: dict[str, float] = {}
-    scale = 2.0**12 if dtype == torch.float16 else 1.0  # gradients of fp16 vanish without
+    scale = 2.0**16 if dtype == torch.float16 else 1.0  # where DeepSpeed starts, too
     for step, global_batch in enumerate(batches(data_parallel)):
         if skip(step):
             continue

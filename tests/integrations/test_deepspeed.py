@@ -104,10 +104,10 @@ def test_ten_steps_follow_the_reference(result: dict[str, Any], world: int, case
         assert max(distances(result["weights"], expected).values()) < 1e-5
         tolerance = 1e-4
     else:
-        # DeepSpeed also reduces gradients in the low precision, which rounds them up to four times (unscale, divide,
-        # sum, accumulate) where the reference does it once: the measure is how far that once moved the reference.
+        # DeepSpeed also reduces gradients in the low precision. That may move the run as far as the low precision moved
+        # the reference; in fp16, which moved it by 2e-4, one sign of a vanishing gradient, worth 2·lr, is more already.
         exact, _ = nets.one_process(replicas, torch.float32, skip)
-        assert distance(result["weights"], expected) < 4 * distance(expected, exact)
+        assert distance(result["weights"], expected) < {"bf16": 1, "fp16": 4}[case["dtype"]] * distance(expected, exact)
         tolerance = 0.02
     for name, entry in result["stats"][0].items():
         assert entry[2] == pytest.approx(rates[name], rel=tolerance)
