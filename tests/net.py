@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from weyl_megatron.reference import AdamW2Reference, BlockPower
 
 VOCAB, WIDTH, HIDDEN, LENGTH = 37, 22, 35, 6
 STEPS, ACCUMULATION, MICRO = 10, 4, 2
-OPTIONS = {"lr": 0.02, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "tau": 0.01}
+OPTIONS: dict[str, Any] = {"lr": 0.02, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "tau": 0.01}
 AUTO = {"tau": "auto", "lr": 0.3}  # a rate at which its larger thresholds clip
 NO_DECAY = ("bias", "norm.weight", "embed.weight")
 
@@ -34,9 +35,30 @@ class Net(nn.Module):
         return nn.functional.cross_entropy(self.head(x[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-def make_net(seed: int = 0) -> Net:
-    torch.manual_seed(seed)
-    return Net()
+class MixedNet(nn.Module):
+    """Beside those, GPT-2's fused QKV in Hugging Face's orientation, a convolution and stacked experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.patch = nn.Conv2d(1, WIDTH, 3, padding=1)
+        self.c_attn = nn.Linear(3 * WIDTH, WIDTH)  # its weight is (in, out) of Conv1D: used transposed
+        self.experts = nn.Parameter(torch.randn(3, WIDTH, WIDTH - 4) * 0.2)
+        self.back = nn.Linear(WIDTH - 4, WIDTH)
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = x + self.patch(x.unsqueeze(1)).mean(-1).transpose(1, 2)
+        q, k, v = (x @ self.c_attn.weight).chunk(3, -1)
+        x = x + torch.tanh(q * k) * v + self.c_attn.bias
+        x = x + self.back(torch.einsum("btw,ewo->bto", x, self.experts).tanh())
+        return nn.functional.cross_entropy(self.head(x[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def make_net(mixed: bool = False) -> Net | MixedNet:
+    torch.manual_seed(0)
+    return MixedNet() if mixed else Net()
 
 
 def parameter_groups(net: nn.Module) -> list[dict[str, object]]:
@@ -58,30 +80,24 @@ def one_process(
     data_parallel: int,
     dtype: torch.dtype = torch.float32,
     skip: Callable[[int], bool] = lambda step: False,
-    auto: bool = False,
+    mixed: bool = False,
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Train with the reference on the same global batches; return the fp32 weights and the last step's rates.
 
-    In a lower ``dtype`` the network computes in it and the reference steps fp32 masters, as mixed precision does. With
-    ``auto`` it is AdamW2 on whole parameters with tau="auto", which the reference does not know.
+    In a lower ``dtype`` the network computes in it and the reference steps fp32 masters, as mixed precision does. What
+    the reference does not know (the ``mixed`` network, other ``options``) is trained with AdamW2 on whole parameters.
     """
-    net = make_net().to(dtype)
+    net = make_net(mixed).to(dtype)
     masters = {name: p.detach().float().clone().requires_grad_() for name, p in net.named_parameters()}
-    decayed = [
-        AdamW2Reference(
-            [(n, p) for n, p in masters.items() if n.endswith(NO_DECAY) == (decay == 0.0)],
-            **{**OPTIONS, "weight_decay": decay, "betas": tuple(OPTIONS["betas"])},
-            sigma=lambda name: BlockPower(name),
-        )
-        for decay in (OPTIONS["weight_decay"], 0.0)
-    ]
-    whole = None
-    if auto:
-        groups = parameter_groups(net)
-        names = {id(p): name for name, p in net.named_parameters()}
-        for group in groups:
-            group["params"] = [(names[id(p)], masters[names[id(p)]]) for p in group["params"]]  # type: ignore[attr-defined]
-        whole = AdamW2(groups, **{**OPTIONS, **AUTO})
+    decay = {name: 0.0 if name.endswith(NO_DECAY) else OPTIONS["weight_decay"] for name in masters}
+    groups = [(d, [(n, p) for n, p in masters.items() if decay[n] == d]) for d in dict.fromkeys(decay.values())]
+    reference, whole = [], None
+    if mixed or options:
+        parameter_groups = [{"params": named, "weight_decay": d} for d, named in groups]
+        whole = AdamW2(parameter_groups, **{**OPTIONS, **(options or {})})
+    else:
+        reference = [AdamW2Reference(named, **{**OPTIONS, "weight_decay": d}, sigma=BlockPower) for d, named in groups]
     rates: dict[str, float] = {}
     scale = 2.0**16 if dtype == torch.float16 else 1.0  # where DeepSpeed starts, too
     for step, global_batch in enumerate(batches(data_parallel)):
@@ -99,7 +115,7 @@ def one_process(
             whole.step()
             rates = {name: entry.lr for name, entry in whole.stats().items()}
         else:
-            for optimizer in decayed:
+            for optimizer in reference:
                 rates |= optimizer.step()
         with torch.no_grad():
             for name, p in net.named_parameters():

@@ -54,6 +54,8 @@ def main() -> None:
     table = {f"ZeRO-{stage}": [collectives(stage, layers) for layers in (2, 48)] for stage in (1, 2, 3)}
     if dist.get_rank() == 0:
         print("collectives " + json.dumps(table))
+    dist.barrier()  # a rank that leaves early breaks the other's last collective
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 import traceback
 from datetime import timedelta
 from itertools import chain
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +62,18 @@ def config_of(case: dict[str, Any]) -> dict[str, Any]:
 
 def train(case: dict[str, Any]) -> dict[str, Any]:
     config = config_of(case)
+    mixed = case.get("mixed", False)
     mpu = ToyMpu(case["tp_size"]) if case.get("tp") == "mpu" else None
     if case.get("zero_init"):
         with deepspeed.zero.Init(config_dict_or_path=config):
-            net = nets.make_net()
-        reference = nets.make_net()
+            net = nets.make_net(mixed)
+        reference = nets.make_net(mixed)
         for p, q in zip(net.parameters(), reference.parameters(), strict=True):
             with deepspeed.zero.GatheredParameters(p, modifier_rank=0):
                 if dist.get_rank() == 0:
                     p.data.copy_(q.data)
     else:
-        net = nets.make_net() if mpu is None else tensor_parallel_net(nets.make_net(), mpu)
+        net = nets.make_net(mixed) if mpu is None else tensor_parallel_net(nets.make_net(), mpu)
     groups = nets.parameter_groups(net)
     engine, _, _, _ = deepspeed.initialize(model=net, model_parameters=groups, config=config, mpu=mpu)
 
@@ -113,14 +115,14 @@ def snapshot(engine: Any) -> list[torch.Tensor]:
 
 def straddled(optimizer: Any) -> list[str]:
     """Names of the matrices of which this rank's first or last row is cut."""
-    shards = [shard for buffer in optimizer._buffers.values() for shard in buffer.shards]
-    return [
-        shard.parameter.name
-        for shard in shards
-        if len(shard.parameter.shape) == 2
-        and shard.start < shard.stop
-        and (shard.start % shard.parameter.shape[1] or shard.stop % shard.parameter.shape[1])
-    ]
+    names = []
+    for buffer in optimizer._buffers.values():
+        for parameter, start, stop, _ in buffer.shards:
+            shape = parameter.shape
+            width = shape[-1] if len(shape) == 3 else prod(shape[1:])
+            if len(shape) > 1 and start < stop and (start % width or stop % width):
+                names.append(parameter.name)
+    return names
 
 
 def full_fp32(engine: Any, param: Any) -> torch.Tensor:
@@ -158,6 +160,8 @@ def main() -> None:
             print(f"case {case['name']}, rank {dist.get_rank()}: {result['error']}", flush=True)
         dist.barrier()
         deepspeed.utils.groups.mpu = None
+    dist.barrier()  # a rank that leaves early breaks the other's last collective
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import deepspeed
@@ -69,7 +68,8 @@ def main() -> None:
         refusal = str(error)
     if dist.get_rank() == 0:
         print("pipeline follows; " + refusal)
-    sys.stdout.flush()
+    dist.barrier()  # a rank that leaves early breaks the other's last collective
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
