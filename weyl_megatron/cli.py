@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,19 +45,23 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "without and with warmup, AdamW² without warmup at τ = 0.01 and τ = auto. Uses all GPUs, or the CPU and "
         "gloo (DS_ACCELERATOR=cpu forces that). Writes OUT/report.html, OUT/results.json and each run's log.jsonl; "
         "exits with 1 if a claim about the final losses is not met.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to")
-    demo.add_argument("--steps", type=_at_least(2), default=400, help="training steps of each run")
-    demo.add_argument("--seed", type=_at_least(0), default=0, help="seed of the weights and batches")
-    demo.add_argument("--procs", type=_at_least(1), help="processes; None: one per GPU, 2 on CPU")
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to (%(default)s)")
+    demo.add_argument("--steps", type=_at_least(2), default=400, help="training steps of each run (%(default)s)")
+    demo.add_argument("--seed", type=_at_least(0), default=0, help="seed of the weights and batches (%(default)s)")
+    demo.add_argument("--procs", type=_at_least(1), help="processes (one per GPU, 2 on CPU)")
     demo.set_defaults(command=_demo)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
     from weyl_megatron.demo.launch import run_demo
 
+    signal.signal(signal.SIGTERM, _interrupt)  # a CI job that is called off takes the training processes along
     return run_demo(arguments.out, arguments.steps, arguments.seed, arguments.procs)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _at_least(smallest: int) -> Callable[[str], int]:

@@ -47,13 +47,18 @@ def test_a_folder_without_the_library_is_refused(tmp_path: Path) -> None:
         data.load_corpus(tmp_path)
 
 
-def test_unigram_entropy_is_the_cross_entropy_of_the_frequencies() -> None:
-    train, targets = b"abracadabra" * 50, b"cabbage"
-    counts = Counter(train)
-    total = len(train) + data.VOCABULARY
-    expected = -sum(math.log((counts[byte] + 1) / total) for byte in targets) / len(targets)
-    tensors = (torch.tensor(list(text), dtype=torch.uint8) for text in (train, targets))
-    assert data.unigram_entropy(*tensors) == pytest.approx(expected, rel=1e-12)
+def test_unigram_entropy_is_the_entropy_of_the_frequencies() -> None:
+    text = b"abracadabra"
+    frequencies = [count / len(text) for count in Counter(text).values()]
+    expected = -sum(frequency * math.log(frequency) for frequency in frequencies)
+    assert data.unigram_entropy(torch.tensor(list(text), dtype=torch.uint8)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_no_guess_that_ignores_the_context_beats_the_unigram_entropy(corpus: data.Corpus) -> None:
+    targets = corpus.validation[:10_000].long()
+    frequencies = torch.bincount(corpus.train.long(), minlength=data.VOCABULARY).double() + 1
+    guess = (frequencies / frequencies.sum()).log()
+    assert -guess[targets].mean().item() > data.unigram_entropy(targets)
 
 
 def test_targets_are_the_inputs_one_byte_later(corpus: data.Corpus) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -96,5 +97,20 @@ def test_the_report_works_in_a_browser(
     assert "CONSOLE" not in run.stderr, run.stderr
     shown = run.stdout.rpartition("</script>")[2]
     charts = report.count('<svg class="chart"')
-    assert charts == 1 + 2 * 9 + 6
+    assert charts == 1 + 2 * 9 + results["setting"]["model"]["layers"]
     assert shown.count("step ") == charts and "NaN" not in shown
+
+
+def test_stopping_the_command_stops_its_processes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "weyl_megatron.cli", "demo", "--out", str(tmp_path)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = tmp_path / "adamw" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not log.exists() and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.terminate()
+    run.communicate(timeout=60)
+    assert log.exists() and run.returncode == 130
+    written = log.stat().st_size
+    time.sleep(1)
+    assert log.stat().st_size == written, "a worker still trains"

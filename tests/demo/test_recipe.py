@@ -30,10 +30,12 @@ def test_every_schedule_has_the_same_peak_and_end(run) -> None:
 
 
 def test_only_the_warmup_run_warms_up() -> None:
-    assert learning_rate(ADAMW_ALONE, 0, STEPS) == learning_rate(ADAMW2_AUTO, 0, STEPS) == PEAK_LR
+    assert learning_rate(ADAMW_ALONE, 0, STEPS) == learning_rate(ADAMW2_AUTO, 0, STEPS) == pytest.approx(PEAK_LR)
     warmup = warmup_steps(STEPS)
     rates = [learning_rate(ADAMW_WARMUP, step, STEPS) for step in range(warmup)]
-    assert rates[0] == pytest.approx(PEAK_LR / warmup) and rates == sorted(rates) and rates[-1] == PEAK_LR
+    assert (
+        rates[0] == pytest.approx(PEAK_LR / warmup) and rates == sorted(rates) and rates[-1] == pytest.approx(PEAK_LR)
+    )
 
 
 def test_the_scheduler_sets_these_rates() -> None:

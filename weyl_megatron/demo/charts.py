@@ -128,7 +128,7 @@ class Chart:
             parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
             tick = f'<text class="tick" x="{left - 6}" y="{y + 3.5:.1f}" text-anchor="end">'
             parts.append(f"{tick}{text}</text>")
-        for value, text in self.x.ticks(max(2, (right - left) // 75)):
+        for value, text in self.x.ticks(max(2, (right - left) // 70)):
             x = self._px(value)
             parts.append(f'<text class="tick" x="{x:.1f}" y="{base + 14}" text-anchor="middle">{text}</text>')
         parts.append(f'<line class="axis" x1="{left}" x2="{right}" y1="{base}" y2="{base}"/>')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from weyl_megatron.demo.results import Results, claims, load_results, summary, t
 
 CPU_PROCESSES = 2
 POLL_SECONDS = 0.2
-LOG_TAIL = 15  # lines of the worker's log shown when it fails
+EXCEPTION = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)")
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,22 @@ def train(out: Path, steps: int, seed: int, devices: Devices) -> None:
             progress.close()
             stop(worker)
     if worker.returncode:
-        tail = (out / "worker.log").read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:]
-        raise RuntimeError("\n".join([f"the worker failed; the end of {out / 'worker.log'}:", *tail]))
+        raise RuntimeError(f"the worker failed with {cause(out / 'worker.log')}, see {out / 'worker.log'}")
 
 
 def environment(devices: Devices) -> dict[str, str]:
     """The worker's environment; without GPUs it says so, where DeepSpeed would look for an accelerator."""
     own = {} if devices.gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    return {**os.environ, "OMP_NUM_THREADS": "1", **own}
+    # The autoload of torch's plugins is how DeepSpeed finds AdamW2 by its name.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "1", **own}
+
+
+def cause(log: Path) -> str:
+    """The first exception in the worker's log."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [match[1] for match in map(EXCEPTION.match, lines) if match]
+    own = [error for error in errors if "ChildFailedError" not in error]  # torchrun's, which names no reason
+    return own[0] if own else "no exception"
 
 
 def stop(worker: subprocess.Popen[bytes]) -> None:

@@ -15,7 +15,7 @@ class GPTConfig:
 
     vocabulary: int = 256
     context: int = 64
-    layers: int = 6
+    layers: int = 5
     heads: int = 4
     width: int = 64
 

@@ -101,8 +101,8 @@ dd { margin: 0 0 10px; color: var(--ink-2); }
 
 <h2>Loss</h2>
 <p>Training loss of the four runs, smoothed, the single steps faint behind. The numbers above are mean losses on
-held-out files after the last step. A model at the unigram entropy has learned how often each byte occurs and nothing
-about its context.</p>
+held-out files after the last step. The unigram entropy is the least loss of a model that knows how often each
+byte occurs and ignores its context.</p>
 <div class="card">$loss</div>
 
 <h2>The rate of every matrix</h2>

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 GLOBAL_BATCH = 8
-PEAK_LR = 3e-3
+PEAK_LR = 5e-3
 END_LR = 0.1 * PEAK_LR
-WARMUP = 0.5  # of all steps, the best of 0.2, 0.35, 0.5, 0.65 and 0.8
+WARMUP = 0.65  # of all steps: the best mean over eight seeds of 0.5, 0.65 and 0.8
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Results:
 
     @property
     def unigram_entropy(self) -> float:
-        """The loss of a model that has learned the frequencies of the bytes and nothing else, nats per byte."""
+        """The least loss of a model that ignores the context, nats per byte."""
         return float(self.setting["text"]["unigram_entropy"])
 
     def loss(self, run: Run) -> float:

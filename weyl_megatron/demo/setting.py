@@ -46,7 +46,7 @@ def text_facts(corpus: Corpus, targets: Tensor) -> dict[str, Any]:
         "train_bytes": corpus.train.numel(),
         "validation_bytes": corpus.validation.numel(),
         "digest": corpus.digest,
-        "unigram_entropy": unigram_entropy(corpus.train, targets),
+        "unigram_entropy": unigram_entropy(targets),
     }
 
 
