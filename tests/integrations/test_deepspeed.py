@@ -173,3 +173,12 @@ def test_what_is_not_understood_is_refused_in_one_sentence_that_names_it() -> No
 def test_the_pipeline_engine_follows_the_reference_and_refuses_auto(ranks: int) -> None:
     output = torchrun(Path(__file__).with_name("pipeline_worker.py"), ranks)
     assert "pipeline follows; AdamW2: tau got 'auto', but a pipeline stage does not know" in output
+
+
+def test_the_cosine_without_warmup_of_the_readme_works_from_json_at_every_stage() -> None:
+    output = torchrun(Path(__file__).with_name("schedule_worker.py"), 1)
+    stages = json.loads(next(line for line in output.splitlines() if "rates [[" in line).split("rates ", 1)[1])
+    for rates in stages:
+        first, *rest = rates
+        assert first in (0.0, 0.01)  # DeepSpeed makes the very first step at 0
+        assert rest[0] > 0.009 and rest == sorted(rest, reverse=True) and 0.001 <= rest[-1] < 0.002

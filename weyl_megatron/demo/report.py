@@ -76,7 +76,7 @@ def takeaway(results: Results) -> str:
         f"Without warmup, AdamW ends at {alone:.2f} nats per byte, where a model that ignores all context can get "
         f"to {results.unigram_entropy:.2f}. AdamW², without warmup too, trains the same model on the same batches to "
         f"{results.loss(ADAMW2):.2f} with τ = 0.01 and to {results.loss(ADAMW2_AUTO):.2f} with τ = auto. "
-        f"AdamW needs {warmup_steps(steps)} of its {steps} steps as warmup to reach {warmup:.2f}."
+        f"AdamW with a warmup over {warmup_steps(steps)} of its {steps} steps ends at {warmup:.2f}."
     )
 
 
