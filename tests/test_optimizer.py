@@ -319,3 +319,11 @@ def test_ddp_trains_as_one_process_and_fsdp_is_refused() -> None:
     output = torchrun(Path(__file__).with_name("ddp_worker.py"), 2)
     assert "ddp follows one process" in output
     assert "fsdp1 refused" in output and "fsdp2 refused" in output
+
+
+def test_names_lose_what_wrappers_put_in_front() -> None:
+    weight = nn.Parameter(torch.ones(3, 3))
+    weight.grad = torch.ones(3, 3)
+    optimizer = AdamW2([("module._orig_mod.h.0.weight", weight)])
+    optimizer.step()
+    assert set(optimizer.stats()) == {"h.0.weight"}

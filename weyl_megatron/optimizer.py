@@ -113,7 +113,9 @@ class AdamW2(torch.optim.AdamW):
             for number, item in enumerate(group["params"]):
                 if isinstance(item, tuple):
                     name, group["params"][number] = item
-                    self._names[id(group["params"][number])] = name.removeprefix("module.")
+                    # What DDP and torch.compile add is dropped: the start vectors belong to the model's own names.
+                    name = name.removeprefix("module.").replace("_orig_mod.", "")
+                    self._names[id(group["params"][number])] = name
         super().add_param_group(group)
         for number, param in enumerate(self.param_groups[-1]["params"]):
             self._names.setdefault(id(param), f"group{len(self.param_groups) - 1}.param{number}")
@@ -229,11 +231,11 @@ class AdamW2(torch.optim.AdamW):
         """
         engine = deepspeed.engine_on_stack(self)
         if engine is not None:
-            module, buffers, is_stage = deepspeed.read_layout(engine)
-            if is_stage and self._auto:
+            module, buffers, is_part = deepspeed.read_layout(engine)
+            if is_part and self._auto:
                 raise ValueError(
-                    "AdamW2: tau got 'auto', but a pipeline stage does not know the other stages' matrices; it takes a "
-                    "number under DeepSpeed's pipeline engine."
+                    "AdamW2: tau got 'auto', but a pipeline stage or a rank of experts does not know how many matrices "
+                    "the others have; it takes a number under DeepSpeed's pipeline engine and MoE."
                 )
         else:
             module, buffers = None, self._plain_layout()

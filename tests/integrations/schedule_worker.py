@@ -6,6 +6,7 @@ import json
 
 import deepspeed
 import torch.distributed as dist
+
 from tests import net as nets
 
 SCHEDULER = {

@@ -23,11 +23,11 @@ from weyl_megatron.layouts.zero import flat_partition_buffers, master_copy_buffe
 
 
 class EngineLayout(NamedTuple):
-    """What the engine tells: the model, every buffer that it will ever step, and whether others have more of it."""
+    """What the engine tells: the model, every buffer that it will ever step, and whether other ranks have others."""
 
     module: torch.nn.Module
     buffers: list[Buffer]
-    is_stage: bool
+    is_part: bool
 
 
 def allow_under_zero(optimizer: type) -> None:
@@ -57,7 +57,7 @@ def is_under_construction(engine: Any) -> bool:
 
     FP16_UnfusedOptimizer calls ``step()`` with zero gradients then, to allocate the state.
     """
-    return engine.optimizer is None
+    return getattr(engine, "optimizer", None) is None
 
 
 def read_layout(engine: Any) -> EngineLayout:
@@ -81,7 +81,7 @@ def read_layout(engine: Any) -> EngineLayout:
         return Parameter(name, tuple(getattr(param, "ds_shape", param.shape)), shardings.get(id(param)))
 
     buffers = list(_buffers(engine, wrapper, describe, names, shardings))
-    return EngineLayout(engine.module, buffers, bool(engine.pipeline_parallelism))
+    return EngineLayout(engine.module, buffers, bool(engine.pipeline_parallelism or engine.has_moe_layers))
 
 
 def _buffers(
