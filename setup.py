@@ -12,7 +12,7 @@ assert VERSION is not None
 setup(
     name="weyl-megatron",
     version=VERSION[1],
-    description="AdamW²: train Transformers without learning-rate warmup, under DeepSpeed and Megatron",
+    description="AdamW²: train Transformers without learning-rate warmup, under DeepSpeed and PyTorch",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -23,16 +23,16 @@ setup(
         "torch>=2.5",  # 2.5 is the first that loads plugins at import, which is how DeepSpeed finds the name AdamW2
     ],
     extras_require={
-        "deepspeed": ["deepspeed>=0.16"],  # the engine; not required, so that Megatron's users need not install it
-        "megatron": ["megatron-core>=0.14"],  # the engine; likewise
-        "demo": ["deepspeed>=0.16"],  # `weyl-megatron demo` trains under ZeRO-2
+        "deepspeed": ["deepspeed>=0.16.9"],  # the engine; not required, so that Megatron's users need not install it
+        "megatron": ["megatron-core>=0.14"],  # the engine whose door is built next; nothing here imports it yet
+        "demo": ["deepspeed>=0.16.9"],  # `weyl-megatron demo` trains under ZeRO-2
         "dev": [
-            "pytest>=8",  # runs the tests
-            "hypothesis>=6",  # property tests of tiles and layouts
-            "mypy>=1.11",  # strict types of the package
-            "ruff>=0.6",  # lint and format
-            "pre-commit>=3.5",  # both before a commit
-            "numpy",  # torch warns on every import without it
+            "pytest>=9",  # runs the tests
+            "hypothesis>=6.150",  # property tests of tiles and layouts
+            "mypy>=2.4",  # strict types of the package
+            "ruff>=0.17.6",  # lint and format
+            "pre-commit>=4.7",  # both before a commit
+            "numpy>=2.2",  # torch warns on every import without it
         ],
     },
     entry_points={

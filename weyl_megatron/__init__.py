@@ -1,4 +1,4 @@
-"""AdamW² for DeepSpeed and Megatron: train Transformers without learning-rate warmup.
+"""AdamW² for DeepSpeed and PyTorch: train Transformers without learning-rate warmup.
 
 Qi et al., "Taming Transformer Without Using Learning Rate Warmup".
 """
