@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -327,3 +328,21 @@ def test_names_lose_what_wrappers_put_in_front() -> None:
     optimizer = AdamW2([("module._orig_mod.h.0.weight", weight)])
     optimizer.step()
     assert set(optimizer.stats()) == {"h.0.weight"}
+
+
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"]
+)
+def test_a_copied_optimizer_goes_on_by_itself(clone: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(8, 6))
+    optimizer = AdamW2([("w", weight)], lr=0.05, tau=0.02)
+    weight.grad = torch.randn(8, 6)
+    optimizer.step()
+    other_weight, other = clone((weight, optimizer))
+    for each, owner in ((weight, optimizer), (other_weight, other)):
+        each.grad = torch.ones(8, 6)
+        owner.step()
+    assert set(other.stats()) == {"w"} and other.stats()["w"].tau == 0.02
+    # The copy's vectors are new; cold iterations bring σ₁ within 1e-3, and that times τ is what the weights differ by.
+    assert torch.allclose(weight, other_weight, atol=1e-4)

@@ -121,8 +121,20 @@ class AdamW2(torch.optim.AdamW):
             self._names.setdefault(id(param), f"group{len(self.param_groups) - 1}.param{number}")
         self._buffers, self._walks = {}, {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        names = [[self._names.get(id(param)) for param in group["params"]] for group in self.param_groups]
+        return {**super().__getstate__(), "adamw2": (self._settings, self._auto, self._tp_group, names)}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        own = state.pop("adamw2", None)  # of a copied or unpickled optimizer; load_state_dict comes here without
         super().__setstate__(state)
+        if own is not None:
+            self._settings, self._auto, self._tp_group, names = own
+            pairs = zip(self.param_groups, names, strict=True)
+            named = (zip(group["params"], of_group, strict=True) for group, of_group in pairs)
+            self._names = {id(param): name for group in named for param, name in group if name is not None}
+            self._buffers, self._walks = {}, {}
         for group in self.param_groups:
             group.setdefault("tau", self._settings.tau)  # the checkpoint of an AdamW has none
         for walk in self._walks.values():
