@@ -48,6 +48,8 @@ def train(stage: int, tau: Any) -> None:
         "zero_optimization": {"stage": stage},
     }
     engine, _, _, _ = deepspeed.initialize(model=module, model_parameters=module.parameters(), config=config)
+    # On gloo, DeepSpeed before 0.19 gathers into a buffer that requires grad, which torch allows under no_grad alone.
+    engine.optimizer.step = torch.no_grad()(engine.optimizer.step)
     replica, replicas = dist.get_rank(engine.grid.get_data_parallel_group()), dist.get_world_size() // 2
     for step in range(STEPS):
         engine.train_batch(iter([batch(step, micro, replica) for micro in range(ACCUMULATION)]))
