@@ -182,3 +182,8 @@ def test_the_cosine_without_warmup_of_the_readme_works_from_json_at_every_stage(
         first, *rest = rates
         assert first in (0.0, 0.01)  # DeepSpeed makes the very first step at 0
         assert rest[0] > 0.009 and rest == sorted(rest, reverse=True) and 0.001 <= rest[-1] < 0.002
+
+
+def test_experts_on_their_ranks_are_matrices_of_their_own() -> None:
+    output = torchrun(Path(__file__).with_name("moe_worker.py"), 2)
+    assert "moe agrees; AdamW2: tau got 'auto', but a pipeline stage or a rank of experts" in output
