@@ -346,3 +346,17 @@ def test_a_copied_optimizer_goes_on_by_itself(clone: Callable[[Any], Any]) -> No
     assert set(other.stats()) == {"w"} and other.stats()["w"].tau == 0.02
     # The copy's vectors are new; cold iterations bring σ₁ within 1e-3, and that times τ is what the weights differ by.
     assert torch.allclose(weight, other_weight, atol=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_ends_in_weights_that_are_not_as_under_adamw() -> None:
+    def weights(make: Callable[..., torch.optim.Optimizer]) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        one, other = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(4, 3))
+        one.grad, other.grad = torch.randn(4, 3), torch.randn(4, 3)
+        one.grad[1, 1] = float("nan")
+        make([one, other], lr=1e-6).step()
+        return [one.detach(), other.detach()]
+
+    bad, good = weights(AdamW2)
+    _, expected = weights(torch.optim.AdamW)
+    assert bad.isnan().any() and torch.equal(good, expected)

@@ -82,6 +82,15 @@ def test_a_spike_far_above_the_tracked_direction_is_found_in_one_call() -> None:
     assert power.sigmas([flat([matrix])]).item() == pytest.approx(float(exact), rel=1e-3)
 
 
+def test_what_is_not_finite_is_not_a_number_and_leaves_the_others_alone() -> None:
+    torch.manual_seed(0)
+    matrices = [torch.randn(6, 5), torch.randn(6, 5), torch.randn(6, 5)]
+    matrices[1][2, 3] = float("inf")
+    sigmas = whole(matrices).sigmas([flat(matrices)])[0]
+    assert sigmas.isnan().tolist() == [False, True, False]
+    assert sigmas[0].item() == pytest.approx(float(torch.linalg.matrix_norm(matrices[0], 2)), rel=1e-3)
+
+
 def test_operands_keep_vectors_of_their_own() -> None:
     torch.manual_seed(0)
     one, two = torch.randn(9, 5), torch.randn(9, 5) * 3

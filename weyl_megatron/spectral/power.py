@@ -166,8 +166,10 @@ class PowerIteration:
                 triangles.append(r)
         self._warm = True
         for bucket, r in zip(self._buckets, triangles, strict=True):
-            sigma = torch.linalg.matrix_norm(r, 2).view(self._operands, -1)
-            result[:, list(bucket.members)] = sigma
+            finite = r.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)  # LAPACK's SVD stops at others
+            sigma = torch.linalg.matrix_norm(torch.where(finite, r, 0), 2)
+            sigma = torch.where(finite.flatten(), sigma, torch.nan)
+            result[:, list(bucket.members)] = sigma.view(self._operands, -1)
         return result
 
     def _products(self, pieces: list[list[Tensor]]) -> list[tuple[Tensor, tuple[Tensor, Tensor]]]:
