@@ -94,8 +94,7 @@ def one_process(
     groups = [(d, [(n, p) for n, p in masters.items() if decay[n] == d]) for d in dict.fromkeys(decay.values())]
     reference, whole = [], None
     if mixed or options:
-        parameter_groups = [{"params": named, "weight_decay": d} for d, named in groups]
-        whole = AdamW2(parameter_groups, **{**OPTIONS, **(options or {})})
+        whole = AdamW2([{"params": named, "weight_decay": d} for d, named in groups], **{**OPTIONS, **(options or {})})
     else:
         reference = [AdamW2Reference(named, **{**OPTIONS, "weight_decay": d}, sigma=BlockPower) for d, named in groups]
     rates: dict[str, float] = {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from weyl_megatron.kernels import adamw_direction, adamw_update
-from weyl_megatron.layouts.buffers import Buffer, plan_of
+from weyl_megatron.layouts.buffers import Buffer, Run, plan_of
 from weyl_megatron.layouts.plain import storage_order
 from weyl_megatron.rule import clipped_rates
 from weyl_megatron.spectral import PowerIteration
@@ -41,6 +41,24 @@ class Moments(NamedTuple):
     def direction(self) -> Tensor:
         """Return U·(1 − β₁ᵗ), flat."""
         return adamw_direction(self.exp_avg, self.exp_avg_sq, step=self.step, beta2=self.beta2, eps=self.eps)
+
+    def of_run(self, run: Run) -> Moments:
+        """Return the same for one rectangle of the tensor."""
+        return self._replace(exp_avg=_rectangle(self.exp_avg, run), exp_avg_sq=_rectangle(self.exp_avg_sq, run))
+
+    def move(self, weight: Tensor, rate: float) -> None:
+        """W ← W − α_W λ W − α_W U at the rate α_W, in place."""
+        adamw_update(
+            weight,
+            self.exp_avg,
+            self.exp_avg_sq,
+            lr=rate,
+            step=self.step,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+        )
 
 
 class Walk:
@@ -91,30 +109,13 @@ class Walk:
 
     def apply(self, number: int, moments: Moments, rates: Sequence[float]) -> None:
         """Move the weights of one tensor, every run of it at its rate (lines 10 to 14)."""
-        _, _, step, lr, beta1, beta2, eps, weight_decay = moments
-        buffers = flat(self._tensors[number]), moments.exp_avg, moments.exp_avg_sq
-        runs = self._plan.runs[number]
-        of_run = [lr if run.matrix is None else rates[run.matrix] for run in runs]
-        whole = len(set(of_run)) == 1
+        weight, runs = flat(self._tensors[number]), self._plan.runs[number]
+        of_run = [moments.lr if run.matrix is None else rates[run.matrix] for run in runs]
+        if len(set(of_run)) == 1:
+            moments.move(weight, of_run[0])
+            return
         for run, rate in zip(runs, of_run, strict=True):
-            size, stride = (run.rows, run.cols), (run.stride, 1)
-            weight, exp_avg, exp_avg_sq = (
-                buffer if whole else buffer.as_strided(size, stride, buffer.storage_offset() + run.offset)
-                for buffer in buffers
-            )
-            adamw_update(
-                weight,
-                exp_avg,
-                exp_avg_sq,
-                lr=rate,
-                step=step,
-                beta1=beta1,
-                beta2=beta2,
-                eps=eps,
-                weight_decay=weight_decay,
-            )
-            if whole:
-                break
+            moments.of_run(run).move(_rectangle(weight, run), rate)
 
     def stats(self) -> dict[str, MatrixStats]:
         """Return what the last step did, by the matrix's name."""
@@ -129,3 +130,8 @@ class Walk:
 def flat(tensor: Tensor) -> Tensor:
     """Return the elements of a dense tensor as they lie in memory."""
     return tensor.detach().permute(storage_order(tensor)).view(-1)
+
+
+def _rectangle(buffer: Tensor, run: Run) -> Tensor:
+    """Return the view (rows, cols) of a flat buffer that a run is."""
+    return buffer.as_strided((run.rows, run.cols), (run.stride, 1), buffer.storage_offset() + run.offset)

@@ -160,7 +160,6 @@ def main() -> None:
             print(f"case {case['name']}, rank {dist.get_rank()}: {result['error']}", flush=True)
         dist.barrier()
         deepspeed.utils.groups.mpu = None
-    dist.barrier()  # a rank that leaves early breaks the other's last collective
     dist.destroy_process_group()
 
 

@@ -16,7 +16,7 @@ def plain_buffer(tensor: Tensor, name: str, shardings: Mapping[int, Sharding]) -
     Raises:
         ValueError: the parameter's storage is not understood (FSDP, DTensor, sparse, complex, overlapping).
     """
-    reject_foreign(tensor, name)
+    _reject_foreign(tensor, name)
     physical = tensor.permute(storage_order(tensor))
     if not physical.is_contiguous():
         raise ValueError(f"AdamW2: parameter '{name}' is not dense in memory; it takes one that is (.contiguous()).")
@@ -35,7 +35,7 @@ def storage_order(tensor: Tensor) -> list[int]:
     return sorted(range(tensor.dim()), key=lambda dim: tensor.stride(dim), reverse=True)
 
 
-def reject_foreign(tensor: Tensor, name: str) -> None:
+def _reject_foreign(tensor: Tensor, name: str) -> None:
     """Raise one sentence for a parameter that an engine has cut up in a way that is not understood here."""
     kinds = {base.__name__ for base in type(tensor).__mro__}
     if "FlatParameter" in kinds or getattr(tensor, "_fsdp_flattened", False):
