@@ -10,7 +10,7 @@ from torch import Tensor
 
 from weyl_megatron.integrations import deepspeed
 from weyl_megatron.kernels import adamw_moments
-from weyl_megatron.layouts.buffers import Buffer
+from weyl_megatron.layouts.buffers import Buffer, Layout
 from weyl_megatron.layouts.plain import plain_buffer
 from weyl_megatron.layouts.tensor_parallel import shardings_of
 from weyl_megatron.settings import check_adamw, check_settings, check_tau
@@ -95,6 +95,7 @@ class AdamW2(torch.optim.AdamW):
         )
         self._tp_group = tp_group
         self._auto = "auto" in [tau, *(override.get("tau") for override in self._settings.overrides)]
+        self._engine_layout: Callable[[], Layout] | None = None  # set by an engine's door
         self._names: dict[int, str] = {}  # of the parameters that were given, by id
         self._buffers: dict[int, Buffer] = {}  # the layout, by id of the tensor that is stepped
         self._walks: dict[tuple[int, ...], Walk] = {}  # by the ids of the tensors that are stepped together
@@ -131,6 +132,7 @@ class AdamW2(torch.optim.AdamW):
         super().__setstate__(state)
         if own is not None:
             self._settings, self._auto, self._tp_group, names = own
+            self._engine_layout = None
             pairs = zip(self.param_groups, names, strict=True)
             named = (zip(group["params"], of_group, strict=True) for group, of_group in pairs)
             self._names = {id(param): name for group in named for param, name in group if name is not None}
@@ -156,6 +158,9 @@ class AdamW2(torch.optim.AdamW):
             for number, moments in enumerate(stepped):
                 if moments is not None:
                     walk.apply(number, moments, rates)
+        for group in self.param_groups:
+            if "step" in group:  # Megatron's checkpoints read it there
+                group["step"] += 1
         return loss
 
     def stats(self) -> dict[str, MatrixStats]:
@@ -172,6 +177,8 @@ class AdamW2(torch.optim.AdamW):
         state = self.state[tensor]
         if not state:
             self._allocate(tensor)
+        elif "step" not in state:  # Megatron allocates, and with TE or apex saves, the moments alone
+            state["step"] = torch.tensor(float(group.get("step", 0.0)), dtype=torch.get_default_dtype())
         # Not in place: DeepSpeed's universal checkpoint hands one step tensor to several of ZeRO-3's sub-groups.
         state["step"] = state["step"] + 1
         beta1, beta2 = group["betas"]
@@ -210,29 +217,37 @@ class AdamW2(torch.optim.AdamW):
 
     def _stepped_together(self) -> Iterator[tuple[Walk, list[Tensor], list[dict[str, Any]]]]:
         """Yield, per device, the tensors of this step with their walk and their parameter groups."""
-        by_device: dict[torch.device, tuple[list[Tensor], list[dict[str, Any]]]] = {}
-        for group in self.param_groups:
-            for tensor in group["params"]:
-                if tensor.requires_grad or tensor.grad is not None:
-                    tensors, groups = by_device.setdefault(tensor.device, ([], []))
-                    tensors.append(tensor)
-                    groups.append(group)
-        for tensors, groups in by_device.values():
-            yield self._walk(tensors), tensors, groups
+        group_of = {
+            id(tensor): group
+            for group in self.param_groups
+            for tensor in group["params"]
+            if tensor.requires_grad or tensor.grad is not None
+        }
+        if not self._buffers:
+            self._read_layout()
+        if not group_of.keys() <= self._buffers.keys():
+            first = next(iter(self._buffers.values())).shards[0].parameter.name
+            raise ValueError(
+                f"AdamW2: the engine steps a tensor that its layout does not have, beside parameter '{first}'."
+            )
+        # In the layout's order, which ranks share that hold, and list, different pieces.
+        by_device: dict[torch.device, tuple[list[Buffer], list[dict[str, Any]]]] = {}
+        for number, buffer in self._buffers.items():
+            group = group_of.get(number)
+            if group is None and buffer.param_group is not None:
+                group = self.param_groups[buffer.param_group]
+            if group is not None:
+                buffers, groups = by_device.setdefault(buffer.tensor.device, ([], []))
+                buffers.append(buffer)
+                groups.append(group)
+        for buffers, groups in by_device.values():
+            yield self._walk(buffers), [buffer.tensor for buffer in buffers], groups
 
-    def _walk(self, tensors: list[Tensor]) -> Walk:
-        key = tuple(id(tensor) for tensor in tensors)
+    def _walk(self, buffers: list[Buffer]) -> Walk:
+        key = tuple(id(buffer.tensor) for buffer in buffers)
         if key not in self._walks:
-            if not self._buffers:
-                self._read_layout()
-            if any(number not in self._buffers for number in key):
-                first = next(iter(self._buffers.values())).shards[0].parameter.name
-                raise ValueError(
-                    f"AdamW2: the engine steps a tensor that its layout does not have, beside parameter '{first}'."
-                )
             # It takes the place of older walks over some of these tensors, from before others were frozen or unfrozen.
             self._walks = {other: walk for other, walk in self._walks.items() if not set(other) & set(key)}
-            buffers = [self._buffers[number] for number in key]
             self._walks[key] = Walk(buffers, self._thresholds, self._settings.power_iters)
         return self._walks[key]
 
@@ -242,27 +257,29 @@ class AdamW2(torch.optim.AdamW):
         Under ZeRO-1 and 2 ``param_groups`` holds one group at a time, but the layout read is that of all groups.
         """
         engine = deepspeed.engine_on_stack(self)
-        if engine is not None:
-            module, buffers, is_part = deepspeed.read_layout(engine)
-            if is_part and self._auto:
-                raise ValueError(
-                    "AdamW2: tau got 'auto', but a pipeline stage or a rank of experts does not know how many matrices "
-                    "the others have; it takes a number under DeepSpeed's pipeline engine and MoE."
-                )
+        if self._engine_layout is not None:
+            layout = self._engine_layout()
+        elif engine is not None:
+            layout = deepspeed.read_layout(engine)
         else:
-            module, buffers = None, self._plain_layout()
-        parameters = [shard.parameter for buffer in buffers for shard in buffer.shards]
-        self._thresholds = Thresholds(self._settings, parameters, module, self._auto)
-        self._buffers = {id(buffer.tensor): buffer for buffer in buffers}
+            layout = Layout(self._plain_buffers())
+        if layout.is_part and self._auto:
+            raise ValueError(
+                "AdamW2: tau got 'auto', but a pipeline stage or a rank of experts does not know how many matrices "
+                "the others have; it takes a number under DeepSpeed's pipeline engine and MoE."
+            )
+        parameters = layout.parameters or [shard.parameter for buffer in layout.buffers for shard in buffer.shards]
+        self._thresholds = Thresholds(self._settings, parameters, layout.module, self._auto, layout.gather)
+        self._buffers = {id(buffer.tensor): buffer for buffer in layout.buffers}
 
-    def _plain_layout(self) -> list[Buffer]:
+    def _plain_buffers(self) -> list[Buffer]:
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         for tensor in tensors:
             if id(tensor) not in self._names:
                 raise ValueError(
                     f"AdamW2: an engine replaced parameter '{next(iter(self._names.values()))}' or one beside it by a "
                     f"tensor of shape {tuple(tensor.shape)}, whose layout AdamW2 does not understand; it takes plain "
-                    f"parameters, DDP, and DeepSpeed's engine."
+                    f"parameters, DDP, and the engines of DeepSpeed and Megatron."
                 )
         shardings = shardings_of([(self._names[id(tensor)], tensor) for tensor in tensors], self._tp_group)
         return [plain_buffer(tensor, self._names[id(tensor)], shardings) for tensor in tensors]

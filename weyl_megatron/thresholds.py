@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -18,25 +19,36 @@ class Thresholds:
 
     Args:
         settings: what the optimizer was told.
-        parameters: every parameter of the optimizer, on this tensor-parallel rank whole.
+        parameters: every parameter of the model, on this tensor-parallel rank whole.
         module: the model, where it is known; it tells embeddings and head apart for tau="auto".
         auto: whether any parameter group or override uses tau="auto".
+        gather: returns an object of every rank that has other parameters, where there are such ranks. Collective.
 
     Raises:
         ValueError: an override matches nothing, or nothing tells which parameters are embeddings and head.
     """
 
     def __init__(
-        self, settings: Settings, parameters: Sequence[Parameter], module: nn.Module | None, auto: bool
+        self,
+        settings: Settings,
+        parameters: Sequence[Parameter],
+        module: nn.Module | None,
+        auto: bool,
+        gather: Callable[[Any], list[Any]] | None = None,
     ) -> None:
-        names = [parameter.name for parameter in parameters]
-        settings.check_matches(names)
         self._settings = settings
         self._io: set[str] | None = None
+        counts = {parameter.name: self._count(parameter) for parameter in parameters}
+        if gather is not None and (auto or settings.overrides):
+            counts = {name: count for theirs in gather(counts) for name, count in theirs.items()}
+        settings.check_matches(list(counts))
         if auto:
-            self._io = io_parameters(names, module, settings.io)
-            grids = [self.grid(parameter) for parameter in parameters if parameter.name not in self._io]
-            self._hidden = sum(len(grid.matrices) for grid in grids if grid is not None)
+            self._io = io_parameters(counts, module, settings.io)
+            self._hidden = sum(count for name, count in counts.items() if name not in self._io)
+
+    def _count(self, parameter: Parameter) -> int:
+        grid = self.grid(parameter)
+        return 0 if grid is None else len(grid.matrices)
 
     def grid(self, parameter: Parameter) -> Grid | None:
         """Return which matrices a parameter holds, or None where it takes the scheduled rate."""
@@ -46,7 +58,7 @@ class Thresholds:
             return None
         told = self._settings.override(parameter.name, "fused")
         if told is None:
-            fused = known_fused(parameter.name, parameter.shape)
+            fused = parameter.fused or known_fused(parameter.name, parameter.shape)
         else:
             fused = None if told == 1 else told_fused(parameter.name, parameter.shape, told)
         try:

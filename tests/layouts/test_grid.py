@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from weyl_megatron.layouts.buffers import Parameter
-from weyl_megatron.layouts.grid import Fused, Grid, Sharding, grid_of, known_fused, told_fused
+from weyl_megatron.layouts.grid import Fused, Grid, Sharding, grid_of, known_fused, stacked, told_fused
 
 
 def rebuild(grid: Grid, weight: torch.Tensor) -> list[torch.Tensor]:
@@ -52,7 +52,7 @@ def test_a_grouped_query_weight_of_that_name_is_left_whole() -> None:
     assert known_fused("h.0.attn.qkv.weight", (8, 4)) is None
 
 
-@pytest.mark.parametrize(("dim", "fused"), [(0, None), (1, None), (1, Fused(0, (2, 4), ("0", "1")))])
+@pytest.mark.parametrize(("dim", "fused"), [(0, None), (1, None), (1, stacked(0, (2, 4), ("0", "1")))])
 def test_tensor_parallel_bands_of_uneven_size_make_up_the_matrix(dim: int, fused: Fused | None) -> None:
     weight = torch.randn(6, 5)
     sizes = (4, 2) if dim == 0 else (2, 3)
@@ -73,7 +73,7 @@ def test_a_tensor_parallel_stack_of_experts_is_refused() -> None:
 def test_told_parts_that_do_not_divide_name_the_parameter() -> None:
     with pytest.raises(ValueError, match=r"'fused' of parameter 'w' got 4, but it takes"):
         told_fused("w", (5, 3), 4)
-    assert told_fused("w", (5, 3), [2, 3]) == Fused(0, (2, 3), ("0", "1"))
+    assert told_fused("w", (5, 3), [2, 3]) == stacked(0, (2, 3), ("0", "1"))
 
 
 @pytest.mark.parametrize(
@@ -84,5 +84,5 @@ def test_gains_biases_and_class_tokens_are_vectors(shape: tuple[int, ...], is_ve
 
 
 def test_a_stack_that_tensor_parallelism_cuts_along_itself_is_kept_whole() -> None:
-    grid = grid_of((6, 5), sharding=Sharding(None, 0, (6, 6), 1), fused=Fused(0, (2, 2, 2), ("q", "k", "v")))  # type: ignore[arg-type]
+    grid = grid_of((6, 5), sharding=Sharding(None, 0, (6, 6), 1), fused=stacked(0, (2, 2, 2), ("q", "k", "v")))  # type: ignore[arg-type]
     assert [(matrix.rows, matrix.cols) for matrix in grid.matrices] == [(12, 5)]

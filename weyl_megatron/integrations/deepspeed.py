@@ -10,24 +10,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from weyl_megatron.layouts.buffers import Buffer, Parameter
+from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter
 from weyl_megatron.layouts.grid import Sharding
 from weyl_megatron.layouts.plain import plain_buffer
 from weyl_megatron.layouts.tensor_parallel import shardings_of
 from weyl_megatron.layouts.zero import flat_partition_buffers, master_copy_buffers, zero3_buffers
-
-
-class EngineLayout(NamedTuple):
-    """What the engine tells: the model, every buffer that it will ever step, and whether other ranks have others."""
-
-    module: torch.nn.Module
-    buffers: list[Buffer]
-    is_part: bool
 
 
 def allow_under_zero(optimizer: type) -> None:
@@ -60,7 +51,7 @@ def is_under_construction(engine: Any) -> bool:
     return getattr(engine, "optimizer", None) is None
 
 
-def read_layout(engine: Any) -> EngineLayout:
+def read_layout(engine: Any) -> Layout:
     """Return the layout of everything that the engine's optimizer wrapper gives to the optimizer.
 
     Collective over the tensor-parallel group.
@@ -81,7 +72,7 @@ def read_layout(engine: Any) -> EngineLayout:
         return Parameter(name, tuple(getattr(param, "ds_shape", param.shape)), shardings.get(id(param)))
 
     buffers = list(_buffers(engine, wrapper, describe, names, shardings))
-    return EngineLayout(engine.module, buffers, bool(engine.pipeline_parallelism or engine.has_moe_layers))
+    return Layout(buffers, engine.module, is_part=bool(engine.pipeline_parallelism or engine.has_moe_layers))
 
 
 def _buffers(

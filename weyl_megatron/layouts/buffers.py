@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from weyl_megatron.layouts.grid import Grid, Sharding
+from weyl_megatron.layouts.grid import Fused, Grid, Sharding
 from weyl_megatron.spectral.power import MatrixSpec
 from weyl_megatron.spectral.tiles import Tile, tiles_of_range
 
@@ -22,6 +22,13 @@ class Parameter(NamedTuple):
     name: str
     shape: tuple[int, ...]
     sharding: Sharding | None = None
+    tied: Sharding | None = None  # the pipeline stages that each keep a copy
+    fused: Fused | None = None  # what the engine knows of its parts
+
+    @property
+    def spreads(self) -> tuple[Sharding, ...]:
+        """How it is spread or repeated over ranks, apart from what the buffers' groups do."""
+        return tuple(spread for spread in (self.sharding, self.tied) if spread is not None)
 
     @property
     def is_vector(self) -> bool:
@@ -43,11 +50,28 @@ class Buffer:
     """One tensor that the engine gives the optimizer to step, and what lies in it.
 
     ``shards`` lists every parameter that any rank of ``groups`` holds a piece of, in the same order on all of them.
+    ``param_group`` is given where other ranks step pieces of a parameter of which this one has none, in an empty
+    ``tensor`` that no parameter group lists.
     """
 
     tensor: Tensor
     shards: tuple[Shard, ...]
     groups: tuple[ProcessGroup, ...] = ()
+    param_group: int | None = None
+
+
+class Layout(NamedTuple):
+    """What an engine tells, once, at the first step: every buffer that it will ever step, in an order all ranks share.
+
+    ``gather`` returns an object of every rank that has other matrices (pipeline stages, experts); it is None where
+    every rank has a piece of all of them, or where the engine's ranks cannot be asked: then ``is_part`` is true.
+    """
+
+    buffers: list[Buffer]
+    module: nn.Module | None = None
+    parameters: list[Parameter] | None = None  # all of the model's, where other optimizers step some of them
+    gather: Callable[[Any], list[Any]] | None = None
+    is_part: bool = False
 
 
 class Run(NamedTuple):
@@ -88,8 +112,7 @@ def plan_of(buffers: Sequence[Buffer], grid_of: Callable[[Parameter], Grid | Non
                     mine.append(Run(shard.offset, 1, length, length, None))
                 continue
             first = len(matrices)
-            sharding = parameter.sharding
-            groups = buffer.groups if sharding is None else (*buffer.groups, sharding.group)
+            groups = (*buffer.groups, *(spread.group for spread in parameter.spreads))
             for shape in grid.matrices:
                 matrices.append(MatrixSpec(parameter.name + shape.suffix, shape.rows, shape.cols, groups))
                 parameters.append(parameter)
@@ -98,7 +121,7 @@ def plan_of(buffers: Sequence[Buffer], grid_of: Callable[[Parameter], Grid | Non
                 tile._replace(matrix=first + tile.matrix)
                 for tile in tiles_of_range(grid.blocks, grid.width, shard.start, shard.stop, shard.offset, number)
             ]
-            if sharding is None or not sharding.is_repeated:
+            if not any(spread.is_repeated for spread in parameter.spreads):
                 tiles += found
             if len(grid.matrices) == 1 and length:
                 mine.append(Run(shard.offset, 1, length, length, first))

@@ -31,12 +31,51 @@ class Sharding(NamedTuple):
         return self.dim is None and self.rank > 0
 
 
+class Piece(NamedTuple):
+    """Consecutive rows (columns) of a local weight that are consecutive in one of its matrices."""
+
+    part: int
+    begin: int  # where they lie in the local weight
+    size: int
+    at: int  # where they lie in the matrix
+
+
 class Fused(NamedTuple):
-    """Several matrices side by side in one weight, along ``axis`` of the local shape."""
+    """Several matrices in one weight, side by side or interleaved along ``axis``."""
 
     axis: int
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...]  # of the matrices
     labels: tuple[str, ...]
+    pieces: tuple[Piece, ...]  # of the local weight, in order
+    is_band: bool = False  # whether the pieces are those of this rank's band, where tensor parallelism cuts ``axis``
+
+
+def stacked(axis: int, sizes: Sequence[int], labels: Sequence[str]) -> Fused:
+    """Return the split of a whole weight into parts that lie one after the other."""
+    starts = [sum(sizes[:part]) for part in range(len(sizes))]
+    pieces = [Piece(part, begin, size, 0) for part, (begin, size) in enumerate(zip(starts, sizes, strict=True))]
+    return Fused(axis, tuple(sizes), tuple(labels), tuple(pieces))
+
+
+def interleaved(pattern: Sequence[int], labels: Sequence[str], rows: int, start: int, stop: int) -> Fused:
+    """Return the split of rows ``[start, stop)`` of a weight of ``rows`` rows in which ``pattern`` repeats.
+
+    Args:
+        pattern: consecutive rows of each part in one period, as [q of a group, its k, its v].
+        labels: of each part.
+        rows: of the whole weight, a multiple of the period.
+        start, stop: the band that this rank holds; may begin and end anywhere in the pattern.
+    """
+    period = sum(pattern)
+    pieces = []
+    for repeat in range(start // period, -(-stop // period)):
+        begin = repeat * period
+        for part, size in enumerate(pattern):
+            first, last = max(begin, start), min(begin + size, stop)
+            if first < last:
+                pieces.append(Piece(part, first - start, last - first, repeat * size + first - begin))
+            begin += size
+    return Fused(0, tuple(size * (rows // period) for size in pattern), tuple(labels), tuple(pieces), is_band=True)
 
 
 class MatrixShape(NamedTuple):
@@ -67,11 +106,11 @@ def known_fused(name: str, shape: Sequence[int]) -> Fused | None:
         if len(shape) == 2 and fnmatchcase(name, pattern):
             parts = len(labels)
             if parts == 3 and shape[0] == 3 * shape[1]:
-                return Fused(0, (shape[1],) * 3, labels)
+                return stacked(0, (shape[1],) * 3, labels)
             if parts == 3 and shape[1] == 3 * shape[0]:  # Hugging Face's Conv1D keeps (in, out)
-                return Fused(1, (shape[0],) * 3, labels)
+                return stacked(1, (shape[0],) * 3, labels)
             if parts == 2 and shape[0] % 2 == 0:
-                return Fused(0, (shape[0] // 2,) * 2, labels)
+                return stacked(0, (shape[0] // 2,) * 2, labels)
     return None
 
 
@@ -92,7 +131,7 @@ def told_fused(name: str, shape: Sequence[int], option: Any) -> Fused:
             f"overrides: 'fused' of parameter '{name}' got {option!r}, but it takes a number of parts that divides, "
             f"or sizes that add up to, a dimension of its shape {tuple(shape)}."
         )
-    return Fused(axis, sizes, tuple(str(part) for part in range(len(sizes))))
+    return stacked(axis, sizes, [str(part) for part in range(len(sizes))])
 
 
 def grid_of(shape: Sequence[int], *, sharding: Sharding | None = None, fused: Fused | None = None) -> Grid:
@@ -122,7 +161,7 @@ def grid_of(shape: Sequence[int], *, sharding: Sharding | None = None, fused: Fu
         raise ValueError(f"a tensor-parallel parameter of shape {tuple(shape)} is not understood")
     rows, cols = (1, shape[0]) if len(shape) == 1 else (shape[0], prod(shape[1:]))
     axis = None if sharding is None else (1 if len(shape) == 1 else sharding.dim)
-    if fused is not None and axis != fused.axis:
+    if fused is not None and (fused.is_band or axis != fused.axis):
         return _fused_grid(rows, cols, fused, sharding)
     full, at = _spread(sharding)
     if axis == 0:
@@ -133,18 +172,16 @@ def grid_of(shape: Sequence[int], *, sharding: Sharding | None = None, fused: Fu
 
 
 def _fused_grid(rows: int, cols: int, fused: Fused, sharding: Sharding | None) -> Grid:
-    """The grid of stacked matrices whose other axis may be sharded."""
-    full, at = _spread(sharding)
-    blocks, shapes, begin = [], [], 0
-    for part, (size, label) in enumerate(zip(fused.sizes, fused.labels, strict=True)):
-        if fused.axis == 0:
-            blocks.append(Block(part, begin, 0, size, cols, 0, at))
-            shapes.append(MatrixShape(f"[{label}]", size, full or cols))
-        else:
-            blocks.append(Block(part, 0, begin, rows, size, at, 0))
-            shapes.append(MatrixShape(f"[{label}]", full or rows, size))
-        begin += size
-    return Grid(cols, tuple(blocks), tuple(shapes))
+    """The grid of several matrices along ``fused.axis``, whose other axis may be sharded."""
+    full, at = (0, 0) if fused.is_band else _spread(sharding)
+    if fused.axis == 0:
+        blocks = [Block(part, begin, 0, size, cols, there, at) for part, begin, size, there in fused.pieces]
+        shapes = [(size, full or cols) for size in fused.sizes]
+    else:
+        blocks = [Block(part, 0, begin, rows, size, at, there) for part, begin, size, there in fused.pieces]
+        shapes = [(full or rows, size) for size in fused.sizes]
+    named = zip(fused.labels, shapes, strict=True)
+    return Grid(cols, tuple(blocks), tuple(MatrixShape(f"[{label}]", *shape) for label, shape in named))
 
 
 def _spread(sharding: Sharding | None) -> tuple[int, int]:

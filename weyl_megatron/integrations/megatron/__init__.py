@@ -1,0 +1,222 @@
+"""Megatron-core: ``enable()`` once, then ``OptimizerConfig(optimizer="adamw2", …)`` as usual.
+
+Megatron builds its Adam for us, with everything that it wraps around one, and gets AdamW2 in Adam's place. What its
+wrapper did to the parameters is read at the first step. ``optimizer="adam"`` takes Megatron's own code, untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+
+from weyl_megatron.layouts.megatron import Groups, read_layout
+from weyl_megatron.optimizer import AdamW2
+from weyl_megatron.settings import check_settings
+from weyl_megatron.walk import MatrixStats
+
+__all__ = ["enable", "stats"]
+
+NAME = "adamw2"
+
+#: Options of AdamW2 and of :func:`enable`, as they were given last.
+_options: dict[str, Any] = {}
+
+#: The configuration for which Megatron is building an Adam that is to be AdamW2.
+_building: list[Any] = []
+
+
+def enable(
+    *,
+    tau: float | str = 0.01,
+    power_iters: int = 2,
+    floor_std: float = 1e-3,
+    clip_vectors: bool = False,
+    io: Sequence[str] | None = None,
+    overrides: Sequence[Mapping[str, Any]] = (),
+    split_fused: bool = True,
+) -> None:
+    """Make ``OptimizerConfig(optimizer="adamw2")`` build AdamW² in this process, from now on.
+
+    Rate, betas, eps and weight decay are Megatron's: ``lr``, ``adam_beta1``, ``adam_beta2``, ``adam_eps``,
+    ``weight_decay``. May be called before or after ``get_megatron_optimizer`` is imported, and again for other options.
+
+    Args:
+        tau, power_iters, floor_std, clip_vectors, io, overrides: as in :class:`weyl_megatron.AdamW2`. Patterns match
+            the names that parameters have in the whole model, such as ``decoder.layers.7.mlp.linear_fc2.weight``.
+        split_fused: treat q, k and v of linear_qkv, k and v of linear_kv, gate and up of a gated linear_fc1 as
+            matrices of their own; False: as one.
+
+    Raises:
+        ImportError: megatron-core is not installed.
+        ValueError: an option is impossible; or this megatron-core builds its optimizers in another way.
+    """
+    given = {
+        "tau": tau,
+        "power_iters": power_iters,
+        "floor_std": floor_std,
+        "clip_vectors": clip_vectors,
+        "io": io,
+        "overrides": overrides,
+    }
+    check_settings(**given, others={})
+    if not isinstance(split_fused, bool):
+        raise ValueError(f"AdamW2: split_fused got {split_fused!r}, it takes True or False.")
+    _install()
+    _options.clear()
+    _options.update(given, split_fused=split_fused)
+
+
+def stats(optimizer: Any) -> dict[str, MatrixStats]:
+    """Return what the last step did to every matrix that this rank holds a piece of, by its name in the whole model.
+
+    Args:
+        optimizer: what ``get_megatron_optimizer`` returned.
+    """
+    found: dict[str, MatrixStats] = {}
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(one.optimizer, AdamW2):
+            found |= one.optimizer.stats()
+    return found
+
+
+def _install() -> None:
+    """Wrap the two functions of megatron-core between a configuration and its optimizer, once."""
+    import megatron.core
+    import megatron.core.optimizer as factory
+
+    build = getattr(factory, "_get_megatron_optimizer_based_on_param_groups", None)
+    if build is None or not hasattr(factory, "USING_PYTORCH_OPTIMIZER"):
+        raise ValueError(
+            f"AdamW2: megatron-core {megatron.core.__version__} builds its optimizers in a way that AdamW2 does not "
+            f"know, it takes 0.14 to 0.19."
+        )
+    if hasattr(build, "adamw2"):
+        return
+    signature = inspect.signature(build)
+
+    @functools.wraps(build)
+    def build_adamw2(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        config = given["config"]
+        if config.optimizer != NAME and not any(config is other for other in _building):
+            return build(*args, **kwargs)
+        model = list(given["model_chunks"])
+        _refuse(config, model)
+        stepped = [list(group["params"]) for group in given["param_groups"]]  # before the wrapper puts its own there
+        with _named_adam(config), _adamw2_in_place_of_adam(factory):
+            wrapper = build(*args, **kwargs)
+        if isinstance(wrapper.optimizer, AdamW2):  # None where this rank trains nothing
+            options = dict(_options)
+            groups = _groups(given.get("pg_collection"))
+            wrapper.optimizer._engine_layout = lambda: read_layout(
+                wrapper, model, stepped, groups, options["split_fused"]
+            )
+        return wrapper
+
+    build_adamw2.adamw2 = True  # type: ignore[attr-defined]
+    factory._get_megatron_optimizer_based_on_param_groups = build_adamw2
+
+    # From 0.17 on Megatron sends every name but adam and sgd to an own factory, which shards no optimizer state.
+    emerging = getattr(factory, "_get_megatron_emerging_optimizer", None)
+    if emerging is not None:
+
+        @functools.wraps(emerging)
+        def emerging_or_adamw2(*args: Any, **kwargs: Any) -> Any:
+            given = inspect.signature(emerging).bind(*args, **kwargs).arguments
+            if given["config"].optimizer != NAME:
+                return emerging(*args, **kwargs)
+            _refuse(given["config"], list(given["model_chunks"]))
+            # The caller is get_megatron_optimizer, which keeps these to itself.
+            caller = sys._getframe(1).f_locals
+            kept = {
+                key: caller[key]
+                for key in ("use_gloo_process_groups", "dump_param_to_param_group_map")
+                if key in caller
+            }
+            with _named_adam(given["config"]):
+                return factory.get_megatron_optimizer(**given, **kept)
+
+        factory._get_megatron_emerging_optimizer = emerging_or_adamw2
+
+
+@contextmanager
+def _named_adam(config: Any) -> Iterator[None]:
+    """Let Megatron take its way of building Adam for ``config``."""
+    name, config.optimizer = config.optimizer, "adam"
+    _building.append(config)
+    try:
+        yield
+    finally:
+        _building.pop()
+        config.optimizer = name
+
+
+@contextmanager
+def _adamw2_in_place_of_adam(factory: Any) -> Iterator[None]:
+    """Let Megatron's factory find AdamW2 where it looks for Transformer Engine's or apex's FusedAdam."""
+    kept = factory.Adam, factory.USING_PYTORCH_OPTIMIZER
+    factory.Adam, factory.USING_PYTORCH_OPTIMIZER = _adamw2, False
+    try:
+        yield
+    finally:
+        factory.Adam, factory.USING_PYTORCH_OPTIMIZER = kept
+
+
+def _adamw2(**kwargs: Any) -> AdamW2:
+    """Return the optimizer for the keywords that Megatron gives FusedAdam."""
+    import megatron.core.optimizer.distrib_optimizer as distributed
+
+    optimizer = AdamW2(**kwargs, **{key: value for key, value in _options.items() if key != "split_fused"})
+    if distributed.HAVE_APEX_OR_TE:  # then Megatron's checkpoints look for the step where FusedAdam keeps it
+        for group in optimizer.param_groups:
+            group["step"] = 0
+    return optimizer
+
+
+def _refuse(config: Any, model: Sequence[Any]) -> None:
+    """Raise one sentence for what Megatron would do to the optimizer that AdamW2 cannot do, or cannot see."""
+    ddp = getattr(model[0], "ddp_config", None) if model else None
+    takes = (
+        (config, "use_precision_aware_optimizer", False),
+        (config, "optimizer_cpu_offload", False),
+        (config, "decoupled_weight_decay", True),
+        (config, "use_layer_wise_distributed_optimizer", False),
+        (config, "optimizer_cuda_graph", False),
+        (ddp, "use_megatron_fsdp", False),
+        (ddp, "use_custom_fsdp", False),
+    )
+    for holder, key, taken in takes:
+        got = getattr(holder, key, taken)
+        if bool(got) is not taken:
+            raise ValueError(f"AdamW2: {key} got {got!r}, it takes {taken!r}.")
+    for chunk in model:
+        if "FullySharded" in type(chunk).__name__:
+            raise ValueError(
+                f"AdamW2: the model is wrapped in {type(chunk).__name__}, whose layout AdamW2 does not understand; it "
+                f"takes Megatron's DistributedDataParallel."
+            )
+
+
+def _groups(collection: Any) -> Groups:
+    """Return the process groups of more than one rank of a ProcessGroupCollection, or else of parallel_state."""
+    from megatron.core import parallel_state
+
+    def find(key: str, getter: str) -> Any:
+        group = getattr(collection, key, None) if collection is not None else None
+        if group is None:
+            group = getattr(parallel_state, getter)(check_initialized=False)
+        return None if group is None or dist.get_world_size(group) < 2 else group
+
+    return Groups(
+        tensor=find("tp", "get_tensor_model_parallel_group"),
+        expert_tensor=find("expt_tp", "get_expert_tensor_parallel_group"),
+        pipeline=find("pp", "get_pipeline_model_parallel_group"),
+        expert=find("ep", "get_expert_model_parallel_group"),
+        embedding=find("embd", "get_embedding_group"),
+    )
