@@ -42,6 +42,8 @@ def install() -> None:
     _moves()
     _type_names()
     _all_to_all()
+    _norms()
+    _router()
 
 
 def _devices() -> None:
@@ -119,3 +121,27 @@ def _all_to_all() -> None:
     dist.all_to_all_single = lambda output, input, output_split_sizes=None, input_split_sizes=None, **kwargs: original(
         output, input, as_list(output_split_sizes), as_list(input_split_sizes), **kwargs
     )
+
+
+def _norms() -> None:
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    original = WrappedTorchNorm.__new__
+
+    def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        # apex's and Transformer Engine's norms, which need a GPU, mark their parameters under sequence parallelism.
+        sequence_parallel, config.sequence_parallel = config.sequence_parallel, False
+        norm = original(cls, config, *args, **kwargs)
+        config.sequence_parallel = sequence_parallel
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = sequence_parallel
+        return norm
+
+    WrappedTorchNorm.__new__ = new
+
+
+def _router() -> None:
+    from megatron.core.transformer.moe import moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # 0.16 asks for it where Transformer Engine is not installed, too

@@ -39,8 +39,10 @@ class Moments(NamedTuple):
     weight_decay: float
 
     def direction(self) -> Tensor:
-        """Return U·(1 − β₁ᵗ), flat."""
-        return adamw_direction(self.exp_avg, self.exp_avg_sq, step=self.step, beta2=self.beta2, eps=self.eps)
+        """Return U, flat."""
+        return adamw_direction(
+            self.exp_avg, self.exp_avg_sq, step=self.step, beta1=self.beta1, beta2=self.beta2, eps=self.eps
+        )
 
     def of_run(self, run: Run) -> Moments:
         """Return the same for one rectangle of the tensor."""
@@ -89,10 +91,8 @@ class Walk:
             torch.zeros_like(weight) if moments is None else moments.direction()
             for weight, moments in zip(weights, stepped, strict=True)
         ]
-        sigma_weight, sigma_direction = self._power.sigmas([weights, updates]).double().cpu()
-        of = [stepped[number] for number in self._plan.buffer_of]
-        correction = [1.0 if moments is None else 1 - moments.beta1**moments.step for moments in of]
-        return sigma_weight, sigma_direction / torch.tensor(correction, dtype=torch.float64)
+        sigma_weight, sigma_update = self._power.sigmas([weights, updates]).double().cpu()
+        return sigma_weight, sigma_update
 
     def rates(self, groups: Sequence[dict[str, Any]], sigma_weight: Tensor, sigma_update: Tensor) -> list[float]:
         """Return α_W of every matrix (lines 7 to 9); ``groups`` has the parameter group of every tensor."""

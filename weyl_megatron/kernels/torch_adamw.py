@@ -14,9 +14,12 @@ def adamw_moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, beta1: f
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
 
 
-def adamw_direction(exp_avg: Tensor, exp_avg_sq: Tensor, *, step: float, beta2: float, eps: float) -> Tensor:
-    """Return M / (√V̂ + ε), which is U·(1 − β₁ᵗ): the caller divides σ₁ by that number, not every element."""
-    return exp_avg / _denominator(exp_avg_sq, step=step, beta2=beta2, eps=eps)
+def adamw_direction(
+    exp_avg: Tensor, exp_avg_sq: Tensor, *, step: float, beta1: float, beta2: float, eps: float
+) -> Tensor:
+    """Return U = M̂ / (√V̂ + ε), both corrections in the denominator's constants."""
+    correction = 1 - beta1**step
+    return exp_avg / exp_avg_sq.sqrt().mul_(correction / (1 - beta2**step) ** 0.5).add_(eps * correction)
 
 
 def adamw_update(

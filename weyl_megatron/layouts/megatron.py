@@ -26,10 +26,11 @@ _TIED_NAME = "embedding.word_embeddings.weight"
 
 
 class Groups(NamedTuple):
-    """Megatron's process groups, as far as matrices are spread over them; None where there is but one rank."""
+    """Megatron's process groups, as far as matrices are spread over them."""
 
     tensor: ProcessGroup | None
     expert_tensor: ProcessGroup | None
+    # None where they have but one rank:
     pipeline: ProcessGroup | None
     expert: ProcessGroup | None
     embedding: ProcessGroup | None  # the stages that keep a copy of the tied embedding

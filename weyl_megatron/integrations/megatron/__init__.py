@@ -204,19 +204,21 @@ def _refuse(config: Any, model: Sequence[Any]) -> None:
 
 
 def _groups(collection: Any) -> Groups:
-    """Return the process groups of more than one rank of a ProcessGroupCollection, or else of parallel_state."""
+    """Return the process groups of a ProcessGroupCollection, or else of parallel_state."""
     from megatron.core import parallel_state
 
     def find(key: str, getter: str) -> Any:
-        group = getattr(collection, key, None) if collection is not None else None
-        if group is None:
-            group = getattr(parallel_state, getter)(check_initialized=False)
+        group = getattr(collection, key, None)
+        return group if group is not None else getattr(parallel_state, getter)(check_initialized=False)
+
+    def several(key: str, getter: str) -> Any:
+        group = find(key, getter)
         return None if group is None or dist.get_world_size(group) < 2 else group
 
     return Groups(
         tensor=find("tp", "get_tensor_model_parallel_group"),
         expert_tensor=find("expt_tp", "get_expert_tensor_parallel_group"),
-        pipeline=find("pp", "get_pipeline_model_parallel_group"),
-        expert=find("ep", "get_expert_model_parallel_group"),
-        embedding=find("embd", "get_embedding_group"),
+        pipeline=several("pp", "get_pipeline_model_parallel_group"),
+        expert=several("ep", "get_expert_model_parallel_group"),
+        embedding=several("embd", "get_embedding_group"),
     )

@@ -1,0 +1,68 @@
+"""torchrun worker: asks megatron-core for AdamW2 in ways that cannot be right, and prints what is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from tests import megatron_cpu
+
+megatron_cpu.install()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
+
+from tests.integrations.megatron import gpt  # noqa: E402
+from weyl_megatron.integrations import megatron  # noqa: E402
+
+
+def said(act: Callable[[], Any]) -> str:
+    try:
+        act()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    gpt.start({})
+    found = {
+        "tau": said(lambda: megatron.enable(tau=-1)),
+        "split_fused": said(lambda: megatron.enable(split_fused="no")),  # type: ignore[arg-type]
+    }
+    megatron.enable()
+    model = gpt.build({})
+
+    def config() -> OptimizerConfig:
+        return OptimizerConfig(optimizer="adamw2", lr=0.01, clip_grad=0.0)
+
+    for key, value in {
+        "use_precision_aware_optimizer": True,  # set afterwards: the constructor asks for Transformer Engine first
+        "optimizer_cpu_offload": True,
+        "decoupled_weight_decay": False,
+    }.items():
+        changed = config()
+        setattr(changed, key, value)
+        found[key] = said(lambda changed=changed: get_megatron_optimizer(changed, model))  # type: ignore[misc]
+    model[0].ddp_config.use_megatron_fsdp = True
+    found["use_megatron_fsdp"] = said(lambda: megatron._refuse(config(), model))
+    model[0].ddp_config.use_megatron_fsdp = False
+    wrapped = type("TorchFullyShardedDataParallel", (), {"ddp_config": model[0].ddp_config})()
+    found["torch FSDP2"] = said(lambda: megatron._refuse(config(), [wrapped]))
+
+    megatron.enable(overrides=[{"match": "*.nothing", "tau": 0.1}])
+    optimizer = get_megatron_optimizer(config(), model)
+    gpt.backward(0, {}, model)
+    found["override"] = said(optimizer.step)
+    print(f"refusals {json.dumps(found)}", flush=True)
+    parallel_state.destroy_model_parallel()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
