@@ -1,4 +1,4 @@
-"""Checkpoints: one folder per step, in Megatron's distributed format, so that a run may resume on other ranks."""
+"""Checkpoints: one folder per step, in Megatron's distributed format; a run may resume on more or fewer replicas."""
 
 from __future__ import annotations
 
@@ -7,17 +7,30 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from recipe import Recipe
 
-def check_writer() -> None:
-    """Refuses to start a run that could not be saved."""
+# How the distributed optimizer writes: each rank what it holds. megatron-core 0.14 has an older format for that.
+RESHARDABLE = hasattr(DistributedOptimizer, "sharded_param_state_dp_reshardable")
+METADATA = {"distrib_optim_sharding_type": "dp_reshardable" if RESHARDABLE else "fully_sharded_model_space"}
+
+
+def check_support(recipe: Recipe) -> None:
+    """Refuses to start a run that could not be saved or resumed."""
     if find_spec("psutil") is None:
         raise ValueError("--save takes psutil, got no such module: Megatron's checkpoint writers hang without it")
+    if recipe.distributed_optimizer and not (RESHARDABLE or HAVE_APEX_OR_TE):
+        raise ValueError(
+            "--save and --load take distributed_optimizer false on megatron-core 0.14 without Transformer Engine and "
+            "Apex, got true"
+        )
 
 
 def newest(folder: Path) -> Path:
@@ -41,25 +54,40 @@ def save(
     if dist.get_rank() == 0:
         path.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    dist_checkpointing.save(_state(step, gpt, optimizer, scheduler, is_loading=False), str(path))
+    dist_checkpointing.save(_state(gpt, optimizer, scheduler, is_loading=False), str(path))
 
 
+@torch.no_grad()
 def load(path: Path, gpt: GPTModel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> int:
     """Puts a checkpoint into the model, the optimizer and the schedule, and returns how many steps they have made."""
-    state = dist_checkpointing.load(_state(0, gpt, optimizer, scheduler, is_loading=True), str(path))
+    step = int(path.name.removeprefix("step_"))
+    _allocate(optimizer, step)
+    state = dist_checkpointing.load(_state(gpt, optimizer, scheduler, is_loading=True), str(path))
     gpt.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
-    return state["step"]
+    return step
+
+
+def _allocate(optimizer: MegatronOptimizer, step: int) -> None:
+    # Without Transformer Engine and Apex, Megatron loads only into moments that are there, which a step of rate 0 makes,
+    # and leaves their count of steps as it is.
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.zero_grad()
+    optimizer.step()
+    for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for moments in inner.optimizer.state.values():
+            if "step" in moments:
+                moments["step"].fill_(step)
 
 
 def _state(
-    step: int, gpt: GPTModel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, is_loading: bool
+    gpt: GPTModel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, is_loading: bool
 ) -> dict[str, Any]:
     model = gpt.sharded_state_dict()
     return {
-        "step": step,
         "model": model,
-        "optimizer": optimizer.sharded_state_dict(model, is_loading=is_loading),
+        "optimizer": optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=METADATA),
         "scheduler": scheduler.state_dict(),
     }

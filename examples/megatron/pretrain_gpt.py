@@ -33,9 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_layers(recipe)
         tokenizer = Tokenizer(args.tokenizer)
         data = check_data(args.data, tokenizer, recipe, args.data_cache)
+        if args.save or args.load:
+            checkpoint.check_support(recipe)
         resume = checkpoint.newest(args.load) if args.load else None
-        if args.save:
-            checkpoint.check_writer()
         if "RANK" not in os.environ:
             raise ValueError("pretrain_gpt.py takes RANK and WORLD_SIZE from torchrun, got neither")
     except (ValueError, OSError) as error:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from tests import megatron_cpu
 from tests.launch import ROOT
 
-megatron_cpu.install()
-sys.path.insert(0, str(ROOT / "examples" / "megatron"))
+if __name__ == "__main__":  # Megatron's checkpoint writers import this file again
+    from tests import megatron_cpu
 
-import pretrain_gpt  # noqa: E402  (after what it finds CUDA by)
+    megatron_cpu.install()
+    sys.path.insert(0, str(ROOT / "examples" / "megatron"))
+    import pretrain_gpt
 
-if __name__ == "__main__":
     sys.exit(pretrain_gpt.main())
