@@ -14,7 +14,8 @@ if __name__ == "__main__":
     _, way, checkout, *flags = sys.argv
     script = str(Path(checkout) / "pretrain_gpt.py")
     megatron_training_cpu.install(Path(checkout))
-    register_optimizer_step_post_hook(lambda optimizer, *_: print(f"stepped {type(optimizer).__name__}", flush=True))
+    # One write per line: both ranks print to the same pipe.
+    register_optimizer_step_post_hook(lambda optimizer, *_: print(f"stepped {type(optimizer).__name__}\n", end=""))
     if way == "door":
         from weyl_megatron.integrations.megatron.__main__ import main
 
