@@ -61,25 +61,29 @@ def save(
 def load(path: Path, gpt: GPTModel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> int:
     """Puts a checkpoint into the model, the optimizer and the schedule, and returns how many steps they have made."""
     step = int(path.name.removeprefix("step_"))
-    _allocate(optimizer, step)
+    _allocate(optimizer)
     state = dist_checkpointing.load(_state(gpt, optimizer, scheduler, is_loading=True), str(path))
     gpt.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
+    _count(optimizer, step)
     scheduler.load_state_dict(state["scheduler"])
     return step
 
 
-def _allocate(optimizer: MegatronOptimizer, step: int) -> None:
-    # Without Transformer Engine and Apex, Megatron loads only into moments that are there, which a step of rate 0 makes,
-    # and leaves their count of steps as it is.
+def _allocate(optimizer: MegatronOptimizer) -> None:
+    # Without Transformer Engine and Apex, Megatron loads only into moments that are there: a step of rate 0 makes them.
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     optimizer.zero_grad()
     optimizer.step()
+
+
+def _count(optimizer: MegatronOptimizer, step: int) -> None:
+    # There Megatron also loads one count into all moments, in which each parameter's next step would add one.
     for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
         for moments in inner.optimizer.state.values():
             if "step" in moments:
-                moments["step"].fill_(step)
+                moments["step"] = torch.full_like(moments["step"], step)
 
 
 def _state(
