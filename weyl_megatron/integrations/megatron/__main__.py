@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import runpy
 import sys
 from collections.abc import Sequence
@@ -13,18 +14,14 @@ from pathlib import Path
 
 from weyl_megatron.integrations.megatron import arguments
 
-USAGE = (
-    "usage: python -m weyl_megatron.integrations.megatron SCRIPT [the script's flags] "
-    "[--optimizer adamw2 [--adamw2-tau TAU] …]\n"
-    "SCRIPT is a training script of Megatron-LM, such as Megatron-LM/pretrain_gpt.py; SCRIPT --help shows all flags."
-)
+USAGE = "%(prog)s SCRIPT [the script's flags] [--optimizer adamw2 [--adamw2-tau TAU] ...]"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``argv[0]`` with the arguments ``argv[1:]`` as ``python`` would, adamw2 being one of its optimizers."""
     script, *flags = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if script in ("-h", "--help"):
-        print(USAGE)
+        _show_help()
         return
     path = Path(script)
     if not path.is_file():
@@ -35,6 +32,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.argv[:] = [script, *flags]
     arguments.install()
     runpy.run_path(script, run_name="__main__")
+
+
+def _show_help() -> None:
+    parser = argparse.ArgumentParser(
+        "python -m weyl_megatron.integrations.megatron",
+        USAGE,
+        "Run a training script of Megatron-LM, such as pretrain_gpt.py, as it is.",
+    )
+    arguments.add_flags(parser)
+    parser.print_help()
 
 
 def _is_importable(package: str) -> bool:

@@ -48,11 +48,22 @@ def _json(text: str) -> Any:
 
 #: The flag of each option of ``enable``: its default there and how argparse takes it.
 _FLAGS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "tau": (0.01, {"type": _number, "help": "Bound on the growth of a matrix's spectral norm per step, or auto."}),
-    "power_iters": (2, {"type": _number, "help": "Block power iterations per step."}),
+    "tau": (
+        0.01,
+        {
+            "type": _number,
+            "metavar": "TAU",
+            "help": "Bound on the growth of a matrix's spectral norm per step, or 'auto'.",
+        },
+    ),
+    "power_iters": (2, {"type": _number, "metavar": "N", "help": "Block power iterations per step."}),
     "floor_std": (
         0.001,
-        {"type": _number, "help": "sigma_1(W) counts for at least that of a random matrix of this deviation."},
+        {
+            "type": _number,
+            "metavar": "STD",
+            "help": "sigma_1(W) counts for at least that of a random matrix of this deviation.",
+        },
     ),
     "clip_vectors": (False, {"action": "store_true", "help": "Bound gains and biases, too."}),
     "io": (
@@ -95,15 +106,7 @@ def extend(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     if optimizer is None or optimizer.choices is None:
         raise SystemExit(f"weyl_megatron: this Megatron-LM's --optimizer has no choices, so {NAME} cannot be one.")
     optimizer.choices = [*optimizer.choices, NAME]
-    group = parser.add_argument_group(
-        NAME,
-        "AdamW2 (--optimizer adamw2). --lr, --adam-beta1, --adam-beta2, --adam-eps and --weight-decay stay AdamW's.",
-    )
-    for option, (default, how) in _FLAGS.items():
-        hint = "" if "action" in how else f" Default: {default or 'none'}."
-        group.add_argument(
-            _flag(option), dest=_PREFIX + option, default=argparse.SUPPRESS, **{**how, "help": how["help"] + hint}
-        )
+    add_flags(parser)
     parse = parser.parse_known_args
 
     @wraps(parse)
@@ -118,6 +121,19 @@ def extend(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     # Here and not in validate_args: Megatron may read a YAML file in the place of all that was parsed, before that.
     parser.parse_known_args = parse_and_check  # type: ignore[method-assign]
     return parser
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the group of flags that belong to adamw2."""
+    group = parser.add_argument_group(
+        NAME,
+        "AdamW2 (--optimizer adamw2). --lr, --adam-beta1, --adam-beta2, --adam-eps and --weight-decay stay AdamW's.",
+    )
+    for option, (default, how) in _FLAGS.items():
+        hint = "" if "action" in how else f" Default: {default or 'none'}."
+        group.add_argument(
+            _flag(option), dest=_PREFIX + option, default=argparse.SUPPRESS, **{**how, "help": how["help"] + hint}
+        )
 
 
 def complete(args: argparse.Namespace) -> None:
