@@ -11,7 +11,7 @@ import sentencepiece
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset, get_bin_path, get_idx_path
+from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, IndexedDataset, get_bin_path, get_idx_path
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -87,6 +87,8 @@ def _check_prefix(prefix: str, config: GPTDatasetConfig) -> None:
         if not path.is_file():
             raise ValueError(f"--data takes prefixes of a .bin and an .idx file, got {prefix}, which lacks {path}")
     try:
+        if Path(get_idx_path(prefix)).open("rb").read(len(_INDEX_HEADER)) != _INDEX_HEADER:
+            raise ValueError
         data = IndexedDataset(prefix, mmap=False)
     except Exception:  # a broken index fails in struct, numpy or an assertion, wherever the reader happens to be
         raise ValueError(f"--data takes Megatron's index files, got {get_idx_path(prefix)}, which is not one") from None
