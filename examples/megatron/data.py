@@ -87,8 +87,9 @@ def _check_prefix(prefix: str, config: GPTDatasetConfig) -> None:
         if not path.is_file():
             raise ValueError(f"--data takes prefixes of a .bin and an .idx file, got {prefix}, which lacks {path}")
     try:
-        if Path(get_idx_path(prefix)).open("rb").read(len(_INDEX_HEADER)) != _INDEX_HEADER:
-            raise ValueError
+        with open(get_idx_path(prefix), "rb") as file:
+            if file.read(len(_INDEX_HEADER)) != _INDEX_HEADER:
+                raise ValueError
         data = IndexedDataset(prefix, mmap=False)
     except Exception:  # a broken index fails in struct, numpy or an assertion, wherever the reader happens to be
         raise ValueError(f"--data takes Megatron's index files, got {get_idx_path(prefix)}, which is not one") from None

@@ -49,7 +49,8 @@ def test_a_given_tokenizer_is_used(tmp_path: Path) -> None:
     model = tmp_path / "out" / "x.model"
     assert prepare.main([str(text), "--prefix", str(tmp_path / "y"), "--tokenizer", str(model)]) == 0
     assert not (tmp_path / "y.model").exists()
-    assert (IndexedDataset(str(tmp_path / "y_text_document"))[0] == first[0]).all()
+    second = IndexedDataset(str(tmp_path / "y_text_document"))
+    assert (second[0] == first[0]).all()
 
 
 @pytest.mark.parametrize(
