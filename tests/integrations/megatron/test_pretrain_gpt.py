@@ -208,9 +208,8 @@ def test_importing_the_door_leaves_the_choice_of_a_megatron_open() -> None:
 def test_usage() -> None:
     for argv in ([], ["--help"]):
         run = door(*argv)
-        assert run.returncode == 0 and run.stdout.startswith(
-            "usage: python -m weyl_megatron.integrations.megatron SCRIPT"
-        )
+        assert run.returncode == 0 and "--adamw2-no-split-fused" in run.stdout
+        assert run.stdout.startswith("usage: python -m weyl_megatron.integrations.megatron SCRIPT")
 
 
 def test_a_missing_script_stops_with_one_sentence() -> None:
