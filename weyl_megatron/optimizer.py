@@ -96,6 +96,7 @@ class AdamW2(torch.optim.AdamW):
         self._tp_group = tp_group
         self._auto = "auto" in [tau, *(override.get("tau") for override in self._settings.overrides)]
         self._engine_layout: Callable[[], Layout] | None = None  # set by an engine's door
+        self._step_in_group = False  # set by an engine's door: the count is in param_groups, where FusedAdam has it
         self._names: dict[int, str] = {}  # of the parameters that were given, by id
         self._buffers: dict[int, Buffer] = {}  # the layout, by id of the tensor that is stepped
         self._walks: dict[tuple[int, ...], Walk] = {}  # by the ids of the tensors that are stepped together
@@ -129,10 +130,13 @@ class AdamW2(torch.optim.AdamW):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         own = state.pop("adamw2", None)  # of a copied or unpickled optimizer; load_state_dict comes here without
-        super().__setstate__(state)
+        if self.__dict__.get("_step_in_group"):
+            torch.optim.Optimizer.__setstate__(self, state)  # torch's AdamW looks for the step in the state
+        else:
+            super().__setstate__(state)
         if own is not None:
             self._settings, self._auto, self._tp_group, names = own
-            self._engine_layout = None
+            self._engine_layout, self._step_in_group = None, False
             pairs = zip(self.param_groups, names, strict=True)
             named = (zip(group["params"], of_group, strict=True) for group, of_group in pairs)
             self._names = {id(param): name for group in named for param, name in group if name is not None}
@@ -158,8 +162,8 @@ class AdamW2(torch.optim.AdamW):
             for number, moments in enumerate(stepped):
                 if moments is not None:
                     walk.apply(number, moments, rates)
-        for group in self.param_groups:
-            if "step" in group:  # Megatron's checkpoints read it there
+        if self._step_in_group:
+            for group in self.param_groups:
                 group["step"] += 1
         return loss
 
@@ -177,10 +181,12 @@ class AdamW2(torch.optim.AdamW):
         state = self.state[tensor]
         if not state:
             self._allocate(tensor)
-        elif "step" not in state:  # Megatron allocates, and with TE or apex saves, the moments alone
-            state["step"] = torch.tensor(float(group.get("step", 0.0)), dtype=torch.get_default_dtype())
-        # Not in place: DeepSpeed's universal checkpoint hands one step tensor to several of ZeRO-3's sub-groups.
-        state["step"] = state["step"] + 1
+        if self._step_in_group:
+            step = float(group["step"] + 1)
+        else:
+            # Not in place: DeepSpeed's universal checkpoint hands one step tensor to several of ZeRO-3's sub-groups.
+            state["step"] = state["step"] + 1
+            step = float(state["step"])
         beta1, beta2 = group["betas"]
         if grad.stride() != tensor.stride():
             grad = torch.empty_like(tensor).copy_(grad)
@@ -188,7 +194,7 @@ class AdamW2(torch.optim.AdamW):
         return Moments(
             flat(state["exp_avg"]),
             flat(state["exp_avg_sq"]),
-            float(state["step"]),
+            step,
             float(group["lr"]),
             beta1,
             beta2,
@@ -197,11 +203,19 @@ class AdamW2(torch.optim.AdamW):
         )
 
     def _allocate(self, tensor: Tensor) -> None:
+        if not self._step_in_group:
+            self.state[tensor]["step"] = torch.tensor(0.0, dtype=torch.get_default_dtype())
         self.state[tensor] |= {
-            "step": torch.tensor(0.0, dtype=torch.get_default_dtype()),
             "exp_avg": torch.zeros_like(tensor, memory_format=torch.preserve_format),
             "exp_avg_sq": torch.zeros_like(tensor, memory_format=torch.preserve_format),
         }
+
+    def _allocate_all(self) -> None:
+        """Make the state of every tensor that has none yet, as it is before the first step."""
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                if not self.state[tensor]:
+                    self._allocate(tensor)
 
     def _is_construction_call(self) -> bool:
         """True where an engine calls ``step`` with zero gradients while it is built; only the state is made then."""
@@ -210,9 +224,7 @@ class AdamW2(torch.optim.AdamW):
         engine = deepspeed.engine_on_stack(self)
         if engine is None or not deepspeed.is_under_construction(engine):
             return False
-        for group in self.param_groups:
-            for tensor in group["params"]:
-                self._allocate(tensor)
+        self._allocate_all()
         return True
 
     def _stepped_together(self) -> Iterator[tuple[Walk, list[Tensor], list[dict[str, Any]]]]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from weyl_megatron.layouts.megatron import Groups, read_layout
@@ -91,7 +92,7 @@ def _install() -> None:
     import megatron.core.optimizer as factory
 
     build = getattr(factory, "_get_megatron_optimizer_based_on_param_groups", None)
-    if build is None or not hasattr(factory, "USING_PYTORCH_OPTIMIZER"):
+    if build is None or not hasattr(factory, "Adam"):
         raise ValueError(
             f"AdamW2: megatron-core {megatron.core.__version__} builds its optimizers in a way that AdamW2 does not "
             f"know, it takes 0.14 to 0.19."
@@ -117,6 +118,7 @@ def _install() -> None:
             wrapper.optimizer._engine_layout = lambda: read_layout(
                 wrapper, model, stepped, groups, options["split_fused"]
             )
+            _complete_checkpoints(wrapper)
         return wrapper
 
     build_adamw2.adamw2 = True  # type: ignore[attr-defined]
@@ -160,12 +162,14 @@ def _named_adam(config: Any) -> Iterator[None]:
 @contextmanager
 def _adamw2_in_place_of_adam(factory: Any) -> Iterator[None]:
     """Let Megatron's factory find AdamW2 where it looks for Transformer Engine's or apex's FusedAdam."""
-    kept = factory.Adam, factory.USING_PYTORCH_OPTIMIZER
-    factory.Adam, factory.USING_PYTORCH_OPTIMIZER = _adamw2, False
+    # Megatron 0.14 has no such flag and always takes Adam.
+    ours = {"Adam": _adamw2, "USING_PYTORCH_OPTIMIZER": False}
+    kept = {key: getattr(factory, key) for key in ours if hasattr(factory, key)}
+    vars(factory).update({key: ours[key] for key in kept})
     try:
         yield
     finally:
-        factory.Adam, factory.USING_PYTORCH_OPTIMIZER = kept
+        vars(factory).update(kept)
 
 
 def _adamw2(**kwargs: Any) -> AdamW2:
@@ -174,9 +178,37 @@ def _adamw2(**kwargs: Any) -> AdamW2:
 
     optimizer = AdamW2(**kwargs, **{key: value for key, value in _options.items() if key != "split_fused"})
     if distributed.HAVE_APEX_OR_TE:  # then Megatron's checkpoints look for the step where FusedAdam keeps it
+        optimizer._step_in_group = True
         for group in optimizer.param_groups:
             group["step"] = 0
     return optimizer
+
+
+def _complete_checkpoints(wrapper: Any) -> None:
+    """Mend, on one object, what Megatron's DistributedOptimizer does to checkpoints where it does not see FusedAdam.
+
+    Without Transformer Engine and apex it reads the step from the state, which is not there before the first step;
+    loading copies every entry of the state but leaves out the step, or takes it from the wrong place, after it was set
+    right; and it copies into the model's own fp32 weights, which autograd forbids.
+    """
+    optimizer = wrapper.optimizer
+    if type(wrapper).__name__ != "DistributedOptimizer":
+        return
+    state_dict, set_states = wrapper.state_dict, wrapper._set_main_param_and_optimizer_states
+
+    @functools.wraps(state_dict)
+    def of_allocated(*args: Any, **kwargs: Any) -> Any:
+        optimizer._allocate_all()
+        return state_dict(*args, **kwargs)
+
+    @functools.wraps(set_states)
+    @torch.no_grad()
+    def keeping_step(model_param: Any, tensors: Mapping[str, Any]) -> None:
+        group, number = wrapper.model_param_group_index_map[model_param]
+        state = optimizer.state[optimizer.param_groups[group]["params"][number]]
+        set_states(model_param, {**tensors, **{key: state[key] for key in ("step",) if key in state}})
+
+    wrapper.state_dict, wrapper._set_main_param_and_optimizer_states = of_allocated, keeping_step
 
 
 def _refuse(config: Any, model: Sequence[Any]) -> None:
