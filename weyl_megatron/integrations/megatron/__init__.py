@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from weyl_megatron.layouts.megatron import Groups, read_layout
 from weyl_megatron.optimizer import AdamW2
 from weyl_megatron.settings import check_settings
 from weyl_megatron.walk import MatrixStats
 
-__all__ = ["enable", "stats"]
+__all__ = ["adamw2", "attach", "enable", "stats"]
 
 NAME = "adamw2"
 
@@ -86,6 +87,50 @@ def stats(optimizer: Any) -> dict[str, MatrixStats]:
     return found
 
 
+def adamw2(config: Any, **kwargs: Any) -> AdamW2:
+    """Return the optimizer for the keywords with which Megatron builds FusedAdam; for patched trees (``patches/``).
+
+    Args:
+        config: Megatron's ``OptimizerConfig``; fields ``adamw2_tau`` and so on go before what :func:`enable` was given.
+        kwargs: ``params``, ``lr``, ``betas``, ``eps``, ``weight_decay``.
+    """
+    import megatron.core.optimizer.distrib_optimizer as distributed
+
+    _refuse(config, [])
+    options = {key: value for key, value in _options_of(config).items() if key != "split_fused"}
+    optimizer = AdamW2(**kwargs, **options)
+    if distributed.HAVE_APEX_OR_TE:  # then Megatron's checkpoints look for the step where FusedAdam keeps it
+        optimizer._step_in_group = True
+        for group in optimizer.param_groups:
+            group["step"] = 0
+    return optimizer
+
+
+def attach(
+    wrapper: Any, config: Any, model: Sequence[nn.Module], stepped: Sequence[Sequence[Tensor]], collection: Any = None
+) -> None:
+    """Tell the AdamW2 in Megatron's optimizer ``wrapper`` what it steps; for patched trees (``patches/``).
+
+    Args:
+        wrapper: what Megatron put around the optimizer that :func:`adamw2` returned.
+        config: Megatron's ``OptimizerConfig``.
+        model: the model's chunks on this rank.
+        stepped: the model's parameters per parameter group, as they were before ``wrapper`` put its own there.
+        collection: Megatron's ``ProcessGroupCollection``; None: the groups of ``parallel_state``.
+    """
+    if not isinstance(wrapper.optimizer, AdamW2):  # None where this rank trains nothing
+        return
+    _refuse(config, model)
+    groups, split_fused = _groups(collection), _options_of(config).get("split_fused", True)
+    wrapper.optimizer._engine_layout = lambda: read_layout(wrapper, model, stepped, groups, split_fused)
+    _complete_checkpoints(wrapper)
+
+
+def _options_of(config: Any) -> dict[str, Any]:
+    names = [name for name in inspect.signature(enable).parameters if hasattr(config, f"adamw2_{name}")]
+    return {**_options, **{name: getattr(config, f"adamw2_{name}") for name in names}}
+
+
 def _install() -> None:
     """Wrap the two functions of megatron-core between a configuration and its optimizer, once."""
     import megatron.core
@@ -104,47 +149,39 @@ def _install() -> None:
     @functools.wraps(build)
     def build_adamw2(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
-        config = given["config"]
+        config, model = given["config"], list(given["model_chunks"])
         if config.optimizer != NAME and not any(config is other for other in _building):
             return build(*args, **kwargs)
-        model = list(given["model_chunks"])
         _refuse(config, model)
-        stepped = [list(group["params"]) for group in given["param_groups"]]  # before the wrapper puts its own there
-        with _named_adam(config), _adamw2_in_place_of_adam(factory):
+        stepped = [list(group["params"]) for group in given["param_groups"]]
+        with _named_adam(config), _adamw2_in_place_of_adam(factory, config):
             wrapper = build(*args, **kwargs)
-        if isinstance(wrapper.optimizer, AdamW2):  # None where this rank trains nothing
-            options = dict(_options)
-            groups = _groups(given.get("pg_collection"))
-            wrapper.optimizer._engine_layout = lambda: read_layout(
-                wrapper, model, stepped, groups, options["split_fused"]
-            )
-            _complete_checkpoints(wrapper)
+        attach(wrapper, config, model, stepped, given.get("pg_collection"))
         return wrapper
 
     build_adamw2.adamw2 = True  # type: ignore[attr-defined]
     factory._get_megatron_optimizer_based_on_param_groups = build_adamw2
 
-    # From 0.17 on Megatron sends every name but adam and sgd to an own factory, which shards no optimizer state.
+    # From 0.17 on Megatron sends every name but adam and sgd to a factory of its own, which shards no optimizer state.
     emerging = getattr(factory, "_get_megatron_emerging_optimizer", None)
-    if emerging is not None:
+    if emerging is None:
+        return
 
-        @functools.wraps(emerging)
-        def emerging_or_adamw2(*args: Any, **kwargs: Any) -> Any:
-            given = inspect.signature(emerging).bind(*args, **kwargs).arguments
-            if given["config"].optimizer != NAME:
-                return emerging(*args, **kwargs)
-            _refuse(given["config"], list(given["model_chunks"]))
-            # The caller is get_megatron_optimizer, which keeps these to itself.
-            caller = sys._getframe(1).f_locals
-            kept = {
-                key: caller[key]
-                for key in ("use_gloo_process_groups", "dump_param_to_param_group_map")
-                if key in caller
-            }
-            with _named_adam(given["config"]):
-                return factory.get_megatron_optimizer(**given, **kept)
+    @functools.wraps(emerging)
+    def emerging_or_adamw2(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(emerging).bind(*args, **kwargs).arguments
+        if given["config"].optimizer != NAME:
+            return emerging(*args, **kwargs)
+        _refuse(given["config"], list(given["model_chunks"]))
+        # The caller is get_megatron_optimizer, which keeps these to itself.
+        caller = sys._getframe(1).f_locals
+        kept = {
+            key: caller[key] for key in ("use_gloo_process_groups", "dump_param_to_param_group_map") if key in caller
+        }
+        with _named_adam(given["config"]):
+            return factory.get_megatron_optimizer(**given, **kept)
 
-        factory._get_megatron_emerging_optimizer = emerging_or_adamw2
+    factory._get_megatron_emerging_optimizer = emerging_or_adamw2
 
 
 @contextmanager
@@ -160,28 +197,16 @@ def _named_adam(config: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _adamw2_in_place_of_adam(factory: Any) -> Iterator[None]:
+def _adamw2_in_place_of_adam(factory: Any, config: Any) -> Iterator[None]:
     """Let Megatron's factory find AdamW2 where it looks for Transformer Engine's or apex's FusedAdam."""
     # Megatron 0.14 has no such flag and always takes Adam.
-    ours = {"Adam": _adamw2, "USING_PYTORCH_OPTIMIZER": False}
+    ours = {"Adam": functools.partial(adamw2, config), "USING_PYTORCH_OPTIMIZER": False}
     kept = {key: getattr(factory, key) for key in ours if hasattr(factory, key)}
     vars(factory).update({key: ours[key] for key in kept})
     try:
         yield
     finally:
         vars(factory).update(kept)
-
-
-def _adamw2(**kwargs: Any) -> AdamW2:
-    """Return the optimizer for the keywords that Megatron gives FusedAdam."""
-    import megatron.core.optimizer.distrib_optimizer as distributed
-
-    optimizer = AdamW2(**kwargs, **{key: value for key, value in _options.items() if key != "split_fused"})
-    if distributed.HAVE_APEX_OR_TE:  # then Megatron's checkpoints look for the step where FusedAdam keeps it
-        optimizer._step_in_group = True
-        for group in optimizer.param_groups:
-            group["step"] = 0
-    return optimizer
 
 
 def _complete_checkpoints(wrapper: Any) -> None:
