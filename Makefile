@@ -22,7 +22,11 @@ lint: $(VENV)/.dev
 # Every DeepSpeed that is supported, each with a torch of its time; the first pair is the oldest of both.
 MATRIX := 0.16.9+2.5.0 0.18.9+2.9.1
 
-test-matrix: test $(MATRIX:%=matrix-%)
+# Every megatron-core likewise, beside the newest that suits PYTHON, which `make test` runs. 0.18 needs Python 3.12.
+MEGATRON := 0.14.0+2.6.0 0.18.2+2.9.1 0.19.2+2.9.1
+PYTHON312 ?= python3.12
+
+test-matrix: test $(MATRIX:%=matrix-%) $(MEGATRON:%=megatron-%)
 
 matrix-%:
 	$(MAKE) VENV=.venv-$* DEEPSPEED=$(firstword $(subst +, ,$*)) TORCH=$(lastword $(subst +, ,$*)) matrix-run
@@ -34,6 +38,14 @@ matrix-run:
 	$(PIP) pytest hypothesis deepspeed==$(DEEPSPEED) -e .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not demo"
 
+megatron-0.14.0+%: MEGATRON_PYTHON = $(PYTHON)
+megatron-%: MEGATRON_PYTHON = $(PYTHON312)
+megatron-%:
+	test -x .venv-megatron-$*/bin/python || $(MEGATRON_PYTHON) -m venv .venv-megatron-$*
+	.venv-megatron-$*/bin/python -m pip install --quiet --disable-pip-version-check pytest hypothesis einops \
+		torch==$(lastword $(subst +, ,$*)) megatron-core==$(firstword $(subst +, ,$*)) -e ".[examples]"
+	OMP_NUM_THREADS=1 .venv-megatron-$*/bin/python -m pytest -q tests/integrations/megatron tests/examples tests/patches
+
 $(VENV)/.demo: setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e ".[demo]"
@@ -41,7 +53,7 @@ $(VENV)/.demo: setup.py
 
 $(VENV)/.dev: setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -e ".[demo,dev]"
+	$(PIP) -e ".[demo,dev,examples]"
 	touch $@ $(VENV)/.demo
 
 clean:

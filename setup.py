@@ -12,7 +12,7 @@ assert VERSION is not None
 setup(
     name="weyl-megatron",
     version=VERSION[1],
-    description="AdamW²: train Transformers without learning-rate warmup, under DeepSpeed and PyTorch",
+    description="AdamW²: train Transformers without learning-rate warmup, under DeepSpeed, Megatron and PyTorch",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -24,7 +24,13 @@ setup(
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.16.9"],  # the engine; not required, so that Megatron's users need not install it
-        "megatron": ["megatron-core>=0.14"],  # the engine whose door is built next; nothing here imports it yet
+        "megatron": ["megatron-core>=0.14"],  # the other engine; imported by weyl_megatron.integrations.megatron.enable()
+        "examples": [
+            "megatron-core>=0.14",  # the models and datasets of examples/megatron
+            "sentencepiece>=0.2.3",  # its tokenizer
+            "pyyaml>=6.0.3",  # its recipes
+            "psutil>=7",  # megatron-core's checkpoint writers hang without it
+        ],
         "demo": ["deepspeed>=0.16.9"],  # `weyl-megatron demo` trains under ZeRO-2
         "dev": [
             "pytest>=9",  # runs the tests
@@ -33,6 +39,7 @@ setup(
             "ruff>=0.17.6",  # lint and format
             "pre-commit>=4.7",  # both before a commit
             "numpy>=2.2",  # torch warns on every import without it
+            "einops>=0.8",  # megatron-core asks for it where several distributed optimizers share the replicas
         ],
     },
     entry_points={

@@ -360,3 +360,26 @@ def test_a_gradient_that_is_not_finite_ends_in_weights_that_are_not_as_under_ada
     bad, good = weights(AdamW2)
     _, expected = weights(torch.optim.AdamW)
     assert bad.isnan().any() and torch.equal(good, expected)
+
+
+def test_the_step_may_be_counted_in_the_groups_as_fused_adam_does() -> None:
+    """Megatron's checkpoints look for it there where Transformer Engine or apex is installed."""
+    runs = []
+    for in_group in (False, True):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(6, 5)
+        optimizer = AdamW2(net.named_parameters(), lr=0.1)
+        if in_group:
+            optimizer._step_in_group = True
+            optimizer.param_groups[0]["step"] = 0
+        for step in range(6):
+            if step == 3:  # what a checkpoint carries, into the same kind of optimizer
+                saved = optimizer.state_dict()
+                assert all(set(state) == {"exp_avg", "exp_avg_sq"} for state in saved["state"].values()) is in_group
+                optimizer.load_state_dict(saved)
+            optimizer.zero_grad()
+            net(torch.full((2, 6), step + 1.0)).square().sum().backward()
+            optimizer.step()
+        runs.append([p.detach().clone() for p in net.parameters()])
+    assert optimizer.param_groups[0]["step"] == 6
+    assert all(map(torch.equal, *runs))

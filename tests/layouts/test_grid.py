@@ -1,12 +1,24 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from weyl_megatron.layouts.buffers import Parameter
-from weyl_megatron.layouts.grid import Fused, Grid, Sharding, grid_of, known_fused, stacked, told_fused
+from weyl_megatron.layouts.grid import (
+    Fused,
+    Grid,
+    Sharding,
+    grid_of,
+    interleaved,
+    known_fused,
+    stacked,
+    told_fused,
+)
 
 
 def rebuild(grid: Grid, weight: torch.Tensor) -> list[torch.Tensor]:
@@ -86,3 +98,27 @@ def test_gains_biases_and_class_tokens_are_vectors(shape: tuple[int, ...], is_ve
 def test_a_stack_that_tensor_parallelism_cuts_along_itself_is_kept_whole() -> None:
     grid = grid_of((6, 5), sharding=Sharding(None, 0, (6, 6), 1), fused=stacked(0, (2, 2, 2), ("q", "k", "v")))  # type: ignore[arg-type]
     assert [(matrix.rows, matrix.cols) for matrix in grid.matrices] == [(12, 5)]
+
+
+@given(
+    pattern=st.lists(st.integers(1, 4), min_size=2, max_size=4),
+    repeats=st.integers(1, 5),
+    cuts=st.lists(st.integers(0, 60), max_size=4),
+)
+def test_bands_of_an_interleaved_weight_make_up_its_matrices(pattern: list[int], repeats: int, cuts: list[int]) -> None:
+    """Megatron's linear_qkv, cut anywhere: also where a query group spans ranks."""
+    rows, labels = sum(pattern) * repeats, [str(part) for part in range(len(pattern))]
+    weight = torch.arange(1, rows * 3 + 1.0).view(rows, 3)
+    edges = [0, *sorted({min(cut, rows) for cut in cuts} - {0, rows}), rows]
+    sizes = tuple(stop - start for start, stop in pairwise(edges))
+    found = [torch.zeros(size * repeats, 3) for size in pattern]
+    for rank, (start, stop) in enumerate(pairwise(edges)):
+        fused = interleaved(pattern, labels, rows, start, stop)
+        sharding = Sharding(None, 0, sizes, rank)  # type: ignore[arg-type]
+        grid = grid_of((stop - start, 3), sharding=sharding, fused=fused)
+        for whole, mine in zip(found, rebuild(grid, weight[start:stop]), strict=True):
+            whole += mine
+    for part, matrix in enumerate(found):
+        start = sum(pattern[:part])
+        expected = weight.view(repeats, sum(pattern), 3)[:, start : start + pattern[part]].reshape(-1, 3)
+        assert torch.equal(matrix, expected)

@@ -45,7 +45,7 @@ def _renamed(chunk: nn.Module, expert_rank: int) -> Iterator[tuple[str, str]]:
         elif hasattr(module, "num_gemms"):  # Transformer Engine's grouped linear layer: weight0, weight1, …
             for local in range(int(module.num_gemms)):
                 for kind in ("weight", "bias"):
-                    yield f"{path}.{kind}{local}", f"{kind}{expert_rank * int(module.num_gemms) + local}"
+                    yield f"{path}.{kind}{local}".lstrip("."), f"{kind}{expert_rank * int(module.num_gemms) + local}"
 
 
 def fused_weights(model: Sequence[nn.Module], shardings: Mapping[int, Sharding]) -> dict[int, Fused]:
