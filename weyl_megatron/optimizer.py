@@ -275,13 +275,7 @@ class AdamW2(torch.optim.AdamW):
             layout = deepspeed.read_layout(engine)
         else:
             layout = Layout(self._plain_buffers())
-        if layout.is_part and self._auto:
-            raise ValueError(
-                "AdamW2: tau got 'auto', but a pipeline stage or a rank of experts does not know how many matrices "
-                "the others have; it takes a number under DeepSpeed's pipeline engine and MoE."
-            )
-        parameters = layout.parameters or [shard.parameter for buffer in layout.buffers for shard in buffer.shards]
-        self._thresholds = Thresholds(self._settings, parameters, layout.module, self._auto, layout.gather)
+        self._thresholds = Thresholds(self._settings, layout, self._auto)
         self._buffers = {id(buffer.tensor): buffer for buffer in layout.buffers}
 
     def _plain_buffers(self) -> list[Buffer]:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
-from torch import nn
-
-from weyl_megatron.layouts.buffers import Parameter
+from weyl_megatron.layouts.buffers import Layout, Parameter
 from weyl_megatron.layouts.grid import Grid, grid_of, known_fused, told_fused
 from weyl_megatron.roles import io_parameters
 from weyl_megatron.rule import HIDDEN_BUDGET, IO_TAU, random_sigma, xavier_std
@@ -17,33 +12,35 @@ from weyl_megatron.settings import Settings
 class Thresholds:
     """What the settings mean for the parameters of one model.
 
+    Collective over the ranks that ``layout.gather`` asks, where there are such ranks.
+
     Args:
         settings: what the optimizer was told.
-        parameters: every parameter of the model, on this tensor-parallel rank whole.
-        module: the model, where it is known; it tells embeddings and head apart for tau="auto".
+        layout: every parameter of the model, on this tensor-parallel rank whole.
         auto: whether any parameter group or override uses tau="auto".
-        gather: returns an object of every rank that has other parameters, where there are such ranks. Collective.
 
     Raises:
-        ValueError: an override matches nothing, or nothing tells which parameters are embeddings and head.
+        ValueError: an override matches nothing; or tau="auto", and nothing tells which parameters are embeddings and
+            head, or how many matrices the other ranks have.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        parameters: Sequence[Parameter],
-        module: nn.Module | None,
-        auto: bool,
-        gather: Callable[[Any], list[Any]] | None = None,
-    ) -> None:
+    def __init__(self, settings: Settings, layout: Layout, auto: bool) -> None:
+        if layout.is_part and auto:
+            raise ValueError(
+                "AdamW2: tau got 'auto', but a pipeline stage or a rank of experts does not know how many matrices "
+                "the others have; it takes a number under DeepSpeed's pipeline engine and MoE, and under Megatron's "
+                "overlap_param_gather_with_optimizer_step."
+            )
         self._settings = settings
         self._io: set[str] | None = None
+        parameters = layout.parameters or [shard.parameter for buffer in layout.buffers for shard in buffer.shards]
         counts = {parameter.name: self._count(parameter) for parameter in parameters}
-        if gather is not None and (auto or settings.overrides):
-            counts = {name: count for theirs in gather(counts) for name, count in theirs.items()}
-        settings.check_matches(list(counts))
+        if layout.gather is not None and (auto or settings.overrides):
+            counts = {name: count for theirs in layout.gather(counts) for name, count in theirs.items()}
+        if not layout.is_part:  # else a pattern may be meant for parameters that other ranks have
+            settings.check_matches(list(counts))
         if auto:
-            self._io = io_parameters(counts, module, settings.io)
+            self._io = io_parameters(counts, layout.module, settings.io)
             self._hidden = sum(count for name, count in counts.items() if name not in self._io)
 
     def _count(self, parameter: Parameter) -> int:

@@ -37,7 +37,13 @@ class Groups(NamedTuple):
 
 
 def read_layout(
-    wrapper: Any, model: Sequence[nn.Module], stepped: Sequence[Sequence[Tensor]], groups: Groups, split_fused: bool
+    wrapper: Any,
+    model: Sequence[nn.Module],
+    stepped: Sequence[Sequence[Tensor]],
+    groups: Groups,
+    *,
+    split_fused: bool,
+    is_part: bool,
 ) -> Layout:
     """Return the layout of what one of Megatron's optimizers gives its inner optimizer to step.
 
@@ -49,6 +55,7 @@ def read_layout(
         stepped: the model's parameters per parameter group, before the wrapper replaced them.
         groups: the process groups.
         split_fused: whether linear_qkv and a gated linear_fc1 are several matrices each.
+        is_part: whether ``model`` lacks chunks that this rank has; those of other stages then step at other times.
 
     Raises:
         ValueError: the wrapper, or a module, is one whose layout is not understood.
@@ -57,7 +64,8 @@ def read_layout(
     return Layout(
         list(_buffers(wrapper, stepped, lambda param: parameters[id(param)])),
         parameters=list(parameters.values()),
-        gather=lambda found: _gather(found, groups),
+        gather=None if is_part else lambda found: _gather(found, groups),
+        is_part=is_part,
     )
 
 

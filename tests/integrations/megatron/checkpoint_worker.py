@@ -5,14 +5,10 @@ Usage: checkpoint_worker.py CASES.json OUT_DIR. A case names a format, the layou
 
 from __future__ import annotations
 
-import json
 import sys
-import traceback
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from tests import megatron_cpu
@@ -24,7 +20,7 @@ from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402
 
 from tests.integrations.megatron import gpt  # noqa: E402
-from tests.integrations.megatron.train_worker import optimizer_config  # noqa: E402
+from tests.integrations.megatron.train_worker import optimizer_config, run  # noqa: E402
 from weyl_megatron.integrations import megatron  # noqa: E402
 
 SAVED, END = 3, 6
@@ -78,11 +74,11 @@ def resume(case: dict[str, Any], out: Path) -> dict[str, Any]:
     shared = {key: value for key, value in case.items() if key not in ("save", "loads")}
     distributed.HAVE_APEX_OR_TE = case.get("step_in_group", False)
     distributed.USING_TE_OPTIMIZER = case.get("step_in_group", False)
-    run = Run({**shared, **case["save"]})
-    run.train(0, SAVED)
-    run.save(out / f"{case['name']}.checkpoint")
-    run.train(SAVED, END)
-    results = {"went on": run.result()}
+    first = Run({**shared, **case["save"]})
+    first.train(0, SAVED)
+    first.save(out / f"{case['name']}.checkpoint")
+    first.train(SAVED, END)
+    results = {"went on": first.result()}
     for name, layout in case["loads"].items():
         other = Run({**shared, **layout})
         other.load(out / f"{case['name']}.checkpoint")
@@ -91,23 +87,7 @@ def resume(case: dict[str, Any], out: Path) -> dict[str, Any]:
     return results
 
 
-def main() -> None:
-    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    megatron.enable()
-    for case in cases:
-        try:
-            result = resume(case, out)
-        except Exception:
-            result = {"error": traceback.format_exc()}
-            print(f"case {case['name']}, rank {dist.get_rank()}: {result['error']}", flush=True)
-        if dist.get_rank() == 0:
-            torch.save(result, out / f"{case['name']}.pt")
-        dist.barrier()
-    parallel_state.destroy_model_parallel()
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    megatron.enable()
+    folder = Path(sys.argv[2])
+    run(lambda case: resume(case, folder), folder)

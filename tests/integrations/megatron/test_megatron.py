@@ -53,6 +53,7 @@ SPREAD: dict[int, list[dict[str, Any]]] = {
         {"name": "pp2-distopt", "pp": 2, **DIST_OPT},
         {"name": "pp2-vpp2", "pp": 2, "vpp": 2},
         {"name": "pp2-vpp2-distopt-overlap", "pp": 2, "vpp": 2, **DIST_OPT, "overlap": True},
+        {"name": "pp2-vpp2-overlap-step", "pp": 2, "vpp": 2, **DIST_OPT, "overlap": True, "overlap_step": True},
         {"name": "pp2-auto", "pp": 2, **AUTO},
         {"name": "dp2-distopt-auto", **DIST_OPT, **AUTO},
         {"name": "cp2", "cp": 2},

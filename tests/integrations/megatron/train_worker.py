@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ def optimizer_config(case: dict[str, Any]) -> OptimizerConfig:
         params_dtype=dtype,
         use_distributed_optimizer=case.get("dist_opt", False),
         overlap_param_gather=case.get("overlap", False),
+        overlap_param_gather_with_optimizer_step=case.get("overlap_step", False),
     )
 
 
@@ -111,12 +113,12 @@ def reference(case: dict[str, Any]) -> dict[str, Any]:
     return {"weights": {name: p.detach().clone() for name, p in params.items()}, "rates": rates, "sigmas": sigmas}
 
 
-def main() -> None:
-    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+def run(act: Callable[[dict[str, Any]], dict[str, Any]], out: Path) -> None:
+    """Save what ``act`` makes of every case of the list that the command line names, or how it failed."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    for case in cases:
+    for case in json.loads(Path(sys.argv[1]).read_text()):
         try:
-            result = reference(case) if case.get("reference") else train(case)
+            result = act(case)
         except Exception:
             result = {"error": traceback.format_exc()}
             print(f"case {case['name']}, rank {dist.get_rank()}: {result['error']}", flush=True)
@@ -129,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(lambda case: reference(case) if case.get("reference") else train(case), Path(sys.argv[2]))

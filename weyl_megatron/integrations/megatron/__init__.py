@@ -122,7 +122,11 @@ def attach(
         return
     _refuse(config, model)
     groups, split_fused = _groups(collection), _options_of(config).get("split_fused", True)
-    wrapper.optimizer._engine_layout = lambda: read_layout(wrapper, model, stepped, groups, split_fused)
+    # Megatron then gives the first chunk of the model an optimizer of its own, which sees no other chunk.
+    is_part = bool(config.overlap_param_gather_with_optimizer_step)
+    wrapper.optimizer._engine_layout = lambda: read_layout(
+        wrapper, model, stepped, groups, split_fused=split_fused, is_part=is_part
+    )
     _complete_checkpoints(wrapper)
 
 
