@@ -130,5 +130,9 @@ def run(act: Callable[[dict[str, Any]], dict[str, Any]], out: Path) -> None:
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
+def main() -> None:
     run(lambda case: reference(case) if case.get("reference") else train(case), Path(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()
