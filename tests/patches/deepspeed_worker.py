@@ -6,6 +6,7 @@ Usage: deepspeed_worker.py TREE CASES.json OUT_DIR. A case's "type" is the optim
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import Any
 
 if __name__ == "__main__":
@@ -27,7 +28,7 @@ if __name__ == "__main__":
         return config
 
     # Compiled per tree, and kept where the installed DeepSpeed's is: the one would undo the other's.
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     deepspeed_worker.config_of = named
     sys.argv[1:] = [cases, out]
     deepspeed_worker.main()
