@@ -58,6 +58,8 @@ def main() -> None:
     optimizer = get_megatron_optimizer(config(), model)
     gpt.backward(0, {}, model)
     found["override"] = said(optimizer.step)
+    OptimizerConfig.adamw2_tau = 0.01  # what patches/ adds
+    found["patched"] = said(megatron.enable)
     print(f"refusals {json.dumps(found)}", flush=True)
     parallel_state.destroy_model_parallel()
     dist.barrier()

@@ -27,6 +27,7 @@ ONE_PROCESS: list[dict[str, Any]] = [
     {"name": "reference-bf16", "reference": True, "dtype": "bf16"},
     {"name": "reference-fp16", "reference": True, "dtype": "fp16"},
     {"name": "one"},
+    {"name": "one-distopt-beside-fused-adam", "dist_opt": True, "fused_adam": True},
     {"name": "one-moe", "moe": True},
     {"name": "one-auto", "options": {"tau": "auto"}},
     {"name": "one-whole", "options": {"split_fused": False}},
@@ -115,7 +116,9 @@ def result(runs: Path, case: dict[str, Any]) -> dict[str, Any]:
     return load(runs, case["name"])
 
 
-@pytest.mark.parametrize("case", [pytest.param({"name": "one"}, id="one"), *CASES])
+@pytest.mark.parametrize(
+    "case", [pytest.param({"name": name}, id=name) for name in ("one", "one-distopt-beside-fused-adam")] + CASES
+)
 def test_ten_steps_follow_one_process(runs: Path, result: dict[str, Any], case: dict[str, Any]) -> None:
     expected = load(runs, case.get("against", "reference"))
     found = stats(result)
@@ -208,5 +211,7 @@ def test_what_cannot_be_right_is_refused_in_one_sentence() -> None:
         "understand; it takes Megatron's DistributedDataParallel.",
         "override": "AdamW2: overrides got the match '*.nothing', which matches no parameter's name "
         "(the first is 'embedding.word_embeddings.weight').",
+        "patched": "AdamW2: this Megatron has the patch of weyl_megatron, which takes OptimizerConfig(adamw2_tau=…) "
+        "and the --adamw2- flags of its own scripts, not enable().",
     }
     assert said == expected

@@ -109,6 +109,13 @@ def test_bad_values_stop_with_one_sentence(flags: str, sentence: str, capsys: py
     assert printed.startswith(f"pretrain_gpt.py: error: {sentence}")
 
 
+def test_a_patched_tree_is_told_to_do_without_the_door() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--optimizer", choices=["adam", "adamw2"])
+    with pytest.raises(SystemExit, match="this Megatron-LM has its patch: run the script itself"):
+        arguments.extend(parser)
+
+
 def test_flags_of_adamw2_need_adamw2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("--optimizer", "sgd", "--adamw2-clip-vectors")

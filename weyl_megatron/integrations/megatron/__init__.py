@@ -140,6 +140,11 @@ def _install() -> None:
     import megatron.core
     import megatron.core.optimizer as factory
 
+    if hasattr(factory.OptimizerConfig, "adamw2_tau"):
+        raise ValueError(
+            "AdamW2: this Megatron has the patch of weyl_megatron, which takes OptimizerConfig(adamw2_tau=…) and the "
+            "--adamw2- flags of its own scripts, not enable()."
+        )
     build = getattr(factory, "_get_megatron_optimizer_based_on_param_groups", None)
     if build is None or not hasattr(factory, "Adam"):
         raise ValueError(
@@ -203,14 +208,22 @@ def _named_adam(config: Any) -> Iterator[None]:
 @contextmanager
 def _adamw2_in_place_of_adam(factory: Any, config: Any) -> Iterator[None]:
     """Let Megatron's factory find AdamW2 where it looks for Transformer Engine's or apex's FusedAdam."""
-    # Megatron 0.14 has no such flag and always takes Adam.
-    ours = {"Adam": functools.partial(adamw2, config), "USING_PYTORCH_OPTIMIZER": False}
-    kept = {key: getattr(factory, key) for key in ours if hasattr(factory, key)}
-    vars(factory).update({key: ours[key] for key in kept})
+    import megatron.core.optimizer.distrib_optimizer as distributed
+
+    replaced = (
+        (factory, "Adam", functools.partial(adamw2, config)),
+        (factory, "USING_PYTORCH_OPTIMIZER", False),  # 0.14 has no such flag and always takes Adam
+        (distributed, "Adam", torch.optim.AdamW),  # 0.14 shards this class alone, which there may be FusedAdam
+    )
+    kept = [(module, name, getattr(module, name)) for module, name, _ in replaced if hasattr(module, name)]
     try:
+        for module, name, value in replaced:
+            if hasattr(module, name):
+                setattr(module, name, value)
         yield
     finally:
-        vars(factory).update(kept)
+        for module, name, value in kept:
+            setattr(module, name, value)
 
 
 def _complete_checkpoints(wrapper: Any) -> None:

@@ -105,6 +105,10 @@ def extend(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     optimizer = parser._option_string_actions.get("--optimizer")
     if optimizer is None or optimizer.choices is None:
         raise SystemExit(f"weyl_megatron: this Megatron-LM's --optimizer has no choices, so {NAME} cannot be one.")
+    if NAME in optimizer.choices:
+        raise SystemExit(
+            f"weyl_megatron: this Megatron-LM has its patch: run the script itself, --optimizer {NAME} is in it."
+        )
     optimizer.choices = [*optimizer.choices, NAME]
     add_flags(parser)
     parse = parser.parse_known_args
