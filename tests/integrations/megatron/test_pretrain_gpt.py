@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import math
 import os
 import re
 import subprocess
@@ -331,3 +332,20 @@ def test_pretrain_gpt_trains(pretrain: Callable[[str, str], tuple[Losses, list[s
     assert set(classes) == {"AdamW2"}
     for ours, theirs in zip(sharded, adamw2, strict=True):
         assert [float(number) for number in ours] == pytest.approx([float(number) for number in theirs], rel=1e-3)
+
+
+@needs_checkout
+def test_pretrain_gpt_trains_on_what_the_example_prepared(tmp_path: Path) -> None:
+    text = sorted(map(str, Path(os.__file__).parent.glob("*.py")))
+    prepare = [sys.executable, str(ROOT / "examples/megatron/prepare.py"), *text, "--vocab-size", "512"]
+    subprocess.run([*prepare, "--prefix", str(tmp_path / "text")], check=True)
+    flags = (
+        f"--data-path {tmp_path}/text_text_document --split 90,10,0 --tokenizer-type GPTSentencePieceTokenizer "
+        f"--tokenizer-model {tmp_path}/text.model --tensor-model-parallel-size 2 --use-distributed-optimizer "
+        f"--optimizer adamw2 --adamw2-tau auto"
+    )
+    small = SMALL.replace("--mock-data --tokenizer-type NullTokenizer", "").replace("--vocab-size 127", "")
+    printed = torchrun(HERE / "pretrain_worker.py", 4, "door", CHECKOUT, *small.split(), *flags.split())
+    losses = [float(loss) for loss in re.findall(r"lm loss: ([.\dE+-]+)", printed)]
+    assert len(losses) == 5 and losses[-1] < losses[0] - 0.1
+    assert losses[0] == pytest.approx(math.log(512), rel=0.02), "tokens are not those of the tokenizer"
