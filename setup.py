@@ -24,9 +24,7 @@ setup(
     ],
     extras_require={
         "deepspeed": ["deepspeed>=0.16.9"],  # the engine; not required, so that Megatron's users need not install it
-        "megatron": [
-            "megatron-core>=0.14"
-        ],  # the other engine; imported by weyl_megatron.integrations.megatron.enable()
+        "megatron": ["megatron-core>=0.14"],  # the other engine, imported by integrations.megatron.enable()
         "examples": [
             "megatron-core>=0.14",  # the models and datasets of examples/megatron
             "sentencepiece>=0.2.3",  # its tokenizer

@@ -58,9 +58,10 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     if case.get("enable", True):
         megatron.enable(**{"tau": TAU, **case.get("options", {})})
     model = gpt.build(case)
-    if case.get("fused_adam"):  # as where Transformer Engine or apex is installed, neither of which runs on a CPU
-        distributed.Adam = torch.optim.SGD
+    # "fused_adam": as where Transformer Engine or apex is installed, neither of which runs on a CPU.
+    adam, distributed.Adam = distributed.Adam, torch.optim.SGD if case.get("fused_adam") else distributed.Adam
     optimizer = get_megatron_optimizer(optimizer_config(case), model)
+    distributed.Adam = adam
     get_model_config(model[0]).grad_scale_func = optimizer.scale_loss
     before: dict[str, torch.Tensor] = {}
     for step in range(gpt.STEPS):
@@ -100,20 +101,18 @@ def reference(case: dict[str, Any]) -> dict[str, Any]:
         masters |= gpt.matrices(name, p.detach().float().clone(), case) or {name: p.detach().float().clone()}
     optimizer = AdamW2Reference(masters.items(), RATE, BETAS, EPS, DECAY, TAU)
     rates: dict[str, float] = {}
-    sigmas: dict[str, float] = {}
     for step in range(gpt.STEPS):
         gpt.backward(step, case, model)
         for name, p in params.items():
             gradient = p.main_grad.float()
             for part, piece in (gpt.matrices(name, gradient, case) or {name: gradient}).items():
                 masters[part].grad = piece.clone()
-        sigmas = {name: exact_sigma(master) for name, master in masters.items() if master.dim() == 2}
         rates = optimizer.step()
         with torch.no_grad():
             for name, p in params.items():
                 parts = {part: masters[part] for part in gpt.matrices(name, p, case) or {name: p}}
                 p.copy_(gpt.unite(name, parts, case))
-    return {"weights": {name: p.detach().clone() for name, p in params.items()}, "rates": rates, "sigmas": sigmas}
+    return {"weights": {name: p.detach().clone() for name, p in params.items()}, "rates": rates}
 
 
 def run(act: Callable[[dict[str, Any]], dict[str, Any]], out: Path) -> None:

@@ -181,7 +181,6 @@ def _install() -> None:
         given = inspect.signature(emerging).bind(*args, **kwargs).arguments
         if given["config"].optimizer != NAME:
             return emerging(*args, **kwargs)
-        _refuse(given["config"], list(given["model_chunks"]))
         # The caller is get_megatron_optimizer, which keeps these to itself.
         caller = sys._getframe(1).f_locals
         kept = {
@@ -210,16 +209,16 @@ def _adamw2_in_place_of_adam(factory: Any, config: Any) -> Iterator[None]:
     """Let Megatron's factory find AdamW2 where it looks for Transformer Engine's or apex's FusedAdam."""
     import megatron.core.optimizer.distrib_optimizer as distributed
 
-    replaced = (
+    ours = [
         (factory, "Adam", functools.partial(adamw2, config)),
-        (factory, "USING_PYTORCH_OPTIMIZER", False),  # 0.14 has no such flag and always takes Adam
         (distributed, "Adam", torch.optim.AdamW),  # 0.14 shards this class alone, which there may be FusedAdam
-    )
-    kept = [(module, name, getattr(module, name)) for module, name, _ in replaced if hasattr(module, name)]
+    ]
+    if hasattr(factory, "USING_PYTORCH_OPTIMIZER"):  # 0.14 has no such flag and always takes Adam
+        ours.append((factory, "USING_PYTORCH_OPTIMIZER", False))
+    kept = [(module, name, getattr(module, name)) for module, name, _ in ours]
     try:
-        for module, name, value in replaced:
-            if hasattr(module, name):
-                setattr(module, name, value)
+        for module, name, value in ours:
+            setattr(module, name, value)
         yield
     finally:
         for module, name, value in kept:
@@ -248,7 +247,7 @@ def _complete_checkpoints(wrapper: Any) -> None:
     def keeping_step(model_param: Any, tensors: Mapping[str, Any]) -> None:
         group, number = wrapper.model_param_group_index_map[model_param]
         state = optimizer.state[optimizer.param_groups[group]["params"][number]]
-        set_states(model_param, {**tensors, **{key: state[key] for key in ("step",) if key in state}})
+        set_states(model_param, {**tensors, "step": state["step"]} if "step" in state else tensors)
 
     wrapper.state_dict, wrapper._set_main_param_and_optimizer_states = of_allocated, keeping_step
 

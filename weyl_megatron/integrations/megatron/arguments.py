@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
+from inspect import signature
 from types import ModuleType
 from typing import Any
 
-from weyl_megatron.integrations.megatron import enable
+from weyl_megatron.integrations.megatron import NAME, enable
 from weyl_megatron.settings import check_settings
 
-NAME = "adamw2"
 _PREFIX = f"{NAME}_"
 
 #: Megatron's flags, by their names in its namespace, under which no optimizer of ours can be built or can be right.
@@ -46,39 +46,32 @@ def _json(text: str) -> Any:
         return text
 
 
-#: The flag of each option of ``enable``: its default there and how argparse takes it.
-_FLAGS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "tau": (
-        0.01,
-        {
-            "type": _number,
-            "metavar": "TAU",
-            "help": "Bound on the growth of a matrix's spectral norm per step, or 'auto'.",
-        },
-    ),
-    "power_iters": (2, {"type": _number, "metavar": "N", "help": "Block power iterations per step."}),
-    "floor_std": (
-        0.001,
-        {
-            "type": _number,
-            "metavar": "STD",
-            "help": "sigma_1(W) counts for at least that of a random matrix of this deviation.",
-        },
-    ),
-    "clip_vectors": (False, {"action": "store_true", "help": "Bound gains and biases, too."}),
-    "io": (
-        None,
-        {"nargs": "+", "metavar": "PATTERN", "help": "Names of embeddings and head, for --adamw2-tau auto."},
-    ),
-    "overrides": (
-        (),
-        {"type": _json, "metavar": "JSON", "help": 'A list like [{"match": "*.word_embeddings.weight", "tau": 0.1}].'},
-    ),
-    "split_fused": (
-        True,
-        {"action": "store_false", "help": "Measure linear_qkv and a gated linear_fc1 whole, not by their parts."},
-    ),
+#: How argparse takes the flag of each option of ``enable``.
+_FLAGS: dict[str, dict[str, Any]] = {
+    "tau": {
+        "type": _number,
+        "metavar": "TAU",
+        "help": "Bound on the growth of a matrix's spectral norm per step, or 'auto'.",
+    },
+    "power_iters": {"type": _number, "metavar": "N", "help": "Block power iterations per step."},
+    "floor_std": {
+        "type": _number,
+        "metavar": "STD",
+        "help": "sigma_1(W) counts for at least that of a random matrix of this deviation.",
+    },
+    "clip_vectors": {"action": "store_true", "help": "Bound gains and biases, too."},
+    "io": {"nargs": "+", "metavar": "PATTERN", "help": "Names of embeddings and head, for --adamw2-tau auto."},
+    "overrides": {
+        "type": _json,
+        "metavar": "JSON",
+        "help": 'A list like [{"match": "*.word_embeddings.weight", "tau": 0.1}].',
+    },
+    "split_fused": {
+        "action": "store_false",
+        "help": "Measure linear_qkv and a gated linear_fc1 whole, not by their parts.",
+    },
 }
+_DEFAULTS = {option: parameter.default for option, parameter in signature(enable).parameters.items()}
 
 
 def install() -> None:
@@ -133,8 +126,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         NAME,
         "AdamW2 (--optimizer adamw2). --lr, --adam-beta1, --adam-beta2, --adam-eps and --weight-decay stay AdamW's.",
     )
-    for option, (default, how) in _FLAGS.items():
-        hint = "" if "action" in how else f" Default: {default or 'none'}."
+    for option, how in _FLAGS.items():
+        hint = "" if "action" in how else f" Default: {_DEFAULTS[option] or 'none'}."
         group.add_argument(
             _flag(option), dest=_PREFIX + option, default=argparse.SUPPRESS, **{**how, "help": how["help"] + hint}
         )
@@ -153,9 +146,9 @@ def complete(args: argparse.Namespace) -> None:
         return
     if getattr(args, "yaml_cfg", None) is not None:
         raise ValueError(f"--yaml-cfg got '{args.yaml_cfg}', which replaces all flags, but --optimizer {NAME} is one.")
-    for option, (default, _) in _FLAGS.items():
+    for option in _FLAGS:
         if option not in given:
-            setattr(args, _PREFIX + option, default)
+            setattr(args, _PREFIX + option, _DEFAULTS[option])
     options = options_of(args)
     if isinstance(options["overrides"], str):
         raise ValueError(
