@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from weyl_megatron.integrations import deepspeed
-from weyl_megatron.kernels import adamw_moments
+from weyl_megatron.kernels import Hyper, Stepped
 from weyl_megatron.layouts.buffers import Buffer, Layout
 from weyl_megatron.layouts.plain import plain_buffer
 from weyl_megatron.layouts.tensor_parallel import shardings_of
 from weyl_megatron.settings import check_adamw, check_settings, check_tau
 from weyl_megatron.thresholds import Thresholds
-from weyl_megatron.walk import MatrixStats, Moments, Walk, flat
+from weyl_megatron.walk import MatrixStats, Walk, flat
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -156,12 +156,11 @@ class AdamW2(torch.optim.AdamW):
         if self._is_construction_call():
             return loss
         for walk, tensors, groups in self._stepped_together():
-            stepped = [self._moments(tensor, group) for tensor, group in zip(tensors, groups, strict=True)]
-            sigma_weight, sigma_update = walk.sigmas(stepped)
-            rates = walk.rates(groups, sigma_weight, sigma_update)
-            for number, moments in enumerate(stepped):
-                if moments is not None:
-                    walk.apply(number, moments, rates)
+            walk.begin([self._stepped(tensor, group) for tensor, group in zip(tensors, groups, strict=True)], groups)
+            settled = walk.move_early()  # lines 3 to 14 in one pass, where α is proved to be within Rule 1
+            sigma_weight, sigma_update = walk.sigmas(settled)  # lines 3 to 6 of the others
+            rates = walk.rates(settled, sigma_weight, sigma_update)  # lines 7 to 9
+            walk.move(settled, rates)  # lines 10 to 14
         if self._step_in_group:
             for group in self.param_groups:
                 group["step"] += 1
@@ -171,8 +170,8 @@ class AdamW2(torch.optim.AdamW):
         """Return what the last step did to every matrix, by name; the same on every rank that holds a piece of it."""
         return {name: entry for walk in self._walks.values() for name, entry in walk.stats().items()}
 
-    def _moments(self, tensor: Tensor, group: dict[str, Any]) -> Moments | None:
-        """Update M and V of one tensor (lines 3 to 5); None where it has no gradient."""
+    def _stepped(self, tensor: Tensor, group: dict[str, Any]) -> Stepped | None:
+        """Return G, M and V of one tensor (lines 1 and 2); None where it has no gradient."""
         grad = tensor.grad
         if grad is None:
             return None
@@ -187,20 +186,11 @@ class AdamW2(torch.optim.AdamW):
             # Not in place: DeepSpeed's universal checkpoint hands one step tensor to several of ZeRO-3's sub-groups.
             state["step"] = state["step"] + 1
             step = float(state["step"])
-        beta1, beta2 = group["betas"]
         if grad.stride() != tensor.stride():
             grad = torch.empty_like(tensor).copy_(grad)
-        adamw_moments(grad, state["exp_avg"], state["exp_avg_sq"], beta1=beta1, beta2=beta2)
-        return Moments(
-            flat(state["exp_avg"]),
-            flat(state["exp_avg_sq"]),
-            step,
-            float(group["lr"]),
-            beta1,
-            beta2,
-            group["eps"],
-            group["weight_decay"],
-        )
+        beta1, beta2 = group["betas"]
+        hyper = Hyper(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], step)
+        return Stepped(flat(grad), flat(state["exp_avg"]), flat(state["exp_avg_sq"]), hyper)
 
     def _allocate(self, tensor: Tensor) -> None:
         if not self._step_in_group:
@@ -253,14 +243,15 @@ class AdamW2(torch.optim.AdamW):
                 buffers.append(buffer)
                 groups.append(group)
         for buffers, groups in by_device.values():
-            yield self._walk(buffers), [buffer.tensor for buffer in buffers], groups
+            yield self._walk(buffers, groups), [buffer.tensor for buffer in buffers], groups
 
-    def _walk(self, buffers: list[Buffer]) -> Walk:
+    def _walk(self, buffers: list[Buffer], groups: list[dict[str, Any]]) -> Walk:
         key = tuple(id(buffer.tensor) for buffer in buffers)
         if key not in self._walks:
             # It takes the place of older walks over some of these tensors, from before others were frozen or unfrozen.
             self._walks = {other: walk for other, walk in self._walks.items() if not set(other) & set(key)}
-            self._walks[key] = Walk(buffers, self._thresholds, self._settings.power_iters)
+            is_adamw = not self._settings.overrides and all(group["tau"] == float("inf") for group in groups)
+            self._walks[key] = Walk(buffers, self._thresholds, self._settings.power_iters, is_adamw=is_adamw)
         return self._walks[key]
 
     def _read_layout(self) -> None:

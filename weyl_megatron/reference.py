@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from weyl_megatron.spectral.power import BLOCK, COLD_ITERS, start_block
+from weyl_megatron.spectral.blocks import start_block
+from weyl_megatron.spectral.power import BLOCK, COLD_ITERS
 
 
 def exact_sigma(matrix: Tensor) -> float:
@@ -26,7 +27,10 @@ class BlockPower:
         iters = self.iters
         if self.block is None:
             iters = max(iters, COLD_ITERS)
-            self.block = start_block(self.name, matrix.shape[1], min(BLOCK, *matrix.shape), matrix.dtype)
+            self.block = start_block(self.name, matrix.shape[1], min(BLOCK, *matrix.shape))
+        if matrix.dtype == torch.float32:
+            self.block = self.block.bfloat16()  # as the sharded code keeps it between steps
+        self.block = self.block.to(matrix.dtype)
         for _ in range(iters):
             left = torch.linalg.qr(matrix @ self.block).Q  # (rows, b)
             self.block, triangle = torch.linalg.qr(matrix.T @ left)  # (cols, b), (b, b)

@@ -8,114 +8,182 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from weyl_megatron.kernels import adamw_direction, adamw_update
-from weyl_megatron.layouts.buffers import Buffer, Run, plan_of
+from weyl_megatron.kernels import Stepped, pick
+from weyl_megatron.layouts.buffers import Buffer, Plan, plan_of
 from weyl_megatron.layouts.plain import storage_order
 from weyl_megatron.rule import clipped_rates
 from weyl_megatron.spectral import PowerIteration
+from weyl_megatron.spectral.blocks import COLUMNS, Operand, Table, table
+from weyl_megatron.spectral.certificate import Certificate
+from weyl_megatron.spectral.collectives import Span, all_reduce_spans
+from weyl_megatron.spectral.power import BLOCK, COLD_ITERS
+from weyl_megatron.spectral.tiles import Tile
 from weyl_megatron.thresholds import Thresholds
+
+#: Elements of the matrices that are measured together on a CPU: what a cache may still hold when it is read again.
+_CPU_WAVE = 1 << 21
+
+#: On other devices so many waves at most: each is a few launches.
+_DEVICE_WAVES = 4
+
+#: Iterations beyond the usual that a matrix may ask for after settled steps, where the host does not see which do.
+_STALE_ITERS = 2
 
 
 class MatrixStats(NamedTuple):
-    """What the last step did to one matrix; the same on every rank."""
+    """What the last step did to one matrix; the same on every rank.
+
+    Where ``certified``, no σ₁ was measured, because the bounds that stand in their places prove that the clip is
+    inactive: ``sigma_weight`` is a lower bound, ``sigma_update`` an upper one, ‖U‖_F.
+    """
 
     sigma_weight: float  #: σ₁(W) before the step
     sigma_update: float  #: σ₁(U) of the update U = M̂ / (√V̂ + ε)
     lr: float  #: the rate α_W that was used
     clipped: bool  #: whether α_W is below the scheduled rate
     tau: float  #: the threshold τ that held for this matrix
-
-
-class Moments(NamedTuple):
-    """M and V of one tensor at step t, flat as they lie in memory, with the hyperparameters of its group."""
-
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    step: float
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-
-    def direction(self) -> Tensor:
-        """Return U, flat."""
-        return adamw_direction(
-            self.exp_avg, self.exp_avg_sq, step=self.step, beta1=self.beta1, beta2=self.beta2, eps=self.eps
-        )
-
-    def of_run(self, run: Run) -> Moments:
-        """Return the same for one rectangle of the tensor."""
-        return self._replace(exp_avg=_rectangle(self.exp_avg, run), exp_avg_sq=_rectangle(self.exp_avg_sq, run))
-
-    def move(self, weight: Tensor, rate: float) -> None:
-        """W ← W − α_W λ W − α_W U at the rate α_W, in place."""
-        adamw_update(
-            weight,
-            self.exp_avg,
-            self.exp_avg_sq,
-            lr=rate,
-            step=self.step,
-            beta1=self.beta1,
-            beta2=self.beta2,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-        )
+    certified: bool = False  #: whether the certificate settled the matrix, without an iteration
 
 
 class Walk:
     """The matrices of tensors that are stepped together.
 
     Every rank of the tensors' process groups walks the same matrices in the same order, with or without a piece of
-    them, so that collectives never diverge.
+    them, so that collectives never diverge. Collective over these groups.
+
+    Args:
+        buffers: what lies in the tensors, which are on one device.
+        thresholds: τ and the floor of every matrix.
+        power_iters: block power iterations of a matrix that is measured.
+        is_adamw: whether every τ is infinite.
     """
 
-    def __init__(self, buffers: Sequence[Buffer], thresholds: Thresholds, power_iters: int) -> None:
-        self._tensors = [buffer.tensor for buffer in buffers]
+    def __init__(
+        self, buffers: Sequence[Buffer], thresholds: Thresholds, power_iters: int, *, is_adamw: bool = False
+    ) -> None:
+        tensors = [buffer.tensor for buffer in buffers]
+        self._tensors, self._thresholds, self._iters = tensors, thresholds, power_iters
         self._plan = plan_of(buffers, thresholds.grid)
-        self._thresholds = thresholds
-        self._measured: tuple[Tensor, ...] = ()  # the columns of MatrixStats
+        self._device = tensors[0].device
+        self._on_host = self._device.type == "cpu"
+        waves = _waves(self._plan, self._on_host)
         self._power = PowerIteration(
             self._plan.matrices,
             self._plan.tiles,
-            operands=2,
-            iters=power_iters,
-            device=self._tensors[0].device,
-            dtype=torch.float64 if all(tensor.dtype == torch.float64 for tensor in self._tensors) else torch.float32,
+            widths=(BLOCK, BLOCK),  # of W and of U
+            waves=waves,
+            riders=True,
+            device=self._device,
+            dtype=torch.float64 if all(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32,
         )
+        self._kernel = pick(self._power.blocks, tensors, plain=is_adamw)
+        self._tables(waves)
+        # A step that was made too early can be taken back where rounding it twice is still rounding.
+        exact = torch.float32, torch.float64
+        self._can_undo = torch.tensor(
+            [tensors[number].dtype in exact for number in self._plan.buffer_of], dtype=torch.bool, device=self._device
+        )
+        eps = max((torch.finfo(tensor.dtype).eps for tensor in tensors), default=0.0)
+        self.certificate = Certificate(self._plan.matrices, eps, self._device)
+        self._cold = True
+        self._limits: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self._measured: tuple[Tensor, ...] = ()  # the columns of MatrixStats
 
-    def sigmas(self, stepped: Sequence[Moments | None]) -> tuple[Tensor, Tensor]:
-        """Return σ₁(W) and σ₁(U) of every matrix (line 6), float64 on the CPU; U is 0 where there are no moments."""
-        weights = [flat(tensor) for tensor in self._tensors]
-        updates = [
-            torch.zeros_like(weight) if moments is None else moments.direction()
-            for weight, moments in zip(weights, stepped, strict=True)
-        ]
-        sigma_weight, sigma_update = self._power.sigmas([weights, updates]).double().cpu()
-        return sigma_weight, sigma_update
+    def _tables(self, waves: Sequence[Sequence[int]]) -> None:
+        """Make the tables of everything and of every wave, of U's vectors, replicas included."""
+        plan, operand = self._plan, self._power.blocks.operands[1]
+        self._everything = _table([*plan.tiles, *plan.replicas, *plan.rest], operand, len(plan.tiles), self._device)
+        self._rest = _table(plan.rest, operand, 0, self._device)
+        self._of_wave = []
+        for wave in map(set, waves):
+            mine = sorted((tile for tile in plan.tiles if tile.matrix in wave), key=lambda tile: tile.matrix)
+            theirs = [tile for tile in plan.replicas if tile.matrix in wave]
+            self._of_wave.append(_table([*mine, *theirs], operand, len(mine), self._device))
+        spread = [Span(matrix.groups, k, k + 1) for k, matrix in enumerate(plan.matrices) if matrix.groups]
+        self._norm_spans = [Span(groups, 2 * start, 2 * stop) for groups, start, stop in spread]
+        self._is_spread = torch.tensor([bool(matrix.groups) for matrix in plan.matrices], dtype=torch.bool)
+        self._is_spread = self._is_spread.to(self._device)
 
-    def rates(self, groups: Sequence[dict[str, Any]], sigma_weight: Tensor, sigma_update: Tensor) -> list[float]:
-        """Return α_W of every matrix (lines 7 to 9); ``groups`` has the parameter group of every tensor."""
-        of = [groups[number] for number in self._plan.buffer_of]
-        limits = [
-            self._thresholds.floor_and_tau(parameter, matrix.rows, matrix.cols, group["tau"])
-            for parameter, matrix, group in zip(self._plan.parameters, self._plan.matrices, of, strict=True)
-        ]
-        lr = torch.tensor([float(group["lr"]) for group in of], dtype=torch.float64)
-        floor, tau = torch.tensor(limits, dtype=torch.float64).view(-1, 2).unbind(1)
-        rates = clipped_rates(lr, tau, floor, sigma_weight, sigma_update)
-        self._measured = sigma_weight, sigma_update, rates, rates < lr, tau
-        return [float(rate) for rate in rates.tolist()]
+    def begin(self, stepped: Sequence[Stepped | None], groups: Sequence[dict[str, Any]]) -> None:
+        """Take the gradients and moments of a step, and the parameter group, of every tensor."""
+        self._kernel.bind([flat(tensor) for tensor in self._tensors], stepped)
+        self._lr, self._weight_decay, self._tau, self._floor = self._schedule(groups)
+        self._sums = torch.zeros(len(self._lr), 3, dtype=torch.float64, device=self._device)
 
-    def apply(self, number: int, moments: Moments, rates: Sequence[float]) -> None:
-        """Move the weights of one tensor, every run of it at its rate (lines 10 to 14)."""
-        weight, runs = flat(self._tensors[number]), self._plan.runs[number]
-        of_run = [moments.lr if run.matrix is None else rates[run.matrix] for run in runs]
-        if len(set(of_run)) == 1:
-            moments.move(weight, of_run[0])
-            return
-        for run, rate in zip(runs, of_run, strict=True):
-            moments.of_run(run).move(_rectangle(weight, run), rate)
+    def move_early(self) -> Tensor:
+        """Step in one pass what is no matrix, and the matrices that are expected to be settled (lines 3 to 14 at α).
+
+        Return the matrices that the certificate then settles; the others are put back.
+        """
+        lr, sums, certificate = self._lr, self._sums, self.certificate
+        limit = self._tau * torch.maximum(certificate.lower, self._floor)
+        expected = certificate.forecast(lr, limit, lr * self._weight_decay) & self._can_undo
+        nothing = torch.zeros_like(expected, dtype=torch.uint8)
+        self._waiting = (~expected).byte()
+        if self._on_host and not expected.any():
+            self._kernel.moments(self._rest, nothing, nothing, sums)
+            return expected
+        self._kernel.moments(self._everything, expected.byte(), nothing, sums)
+        norms = torch.stack([sums[:, 0], certificate.are_others(sums[:, 1])], dim=1)
+        all_reduce_spans(norms.view(-1), self._norm_spans)
+        sums[:, 0] = norms[:, 0]
+        settled = expected & certificate.settles(lr, limit, norms[:, 0].sqrt()) & (norms[:, 1] == 0)
+        failed = expected & ~settled
+        if not (self._on_host and not failed.any()):
+            self._kernel.undo(self._everything, failed.byte())
+            sums[:, 2] = torch.where(failed, 0, sums[:, 2])
+        return settled
+
+    def sigmas(self, settled: Tensor) -> tuple[Tensor, Tensor]:
+        """Update M and V of what waits (lines 3 to 5), return σ₁(W) and σ₁(U) of every matrix (line 6).
+
+        Of those that are ``settled`` the bounds are returned that settled them.
+        """
+        active, sums = ~settled, self._sums
+        masks = self._masks(active)
+        chosen = active.tolist() if self._on_host else None
+        nothing = torch.zeros_like(self._waiting)
+        blocks = self._power.blocks
+        for number, wave in enumerate(blocks.waves):
+            if chosen is not None and not any(chosen[k] for k in wave):
+                continue
+            blocks.load(number)
+            self._kernel.moments(self._of_wave[number], nothing, self._waiting, sums)
+            blocks.left[blocks.rider_at[number]] = sums[blocks.rider_index[number], 0].to(blocks.left.dtype)
+            self._power.measure(self._kernel, number, masks, begun=(None, self._waiting))
+        self._cold = False
+        summed = self._is_spread & self._waiting.bool()
+        sums[:, 0] = torch.where(summed, self._power.ridden, sums[:, 0])
+        sigma_weight, sigma_update = self._power.sigma
+        lower, norm = self.certificate.lower, sums[:, 0].sqrt()
+        self.certificate.measured(active, sigma_weight)
+        return torch.where(active, sigma_weight, lower), torch.where(active, sigma_update, norm)
+
+    def _masks(self, active: Tensor) -> list[Tensor]:
+        """Return the matrices of each iteration: those whose vectors are stale take part in more."""
+        need = self._iters + self.certificate.age
+        most = COLD_ITERS
+        if self._cold:
+            need = torch.full_like(need, max(COLD_ITERS, self._iters))
+            most = max(COLD_ITERS, self._iters)
+        else:
+            need = need.clamp(max=max(COLD_ITERS, self._iters))
+            most = int(need[active].max()) if self._on_host and active.any() else self._iters + _STALE_ITERS
+        return [(active & (need > number)).byte() for number in range(most)]
+
+    def rates(self, settled: Tensor, sigma_weight: Tensor, sigma_update: Tensor) -> Tensor:
+        """Return α_W of every matrix (lines 7 to 9)."""
+        clipped = clipped_rates(self._lr, self._tau, self._floor, sigma_weight, sigma_update)
+        rates = torch.where(settled, self._lr, clipped)
+        self._measured = sigma_weight, sigma_update, rates, rates < self._lr, self._tau, settled
+        return rates
+
+    def move(self, settled: Tensor, rates: Tensor) -> None:
+        """Move the weights that waited for their rates (lines 10 to 14)."""
+        if not (self._on_host and settled.all()):
+            self._kernel.move(self._everything, (~settled).byte(), rates, self._sums)
+        norm = self._sums[:, 0].sqrt()
+        self.certificate.moved(rates, rates * self._weight_decay, norm, self._sums[:, 2])
 
     def stats(self) -> dict[str, MatrixStats]:
         """Return what the last step did, by the matrix's name."""
@@ -123,15 +191,51 @@ class Walk:
         return {matrix.name: MatrixStats(*row) for matrix, *row in zip(self._plan.matrices, *columns, strict=False)}
 
     def forget(self) -> None:
-        """Take the power iteration's vectors for unknown at the next step (after a checkpoint was loaded)."""
-        self._power.forget()
+        """Take vectors and bounds for unknown at the next step (after a checkpoint was loaded)."""
+        self._cold = True
+        self.certificate.forget()
+
+    def _schedule(self, groups: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the scheduled rate, weight decay, τ and the floor under σ₁(W) of every matrix."""
+        of = [groups[number] for number in self._plan.buffer_of]
+        taus = tuple(group["tau"] for group in groups)
+        if taus not in self._limits:
+            limits = [
+                self._thresholds.floor_and_tau(parameter, matrix.rows, matrix.cols, group["tau"])
+                for parameter, matrix, group in zip(self._plan.parameters, self._plan.matrices, of, strict=True)
+            ]
+            floor, tau = torch.tensor(limits, dtype=torch.float64).view(-1, 2).to(self._device).unbind(1)
+            self._limits = {taus: (tau, floor)}
+        numbers = [[float(group["lr"]) for group in of], [float(group["weight_decay"]) for group in of]]
+        lr, weight_decay = torch.tensor(numbers, dtype=torch.float64).to(self._device, non_blocking=True)
+        return lr, weight_decay, *self._limits[taus]
+
+
+def _waves(plan: Plan, on_host: bool) -> list[list[int]]:
+    """Return which matrices are measured together: spread ones all at once, others in turns."""
+    spread = [k for k, matrix in enumerate(plan.matrices) if matrix.groups]
+    alone = [k for k, matrix in enumerate(plan.matrices) if not matrix.groups]
+    size = [matrix.rows * matrix.cols if on_host else matrix.cols for matrix in plan.matrices]
+    most = _CPU_WAVE if on_host else -(-sum(size[k] for k in alone) // _DEVICE_WAVES)
+    waves = [spread] if spread else []
+    room = 0
+    for k in alone:
+        if size[k] > room or waves[-1] is spread:
+            waves.append([])
+            room = most
+        waves[-1].append(k)
+        room -= size[k]
+    return waves
+
+
+def _table(tiles: Sequence[Tile], operand: Operand, measured: int, device: torch.device) -> Table:
+    """Return a table of tiles, the first ``measured`` of which have vectors."""
+    rows = [operand.row(tile) for tile in tiles[:measured]]
+    padding = [0] * (len(COLUMNS) - 6)
+    rows += [[t.buffer, t.offset, t.rows, t.cols, t.stride, t.matrix, *padding] for t in tiles[measured:]]
+    return table(rows, device, list(tiles))
 
 
 def flat(tensor: Tensor) -> Tensor:
     """Return the elements of a dense tensor as they lie in memory."""
     return tensor.detach().permute(storage_order(tensor)).view(-1)
-
-
-def _rectangle(buffer: Tensor, run: Run) -> Tensor:
-    """Return the view (rows, cols) of a flat buffer that a run is."""
-    return buffer.as_strided((run.rows, run.cols), (run.stride, 1), buffer.storage_offset() + run.offset)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tests.launch import torchrun
 from weyl_megatron.reference import BlockPower
 from weyl_megatron.spectral import Block, MatrixSpec, PowerIteration, tiles_of_range
+from weyl_megatron.spectral.blocks import start_block
 from weyl_megatron.spectral.collectives import _collective_device
-from weyl_megatron.spectral.power import start_block
 
 
 def whole(matrices: list[torch.Tensor], **options: object) -> PowerIteration:
@@ -94,7 +94,7 @@ def test_what_is_not_finite_is_not_a_number_and_leaves_the_others_alone() -> Non
 def test_operands_keep_vectors_of_their_own() -> None:
     torch.manual_seed(0)
     one, two = torch.randn(9, 5), torch.randn(9, 5) * 3
-    both = whole([one], operands=2).sigmas([flat([one]), flat([two])])[:, 0]
+    both = whole([one], widths=(4, 4)).sigmas([flat([one]), flat([two])])[:, 0]
     alone = [whole([matrix]).sigmas([flat([matrix])]).item() for matrix in (one, two)]
     assert both.tolist() == pytest.approx(alone, rel=1e-6)
 

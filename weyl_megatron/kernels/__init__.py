@@ -1,5 +1,10 @@
-"""The arithmetic of a step on flat buffers."""
+"""The arithmetic of a step on flat buffers: plain torch, and fused kernels that read each number once.
 
-from weyl_megatron.kernels.torch_adamw import adamw_direction, adamw_moments, adamw_update
+A kernel walks tables of tiles (:mod:`weyl_megatron.spectral.blocks`). All do the same; which one runs is picked once,
+by :func:`pick`, and ``weyl-megatron doctor`` says which and why.
+"""
 
-__all__ = ["adamw_direction", "adamw_moments", "adamw_update"]
+from weyl_megatron.kernels.pick import Kernel, pick
+from weyl_megatron.kernels.stepped import Hyper, Stepped
+
+__all__ = ["Hyper", "Kernel", "Stepped", "pick"]

@@ -7,40 +7,35 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from weyl_megatron.kernels.stepped import Hyper
 
-def adamw_moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, beta1: float, beta2: float) -> None:
+
+def adamw_moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Hyper) -> None:
     """M ← β₁M + (1 − β₁)G and V ← β₂V + (1 − β₂)G², in place."""
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    exp_avg.lerp_(grad, 1 - hyper.beta1)
+    exp_avg_sq.mul_(hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)
 
 
-def adamw_direction(
-    exp_avg: Tensor, exp_avg_sq: Tensor, *, step: float, beta1: float, beta2: float, eps: float
-) -> Tensor:
+def adamw_direction(exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Hyper) -> Tensor:
     """Return U = M̂ / (√V̂ + ε), both corrections in the denominator's constants."""
-    correction = 1 - beta1**step
-    return exp_avg / exp_avg_sq.sqrt().mul_(correction / (1 - beta2**step) ** 0.5).add_(eps * correction)
+    correction = hyper.correction1
+    return exp_avg / exp_avg_sq.sqrt().mul_(correction / hyper.correction2**0.5).add_(hyper.eps * correction)
 
 
-def adamw_update(
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    *,
-    lr: float,
-    step: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """W ← W − α_W λ W − α_W U at the rate ``lr`` = α_W, in place."""
-    if weight_decay != 0:
-        param.mul_(1 - lr * weight_decay)
-    step_size = lr / (1 - beta1**step)
-    param.addcdiv_(exp_avg, _denominator(exp_avg_sq, step=step, beta2=beta2, eps=eps), value=-step_size)
+def adamw_move(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Hyper, rate: float) -> None:
+    """W ← W − α_W λ W − α_W U at the rate α_W, in place."""
+    if hyper.weight_decay != 0:
+        param.mul_(1 - rate * hyper.weight_decay)
+    param.addcdiv_(exp_avg, _denominator(exp_avg_sq, hyper), value=-(rate / hyper.correction1))
 
 
-def _denominator(exp_avg_sq: Tensor, *, step: float, beta2: float, eps: float) -> Tensor:
-    denominator: Tensor = exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5
-    return denominator.add_(eps)
+def adamw_undo(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Hyper, rate: float) -> None:
+    """Take :func:`adamw_move` back, up to the rounding of one more step."""
+    param.addcdiv_(exp_avg, _denominator(exp_avg_sq, hyper), value=rate / hyper.correction1)
+    if hyper.weight_decay != 0:
+        param.div_(1 - rate * hyper.weight_decay)
+
+
+def _denominator(exp_avg_sq: Tensor, hyper: Hyper) -> Tensor:
+    denominator: Tensor = exp_avg_sq.sqrt() / hyper.correction2**0.5
+    return denominator.add_(hyper.eps)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
 from weyl_megatron.layouts.grid import Fused, Grid, Sharding
-from weyl_megatron.spectral.power import MatrixSpec
-from weyl_megatron.spectral.tiles import Tile, tiles_of_range
+from weyl_megatron.spectral.blocks import MatrixSpec
+from weyl_megatron.spectral.tiles import Tile, range_rectangles, tiles_of_range
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+#: Elements to a row of what is no matrix.
+_LINE = 4096
 
 
 class Parameter(NamedTuple):
@@ -74,25 +78,16 @@ class Layout(NamedTuple):
     is_part: bool = False
 
 
-class Run(NamedTuple):
-    """A rectangle of a buffer that takes one rate: that of a matrix, or the scheduled one where ``matrix`` is None."""
-
-    offset: int
-    rows: int
-    cols: int
-    stride: int
-    matrix: int | None
-
-
 @dataclass(frozen=True)
 class Plan:
-    """Buffers that are stepped together, as matrices, tiles and runs."""
+    """Buffers that are stepped together, as matrices and tiles. Each element of a parameter is in one tile."""
 
     matrices: tuple[MatrixSpec, ...]
     parameters: tuple[Parameter, ...]  # of each matrix
     buffer_of: tuple[int, ...]  # of each matrix: the buffer that holds, or on other ranks would hold, it
-    tiles: tuple[Tile, ...]
-    runs: tuple[tuple[Run, ...], ...]  # per buffer
+    tiles: tuple[Tile, ...]  # what is measured here
+    replicas: tuple[Tile, ...]  # pieces of matrices that another rank measures
+    rest: tuple[Tile, ...]  # what takes the scheduled rate, of matrix -1
 
 
 def plan_of(buffers: Sequence[Buffer], grid_of: Callable[[Parameter], Grid | None]) -> Plan:
@@ -101,15 +96,14 @@ def plan_of(buffers: Sequence[Buffer], grid_of: Callable[[Parameter], Grid | Non
     parameters: list[Parameter] = []
     buffer_of: list[int] = []
     tiles: list[Tile] = []
-    runs: list[tuple[Run, ...]] = []
+    replicas: list[Tile] = []
+    rest: list[Tile] = []
     for number, buffer in enumerate(buffers):
-        mine: list[Run] = []
         for shard in buffer.shards:
-            parameter, length = shard.parameter, shard.stop - shard.start
+            parameter = shard.parameter
             grid = grid_of(parameter)
             if grid is None:
-                if length:
-                    mine.append(Run(shard.offset, 1, length, length, None))
+                rest += _tiles_of_line(shard, number)
                 continue
             first = len(matrices)
             groups = (*buffer.groups, *(spread.group for spread in parameter.spreads))
@@ -121,11 +115,12 @@ def plan_of(buffers: Sequence[Buffer], grid_of: Callable[[Parameter], Grid | Non
                 tile._replace(matrix=first + tile.matrix)
                 for tile in tiles_of_range(grid.blocks, grid.width, shard.start, shard.stop, shard.offset, number)
             ]
-            if not any(spread.is_repeated for spread in parameter.spreads):
-                tiles += found
-            if len(grid.matrices) == 1 and length:
-                mine.append(Run(shard.offset, 1, length, length, first))
-            else:
-                mine += [Run(tile.offset, tile.rows, tile.cols, tile.stride, tile.matrix) for tile in found]
-        runs.append(tuple(mine))
-    return Plan(tuple(matrices), tuple(parameters), tuple(buffer_of), tuple(tiles), tuple(runs))
+            is_repeated = any(spread.is_repeated for spread in parameter.spreads)
+            (replicas if is_repeated else tiles).extend(found)
+    return Plan(tuple(matrices), tuple(parameters), tuple(buffer_of), tuple(tiles), tuple(replicas), tuple(rest))
+
+
+def _tiles_of_line(shard: Shard, buffer: int) -> Iterator[Tile]:
+    """Yield elements that are no matrix as rows of a length that threads can share out."""
+    for row, col, rows, cols in range_rectangles(0, shard.stop - shard.start, _LINE):
+        yield Tile(-1, 0, 0, rows, cols, shard.offset + row * _LINE + col, _LINE, buffer)

@@ -1,72 +1,66 @@
 """Block power iteration for σ₁ of many matrices at once, none of which any rank needs to hold whole.
 
-One iteration multiplies an orthonormal block X of a few vectors per matrix by W and by Wᵀ::
+One iteration multiplies a block X of a few vectors per matrix by WᵀW in one read of W, row by row::
 
-    Y = Σ_tiles W[tile] @ X[cols],   all-reduce,   Q = orth(Y)         (rows, b)
-    Z = Σ_tiles W[tile]ᵀ @ Q[rows],  all-reduce,   X, R = qr(Z)        (cols, b)
+    y = r X for each row r that a rank holds whole,    Z += rᵀ y,    Yᵀ Y += yᵀ y
+    y of the rows that are cut between ranks is summed first, then treated alike
+    all-reduce Z and Yᵀ Y,    σ₁ ≈ max over c of ‖Z c‖ / ‖Y c‖,    X = orth(Z)
 
-and σ₁(R) is the largest singular value of W restricted to span(Q): never above σ₁(W) but for rounding. Only the
-blocks travel, b·(m + n) numbers a matrix, and those of all matrices lie in one buffer, so the number of collectives
-depends neither on the number of matrices nor on that of layers.
+The estimate is the largest singular value of Wᵀ on the span of Y: never above σ₁(W) but for rounding. Only the blocks
+travel, b·n numbers a matrix and b for each row that is cut, and those of all matrices lie in one buffer, so the number
+of collectives depends neither on the number of matrices nor on that of layers.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from weyl_megatron.spectral.collectives import Span, all_reduce_spans
+from weyl_megatron.spectral.blocks import Blocks, MatrixSpec, Operand, Table
+from weyl_megatron.spectral.collectives import Span, all_reduce_spans, start_all_reduce
+from weyl_megatron.spectral.ritz import largest_ratio, next_block
 from weyl_megatron.spectral.tiles import Tile
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
 #: Vectors per matrix. One alone is late where the top direction changes, and its dangerous error, an underestimated
-#: σ₁(U), has a long tail; `python benchmarks/estimator.py` measures both. W and U are still read once per product.
+#: σ₁(U), has a long tail; `python benchmarks/estimator.py` measures both.
 BLOCK = 4
 
 #: Iterations for vectors that nothing is known about: at the first step and after a resume.
 COLD_ITERS = 12
 
 
-class MatrixSpec(NamedTuple):
-    """A matrix whose σ₁ is wanted: its full size and the process groups over whose ranks it is spread."""
+class Products(Protocol):
+    """What a kernel does for the iteration, on the matrices k with ``mask[k] != 0`` (uint8)."""
 
-    name: str
-    rows: int
-    cols: int
-    groups: tuple[ProcessGroup, ...] = ()
+    def multiply(self, operand: int, table: Table, mask: Tensor) -> None:
+        """Add Z and Yᵀ Y of whole rows, or Y of rows that are cut, to where the table says."""
 
+    def multiply_back(self, operand: int, table: Table, mask: Tensor) -> None:
+        """Add Z and Yᵀ Y of rows that are cut, whose Y have been summed."""
 
-class _Bucket(NamedTuple):
-    """Matrices of one shape and one spread; their vectors are views (operands · count, length, block)."""
+    def orthonormalize(self, operand: int, wave: int, mask: Tensor, more: Tensor, sigma: Tensor) -> None:
+        """Make the next blocks of a wave's matrices from Z; write σ₁ of each, ``(matrices,)`` in float64.
 
-    members: tuple[int, ...]
-    left: Tensor  # (operands * count, rows, b)
-    right: Tensor  # (operands * count, cols, b)
-
-
-def start_block(name: str, cols: int, width: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the orthonormal start block ``(cols, width)`` that belongs to a matrix's name on every rank and run."""
-    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
-    noise = torch.randn(cols, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    orthonormal: Tensor = torch.linalg.qr(noise).Q
-    return orthonormal.to(dtype)
+        ``more`` tells the matrices that another iteration follows for.
+        """
 
 
 class PowerIteration:
     """Estimate σ₁ of a fixed list of matrices, for several operands of the same layout (the weights, the updates).
 
+    Collective over the matrices' groups.
+
     Args:
         matrices: every matrix that any rank of the groups holds a piece of, in the same order on all of them.
         tiles: the pieces that this rank holds; may be empty.
-        operands: how many sets of buffers each call of :meth:`sigmas` measures.
-        iters: iterations per call once the vectors are warm.
-        block: vectors per matrix.
+        widths: vectors per matrix, for each operand.
+        waves: which matrices are measured together; None: all.
+        iters: iterations once the vectors are warm.
+        riders: whether a number per matrix (``blocks.rider_at`` says where) travels with the first sums.
         device, dtype: of the vectors.
     """
 
@@ -75,67 +69,19 @@ class PowerIteration:
         matrices: Sequence[MatrixSpec],
         tiles: Sequence[Tile],
         *,
-        operands: int = 1,
+        widths: Sequence[int] = (BLOCK,),
+        waves: Sequence[Sequence[int]] | None = None,
         iters: int = 2,
-        block: int = BLOCK,
+        riders: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._count = len(matrices)
-        self._operands = operands
+        waves = [range(len(matrices))] if waves is None else waves
+        self.blocks = Blocks(matrices, tiles, widths, waves, riders, torch.device(device), dtype)
+        self.sigma = torch.zeros(len(widths), len(matrices), dtype=torch.float64, device=device)
+        self.ridden = torch.zeros(len(matrices), dtype=torch.float64, device=device)  #: the sums that travelled along
         self._iters = iters
-        self._block = block
         self._warm = False
-        self._dtype = dtype
-        self._tiles = list(tiles)
-        self._device = torch.device(device)
-        self._allocate(matrices)
-        self._views = [[self._tile_views(operand, tile) for tile in self._tiles] for operand in range(operands)]
-
-    def _allocate(self, matrices: Sequence[MatrixSpec]) -> None:
-        """Lay out all vectors in two flat buffers, matrices of the same spread side by side."""
-        shapes: dict[tuple[tuple[ProcessGroup, ...], int, int], list[int]] = {}
-        for index, matrix in enumerate(matrices):
-            shapes.setdefault((matrix.groups, matrix.rows, matrix.cols), []).append(index)
-        spreads = list(dict.fromkeys(groups for groups, _, _ in shapes))
-        order = sorted(shapes, key=lambda key: spreads.index(key[0]))
-        widths = {key: min(self._block, key[1], key[2]) for key in order}
-        blocks = {key: self._operands * len(shapes[key]) * widths[key] for key in order}
-        self._left = torch.zeros(sum(blocks[k] * k[1] for k in order), device=self._device, dtype=self._dtype)
-        self._right = torch.zeros(sum(blocks[k] * k[2] for k in order), device=self._device, dtype=self._dtype)
-
-        self._buckets: list[_Bucket] = []
-        self._left_spans: list[Span] = []
-        self._right_spans: list[Span] = []
-        self._slot: dict[int, tuple[int, int]] = {}  # matrix -> (bucket, position in it)
-        left = right = 0
-        for key in order:
-            (groups, rows, cols), members, width = key, shapes[key], widths[key]
-            count = self._operands * len(members)
-            left_stop, right_stop = left + blocks[key] * rows, right + blocks[key] * cols
-            bucket = _Bucket(
-                tuple(members),
-                self._left[left:left_stop].view(count, rows, width),
-                self._right[right:right_stop].view(count, cols, width),
-            )
-            self._left_spans.append(Span(groups, left, left_stop))
-            self._right_spans.append(Span(groups, right, right_stop))
-            for position, index in enumerate(members):
-                self._slot[index] = len(self._buckets), position
-                start = start_block(matrices[index].name, cols, width, self._dtype)
-                for operand in range(self._operands):
-                    bucket.right[operand * len(members) + position].copy_(start)
-            self._buckets.append(bucket)
-            left, right = left_stop, right_stop
-
-    def _tile_views(self, operand: int, tile: Tile) -> tuple[Tensor, Tensor]:
-        number, position = self._slot[tile.matrix]
-        bucket = self._buckets[number]
-        slot = operand * len(bucket.members) + position
-        return (
-            bucket.left[slot, tile.row : tile.row + tile.rows],  # (rows, b)
-            bucket.right[slot, tile.col : tile.col + tile.cols],  # (cols, b)
-        )
 
     def sigmas(self, operands: Sequence[Sequence[Tensor]]) -> Tensor:
         """Return σ₁ of every matrix of every operand, ``(operands, matrices)``, the same on every rank.
@@ -143,44 +89,122 @@ class PowerIteration:
         Args:
             operands: for each operand its flat local buffers, in the numbering of ``Tile.buffer``.
         """
-        result = torch.zeros(self._operands, self._count, device=self._device, dtype=self._dtype)
-        if not self._count:
-            return result
-        pieces = [[self._piece(buffers, tile) for tile in self._tiles] for buffers in operands]
-        triangles: list[Tensor] = []
-        for _ in range(self._iters if self._warm else max(self._iters, COLD_ITERS)):
-            self._left.zero_()
-            for piece, (left, right) in self._products(pieces):
-                left.addmm_(piece, right)  # Y = W X
-            all_reduce_spans(self._left, self._left_spans)
-            for bucket in self._buckets:
-                bucket.left.copy_(torch.linalg.qr(bucket.left).Q)
-            self._right.zero_()
-            for piece, (left, right) in self._products(pieces):
-                right.addmm_(piece.t(), left)  # Z = Wᵀ Q
-            all_reduce_spans(self._right, self._right_spans)
-            triangles = []
-            for bucket in self._buckets:
-                q, r = torch.linalg.qr(bucket.right)
-                bucket.right.copy_(q)
-                triangles.append(r)
+        products = TorchProducts(self.blocks, [partial(_whole_tile, buffers) for buffers in operands])
+        iters = self._iters if self._warm else max(self._iters, COLD_ITERS)
+        everything = torch.ones(len(self.blocks.matrices), dtype=torch.uint8)
+        for wave in range(len(self.blocks.waves)):
+            self.blocks.load(wave)
+            self.measure(products, wave, [everything] * iters)
         self._warm = True
-        for bucket, r in zip(self._buckets, triangles, strict=True):
-            finite = r.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)  # LAPACK's SVD stops at others
-            sigma = torch.linalg.matrix_norm(torch.where(finite, r, 0), 2)
-            sigma = torch.where(finite.flatten(), sigma, torch.nan)
-            result[:, list(bucket.members)] = sigma.view(self._operands, -1)
-        return result
-
-    def _products(self, pieces: list[list[Tensor]]) -> list[tuple[Tensor, tuple[Tensor, Tensor]]]:
-        return [pair for mine, views in zip(pieces, self._views, strict=True) for pair in zip(mine, views, strict=True)]
-
-    def _piece(self, buffers: Sequence[Tensor], tile: Tile) -> Tensor:
-        """Return the tile's elements (rows, cols) in the vectors' dtype; no copy where the dtype is the same."""
-        buffer = buffers[tile.buffer]
-        start = buffer.storage_offset() + tile.offset
-        return buffer.as_strided((tile.rows, tile.cols), (tile.stride, 1), start).to(self._dtype)
+        return self.sigma.to(self.blocks.z.dtype)
 
     def forget(self) -> None:
-        """Make the next call iterate as if the vectors were new (after a checkpoint was loaded)."""
+        """Make the next call of :meth:`sigmas` iterate as if the vectors were new."""
         self._warm = False
+
+    def measure(
+        self, products: Products, wave: int, masks: Sequence[Tensor], begun: Sequence[Tensor | None] = ()
+    ) -> None:
+        """Iterate on a wave of matrices, ``masks[i]`` of them in iteration i; its blocks are loaded.
+
+        Args:
+            products: the kernel, with the operands that it multiplies.
+            wave: the number of the wave.
+            masks: uint8, ``(matrices,)``, equal on all ranks.
+            begun: per operand, the matrices whose first products were begun elsewhere; None: of none.
+        """
+        blocks = self.blocks
+        for number, mask in enumerate(masks):
+            rest = [mask if number or one is None else mask & ~one for one in (begun or [None] * len(self.sigma))]
+            if number:
+                blocks.clear(wave)
+            for operand, each in enumerate(blocks.operands):
+                products.multiply(operand, each.cut[wave], rest[operand])
+            sums = self._chosen(blocks.left_spans[wave], mask)
+            if number == 0:
+                sums += self._chosen(blocks.rider_spans[wave], mask)
+            finish = start_all_reduce(blocks.left, sorted(sums, key=lambda span: span.start))
+            for operand, each in enumerate(blocks.operands):  # while the sums of the rows that are cut travel
+                products.multiply(operand, each.whole[wave], rest[operand])
+            finish()
+            if number == 0 and blocks.riders:
+                self.ridden[blocks.rider_index[wave]] = blocks.left[blocks.rider_at[wave]].double()
+            for operand, each in enumerate(blocks.operands):
+                products.multiply_back(operand, each.cut[wave], mask)
+            all_reduce_spans(blocks.z, self._chosen(blocks.z_spans[wave], mask))
+            more = masks[number + 1] if number + 1 < len(masks) else torch.zeros_like(mask)
+            for operand in range(len(blocks.operands)):
+                products.orthonormalize(operand, wave, mask, more, self.sigma[operand])
+        blocks.store(wave)
+
+    def _chosen(self, spans: dict[int, Span], mask: Tensor) -> list[Span]:
+        if not any(span.groups for span in spans.values()):
+            return []
+        if mask.device.type != "cpu":
+            return list(spans.values())  # to choose, the host would have to wait for the device
+        chosen = mask.tolist()
+        return [span for k, span in spans.items() if chosen[k] and span.groups]
+
+
+class TorchProducts:
+    """The products in plain torch, from pieces of the operands as they come.
+
+    Args:
+        blocks: the vectors.
+        pieces: for each operand, what yields a tile's elements in bands: (first row, (rows, cols)).
+    """
+
+    def __init__(self, blocks: Blocks, pieces: Sequence[Callable[[Tile], Iterable[tuple[int, Tensor]]]]) -> None:
+        self._blocks, self._pieces = blocks, pieces
+
+    def multiply(self, operand: int, table: Table, mask: Tensor) -> None:
+        chosen = mask.tolist()
+        for tile in table.tiles:
+            if chosen[tile.matrix]:
+                for row, piece in self._pieces[operand](tile):
+                    multiply_band(self._blocks.operands[operand], tile, row, piece)
+
+    def multiply_back(self, operand: int, table: Table, mask: Tensor) -> None:
+        chosen, blocks = mask.tolist(), self._blocks.operands[operand]
+        for tile in table.tiles:
+            if chosen[tile.matrix]:
+                left = blocks.left(tile)
+                z, gram = blocks.image(tile.matrix)
+                for row, piece in self._pieces[operand](tile):
+                    band = left[row : row + len(piece)]
+                    z[:, tile.col : tile.col + tile.cols].addmm_(band.T, piece.to(z.dtype))
+                if tile.col == 0:
+                    gram.addmm_(left.T, left)
+
+    def orthonormalize(self, operand: int, wave: int, mask: Tensor, more: Tensor, sigma: Tensor) -> None:
+        chosen, goes_on, blocks = mask.tolist(), more.tolist(), self._blocks.operands[operand]
+        for k in self._blocks.waves[wave]:
+            if chosen[k]:
+                z, gram = blocks.image(k)
+                wide = z.double()
+                sigma[k] = largest_ratio(gram.double(), wide @ wide.T, torch.finfo(z.dtype).eps)
+                block = blocks.block(k)
+                block.copy_(next_block(z, block, float(sigma[k]), more=bool(goes_on[k])))
+
+
+def multiply_band(blocks: Operand, tile: Tile, row: int, piece: Tensor) -> None:
+    """Add the products of a tile's rows from ``row`` on, ``piece`` (rows, tile.cols), to where they belong."""
+    x = blocks.block(tile.matrix)[:, tile.col : tile.col + tile.cols]
+    piece = piece.to(x.dtype)
+    y = piece @ x.T  # (rows, b)
+    if tile.cols < blocks.matrices[tile.matrix].cols:
+        blocks.left(tile)[row : row + len(piece)].add_(y)
+        return
+    z, gram = blocks.image(tile.matrix)
+    z.addmm_(y.T, piece)
+    gram.addmm_(y.T, y)
+
+
+def rows_of(tensor: Tensor, tile: Tile, row: int, rows: int) -> Tensor:
+    """Return rows ``[row, row + rows)`` of a tile, ``(rows, cols)``, as they lie in its flat buffer."""
+    start = tensor.storage_offset() + tile.offset + row * tile.stride
+    return tensor.as_strided((rows, tile.cols), (tile.stride, 1), start)
+
+
+def _whole_tile(buffers: Sequence[Tensor], tile: Tile) -> Iterable[tuple[int, Tensor]]:
+    return [(0, rows_of(buffers[tile.buffer], tile, 0, tile.rows))]

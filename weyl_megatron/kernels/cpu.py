@@ -1,0 +1,197 @@
+"""The step on a CPU in compiled code (cpu_step.cpp): float32, any number of threads.
+
+The file is compiled on first use, for the machine's own instruction set, with nothing but a C++ compiler: it includes
+no header of torch, so that takes two seconds, and there is no lock that a killed build could leave behind, because a
+finished library is moved into its place at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from weyl_megatron.kernels.stepped import Stepped
+from weyl_megatron.spectral.blocks import Blocks, Table
+from weyl_megatron.spectral.ritz import INDEPENDENT
+
+_SOURCE = Path(__file__).with_name("cpu_step.cpp")
+
+#: Without contraction, a row's elements are computed alike wherever vector registers begin and end.
+_FLAGS = (
+    *("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+)
+
+#: Rows of ``_hyper``: the struct Hyper, ten floats and two doubles.
+_HYPER_BYTES = 56
+
+
+class CpuKernel:
+    """See :class:`weyl_megatron.kernels.Kernel`.
+
+    Raises:
+        OSError: there is no compiler, or it cannot compile the kernel.
+    """
+
+    name = "cpu"
+
+    def __init__(self, blocks: Blocks) -> None:
+        self._blocks, self._library = blocks, library()
+        self._waves = [torch.tensor(wave, dtype=torch.int64) for wave in blocks.waves]
+        self._count = len(blocks.matrices)
+        self._buffers = self._hypers = torch.empty(0)
+        self._alive: object = None
+
+    def bind(self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None]) -> None:
+        addresses, hypers = [], bytearray()
+        for weight, one in zip(weights, stepped, strict=True):
+            for tensor in (weight, *(one or ())[:3]):
+                if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+                    raise ValueError(
+                        f"AdamW2: a state tensor is {tensor.dtype} on {tensor.device}, its kernel takes "
+                        f"torch.float32 on the CPU, as its parameter is."
+                    )
+            others = (None, None, None) if one is None else (one.grad, one.exp_avg, one.exp_avg_sq)
+            addresses.append([weight.data_ptr(), *(0 if other is None else other.data_ptr() for other in others)])
+            hypers += bytes(_HYPER_BYTES) if one is None else _hyper(one)
+        self._buffers = torch.tensor(addresses, dtype=torch.int64)
+        self._hypers = torch.frombuffer(hypers, dtype=torch.uint8)
+        self._alive = weights, stepped  # the tensors at these addresses
+        for weight, one in zip(weights, stepped, strict=True):
+            if one is not None:
+                torch.autograd.graph.increment_version((weight, one.exp_avg, one.exp_avg_sq))
+
+    def moments(self, table: Table, move: Tensor, multiply: Tensor, sums: Tensor) -> None:
+        blocks = self._blocks
+        self._call("step", *_table(table), move, self._count, self._buffers, self._hypers, sums)
+        self._call(
+            *("moments", *_table(table), multiply, self._count, self._buffers, self._hypers),
+            *(blocks.x, blocks.z, blocks.left, sums),
+        )
+
+    def undo(self, table: Table, mask: Tensor) -> None:
+        self._call("undo", *_table(table), mask, self._buffers, self._hypers)
+
+    def move(self, table: Table, mask: Tensor, rates: Tensor, sums: Tensor) -> None:
+        self._call("move", *_table(table), mask, self._count, self._buffers, self._hypers, rates, sums)
+
+    def multiply(self, operand: int, table: Table, mask: Tensor) -> None:
+        self._multiply(operand, 0, table, mask)
+
+    def multiply_back(self, operand: int, table: Table, mask: Tensor) -> None:
+        self._multiply(operand, 1, table, mask)
+
+    def orthonormalize(self, operand: int, wave: int, mask: Tensor, more: Tensor, sigma: Tensor) -> None:
+        blocks, numbers = self._blocks, self._waves[wave]
+        independent = INDEPENDENT * torch.finfo(torch.float32).eps
+        self._call(
+            *("orthonormalize", blocks.operands[operand].shape, numbers, len(numbers), mask, more),
+            *(blocks.x, blocks.z, sigma, independent),
+        )
+
+    def _multiply(self, operand: int, is_back: int, table: Table, mask: Tensor) -> None:
+        if table.tiles:
+            blocks = self._blocks
+            self._call(
+                *("multiply", operand, is_back, *_table(table), mask, self._count, self._buffers, self._hypers),
+                *(blocks.x, blocks.z, blocks.left),
+            )
+
+    def _call(self, name: str, *arguments: Tensor | float) -> None:
+        """Call a function of the library, with as many threads as torch has; tensors are passed by address."""
+        given = [
+            ctypes.c_void_p(each.data_ptr())
+            if isinstance(each, Tensor)
+            else (ctypes.c_double(each) if isinstance(each, float) else ctypes.c_int64(each))
+            for each in arguments
+        ]
+        getattr(self._library, f"weyl_{name}")(*given, ctypes.c_int64(torch.get_num_threads()))
+
+
+def _table(table: Table) -> tuple[Tensor, int]:
+    return table.columns, len(table.tiles)
+
+
+def _hyper(stepped: Stepped) -> bytes:
+    """Return the struct Hyper of cpu_step.cpp."""
+    hyper = stepped.hyper
+    correction1, correction2 = hyper.correction1, hyper.correction2
+    floats = [
+        *(1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, correction2**0.5, hyper.eps),
+        *(1 - hyper.lr * hyper.weight_decay, -(hyper.lr / correction1)),
+        *(0.0 if correction2 == 0 else correction1 / correction2**0.5, correction1, hyper.eps * correction1),
+    ]
+    return bytes((ctypes.c_float * 10)(*floats)) + bytes((ctypes.c_double * 2)(hyper.weight_decay, correction1))
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Return the compiled kernel; compile it if this machine has not yet.
+
+    Raises:
+        OSError: there is no compiler, or it cannot compile the kernel.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        raise OSError("there is no C++ compiler (c++, g++, clang++, or the one that CXX names)")
+    flags = [*_FLAGS, *_machine_flags()]
+    key = hashlib.sha256(_SOURCE.read_bytes() + " ".join([compiler, *flags, _cpu()]).encode()).hexdigest()[:16]
+    folder = cache_folder()
+    path = folder / f"cpu_step-{key}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            built = Path(temporary) / path.name
+            run = subprocess.run(
+                [compiler, *flags, str(_SOURCE), "-o", str(built)], capture_output=True, text=True, check=False
+            )
+            if run.returncode != 0:
+                raise OSError(f"{compiler} failed: {run.stderr.strip()[-500:]}")
+            built.replace(path)
+    return ctypes.CDLL(str(path))
+
+
+def find_compiler() -> str | None:
+    """Return the C++ compiler that ``CXX`` names, or the first of the usual ones that is there."""
+    named = os.environ.get("CXX")
+    return next(filter(None, map(shutil.which, [named] if named else ["c++", "g++", "clang++"])), None)
+
+
+def cache_folder() -> Path:
+    """Return a folder of this user's alone for compiled kernels, made where it is missing.
+
+    Raises:
+        OSError: others may write to it: code is not loaded from there.
+    """
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = Path(root) / "weyl_megatron"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise OSError(f"{folder} can be written by others than this user")
+    return folder
+
+
+def _machine_flags() -> list[str]:
+    if platform.machine() in ("x86_64", "AMD64"):
+        return ["-march=native", "-mprefer-vector-width=512"]
+    return ["-mcpu=native"]
+
+
+def _cpu() -> str:
+    """Return what tells machines of different instruction sets apart that share a home directory."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())

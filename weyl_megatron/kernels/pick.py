@@ -1,0 +1,110 @@
+"""Which kernel steps which tensors."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from weyl_megatron.kernels.plain import PlainKernel
+from weyl_megatron.kernels.stepped import Stepped
+from weyl_megatron.spectral.blocks import Blocks, Table
+from weyl_megatron.spectral.power import Products
+
+_log = logging.getLogger("weyl_megatron")
+
+#: Set this to a kernel's name to have no other.
+VARIABLE = "WEYL_MEGATRON_KERNEL"
+
+NAMES = ("torch", "cpu", "triton")
+
+
+class Kernel(Products, Protocol):
+    """One optimizer step's arithmetic on the tiles of tables, as far as masks, uint8 ``(matrices,)``, let it.
+
+    Operand 0 of the products are the weights, operand 1 the updates U, which are formed from M and V where they are
+    needed. ``sums`` is ``(matrices, 3)``, float64: Σ u², Σ w² before and Σ w² after the step, over this rank's tiles.
+    """
+
+    name: str
+
+    def bind(self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None]) -> None:
+        """Take the flat tensors of this step; None where there is no gradient, whose U is 0."""
+
+    def moments(self, table: Table, move: Tensor, multiply: Tensor, sums: Tensor) -> None:
+        """Update M and V of the matrices in either mask, and add to their sums.
+
+        Those in ``move``, and what is no matrix, are moved at the scheduled rate; of those in ``multiply`` the first
+        products with U are added, too.
+        """
+
+    def undo(self, table: Table, mask: Tensor) -> None:
+        """Take the move at the scheduled rate back."""
+
+    def move(self, table: Table, mask: Tensor, rates: Tensor, sums: Tensor) -> None:
+        """W ← W − α_W λ W − α_W U at ``rates``, float64 ``(matrices,)``; add to Σ w² after the step."""
+
+
+def pick(blocks: Blocks, tensors: Sequence[Tensor], *, plain: bool = False) -> Kernel:
+    """Return the kernel for ``tensors``, which lie on one device: the fused one where it can run and takes their dtype.
+
+    Where it cannot, the plain one steps them, as right and slower, and the log says why, once.
+
+    Args:
+        blocks: the vectors of the matrices in the tensors.
+        tensors: what is stepped.
+        plain: whether AdamW is wanted bit for bit, which plain torch alone promises on every machine.
+
+    Raises:
+        ValueError: the environment asks for a kernel that cannot step them.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted not in ("", *NAMES):
+        raise ValueError(f"AdamW2: {VARIABLE} got {wanted!r}, it takes one of {', '.join(NAMES)}.")
+    device = tensors[0].device.type
+    if plain or wanted == "torch":
+        return PlainKernel(blocks)
+    name = wanted or {"cpu": "cpu", "cuda": "triton"}.get(device, "torch")
+    reason = why_not(name, device, {tensor.dtype for tensor in tensors})
+    if reason is None:
+        return _make(name, blocks)
+    if wanted:
+        raise ValueError(f"AdamW2: {VARIABLE} got {wanted!r}, but {reason}.")
+    if name != "torch":
+        _say_once(f"AdamW2: the step runs in plain torch, not in the fused kernel '{name}': {reason}.")
+    return PlainKernel(blocks)
+
+
+def why_not(name: str, device: str, dtypes: Collection[torch.dtype]) -> str | None:
+    """Return why a kernel cannot step tensors of a device type and dtypes, or None where it can."""
+    if name == "torch":
+        return None
+    others = set(dtypes) - {torch.float32}
+    if others:
+        return f"it takes torch.float32, not {', '.join(sorted(map(str, others)))}"
+    try:
+        if name == "cpu":
+            if device != "cpu":
+                return f"it takes tensors on the CPU, not on {device}"
+            from weyl_megatron.kernels.cpu import library
+
+            library()
+    except (ImportError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _make(name: str, blocks: Blocks) -> Kernel:
+    from weyl_megatron.kernels.cpu import CpuKernel
+
+    return CpuKernel(blocks)
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    _log.warning(sentence)

@@ -1,0 +1,104 @@
+"""The step in plain torch: any device, any dtype; what the fused kernels are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from weyl_megatron.kernels.stepped import Stepped
+from weyl_megatron.kernels.torch_adamw import adamw_direction, adamw_moments, adamw_move, adamw_undo
+from weyl_megatron.spectral.blocks import Blocks, Table
+from weyl_megatron.spectral.power import TorchProducts, multiply_band, rows_of
+from weyl_megatron.spectral.tiles import Tile
+
+#: Elements that are worked on at once: U is formed anew wherever it is needed and never stored whole.
+_BAND = 1 << 20
+
+
+class PlainKernel:
+    """See :class:`weyl_megatron.kernels.Kernel`."""
+
+    name = "torch"
+
+    def __init__(self, blocks: Blocks) -> None:
+        self._blocks = blocks
+        self._products = TorchProducts(blocks, [self._weights_of, self._updates_of])
+        self._weights: Sequence[Tensor] = ()
+        self._stepped: Sequence[Stepped | None] = ()
+
+    def bind(self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None]) -> None:
+        self._weights, self._stepped = weights, stepped
+        self.multiply, self.multiply_back = self._products.multiply, self._products.multiply_back
+        self.orthonormalize = self._products.orthonormalize
+
+    def moments(self, table: Table, move: Tensor, multiply: Tensor, sums: Tensor) -> None:
+        moved, multiplied = move.tolist(), multiply.tolist()
+        measured = [width > 0 for width in table.columns[:, 9].tolist()]
+        for tile, is_measured in zip(table.tiles, measured, strict=True):
+            stepped = self._stepped[tile.buffer]
+            k = tile.matrix
+            if stepped is None or not (k < 0 or moved[k] or multiplied[k]):
+                continue
+            hyper = stepped.hyper
+            for row, weight, grad, exp_avg, exp_avg_sq in self._bands(tile, stepped):
+                adamw_moments(grad, exp_avg, exp_avg_sq, hyper)
+                if is_measured:
+                    update = adamw_direction(exp_avg, exp_avg_sq, hyper)
+                    sums[k, 0] += _squares(update)
+                    if multiplied[k]:
+                        multiply_band(self._blocks.operands[1], tile, row, update)
+                if k < 0 or moved[k]:
+                    if is_measured:
+                        sums[k, 1] += _squares(weight)
+                    adamw_move(weight, exp_avg, exp_avg_sq, hyper, hyper.lr)
+                    if is_measured:
+                        sums[k, 2] += _squares(weight)
+
+    def undo(self, table: Table, mask: Tensor) -> None:
+        undone = mask.tolist()
+        for tile in table.tiles:
+            stepped = self._stepped[tile.buffer]
+            if stepped is not None and tile.matrix >= 0 and undone[tile.matrix]:
+                for _, weight, _, exp_avg, exp_avg_sq in self._bands(tile, stepped):
+                    adamw_undo(weight, exp_avg, exp_avg_sq, stepped.hyper, stepped.hyper.lr)
+
+    def move(self, table: Table, mask: Tensor, rates: Tensor, sums: Tensor) -> None:
+        moved, rate_of = mask.tolist(), rates.tolist()
+        measured = [width > 0 for width in table.columns[:, 9].tolist()]
+        for tile, is_measured in zip(table.tiles, measured, strict=True):
+            stepped, k = self._stepped[tile.buffer], tile.matrix
+            if stepped is not None and k >= 0 and moved[k]:
+                for _, weight, _, exp_avg, exp_avg_sq in self._bands(tile, stepped):
+                    adamw_move(weight, exp_avg, exp_avg_sq, stepped.hyper, rate_of[k])
+                    if is_measured:
+                        sums[k, 2] += _squares(weight)
+
+    def _weights_of(self, tile: Tile) -> Iterator[tuple[int, Tensor]]:
+        for row, rows in _rows(tile):
+            yield row, rows_of(self._weights[tile.buffer], tile, row, rows)
+
+    def _updates_of(self, tile: Tile) -> Iterator[tuple[int, Tensor]]:
+        stepped = self._stepped[tile.buffer]
+        if stepped is not None:
+            for row, _, _, exp_avg, exp_avg_sq in self._bands(tile, stepped):
+                yield row, adamw_direction(exp_avg, exp_avg_sq, stepped.hyper)
+
+    def _bands(self, tile: Tile, stepped: Stepped) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+        """Yield a tile's first row and W, G, M and V of it and of the rows that follow, band by band."""
+        tensors = self._weights[tile.buffer], stepped.grad, stepped.exp_avg, stepped.exp_avg_sq
+        for row, rows in _rows(tile):
+            weight, grad, exp_avg, exp_avg_sq = (rows_of(tensor, tile, row, rows) for tensor in tensors)
+            yield row, weight, grad, exp_avg, exp_avg_sq
+
+
+def _rows(tile: Tile) -> Iterator[tuple[int, int]]:
+    step = max(1, _BAND // tile.cols)
+    for row in range(0, tile.rows, step):
+        yield row, min(step, tile.rows - row)
+
+
+def _squares(tensor: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return norm.double().square()

@@ -1,0 +1,241 @@
+"""Where the vectors of many matrices lie, for every operand that is measured (the weights, the updates).
+
+A matrix has, per operand, a block X of a few vectors that is kept from step to step, and room for what is made of it::
+
+    kept   (b, cols)           the block between steps, in half the bytes: the next step's iterations mend the rounding
+    x      (b, cols)           the block
+    z      (b, cols), (b, b)   Z = Wᵀ Y and Yᵀ Y, where Y = W X; side by side, because they are summed together
+    left   (cut rows, b)       Y of those rows that no rank holds whole
+
+All of it lies in flat buffers: one collective carries everything, and a kernel finds each piece by a number. All but
+``kept`` is needed only while a matrix is measured, so matrices that no other rank has pieces of take turns (waves).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from weyl_megatron.spectral.collectives import Span, all_reduce_spans
+from weyl_megatron.spectral.tiles import Tile
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class MatrixSpec(NamedTuple):
+    """A matrix whose σ₁ is wanted: its full size and the process groups over whose ranks it is spread."""
+
+    name: str
+    rows: int
+    cols: int
+    groups: tuple[ProcessGroup, ...] = ()
+
+
+#: What kernels read of a tile, by column: where it lies in its buffer, where its part of x and of z and where Yᵀ Y
+#: begins, the matrix's columns n and block width b, where its rows lie in ``left`` (-1: they are whole), and whether it
+#: counts the cut rows in Yᵀ Y (just one tile of a row does). ``matrix`` -1 is none, ``width`` 0 is measured elsewhere.
+COLUMNS = ("buffer", "offset", "rows", "cols", "stride", "matrix", "x", "z", "n", "width", "gram", "left", "counts")
+
+
+class Table(NamedTuple):
+    """Tiles of one wave and the same as integers, ``(tiles, len(COLUMNS))`` on the device of the vectors."""
+
+    tiles: list[Tile]
+    columns: Tensor
+
+
+class Operand:
+    """The blocks of one operand: one σ₁ per matrix."""
+
+    def __init__(self, blocks: Blocks, width: int) -> None:
+        self.matrices = blocks.matrices
+        self.widths = [min(width, matrix.rows, matrix.cols) for matrix in self.matrices]
+        self.x_at = [0] * len(self.matrices)
+        self.z_at = [0] * len(self.matrices)
+        self.left_at = [0] * len(self.matrices)
+        self.whole: list[Table] = []  # per wave, tiles of whole rows
+        self.cut: list[Table] = []  # and tiles of rows that other tiles go on with
+        self.shape = torch.empty(0)  # (matrices, 5): where x and z begin, n, b, where Yᵀ Y begins
+        self.kept: list[Tensor] = []  # per wave, of its matrices in the wave's order
+        self.working: list[Tensor] = []  # where they are in ``x`` while they are measured
+        self._blocks = blocks
+
+    def block(self, number: int) -> Tensor:
+        """Return X of a matrix of the wave that is measured, ``(b, cols)``."""
+        b, cols, at = self.widths[number], self.matrices[number].cols, self.x_at[number]
+        return self._blocks.x[at : at + b * cols].view(b, cols)
+
+    def image(self, number: int) -> tuple[Tensor, Tensor]:
+        """Return Z of a matrix of that wave, ``(b, cols)``, and its Yᵀ Y, ``(b, b)``."""
+        b, cols, at = self.widths[number], self.matrices[number].cols, self.z_at[number]
+        return self._blocks.z[at : at + b * cols].view(b, cols), self.gram(number)
+
+    def gram(self, number: int) -> Tensor:
+        b, at = self.widths[number], self._gram_at(number)
+        return self._blocks.z[at : at + b * b].view(b, b)
+
+    def left(self, tile: Tile) -> Tensor:
+        """Return Y of a tile's rows, which are cut, ``(rows, b)``."""
+        at, b = self._left_of(tile), self.widths[tile.matrix]
+        return self._blocks.left[at : at + tile.rows * b].view(tile.rows, b)
+
+    def row(self, tile: Tile) -> list[int]:
+        """Return a tile's row of a kernel's table."""
+        k = tile.matrix
+        left = self._left_of(tile) if tile.cols < self.matrices[k].cols else -1
+        return [
+            *(tile.buffer, tile.offset, tile.rows, tile.cols, tile.stride, k),
+            *(self.x_at[k] + tile.col, self.z_at[k] + tile.col, self.matrices[k].cols, self.widths[k]),
+            *(self._gram_at(k), left, int(tile.col == 0)),
+        ]
+
+    def _gram_at(self, number: int) -> int:
+        return self.z_at[number] + self.widths[number] * self.matrices[number].cols
+
+    def _left_of(self, tile: Tile) -> int:
+        slot = int(torch.searchsorted(self._blocks.cut[tile.matrix], tile.row))
+        return self.left_at[tile.matrix] + slot * self.widths[tile.matrix]
+
+
+class Blocks:
+    """The vectors of all operands of a list of matrices.
+
+    Collective over the matrices' groups.
+
+    Args:
+        matrices: all of them, in an order that the ranks share.
+        tiles: the pieces that this rank holds.
+        widths: vectors per matrix, for each operand (fewer where the matrix is smaller).
+        waves: the numbers of the matrices that are measured together; each matrix is in one wave.
+        riders: whether a number per matrix travels along with the first sums of ``left``.
+        device, dtype: of the vectors.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[MatrixSpec],
+        tiles: Sequence[Tile],
+        widths: Sequence[int],
+        waves: Sequence[Sequence[int]],
+        riders: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.matrices = list(matrices)
+        self.waves = [list(wave) for wave in waves]
+        self.cut = _cut_rows(self.matrices, tiles, device)
+        self.operands = [Operand(self, width) for width in widths]
+        self.riders = riders
+        self.rider_index: list[Tensor] = []  # per wave the matrices, and where their riders lie in ``left``
+        self.rider_at: list[Tensor] = []
+        self.z_spans: list[dict[int, Span]] = []  # per wave, by matrix
+        self.left_spans: list[dict[int, Span]] = []
+        self.rider_spans: list[dict[int, Span]] = []
+        sizes = [self._lay_out(wave, device) for wave in self.waves]
+        self.z_sizes, self.left_sizes = [z for _, z, _ in sizes], [left for _, _, left in sizes]
+        x, z, left = (max(lengths, default=0) for lengths in zip(*sizes, strict=True)) if sizes else (0, 0, 0)
+        self.x, self.z, self.left = (torch.zeros(length, device=device, dtype=dtype) for length in (x, z, left))
+        self._keep()
+        wave_of = {k: number for number, wave in enumerate(self.waves) for k in wave}
+        for operand in self.operands:
+            parts: list[tuple[list[Tile], list[Tile]]] = [([], []) for _ in self.waves]
+            for tile in sorted(tiles, key=lambda tile: tile.matrix):
+                parts[wave_of[tile.matrix]][tile.cols < self.matrices[tile.matrix].cols].append(tile)
+            operand.whole = [table([operand.row(t) for t in whole], device, whole) for whole, _ in parts]
+            operand.cut = [table([operand.row(t) for t in cut], device, cut) for _, cut in parts]
+            shapes = [
+                [operand.x_at[k], operand.z_at[k], matrix.cols, operand.widths[k], operand._gram_at(k)]
+                for k, matrix in enumerate(self.matrices)
+            ]
+            operand.shape = torch.tensor(shapes, dtype=torch.int64).view(-1, 5).to(device)
+
+    def _keep(self) -> None:
+        """Make the start blocks."""
+        dtype = torch.bfloat16 if self.x.dtype == torch.float32 else self.x.dtype
+        for wave in self.waves:
+            for operand in self.operands:
+                starts = [start_block(self.matrices[k].name, self.matrices[k].cols, operand.widths[k]) for k in wave]
+                first = operand.x_at[wave[0]] if wave else 0
+                kept = torch.cat([start.T.flatten() for start in starts] or [torch.empty(0)])
+                operand.kept.append(kept.to(self.x.device, dtype))
+                operand.working.append(self.x[first : first + len(kept)])
+
+    def load(self, wave: int) -> None:
+        """Take a wave's blocks out and make room for its sums."""
+        for operand in self.operands:
+            operand.working[wave].copy_(operand.kept[wave])
+        self.clear(wave)
+
+    def clear(self, wave: int) -> None:
+        """Set a wave's sums to zero."""
+        self.z[: self.z_sizes[wave]].zero_()
+        self.left[: self.left_sizes[wave]].zero_()
+
+    def store(self, wave: int) -> None:
+        """Keep a wave's blocks."""
+        for operand in self.operands:
+            operand.kept[wave].copy_(operand.working[wave])
+
+    def _lay_out(self, wave: Sequence[int], device: torch.device) -> tuple[int, int, int]:
+        """Give every matrix of a wave its places in ``x``, ``z`` and ``left``; return how long they get."""
+        x = z = left = 0
+        for operand in self.operands:
+            for k in wave:
+                operand.x_at[k], x = x, x + operand.widths[k] * self.matrices[k].cols
+        z_spans: dict[int, Span] = {}
+        left_spans: dict[int, Span] = {}
+        rider_spans: dict[int, Span] = {}
+        spreads = list(dict.fromkeys(self.matrices[k].groups for k in wave))
+        for k in sorted(wave, key=lambda k: spreads.index(self.matrices[k].groups)):
+            matrix, z_start, left_start = self.matrices[k], z, left
+            left += self.riders
+            rider_spans[k] = Span(matrix.groups, left_start, left)
+            cut_start = left
+            for operand in self.operands:
+                b = operand.widths[k]
+                operand.z_at[k], z = z, z + b * matrix.cols + b * b
+                operand.left_at[k], left = left, left + b * len(self.cut[k])
+            z_spans[k] = Span(matrix.groups, z_start, z)
+            left_spans[k] = Span(matrix.groups, cut_start, left)
+        self.z_spans.append(z_spans)
+        self.left_spans.append(left_spans)
+        self.rider_spans.append(rider_spans)
+        self.rider_index.append(torch.tensor(list(rider_spans), dtype=torch.int64, device=device))
+        self.rider_at.append(torch.tensor([span.start for span in rider_spans.values()], device=device).long())
+        return x, z, left
+
+
+def table(rows: list[list[int]], device: torch.device, tiles: list[Tile]) -> Table:
+    """Return a kernel's table of ``tiles``."""
+    return Table(tiles, torch.tensor(rows, dtype=torch.int64).view(-1, len(COLUMNS)).to(device))
+
+
+def start_block(name: str, cols: int, width: int) -> Tensor:
+    """Return the orthonormal start block ``(cols, width)`` of a matrix's name, the same on every rank, in float64."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+    noise = torch.randn(width, cols, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    orthonormal: Tensor = torch.linalg.qr(noise.T).Q
+    return orthonormal
+
+
+def _cut_rows(matrices: Sequence[MatrixSpec], tiles: Sequence[Tile], device: torch.device) -> list[Tensor]:
+    """Return, per matrix, the rows of which no rank holds all columns, ascending. Collective over the matrices' groups.
+
+    Ranges of a flattened matrix (ZeRO) cut a row at each boundary, bands of columns (tensor parallelism) every row.
+    """
+    starts = [0]
+    for matrix in matrices:
+        starts.append(starts[-1] + matrix.rows)
+    cut = torch.zeros(starts[-1], device=device)
+    for tile in tiles:
+        if tile.cols < matrices[tile.matrix].cols:
+            begin = starts[tile.matrix] + tile.row
+            cut[begin : begin + tile.rows] = 1
+    all_reduce_spans(cut, [Span(matrix.groups, starts[k], starts[k + 1]) for k, matrix in enumerate(matrices)])
+    cut = cut.cpu()
+    return [cut[starts[k] : starts[k + 1]].nonzero().flatten() for k in range(len(matrices))]

@@ -1,0 +1,85 @@
+"""The certificate: when a carried bound and one norm prove that Rule 1 does not clip, and no iteration is needed.
+
+The clip is inactive where α σ₁(U) ≤ τ σ₁(W). Two bounds decide that without measuring either σ₁:
+
+* σ₁(U) ≤ ‖U‖_F, which costs nothing where U is formed;
+* σ₁(W) ≥ b, where b is the last estimate (never above σ₁(W)), less what every step since may have taken from it. By
+  Weyl's inequality σ₁(W − αλW − αU) ≥ (1 − αλ) σ₁(W) − α ‖U‖_F.
+
+All of it is arithmetic on vectors of one number per matrix, float64, equal on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from weyl_megatron.spectral.blocks import MatrixSpec
+
+#: More than what sums in float32 may be off by, relative: a norm counts for so much more, an estimate for less.
+SLACK = 1e-3
+
+#: A matrix is expected to be settled if it would be at a norm of the update this much larger than the last.
+_GROWTH = 1.05
+
+#: Squares of α U are float32.
+_LEAST_RATE = 1e-12
+
+#: Weights whose sum of squares is not, up to summation order, what the last step left have been changed by others.
+_SAME = 1e-5
+
+
+class Certificate:
+    """A lower bound of σ₁(W) of every matrix, carried from step to step.
+
+    Args:
+        matrices: all of a walk, in order.
+        eps: rounding of the weights' dtype.
+        device: of the vectors.
+    """
+
+    def __init__(self, matrices: Sequence[MatrixSpec], eps: float, device: torch.device) -> None:
+        ranks = torch.tensor([float(min(matrix.rows, matrix.cols)) for matrix in matrices], dtype=torch.float64)
+        # Storing W rounds it by at most 2 ε |W| elementwise, a matrix of norm 2 ε ‖W‖_F ≤ 2 ε √rank σ₁(W).
+        self._kept = (1 - 2 * eps * ranks.sqrt()).clamp(min=0).to(device)
+        self.lower = torch.zeros_like(self._kept)  #: never above σ₁(W)
+        self.norm = torch.full_like(self._kept, torch.inf)  #: ‖U‖_F of the last step
+        self.age = torch.zeros_like(self._kept)  #: steps since the matrix was measured
+        self._squares = torch.full_like(self._kept, torch.nan)  # of this rank's pieces of W, as the last step left them
+
+    def forget(self) -> None:
+        """Trust in nothing: the weights, or the moments, are others now."""
+        self.lower.zero_()
+        self.norm.fill_(torch.inf)
+        self._squares.fill_(torch.nan)
+
+    def forecast(self, lr: Tensor, limit: Tensor, decay: Tensor) -> Tensor:
+        """Return the matrices that will most likely be settled, so that the step may be made before it is known.
+
+        Args:
+            lr, limit, decay: the scheduled rate α, τ · max(b, floor) and αλ of every matrix. Where the decay is a half
+                and more, a step could not be taken back; where α is next to nothing, α U could not be measured.
+        """
+        return (lr * self.norm * _GROWTH <= limit) & (decay < 0.5) & (lr > _LEAST_RATE)
+
+    def settles(self, lr: Tensor, limit: Tensor, norm: Tensor) -> Tensor:
+        """Return the matrices whose clip is proved inactive; False where a norm is not a number."""
+        return lr * norm * (1 + SLACK) <= limit
+
+    def are_others(self, squares: Tensor) -> Tensor:
+        """Return the matrices of whose pieces on this rank ``squares``, Σ w² before the step, shows other weights."""
+        return (squares - self._squares).abs() > _SAME * self._squares
+
+    def measured(self, mask: Tensor, sigma_weight: Tensor) -> None:
+        """Take the estimates of σ₁(W), before the step, of the matrices that were measured."""
+        lower = torch.nan_to_num(sigma_weight, nan=0.0) * (1 - SLACK)
+        self.lower = torch.where(mask, lower, self.lower)
+        self.age = torch.where(mask, 0, self.age + 1)
+
+    def moved(self, rates: Tensor, decay: Tensor, norm: Tensor, squares: Tensor) -> None:
+        """Follow a step at ``rates``; ``decay`` is α_W λ, ``squares`` is Σ w² of this rank's pieces after it."""
+        lower = ((1 - decay) * self.lower - rates * norm * (1 + SLACK)) * self._kept
+        self.lower = torch.nan_to_num(lower, nan=0.0).clamp(min=0)
+        self.norm, self._squares = norm, squares
