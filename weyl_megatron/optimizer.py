@@ -15,7 +15,7 @@ from weyl_megatron.layouts.plain import plain_buffer
 from weyl_megatron.layouts.tensor_parallel import shardings_of
 from weyl_megatron.settings import check_adamw, check_settings, check_tau
 from weyl_megatron.thresholds import Thresholds
-from weyl_megatron.walk import MatrixStats, Walk, flat
+from weyl_megatron.walk import MatrixStats, Walk
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -158,9 +158,11 @@ class AdamW2(torch.optim.AdamW):
         for walk, tensors, groups in self._stepped_together():
             walk.begin([self._stepped(tensor, group) for tensor, group in zip(tensors, groups, strict=True)], groups)
             settled = walk.move_early()  # lines 3 to 14 in one pass, where α is proved to be within Rule 1
-            sigma_weight, sigma_update = walk.sigmas(settled)  # lines 3 to 6 of the others
-            rates = walk.rates(settled, sigma_weight, sigma_update)  # lines 7 to 9
-            walk.move(settled, rates)  # lines 10 to 14
+            for wave in walk.waiting(settled):
+                sigma_weight, sigma_update = walk.sigmas(wave)  # lines 3 to 6
+                rates = walk.rates(sigma_weight, sigma_update)  # lines 7 to 9
+                walk.move(wave, rates)  # lines 10 to 14
+            walk.end(settled)
         if self._step_in_group:
             for group in self.param_groups:
                 group["step"] += 1
@@ -190,7 +192,7 @@ class AdamW2(torch.optim.AdamW):
             grad = torch.empty_like(tensor).copy_(grad)
         beta1, beta2 = group["betas"]
         hyper = Hyper(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], step)
-        return Stepped(flat(grad), flat(state["exp_avg"]), flat(state["exp_avg_sq"]), hyper)
+        return Stepped(grad, state["exp_avg"], state["exp_avg_sq"], hyper)
 
     def _allocate(self, tensor: Tensor) -> None:
         if not self._step_in_group:

@@ -43,7 +43,8 @@ class AdamW2Reference:
     Args:
         params: ``(name, parameter)`` pairs.
         lr, betas, eps, weight_decay, tau: as in :class:`weyl_megatron.AdamW2`; τ is a number.
-        sigma: makes, from a matrix's name, the function that measures σ₁: ``BlockPower``, or ``lambda _: exact_sigma``.
+        sigma: makes, from a matrix's name and a number of iterations, the function that measures σ₁: ``BlockPower``, or
+            ``lambda *_: exact_sigma``.
         floor: σ₁(W) is taken for at least ``floor(rows, cols)``.
     """
 
@@ -55,14 +56,14 @@ class AdamW2Reference:
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         tau: float = 0.01,
-        sigma: Callable[[str], Callable[[Tensor], float]] = BlockPower,
+        sigma: Callable[[str, int], Callable[[Tensor], float]] = BlockPower,
         floor: Callable[[int, int], float] = lambda rows, cols: 1e-3 * (rows**0.5 + cols**0.5),
     ) -> None:
         self.params = dict(params)
         self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay, self.tau = lr, betas, eps, weight_decay, tau
         self.floor, self.t = floor, 0
         self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.params.items()}
-        self.sigma = {name: (sigma(name), sigma(name)) for name, p in self.params.items() if p.ndim == 2}
+        self.sigma = {name: (sigma(name, 1), sigma(name, 2)) for name, p in self.params.items() if p.ndim == 2}
 
     @torch.no_grad()
     def step(self) -> dict[str, float]:

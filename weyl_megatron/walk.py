@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from weyl_megatron.kernels import Stepped, pick
 from weyl_megatron.layouts.buffers import Buffer, Plan, plan_of
-from weyl_megatron.layouts.plain import storage_order
 from weyl_megatron.rule import clipped_rates
 from weyl_megatron.spectral import PowerIteration
 from weyl_megatron.spectral.blocks import COLUMNS, Operand, Table, table
@@ -21,7 +20,7 @@ from weyl_megatron.spectral.tiles import Tile
 from weyl_megatron.thresholds import Thresholds
 
 #: Elements of the matrices that are measured together on a CPU: what a cache may still hold when it is read again.
-_CPU_WAVE = 1 << 21
+_CPU_WAVE = 1 << 20
 
 #: On other devices so many waves at most: each is a few launches.
 _DEVICE_WAVES = 4
@@ -101,12 +100,11 @@ class Walk:
             self._of_wave.append(_table([*mine, *theirs], operand, len(mine), self._device))
         spread = [Span(matrix.groups, k, k + 1) for k, matrix in enumerate(plan.matrices) if matrix.groups]
         self._norm_spans = [Span(groups, 2 * start, 2 * stop) for groups, start, stop in spread]
-        self._is_spread = torch.tensor([bool(matrix.groups) for matrix in plan.matrices], dtype=torch.bool)
-        self._is_spread = self._is_spread.to(self._device)
+        self._is_spread = [bool(wave and plan.matrices[wave[0]].groups) for wave in waves]
 
     def begin(self, stepped: Sequence[Stepped | None], groups: Sequence[dict[str, Any]]) -> None:
         """Take the gradients and moments of a step, and the parameter group, of every tensor."""
-        self._kernel.bind([flat(tensor) for tensor in self._tensors], stepped)
+        self._kernel.bind(self._tensors, stepped)
         self._lr, self._weight_decay, self._tau, self._floor = self._schedule(groups)
         self._sums = torch.zeros(len(self._lr), 3, dtype=torch.float64, device=self._device)
 
@@ -134,56 +132,78 @@ class Walk:
             sums[:, 2] = torch.where(failed, 0, sums[:, 2])
         return settled
 
-    def sigmas(self, settled: Tensor) -> tuple[Tensor, Tensor]:
-        """Update M and V of what waits (lines 3 to 5), return σ₁(W) and σ₁(U) of every matrix (line 6).
+    def waiting(self, settled: Tensor) -> Iterator[int]:
+        """Yield the number of each wave that has matrices which are not settled.
 
-        Of those that are ``settled`` the bounds are returned that settled them.
+        Where the kernel can, it takes those that no other rank has pieces of through all lines by itself, before.
         """
-        active, sums = ~settled, self._sums
-        masks = self._masks(active)
-        chosen = active.tolist() if self._on_host else None
-        nothing = torch.zeros_like(self._waiting)
-        blocks = self._power.blocks
-        for number, wave in enumerate(blocks.waves):
-            if chosen is not None and not any(chosen[k] for k in wave):
-                continue
-            blocks.load(number)
-            self._kernel.moments(self._of_wave[number], nothing, self._waiting, sums)
-            blocks.left[blocks.rider_at[number]] = sums[blocks.rider_index[number], 0].to(blocks.left.dtype)
-            self._power.measure(self._kernel, number, masks, begun=(None, self._waiting))
-        self._cold = False
-        summed = self._is_spread & self._waiting.bool()
-        sums[:, 0] = torch.where(summed, self._power.ridden, sums[:, 0])
-        sigma_weight, sigma_update = self._power.sigma
-        lower, norm = self.certificate.lower, sums[:, 0].sqrt()
-        self.certificate.measured(active, sigma_weight)
-        return torch.where(active, sigma_weight, lower), torch.where(active, sigma_update, norm)
+        self._active = (~settled).byte()
+        self._need = self._iterations() * self._active
+        chosen = settled.tolist() if self._on_host else None
+        waves = [
+            number
+            for number, wave in enumerate(self._power.blocks.waves)
+            if chosen is None or not all(chosen[k] for k in wave)
+        ]
+        step_alone = getattr(self._kernel, "step_alone", None)
+        if step_alone is not None:
+            alone = [number for number in waves if not self._is_spread[number]]
+            limits = self._lr, self._tau, self._floor
+            sigma, state = self._power.sigma, (self._need, self._active, self._waiting)
+            step_alone(alone, self._of_wave, sigma, *state, limits, self._sums)
+            waves = [number for number in waves if self._is_spread[number]]
+        yield from waves
 
-    def _masks(self, active: Tensor) -> list[Tensor]:
-        """Return the matrices of each iteration: those whose vectors are stale take part in more."""
-        need = self._iters + self.certificate.age
-        most = COLD_ITERS
+    def sigmas(self, wave: int) -> tuple[Tensor, Tensor]:
+        """Update M and V of a wave's matrices that waited (lines 3 to 5); return their σ₁(W) and σ₁(U) (line 6)."""
+        power, blocks, sums = self._power, self._power.blocks, self._sums
+        mine = blocks.rider_index[wave]
+        blocks.load(wave)
+        self._kernel.moments(self._of_wave[wave], torch.zeros_like(self._waiting), self._waiting, sums)
+        blocks.left[blocks.rider_at[wave]] = sums[mine, 0].to(blocks.left.dtype)
+        power.measure(self._kernel, wave, self._masks(), begun=(None, self._waiting))
+        if self._is_spread[wave]:
+            sums[mine, 0] = torch.where(self._waiting[mine].bool(), power.ridden[mine], sums[mine, 0])
+        sigma_weight, sigma_update = power.sigma
+        return sigma_weight, sigma_update
+
+    def _iterations(self) -> Tensor:
+        """Return the iterations that each matrix needs, ``(2, matrices)``: W half as many as U, which changes more.
+
+        Stale vectors, from steps without any, need more, and new ones most.
+        """
+        most = max(COLD_ITERS, self._iters)
         if self._cold:
-            need = torch.full_like(need, max(COLD_ITERS, self._iters))
-            most = max(COLD_ITERS, self._iters)
-        else:
-            need = need.clamp(max=max(COLD_ITERS, self._iters))
-            most = int(need[active].max()) if self._on_host and active.any() else self._iters + _STALE_ITERS
-        return [(active & (need > number)).byte() for number in range(most)]
+            return torch.full((2, len(self._lr)), most, device=self._device)
+        of_update = (self._iters + self.certificate.age).clamp(max=most)
+        return torch.stack([(of_update + 1) // 2, of_update])
 
-    def rates(self, settled: Tensor, sigma_weight: Tensor, sigma_update: Tensor) -> Tensor:
+    def _masks(self) -> list[Tensor]:
+        """Return the matrices of each iteration, of W and of U."""
+        if self._on_host:
+            most = int(self._need.max())
+        else:  # the host does not see which are stale
+            most = max(COLD_ITERS, self._iters) if self._cold else self._iters + _STALE_ITERS
+        return [(self._need > number).byte() for number in range(most)]
+
+    def rates(self, sigma_weight: Tensor, sigma_update: Tensor) -> Tensor:
         """Return α_W of every matrix (lines 7 to 9)."""
-        clipped = clipped_rates(self._lr, self._tau, self._floor, sigma_weight, sigma_update)
-        rates = torch.where(settled, self._lr, clipped)
-        self._measured = sigma_weight, sigma_update, rates, rates < self._lr, self._tau, settled
-        return rates
+        return clipped_rates(self._lr, self._tau, self._floor, sigma_weight, sigma_update)
 
-    def move(self, settled: Tensor, rates: Tensor) -> None:
-        """Move the weights that waited for their rates (lines 10 to 14)."""
-        if not (self._on_host and settled.all()):
-            self._kernel.move(self._everything, (~settled).byte(), rates, self._sums)
-        norm = self._sums[:, 0].sqrt()
-        self.certificate.moved(rates, rates * self._weight_decay, norm, self._sums[:, 2])
+    def move(self, wave: int, rates: Tensor) -> None:
+        """Move the weights of a wave that waited for their rates (lines 10 to 14)."""
+        self._kernel.move(self._of_wave[wave], self._active, rates, self._sums)
+
+    def end(self, settled: Tensor) -> None:
+        """Carry the certificate on, and remember what the step did."""
+        sigma_weight, sigma_update = self._power.sigma
+        norm, certificate = self._sums[:, 0].sqrt(), self.certificate
+        rates = torch.where(settled, self._lr, self.rates(sigma_weight, sigma_update))
+        bounds = torch.where(settled, certificate.lower, sigma_weight), torch.where(settled, norm, sigma_update)
+        self._measured = *bounds, rates, rates < self._lr, self._tau, settled
+        certificate.measured(~settled, sigma_weight)
+        certificate.moved(rates, rates * self._weight_decay, norm, self._sums[:, 2].clone())
+        self._cold = False
 
     def stats(self) -> dict[str, MatrixStats]:
         """Return what the last step did, by the matrix's name."""
@@ -204,7 +224,7 @@ class Walk:
                 self._thresholds.floor_and_tau(parameter, matrix.rows, matrix.cols, group["tau"])
                 for parameter, matrix, group in zip(self._plan.parameters, self._plan.matrices, of, strict=True)
             ]
-            floor, tau = torch.tensor(limits, dtype=torch.float64).view(-1, 2).to(self._device).unbind(1)
+            floor, tau = torch.tensor(limits, dtype=torch.float64).view(-1, 2).T.contiguous().to(self._device)
             self._limits = {taus: (tau, floor)}
         numbers = [[float(group["lr"]) for group in of], [float(group["weight_decay"]) for group in of]]
         lr, weight_decay = torch.tensor(numbers, dtype=torch.float64).to(self._device, non_blocking=True)
@@ -234,8 +254,3 @@ def _table(tiles: Sequence[Tile], operand: Operand, measured: int, device: torch
     padding = [0] * (len(COLUMNS) - 6)
     rows += [[t.buffer, t.offset, t.rows, t.cols, t.stride, t.matrix, *padding] for t in tiles[measured:]]
     return table(rows, device, list(tiles))
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """Return the elements of a dense tensor as they lie in memory."""
-    return tensor.detach().permute(storage_order(tensor)).view(-1)

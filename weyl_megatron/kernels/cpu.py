@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weyl_megatron.kernels.stepped import Stepped
+from weyl_megatron.kernels.stepped import Hyper, Stepped
 from weyl_megatron.spectral.blocks import Blocks, Table
 from weyl_megatron.spectral.ritz import INDEPENDENT
 
@@ -49,28 +49,36 @@ class CpuKernel:
     def __init__(self, blocks: Blocks) -> None:
         self._blocks, self._library = blocks, library()
         self._waves = [torch.tensor(wave, dtype=torch.int64) for wave in blocks.waves]
+        self._structs: dict[int, Tensor] = {}
         self._count = len(blocks.matrices)
         self._buffers = self._hypers = torch.empty(0)
         self._alive: object = None
 
     def bind(self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None]) -> None:
         addresses, hypers = [], bytearray()
+        cache: dict[Hyper, bytes] = {}
+        changed: list[Tensor] = []
         for weight, one in zip(weights, stepped, strict=True):
-            for tensor in (weight, *(one or ())[:3]):
+            if one is None:
+                addresses += [weight.data_ptr(), 0, 0, 0]
+                hypers += bytes(_HYPER_BYTES)
+                continue
+            tensors = weight, one.grad, one.exp_avg, one.exp_avg_sq
+            for tensor in tensors:
                 if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
                     raise ValueError(
-                        f"AdamW2: a state tensor is {tensor.dtype} on {tensor.device}, its kernel takes "
-                        f"torch.float32 on the CPU, as its parameter is."
+                        f"AdamW2: a gradient or state tensor is {tensor.dtype} on {tensor.device}, the kernel takes "
+                        f"torch.float32 on the CPU, like its parameter."
                     )
-            others = (None, None, None) if one is None else (one.grad, one.exp_avg, one.exp_avg_sq)
-            addresses.append([weight.data_ptr(), *(0 if other is None else other.data_ptr() for other in others)])
-            hypers += bytes(_HYPER_BYTES) if one is None else _hyper(one)
+                addresses.append(tensor.data_ptr())
+            if one.hyper not in cache:
+                cache[one.hyper] = _hyper(one.hyper)
+            hypers += cache[one.hyper]
+            changed += [weight, one.exp_avg, one.exp_avg_sq]
         self._buffers = torch.tensor(addresses, dtype=torch.int64)
         self._hypers = torch.frombuffer(hypers, dtype=torch.uint8)
         self._alive = weights, stepped  # the tensors at these addresses
-        for weight, one in zip(weights, stepped, strict=True):
-            if one is not None:
-                torch.autograd.graph.increment_version((weight, one.exp_avg, one.exp_avg_sq))
+        torch.autograd.graph.increment_version(changed)
 
     def moments(self, table: Table, move: Tensor, multiply: Tensor, sums: Tensor) -> None:
         blocks = self._blocks
@@ -100,6 +108,50 @@ class CpuKernel:
             *(blocks.x, blocks.z, sigma, independent),
         )
 
+    def step_alone(
+        self,
+        waves: Sequence[int],
+        tables: Sequence[Table],
+        sigma: Tensor,
+        need: Tensor,
+        active: Tensor,
+        waiting: Tensor,
+        limits: Sequence[Tensor],
+        sums: Tensor,
+    ) -> None:
+        """Do lines 3 to 14 of the algorithm for waves of matrices that no other rank has pieces of.
+
+        Args:
+            waves: their numbers.
+            tables: of every wave, all tiles.
+            sigma: what becomes σ₁, ``(2, matrices)``.
+            need: iterations, ``(2, matrices)``.
+            active, waiting: the matrices that are not settled; those of them whose moments are not updated yet.
+            limits: the scheduled rate, τ and the floor under σ₁(W) of every matrix.
+            sums: see :class:`weyl_megatron.kernels.Kernel`.
+        """
+        for wave in waves:
+            if wave not in self._structs:
+                self._structs[wave] = self._struct(wave, tables[wave], sigma)
+        addresses = torch.tensor([self._structs[wave].data_ptr() for wave in waves])
+        self._call(
+            *("step_alone", addresses, len(waves), need, active, waiting, self._count, self._buffers, self._hypers),
+            *limits,
+            *(torch.empty_like(limits[0]), sums, INDEPENDENT * torch.finfo(torch.float32).eps),
+        )
+
+    def _struct(self, wave: int, table: Table, sigma: Tensor) -> Tensor:
+        """Return the struct Wave of cpu_step.cpp."""
+        blocks = self._blocks
+        fields: list[Tensor | int] = []
+        for number, operand in enumerate(blocks.operands):
+            kept, working = operand.kept[wave], operand.working[wave]
+            fields += [*_table(operand.whole[wave]), *_table(operand.cut[wave])]
+            fields += [operand.shape, kept, working, len(kept), sigma[number]]
+        fields += [*_table(table), self._waves[wave], len(self._waves[wave]), blocks.x, blocks.z, blocks.left]
+        fields += [blocks.z_sizes[wave], blocks.left_sizes[wave]]
+        return torch.tensor([each.data_ptr() if isinstance(each, Tensor) else each for each in fields])
+
     def _multiply(self, operand: int, is_back: int, table: Table, mask: Tensor) -> None:
         if table.tiles:
             blocks = self._blocks
@@ -110,6 +162,7 @@ class CpuKernel:
 
     def _call(self, name: str, *arguments: Tensor | float) -> None:
         """Call a function of the library, with as many threads as torch has; tensors are passed by address."""
+        assert all(each.is_contiguous() for each in arguments if isinstance(each, Tensor))
         given = [
             ctypes.c_void_p(each.data_ptr())
             if isinstance(each, Tensor)
@@ -123,14 +176,13 @@ def _table(table: Table) -> tuple[Tensor, int]:
     return table.columns, len(table.tiles)
 
 
-def _hyper(stepped: Stepped) -> bytes:
+def _hyper(hyper: Hyper) -> bytes:
     """Return the struct Hyper of cpu_step.cpp."""
-    hyper = stepped.hyper
-    correction1, correction2 = hyper.correction1, hyper.correction2
+    correction1, root = hyper.correction1, hyper.correction2**0.5
     floats = [
-        *(1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, correction2**0.5, hyper.eps),
+        *(1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, root, hyper.eps),
         *(1 - hyper.lr * hyper.weight_decay, -(hyper.lr / correction1)),
-        *(0.0 if correction2 == 0 else correction1 / correction2**0.5, correction1, hyper.eps * correction1),
+        *(correction1 / root, 1 / float(torch.tensor(root)), hyper.eps * correction1),
     ]
     return bytes((ctypes.c_float * 10)(*floats)) + bytes((ctypes.c_double * 2)(hyper.weight_decay, correction1))
 

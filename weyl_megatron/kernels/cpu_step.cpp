@@ -33,7 +33,7 @@ struct Buffer {
 struct Hyper {  // of a buffer, made by cpu.py
     float lerp, beta2, one_minus_beta2, correction2_sqrt, eps;
     float decay, step_size;        // at the scheduled rate: 1 - αλ, -α / (1 - β₁ᵗ)
-    float scale2, correction, eps1;  // U = m / (√v · scale2 + eps1)
+    float scale2, correction2_inverse, eps1;  // U = m / (√v · scale2 + eps1)
     double weight_decay, correction1;
 };
 
@@ -47,6 +47,12 @@ inline void store(float *p, vec a) { _mm512_storeu_ps(p, a); }
 inline vec splat(float a) { return _mm512_set1_ps(a); }
 inline vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(vec a) { return _mm512_reduce_add_ps(a); }
+inline vec root(vec a) { return _mm512_sqrt_ps(a); }
+// From 14 bits by Newton's step: the divider is busy with roots, and products wait for both.
+inline vec quotient(vec a, vec b) {
+    const vec r = _mm512_rcp14_ps(_mm512_max_ps(splat(1e-38f), b));
+    return a * fma(r, _mm512_fnmadd_ps(b, r, splat(1.f)), r);
+}
 #elif defined(__AVX2__) && defined(__FMA__)
 typedef __m256 vec;
 constexpr int LANES = 8, ROWS = 2;
@@ -54,6 +60,8 @@ inline vec load(const float *p) { return _mm256_loadu_ps(p); }
 inline void store(float *p, vec a) { _mm256_storeu_ps(p, a); }
 inline vec splat(float a) { return _mm256_set1_ps(a); }
 inline vec fma(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline vec root(vec a) { return _mm256_sqrt_ps(a); }
+inline vec quotient(vec a, vec b) { return _mm256_div_ps(a, b); }
 inline float sum(vec a) {
     __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     b = _mm_add_ps(b, _mm_movehl_ps(b, b));
@@ -67,39 +75,125 @@ inline void store(float *p, vec a) { std::memcpy(p, &a, sizeof a); }
 inline vec splat(float a) { return vec{a, a, a, a}; }
 inline vec fma(vec a, vec b, vec c) { return a * b + c; }
 inline float sum(vec a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+inline vec root(vec a) { return vec{std::sqrt(a[0]), std::sqrt(a[1]), std::sqrt(a[2]), std::sqrt(a[3])}; }
+inline vec quotient(vec a, vec b) { return a / b; }
 #endif
 
-// y[r][j] = Σ_c row_r[c] x_j[c]
-template <int R, int B>
-void forward(const float *const *rows, const float *x, int64_t n, int64_t cols, float (*y)[MOST]) {
-    vec acc[R][B];
+// Floats on the boundary of a cache line: vectors that straddle two take twice the time.
+class Room {
+    std::vector<float> floats;
+
+  public:
+    float *at = nullptr;
+    void resize(int64_t count) {
+        floats.assign(count + 16, 0.f);
+        at = floats.data() + (64 - reinterpret_cast<uintptr_t>(floats.data()) % 64) % 64 / sizeof(float);
+    }
+};
+
+// The arithmetic of torch.optim.AdamW, in its order.
+
+inline void moments_of(const Hyper &h, float g, float &m, float &v) {
+    m = __builtin_fmaf(h.lerp, g - m, m);
+    v = __builtin_fmaf(h.one_minus_beta2 * g, g, v * h.beta2);
+}
+
+// √v / correction + ε. The quotient by a constant is a product, made exact by the remainder (Markstein's theorem).
+inline float denominator(const Hyper &h, float v) {
+    const float a = std::sqrt(v), q = a * h.correction2_inverse, rest = __builtin_fmaf(-q, h.correction2_sqrt, a);
+    const float exact = __builtin_fmaf(rest, h.correction2_inverse, q);
+    return (rest == rest ? exact : q) + h.eps;
+}
+
+inline float direction(const Hyper &h, float m, float v) { return m / (std::sqrt(v) * h.scale2 + h.eps1); }
+inline vec direction(const Hyper &h, vec m, vec v) {
+    return quotient(m, fma(root(v), splat(h.scale2), splat(h.eps1)));
+}
+
+enum Source { WEIGHTS = 0, UPDATES = 1, MOMENTS = 2 };
+
+// What a row of W or U is made of, and where U of it is put.
+struct Row {
+    const float *w, *g;
+    float *m, *v, *u;
+    const float *read(Source source) const { return source == WEIGHTS ? w : u; }
+};
+
+// Elements c, c + 1, … of a row, as a vector or alone; U is put down for the way back.
+template <Source source>
+inline vec form(const Hyper &h, const Row &row, int64_t c, vec &squares) {
+    if (source == WEIGHTS) return load(row.w + c);
+    vec m = load(row.m + c), v = load(row.v + c);
+    if (source == MOMENTS) {
+        const vec g = load(row.g + c);
+        m = fma(splat(h.lerp), g - m, m);
+        v = fma(splat(h.one_minus_beta2) * g, g, v * splat(h.beta2));
+        store(row.m + c, m), store(row.v + c, v);
+    }
+    const vec u = direction(h, m, v);
+    store(row.u + c, u);
+    if (source == MOMENTS) squares = fma(u, u, squares);
+    return u;
+}
+template <Source source>
+inline float form(const Hyper &h, const Row &row, int64_t c, float &squares) {
+    if (source == WEIGHTS) return row.w[c];
+    if (source == MOMENTS) moments_of(h, row.g[c], row.m[c], row.v[c]);
+    row.u[c] = direction(h, row.m[c], row.v[c]);
+    if (source == MOMENTS) squares += row.u[c] * row.u[c];
+    return row.u[c];
+}
+
+// Brings a line that is read some rows later nearer: what streams from memory and what is multiplied take turns, and
+// memory would idle meanwhile.
+inline void fetch(const float *p) { __builtin_prefetch(p, 0, 2); }
+
+// y[r][j] = Σ_c row_r[c] x_j[c] of rows that are formed on the way; returns Σ u². B = 0: they are only formed.
+template <Source source, int R, int B>
+float forward(const Hyper &h, const Row *rows, const float *x, int64_t n, int64_t cols, float (*y)[MOST],
+              int64_t ahead) {
+    vec acc[R][B ? B : 1], squares = splat(0.f);
     for (int r = 0; r < R; r++)
         for (int j = 0; j < B; j++) acc[r][j] = splat(0.f);
     int64_t c = 0;
     for (; c + LANES <= cols; c += LANES) {
-        vec xs[B];
+        if (ahead) {
+            if (source == WEIGHTS)
+                for (int r = 0; r < R; r += 2) fetch(rows[r].w + c + ahead);
+            else
+                for (int r = 0; r < R; r++) {
+                    fetch(rows[r].m + c + ahead), fetch(rows[r].v + c + ahead);
+                    if (source == MOMENTS) fetch(rows[r].g + c + ahead);
+                }
+        }
+        vec xs[B ? B : 1];
         for (int j = 0; j < B; j++) xs[j] = load(x + j * n + c);
         for (int r = 0; r < R; r++) {
-            const vec w = load(rows[r] + c);
-            for (int j = 0; j < B; j++) acc[r][j] = fma(w, xs[j], acc[r][j]);
+            const vec a = form<source>(h, rows[r], c, squares);
+            for (int j = 0; j < B; j++) acc[r][j] = fma(a, xs[j], acc[r][j]);
         }
     }
+    float total = sum(squares);
     for (int r = 0; r < R; r++)
-        for (int j = 0; j < B; j++) {
-            float total = sum(acc[r][j]);
-            for (int64_t k = c; k < cols; k++) total += rows[r][k] * x[j * n + k];
-            y[r][j] = total;
+        for (int j = 0; j < B; j++) y[r][j] = sum(acc[r][j]);
+    for (; c < cols; c++)
+        for (int r = 0; r < R; r++) {
+            const float a = form<source>(h, rows[r], c, total);
+            for (int j = 0; j < B; j++) y[r][j] += a * x[j * n + c];
         }
+    return total;
 }
 
 // z_j[c] += Σ_r y[r][j] row_r[c]
 template <int R, int B>
-void back(const float *const *rows, float *z, int64_t n, int64_t cols, const float (*y)[MOST]) {
+void back(const float *const *rows, float *z, int64_t n, int64_t cols, const float (*y)[MOST], int64_t ahead) {
     vec ys[R][B];
     for (int r = 0; r < R; r++)
         for (int j = 0; j < B; j++) ys[r][j] = splat(y[r][j]);
     int64_t c = 0;
     for (; c + LANES <= cols; c += LANES) {
+        if (ahead)
+            for (int r = 1; r < R; r += 2) fetch(rows[r] + c + ahead);
         vec zs[B];
         for (int j = 0; j < B; j++) zs[j] = load(z + j * n + c);
         for (int r = 0; r < R; r++) {
@@ -118,101 +212,68 @@ struct Target {
     float *z, *gram;
 };
 
-template <int R, int B>
-void multiply_rows(const Tile &tile, int64_t row, const float *const *rows, const float *x, const Target &target,
-                   float *left, double *gram) {
-    float y[R][MOST];
-    forward<R, B>(rows, x + tile.x, tile.n, tile.cols, y);
-    if (tile.left >= 0) {
-        for (int r = 0; r < R; r++)
-            for (int j = 0; j < B; j++) {
-                float &sum_ = left[tile.left + (row + r) * B + j];
-#pragma omp atomic
-                sum_ += y[r][j];  // a row of which this rank has two tiles
-            }
-        return;
-    }
-    for (int r = 0; r < R; r++)
-        for (int i = 0; i < B; i++)
-            for (int j = 0; j < B; j++) gram[i * B + j] += double(y[r][i]) * y[r][j];
-    back<R, B>(rows, target.z + tile.z, tile.n, tile.cols, y);
-}
-
-template <int R, int B>
-void back_rows(const Tile &tile, int64_t row, const float *const *rows, const Target &target, const float *left,
-               double *gram) {
-    float y[R][MOST];
-    for (int r = 0; r < R; r++)
-        for (int j = 0; j < B; j++) y[r][j] = left[tile.left + (row + r) * B + j];
-    if (tile.counts)
-        for (int r = 0; r < R; r++)
-            for (int i = 0; i < B; i++)
-                for (int j = 0; j < B; j++) gram[i * B + j] += double(y[r][i]) * y[r][j];
-    back<R, B>(rows, target.z + tile.z, tile.n, tile.cols, y);
-}
-
 struct Arena {  // x, z and left of the wave that is measured
     const float *x;
     float *z, *left;
 };
 
-template <int B>
-void products(bool is_back, const Tile &tile, int64_t row, int count, const float *const *rows, const Arena &arena,
-              const Target &target, double *gram) {
+// R rows of a tile from `row` on; is_back: their Y are in `left` already. Returns Σ u² of moments.
+template <Source source, int R, int B>
+float multiply_rows(bool is_back, const Tile &tile, int64_t row, const Hyper &hyper, const Row *rows,
+                    const Arena &arena, const Target &target, double *gram, int64_t ahead) {
+    float y[R][MOST], squares;
+    const float *formed[R];
+    for (int r = 0; r < R; r++) formed[r] = rows[r].read(source);
+    float *left = arena.left + tile.left + row * B;
     if (is_back) {
-        if (count == ROWS) back_rows<ROWS, B>(tile, row, rows, target, arena.left, gram);
-        else for (int r = 0; r < count; r++) back_rows<1, B>(tile, row + r, rows + r, target, arena.left, gram);
+        squares = source == WEIGHTS ? 0 : forward<source, R, 0>(hyper, rows, nullptr, 0, tile.cols, y, ahead);
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < B; j++) y[r][j] = left[r * B + j];
     } else {
-        if (count == ROWS) multiply_rows<ROWS, B>(tile, row, rows, arena.x, target, arena.left, gram);
-        else for (int r = 0; r < count; r++)
-            multiply_rows<1, B>(tile, row + r, rows + r, arena.x, target, arena.left, gram);
-    }
-}
-
-void products(bool is_back, const Tile &tile, int64_t row, int count, const float *const *rows, const Arena &arena,
-              const Target &target, double *gram) {
-    switch (tile.width) {
-        case 1: products<1>(is_back, tile, row, count, rows, arena, target, gram); break;
-        case 2: products<2>(is_back, tile, row, count, rows, arena, target, gram); break;
-        case 3: products<3>(is_back, tile, row, count, rows, arena, target, gram); break;
-        default: products<4>(is_back, tile, row, count, rows, arena, target, gram);
-    }
-}
-
-// The arithmetic of torch.optim.AdamW, in its order.
-
-inline void moments_of(const Hyper &h, float g, float &m, float &v) {
-    m = __builtin_fmaf(h.lerp, g - m, m);
-    v = __builtin_fmaf(h.one_minus_beta2 * g, g, v * h.beta2);
-}
-
-inline float denominator(const Hyper &h, float v) { return std::sqrt(v) / h.correction2_sqrt + h.eps; }
-
-inline float direction(const Hyper &h, float m, float v) { return m / (std::sqrt(v) * h.scale2 + h.eps1); }
-
-// M and V of a run; u gets U where it is not null; returns Σ u².
-float moments_run(const Hyper &h, const float *__restrict g, float *__restrict m, float *__restrict v, int64_t count,
-                  float *__restrict u) {
-    float squares = 0;
-    if (u)
-#pragma omp simd reduction(+ : squares)
-        for (int64_t c = 0; c < count; c++) {
-            float a = m[c], b = v[c];
-            moments_of(h, g[c], a, b);
-            m[c] = a, v[c] = b;
-            u[c] = direction(h, a, b);
-            squares += u[c] * u[c];
+        squares = forward<source, R, B>(hyper, rows, arena.x + tile.x, tile.n, tile.cols, y, ahead);
+        if (tile.left >= 0) {
+            for (int r = 0; r < R; r++)
+                for (int j = 0; j < B; j++) {
+                    float &sum_ = left[r * B + j];
+#pragma omp atomic
+                    sum_ += y[r][j];  // a row of which this rank has two tiles
+                }
+            return squares;
         }
-    else
-#pragma omp simd reduction(+ : squares)
-        for (int64_t c = 0; c < count; c++) {
-            float a = m[c], b = v[c];
-            moments_of(h, g[c], a, b);
-            m[c] = a, v[c] = b;
-            const float d = direction(h, a, b);
-            squares += d * d;
-        }
+    }
+    if (!is_back || tile.counts)
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < B; i++)
+                for (int j = 0; j < B; j++) gram[i * B + j] += double(y[r][i]) * y[r][j];
+    back<R, B>(formed, target.z + tile.z, tile.n, tile.cols, y, source == WEIGHTS ? ahead : 0);
     return squares;
+}
+
+template <Source source, int B>
+float multiply_rows(bool is_back, const Tile &tile, int64_t row, int count, const Hyper &hyper, const Row *rows,
+                    const Arena &arena, const Target &target, double *gram, int64_t ahead) {
+    if (count == ROWS)
+        return multiply_rows<source, ROWS, B>(is_back, tile, row, hyper, rows, arena, target, gram, ahead);
+    float squares = 0;
+    for (int r = 0; r < count; r++)
+        squares += multiply_rows<source, 1, B>(is_back, tile, row + r, hyper, rows + r, arena, target, gram, ahead);
+    return squares;
+}
+
+template <Source source>
+float multiply_rows(bool is_back, const Tile &tile, int64_t row, int count, const Hyper &hyper, const Row *rows,
+                    const Arena &arena, const Target &target, double *gram, int64_t ahead) {
+    float y[1][MOST], squares = 0;
+    switch (tile.width) {
+        case 0:  // measured elsewhere
+            for (int r = 0; r < count; r++)
+                squares += forward<source, 1, 0>(hyper, rows + r, nullptr, 0, tile.cols, y, ahead);
+            return squares;
+        case 1: return multiply_rows<source, 1>(is_back, tile, row, count, hyper, rows, arena, target, gram, ahead);
+        case 2: return multiply_rows<source, 2>(is_back, tile, row, count, hyper, rows, arena, target, gram, ahead);
+        case 3: return multiply_rows<source, 3>(is_back, tile, row, count, hyper, rows, arena, target, gram, ahead);
+        default: return multiply_rows<source, 4>(is_back, tile, row, count, hyper, rows, arena, target, gram, ahead);
+    }
 }
 
 struct Squares {
@@ -252,12 +313,6 @@ void undo_run(const Hyper &h, float *__restrict w, const float *__restrict m, co
               int64_t count) {
 #pragma omp simd
     for (int64_t c = 0; c < count; c++) w[c] = (w[c] - (h.step_size * m[c]) / denominator(h, v[c])) / h.decay;
-}
-
-void direction_run(const Hyper &h, const float *__restrict m, const float *__restrict v, int64_t count,
-                   float *__restrict u) {
-#pragma omp simd
-    for (int64_t c = 0; c < count; c++) u[c] = direction(h, m[c], v[c]);
 }
 
 // The rows of active tiles, shared out: thread t of T takes those that begin in its T-th of the elements.
@@ -312,7 +367,7 @@ struct Targets {
     struct Slot {
         int64_t matrix = -1;
         Tile tile;
-        std::vector<float> z;
+        Room z;
         double gram[MOST * MOST] = {};
     };
     const Arena &arena;
@@ -323,7 +378,7 @@ struct Targets {
             if (slot.matrix < 0) continue;
             const int64_t n = slot.tile.n, b = slot.tile.width;
             float *z = arena.z + slot.tile.gram - b * n;
-            for (int64_t i = 0; i < b * n; i++) z[i] += slot.z[i];
+            for (int64_t i = 0; i < b * n; i++) z[i] += slot.z.at[i];
             for (int64_t i = 0; i < b * b; i++) arena.z[slot.tile.gram + i] += float(slot.gram[i]);
         }
     }
@@ -353,9 +408,9 @@ struct Adding {
         } else {
             Targets::Slot &slot = targets.slots[2 * thread + (targets.slots[2 * thread].matrix >= 0)];
             slot.matrix = matrix, slot.tile = next;
-            slot.z.assign(next.width * next.n, 0.f);
+            slot.z.resize(next.width * next.n);
             sum = slot.gram;
-            target.z = slot.z.data() - (next.gram - next.width * next.n);  // so that offsets of the arena fit both
+            target.z = slot.z.at - (next.gram - next.width * next.n);  // so that offsets of the arena fit both
         }
     }
     void flush() {
@@ -377,10 +432,9 @@ std::vector<int64_t> extents(const Tile *tiles, int64_t count, const Shares &sha
     return ends;
 }
 
-enum Source { WEIGHTS = 0, UPDATES = 1, MOMENTS = 2 };
-
 // The products of all active tiles with W or U; with MOMENTS, U is that of moments updated in the same pass.
-void multiply(Source source, bool is_back, const Tile *tiles, int64_t count, const uint8_t *active, int64_t matrices,
+template <Source source>
+void multiply(bool is_back, const Tile *tiles, int64_t count, const uint8_t *active, int64_t matrices,
               const Buffer *buffers, const Hyper *hypers, const Arena &arena, double *sums, int threads) {
     const Shares shares(tiles, count, active, false, threads);
     if (!shares.total) return;
@@ -389,10 +443,11 @@ void multiply(Source source, bool is_back, const Tile *tiles, int64_t count, con
     Sums partial(source == MOMENTS ? matrices : 0, shares.threads);
     int64_t widest = 0;
     for (int64_t i = 0; i < count; i++)
-        if (shares.begin[i] >= 0) widest = std::max(widest, tiles[i].cols);
+        if (shares.begin[i] >= 0) widest = std::max(widest, (tiles[i].cols + 15) / 16 * 16);
 #pragma omp parallel for num_threads(shares.threads) schedule(static, 1)
     for (int thread = 0; thread < shares.threads; thread++) {
-        std::vector<float> room(source == WEIGHTS ? 0 : ROWS * widest);
+        Room room;
+        room.resize(source == WEIGHTS ? 0 : ROWS * widest);
         Adding adding(targets, thread);
         const int64_t low = shares.edge(thread), high = shares.edge(thread + 1);
         for (int64_t i = 0; i < count; i++) {
@@ -401,30 +456,20 @@ void multiply(Source source, bool is_back, const Tile *tiles, int64_t count, con
             const int64_t start = shares.first_row(tile, i, low), stop = shares.first_row(tile, i, high);
             const Buffer &buffer = buffers[tile.buffer];
             if (start >= stop || (source != WEIGHTS && !buffer.exp_avg)) continue;
-            const Hyper &hyper = hypers[tile.buffer];
             if (tile.width)
                 adding.turn_to(tile, ends[2 * tile.matrix] >= low && ends[2 * tile.matrix + 1] <= high);
             for (int64_t row = start; row < stop; row += ROWS) {
                 const int rows = int(std::min<int64_t>(ROWS, stop - row));
-                const float *each[ROWS];
-                float squares = 0;
+                const int64_t ahead = row + 2 * ROWS <= stop ? ROWS * tile.stride : 0;
+                Row each[ROWS];
                 for (int r = 0; r < rows; r++) {
                     const int64_t at = tile.offset + (row + r) * tile.stride;
-                    float *u = room.data() + r * tile.cols;
-                    if (source == WEIGHTS) {
-                        each[r] = buffer.weight + at;
-                    } else if (source == UPDATES) {
-                        direction_run(hyper, buffer.exp_avg + at, buffer.exp_avg_sq + at, tile.cols, u);
-                        each[r] = u;
-                    } else {
-                        squares += moments_run(hyper, buffer.grad + at, buffer.exp_avg + at, buffer.exp_avg_sq + at,
-                                               tile.cols, u);
-                        each[r] = u;
-                    }
+                    each[r] = {buffer.weight + at, buffer.grad + at, buffer.exp_avg + at, buffer.exp_avg_sq + at,
+                               room.at + r * widest};
                 }
-                if (!tile.width) continue;
-                if (source == MOMENTS) partial.of(tile, thread)[0] += squares;
-                products(is_back, tile, row, rows, each, arena, adding.target, adding.sum);
+                const float squares = multiply_rows<source>(is_back, tile, row, rows, hypers[tile.buffer], each, arena,
+                                                            adding.target, adding.sum, ahead);
+                if (source == MOMENTS && tile.width) partial.of(tile, thread)[0] += squares;
             }
         }
     }
@@ -512,38 +557,194 @@ double dot(const float *a, const float *b, int64_t n) {
     return total;
 }
 
-// spectral/ritz.py: next_block, by Gram and Schmidt in the order of the vectors, each projected twice. z is overwritten.
-void next_block(int b, int64_t n, float *z, float *x, double sigma, bool more) {
-    constexpr double NEW = 1e-5, LONG = 1e28;
+// Zᵀ Z of b vectors of length n, symmetric.
+void gram_of(int b, const float *z, int64_t n, double *gram) {
+    constexpr int64_t PART = 512;  // columns that are summed in float32
+    std::fill(gram, gram + b * b, 0.0);
+    for (int64_t c = 0; c < n; c += PART) {
+        const int64_t count = std::min(PART, n - c);
+        for (int i = 0; i < b; i++)
+            for (int j = 0; j <= i; j++) {
+                const float *p = z + i * n + c, *q = z + j * n + c;
+                float part = 0;
+#pragma omp simd reduction(+ : part)
+                for (int64_t k = 0; k < count; k++) part += p[k] * q[k];
+                gram[i * b + j] += part;
+            }
+    }
+    for (int i = 0; i < b; i++)
+        for (int j = i + 1; j < b; j++) gram[i * b + j] = gram[j * b + i];
+}
+
+// X = scale · L⁻¹ Z where Zᵀ Z = L Lᵀ; false where the vectors are too close to parallel for that.
+bool by_cholesky(int b, int64_t n, const float *z, float *x, const double *gram, double scale) {
+    constexpr double FAR_FROM_PARALLEL = 1e-4;
+    double lower[MOST][MOST] = {}, inverse[MOST][MOST] = {};
+    for (int i = 0; i < b; i++) {
+        for (int j = 0; j <= i; j++) {
+            double rest = gram[i * b + j];
+            for (int k = 0; k < j; k++) rest -= lower[i][k] * lower[j][k];
+            if (i == j) {
+                if (!(rest > FAR_FROM_PARALLEL * gram[i * b + i])) return false;
+                lower[i][i] = std::sqrt(rest);
+            } else {
+                lower[i][j] = rest / lower[j][j];
+            }
+        }
+        inverse[i][i] = 1 / lower[i][i];
+        for (int j = 0; j < i; j++) {
+            double total = 0;
+            for (int k = j; k < i; k++) total += lower[i][k] * inverse[k][j];
+            inverse[i][j] = -total / lower[i][i];
+        }
+    }
+    for (int i = 0; i < b; i++) {
+        float factors[MOST];
+        for (int j = 0; j <= i; j++) factors[j] = float(inverse[i][j] * scale);
+        float *to = x + i * n;
+#pragma omp simd
+        for (int64_t c = 0; c < n; c++) {
+            float total = 0;
+            for (int j = 0; j <= i; j++) total += factors[j] * z[j * n + c];
+            to[c] = total;
+        }
+    }
+    return true;
+}
+
+double length_of(const float *a, int64_t n) { return std::sqrt(dot(a, a, n)); }
+
+// Gram and Schmidt's way, each vector projected twice; those with nothing new in them are the old ones. z is overwritten.
+void by_projection(int b, int64_t n, float *z, float *x, double scale) {
+    constexpr double NEW = 1e-5;
+    for (int j = 0; j < b; j++) {
+        float *v = z + j * n;
+        for (int attempt = 0; attempt < 2; attempt++) {
+            const double before = length_of(v, n);
+            if (before > 0)  // or its squares vanish
+                for (int64_t c = 0; c < n; c++) v[c] = float(v[c] / before);
+            for (int pass = 0; pass < 2; pass++)
+                for (int i = 0; i < j; i++) {
+                    const double part = dot(z + i * n, v, n);
+                    for (int64_t c = 0; c < n; c++) v[c] = float(v[c] - part * z[i * n + c]);
+                }
+            const double after = length_of(v, n);
+            if (before > 0 && after > NEW) {
+                for (int64_t c = 0; c < n; c++) v[c] = float(v[c] / after);
+                break;
+            }
+            std::memcpy(v, x + j * n, n * sizeof(float));
+        }
+    }
+    for (int64_t i = 0; i < b * n; i++) x[i] = float(z[i] * scale);
+}
+
+// spectral/ritz.py: next_block.
+void next_block(int b, int64_t n, float *z, float *x, const double *gram, double sigma, bool more) {
+    constexpr double LONG = 1e28;
     if (!(sigma > 0) || !std::isfinite(sigma)) {
-        const double length = std::sqrt(dot(x, x, n));
+        const double length = length_of(x, n);
         const bool is_one = length > 0.5 && length < 2;
         const double factor = (!more || !is_one ? 1 : sigma == 0 ? LONG : 1 / LONG) / length;
         for (int64_t i = 0; i < b * n; i++) x[i] = float(x[i] * factor);
         return;
     }
     const double scale = sigma > 1e-9 && sigma < 1e9 ? 1 : 1 / sigma;
-    for (int j = 0; j < b; j++) {
-        float *v = z + j * n;
-        for (int attempt = 0;; attempt++) {
-            double before = std::sqrt(dot(v, v, n));
-            if (before > 0)
-                for (int64_t c = 0; c < n; c++) v[c] = float(v[c] / before);  // squares of what is small must not vanish
-            for (int pass = 0; pass < 2; pass++)
-                for (int i = 0; i < j; i++) {
-                    const float part = float(-dot(z + i * n, v, n));
-                    for (int64_t c = 0; c < n; c++) v[c] = __builtin_fmaf(part, z[i * n + c], v[c]);
-                }
-            const double after = std::sqrt(dot(v, v, n));
-            if (after > NEW && before > 0) {
-                for (int64_t c = 0; c < n; c++) v[c] = float(v[c] / after);
-                break;
+    if (!by_cholesky(b, n, z, x, gram, scale)) by_projection(b, n, z, x, scale);
+}
+
+// The next blocks and σ₁ of the chosen matrices. Each is one thread's.
+void orthonormalize(const Shape *shapes, const int64_t *wave, int64_t count, const uint8_t *mask, const uint8_t *more,
+                    float *x, float *z, double *sigma, double independent, int threads) {
+#pragma omp parallel for num_threads(int(std::min<int64_t>(threads, count))) schedule(static, 1)
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t k = wave[i];
+        if (!mask[k]) continue;
+        const Shape &shape = shapes[k];
+        const int b = int(shape.width);
+        double gram_y[MOST * MOST], gram_z[MOST * MOST];
+        for (int p = 0; p < b * b; p++) gram_y[p] = z[shape.gram + p];
+        gram_of(b, z + shape.z, shape.n, gram_z);
+        sigma[k] = largest_ratio(b, gram_y, gram_z, independent);
+        next_block(b, shape.n, z + shape.z, x + shape.x, gram_z, sigma[k], more[k]);
+    }
+}
+
+struct Operand {  // of a wave, made by cpu.py
+    const Tile *whole;
+    int64_t whole_count;
+    const Tile *cut;
+    int64_t cut_count;
+    const Shape *shapes;
+    uint16_t *kept;  // bfloat16
+    float *block;
+    int64_t length;
+    double *sigma;
+};
+struct Wave {
+    Operand operands[2];
+    const Tile *tiles;  // all of the wave's
+    int64_t tile_count;
+    const int64_t *members;
+    int64_t count;
+    float *x, *z, *left;
+    int64_t z_size, left_size;
+};
+
+inline float from_bfloat16(uint16_t a) {
+    const uint32_t bits = uint32_t(a) << 16;
+    float b;
+    std::memcpy(&b, &bits, sizeof b);
+    return b;
+}
+
+inline uint16_t to_bfloat16(float a) {  // to the nearest, as torch rounds; blocks are finite
+    uint32_t bits;
+    std::memcpy(&bits, &a, sizeof bits);
+    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// What PowerIteration.measure does, for a wave of matrices that no other rank has pieces of. need[k] iterations are made
+// for matrix k's weights, need[matrices + k] for its update; of those in `waiting` the moments are updated, too.
+void measure(const Wave *wave, const int64_t *need, const uint8_t *waiting, int64_t matrices, const Buffer *buffers,
+             const Hyper *hypers, double *sums, double independent, int threads) {
+    const Arena arena{wave->x, wave->z, wave->left};
+    for (const Operand &operand : wave->operands)
+        for (int64_t i = 0; i < operand.length; i++) operand.block[i] = from_bfloat16(operand.kept[i]);
+    std::vector<uint8_t> masks[2], more[2], rest(matrices);
+    int64_t most = 0;
+    for (int o = 0; o < 2; o++) {
+        masks[o].resize(matrices), more[o].resize(matrices);
+        for (int64_t i = 0; i < wave->count; i++) most = std::max(most, need[o * matrices + wave->members[i]]);
+    }
+    for (int64_t iteration = 0; iteration < most; iteration++) {
+        for (int64_t i = 0; i < wave->count; i++) {
+            const int64_t k = wave->members[i];
+            for (int o = 0; o < 2; o++) {
+                masks[o][k] = need[o * matrices + k] > iteration;
+                more[o][k] = need[o * matrices + k] > iteration + 1;
             }
-            std::memcpy(v, x + j * n, n * sizeof(float));  // nothing new: the old vector
-            if (attempt) break;
+            rest[k] = masks[1][k] && !(iteration == 0 && waiting[k]);
+        }
+        std::fill(wave->z, wave->z + wave->z_size, 0.f);
+        std::fill(wave->left, wave->left + wave->left_size, 0.f);
+        if (iteration == 0)
+            multiply<MOMENTS>(false, wave->tiles, wave->tile_count, waiting, matrices, buffers, hypers, arena, sums,
+                     threads);
+        for (int o = 1; o >= 0; o--) {
+            const Operand &operand = wave->operands[o];
+            const auto product = o ? multiply<UPDATES> : multiply<WEIGHTS>;
+            const uint8_t *active = o ? rest.data() : masks[0].data(), *all = masks[o].data();
+            product(false, operand.cut, operand.cut_count, active, matrices, buffers, hypers, arena, nullptr, threads);
+            product(false, operand.whole, operand.whole_count, active, matrices, buffers, hypers, arena, nullptr,
+                    threads);
+            product(true, operand.cut, operand.cut_count, all, matrices, buffers, hypers, arena, nullptr, threads);
+            orthonormalize(operand.shapes, wave->members, wave->count, all, more[o].data(), wave->x, wave->z,
+                           operand.sigma, independent, threads);
         }
     }
-    for (int64_t i = 0; i < b * n; i++) x[i] = float(z[i] * scale);
+    for (const Operand &operand : wave->operands)
+        for (int64_t i = 0; i < operand.length; i++) operand.kept[i] = to_bfloat16(operand.block[i]);
 }
 
 }  // namespace
@@ -554,7 +755,7 @@ extern "C" {
 void weyl_moments(const Tile *tiles, int64_t count, const uint8_t *multiplied, int64_t matrices, const Buffer *buffers,
                   const Hyper *hypers, const float *x, float *z, float *left, double *sums, int threads) {
     const Arena arena{x, z, left};
-    multiply(MOMENTS, false, tiles, count, multiplied, matrices, buffers, hypers, arena, sums, threads);
+    multiply<MOMENTS>(false, tiles, count, multiplied, matrices, buffers, hypers, arena, sums, threads);
 }
 
 // The whole step of the matrices in `moved` and of what is no matrix, at the scheduled rate.
@@ -615,27 +816,30 @@ void weyl_move(const Tile *tiles, int64_t count, const uint8_t *moved, int64_t m
 void weyl_multiply(int operand, int is_back, const Tile *tiles, int64_t count, const uint8_t *active, int64_t matrices,
                    const Buffer *buffers, const Hyper *hypers, const float *x, float *z, float *left, int threads) {
     const Arena arena{x, z, left};
-    multiply(operand ? UPDATES : WEIGHTS, is_back != 0, tiles, count, active, matrices, buffers, hypers, arena, nullptr,
-             threads);
+    const auto function = operand ? multiply<UPDATES> : multiply<WEIGHTS>;
+    function(is_back != 0, tiles, count, active, matrices, buffers, hypers, arena, nullptr, threads);
 }
 
-// The next blocks and σ₁ of the chosen matrices. Each is one thread's.
 void weyl_orthonormalize(const Shape *shapes, const int64_t *wave, int64_t count, const uint8_t *mask,
                          const uint8_t *more, float *x, float *z, double *sigma, double independent, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    orthonormalize(shapes, wave, count, mask, more, x, z, sigma, independent, threads);
+}
+
+// Lines 3 to 14 of the algorithm for waves that no other rank has pieces of, each while its numbers are in the cache.
+void weyl_step_alone(const Wave *const *waves, int64_t count, const int64_t *need, const uint8_t *active,
+                     const uint8_t *waiting, int64_t matrices, const Buffer *buffers, const Hyper *hypers,
+                     const double *lr, const double *tau, const double *floor, double *rates, double *sums,
+                     double independent, int threads) {
     for (int64_t i = 0; i < count; i++) {
-        const int64_t k = wave[i];
-        if (!mask[k]) continue;
-        const Shape &shape = shapes[k];
-        const int b = int(shape.width);
-        double gram_y[MOST * MOST], gram_z[MOST * MOST];
-        for (int p = 0; p < b; p++)
-            for (int q = 0; q < b; q++) {
-                gram_y[p * b + q] = z[shape.gram + p * b + q];
-                gram_z[p * b + q] = dot(z + shape.z + p * shape.n, z + shape.z + q * shape.n, shape.n);
-            }
-        sigma[k] = largest_ratio(b, gram_y, gram_z, independent);
-        next_block(b, shape.n, z + shape.z, x + shape.x, sigma[k], more[k]);
+        const Wave *wave = waves[i];
+        measure(wave, need, waiting, matrices, buffers, hypers, sums, independent, threads);
+        for (int64_t m = 0; m < wave->count; m++) {
+            const int64_t k = wave->members[m];
+            const double weight = wave->operands[0].sigma[k], update = wave->operands[1].sigma[k];
+            const double bound = update == 0 ? INFINITY : tau[k] * std::max(weight, floor[k]) / update;
+            rates[k] = std::isnan(weight) || std::isnan(bound) ? NAN : std::min(lr[k], bound);
+        }
+        weyl_move(wave->tiles, wave->tile_count, active, matrices, buffers, hypers, rates, sums, threads);
     }
 }
 

@@ -34,7 +34,7 @@ class Kernel(Products, Protocol):
     name: str
 
     def bind(self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None]) -> None:
-        """Take the flat tensors of this step; None where there is no gradient, whose U is 0."""
+        """Take the tensors of this step; None where there is no gradient, whose U is 0."""
 
     def moments(self, table: Table, move: Tensor, multiply: Tensor, sums: Tensor) -> None:
         """Update M and V of the matrices in either mask, and add to their sums.

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from weyl_megatron.kernels.stepped import Stepped
+from weyl_megatron.kernels.stepped import Stepped, flat
 from weyl_megatron.kernels.torch_adamw import adamw_direction, adamw_moments, adamw_move, adamw_undo
 from weyl_megatron.spectral.blocks import Blocks, Table
 from weyl_megatron.spectral.power import TorchProducts, multiply_band, rows_of
@@ -29,7 +29,11 @@ class PlainKernel:
         self._stepped: Sequence[Stepped | None] = ()
 
     def bind(self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None]) -> None:
-        self._weights, self._stepped = weights, stepped
+        self._weights = [flat(weight) for weight in weights]
+        self._stepped = [
+            None if one is None else Stepped(flat(one.grad), flat(one.exp_avg), flat(one.exp_avg_sq), one.hyper)
+            for one in stepped
+        ]
         self.multiply, self.multiply_back = self._products.multiply, self._products.multiply_back
         self.orthonormalize = self._products.orthonormalize
 

@@ -29,9 +29,17 @@ class Hyper(NamedTuple):
 
 
 class Stepped(NamedTuple):
-    """G, M and V of one tensor, flat as they lie in memory."""
+    """G, M and V of one tensor, laid out in memory as it is."""
 
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     hyper: Hyper
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """Return the elements of a dense tensor as they lie in memory."""
+    if tensor.is_contiguous():
+        return tensor.detach().view(-1)
+    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    return tensor.detach().permute(order).view(-1)

@@ -133,9 +133,9 @@ class Blocks:
         self.riders = riders
         self.rider_index: list[Tensor] = []  # per wave the matrices, and where their riders lie in ``left``
         self.rider_at: list[Tensor] = []
-        self.z_spans: list[dict[int, Span]] = []  # per wave, by matrix
-        self.left_spans: list[dict[int, Span]] = []
-        self.rider_spans: list[dict[int, Span]] = []
+        self.z_spans: list[list[dict[int, Span]]] = []  # per wave and operand, by matrix
+        self.left_spans: list[list[dict[int, Span]]] = []
+        self.rider_spans: list[dict[int, Span]] = []  # per wave, by matrix
         sizes = [self._lay_out(wave, device) for wave in self.waves]
         self.z_sizes, self.left_sizes = [z for _, z, _ in sizes], [left for _, _, left in sizes]
         x, z, left = (max(lengths, default=0) for lengths in zip(*sizes, strict=True)) if sizes else (0, 0, 0)
@@ -187,21 +187,20 @@ class Blocks:
         for operand in self.operands:
             for k in wave:
                 operand.x_at[k], x = x, x + operand.widths[k] * self.matrices[k].cols
-        z_spans: dict[int, Span] = {}
-        left_spans: dict[int, Span] = {}
+        z_spans: list[dict[int, Span]] = [{} for _ in self.operands]
+        left_spans: list[dict[int, Span]] = [{} for _ in self.operands]
         rider_spans: dict[int, Span] = {}
         spreads = list(dict.fromkeys(self.matrices[k].groups for k in wave))
         for k in sorted(wave, key=lambda k: spreads.index(self.matrices[k].groups)):
-            matrix, z_start, left_start = self.matrices[k], z, left
+            matrix = self.matrices[k]
+            rider_spans[k] = Span(matrix.groups, left, left + self.riders)
             left += self.riders
-            rider_spans[k] = Span(matrix.groups, left_start, left)
-            cut_start = left
-            for operand in self.operands:
+            for number, operand in enumerate(self.operands):
                 b = operand.widths[k]
                 operand.z_at[k], z = z, z + b * matrix.cols + b * b
                 operand.left_at[k], left = left, left + b * len(self.cut[k])
-            z_spans[k] = Span(matrix.groups, z_start, z)
-            left_spans[k] = Span(matrix.groups, cut_start, left)
+                z_spans[number][k] = Span(matrix.groups, operand.z_at[k], z)
+                left_spans[number][k] = Span(matrix.groups, operand.left_at[k], left)
         self.z_spans.append(z_spans)
         self.left_spans.append(left_spans)
         self.rider_spans.append(rider_spans)

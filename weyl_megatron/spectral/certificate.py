@@ -46,7 +46,7 @@ class Certificate:
         self._kept = (1 - 2 * eps * ranks.sqrt()).clamp(min=0).to(device)
         self.lower = torch.zeros_like(self._kept)  #: never above σ₁(W)
         self.norm = torch.full_like(self._kept, torch.inf)  #: ‖U‖_F of the last step
-        self.age = torch.zeros_like(self._kept)  #: steps since the matrix was measured
+        self.age = torch.zeros(len(ranks), dtype=torch.int64, device=device)  #: steps since the matrix was measured
         self._squares = torch.full_like(self._kept, torch.nan)  # of this rank's pieces of W, as the last step left them
 
     def forget(self) -> None:

@@ -91,7 +91,7 @@ class PowerIteration:
         """
         products = TorchProducts(self.blocks, [partial(_whole_tile, buffers) for buffers in operands])
         iters = self._iters if self._warm else max(self._iters, COLD_ITERS)
-        everything = torch.ones(len(self.blocks.matrices), dtype=torch.uint8)
+        everything = torch.ones(len(self.sigma), len(self.blocks.matrices), dtype=torch.uint8, device=self.sigma.device)
         for wave in range(len(self.blocks.waves)):
             self.blocks.load(wave)
             self.measure(products, wave, [everything] * iters)
@@ -105,45 +105,55 @@ class PowerIteration:
     def measure(
         self, products: Products, wave: int, masks: Sequence[Tensor], begun: Sequence[Tensor | None] = ()
     ) -> None:
-        """Iterate on a wave of matrices, ``masks[i]`` of them in iteration i; its blocks are loaded.
+        """Iterate on a wave of matrices, those in ``masks[i]`` in iteration i; its blocks are loaded.
 
         Args:
             products: the kernel, with the operands that it multiplies.
             wave: the number of the wave.
-            masks: uint8, ``(matrices,)``, equal on all ranks.
+            masks: uint8, ``(operands, matrices)``, equal on all ranks.
             begun: per operand, the matrices whose first products were begun elsewhere; None: of none.
         """
         blocks = self.blocks
+        numbered = list(enumerate(blocks.operands))
         for number, mask in enumerate(masks):
-            rest = [mask if number or one is None else mask & ~one for one in (begun or [None] * len(self.sigma))]
+            rest = [*mask]
             if number:
                 blocks.clear(wave)
-            for operand, each in enumerate(blocks.operands):
+            else:
+                for operand, one in enumerate(begun):
+                    rest[operand] = mask[operand] if one is None else mask[operand] & ~one
+            for operand, each in numbered:
                 products.multiply(operand, each.cut[wave], rest[operand])
             sums = self._chosen(blocks.left_spans[wave], mask)
             if number == 0:
-                sums += self._chosen(blocks.rider_spans[wave], mask)
+                sums += self._chosen([blocks.rider_spans[wave]], mask.amax(0, keepdim=True))
             finish = start_all_reduce(blocks.left, sorted(sums, key=lambda span: span.start))
-            for operand, each in enumerate(blocks.operands):  # while the sums of the rows that are cut travel
+            for operand, each in numbered:  # while the sums of the rows that are cut travel
                 products.multiply(operand, each.whole[wave], rest[operand])
             finish()
             if number == 0 and blocks.riders:
                 self.ridden[blocks.rider_index[wave]] = blocks.left[blocks.rider_at[wave]].double()
-            for operand, each in enumerate(blocks.operands):
-                products.multiply_back(operand, each.cut[wave], mask)
-            all_reduce_spans(blocks.z, self._chosen(blocks.z_spans[wave], mask))
+            for operand, each in numbered:
+                products.multiply_back(operand, each.cut[wave], mask[operand])
+            sums = self._chosen(blocks.z_spans[wave], mask)
+            all_reduce_spans(blocks.z, sorted(sums, key=lambda span: span.start))
             more = masks[number + 1] if number + 1 < len(masks) else torch.zeros_like(mask)
-            for operand in range(len(blocks.operands)):
-                products.orthonormalize(operand, wave, mask, more, self.sigma[operand])
+            for operand, _ in numbered:
+                products.orthonormalize(operand, wave, mask[operand], more[operand], self.sigma[operand])
         blocks.store(wave)
 
-    def _chosen(self, spans: dict[int, Span], mask: Tensor) -> list[Span]:
-        if not any(span.groups for span in spans.values()):
+    def _chosen(self, spans: Sequence[dict[int, Span]], mask: Tensor) -> list[Span]:
+        """Return the spans of the matrices in ``mask``, per operand, that other ranks have pieces of."""
+        if not any(span.groups for each in spans for span in each.values()):
             return []
         if mask.device.type != "cpu":
-            return list(spans.values())  # to choose, the host would have to wait for the device
-        chosen = mask.tolist()
-        return [span for k, span in spans.items() if chosen[k] and span.groups]
+            return [span for each in spans for span in each.values()]  # to choose, the host would have to wait
+        return [
+            span
+            for each, chosen in zip(spans, mask.tolist(), strict=True)
+            for k, span in each.items()
+            if chosen[k] and span.groups
+        ]
 
 
 class TorchProducts:
