@@ -98,8 +98,8 @@ class Walk:
             mine = sorted((tile for tile in plan.tiles if tile.matrix in wave), key=lambda tile: tile.matrix)
             theirs = [tile for tile in plan.replicas if tile.matrix in wave]
             self._of_wave.append(_table([*mine, *theirs], operand, len(mine), self._device))
-        spread = [Span(matrix.groups, k, k + 1) for k, matrix in enumerate(plan.matrices) if matrix.groups]
-        self._norm_spans = [Span(groups, 2 * start, 2 * stop) for groups, start, stop in spread]
+        spread = [(k, matrix.groups) for k, matrix in enumerate(plan.matrices) if matrix.groups]
+        self._norm_spans = [(k, Span(groups, 2 * k, 2 * k + 2)) for k, groups in spread]
         self._is_spread = [bool(wave and plan.matrices[wave[0]].groups) for wave in waves]
 
     def begin(self, stepped: Sequence[Stepped | None], groups: Sequence[dict[str, Any]]) -> None:
@@ -116,14 +116,15 @@ class Walk:
         lr, sums, certificate = self._lr, self._sums, self.certificate
         limit = self._tau * torch.maximum(certificate.lower, self._floor)
         expected = certificate.forecast(lr, limit, lr * self._weight_decay) & self._can_undo
-        nothing = torch.zeros_like(expected, dtype=torch.uint8)
         self._waiting = (~expected).byte()
         if self._on_host and not expected.any():
-            self._kernel.moments(self._rest, nothing, nothing, sums)
+            self._kernel.step(self._rest, expected.byte(), sums)
             return expected
-        self._kernel.moments(self._everything, expected.byte(), nothing, sums)
+        self._kernel.step(self._everything, expected.byte(), sums)
         norms = torch.stack([sums[:, 0], certificate.are_others(sums[:, 1])], dim=1)
-        all_reduce_spans(norms.view(-1), self._norm_spans)
+        # Not all spans: another rank of a group may have nothing else that is expected, and would not be here.
+        chosen = expected.tolist() if self._on_host else [True] * len(expected)
+        all_reduce_spans(norms.view(-1), [span for k, span in self._norm_spans if chosen[k]])
         sums[:, 0] = norms[:, 0]
         settled = expected & certificate.settles(lr, limit, norms[:, 0].sqrt()) & (norms[:, 1] == 0)
         failed = expected & ~settled
@@ -159,7 +160,7 @@ class Walk:
         power, blocks, sums = self._power, self._power.blocks, self._sums
         mine = blocks.rider_index[wave]
         blocks.load(wave)
-        self._kernel.moments(self._of_wave[wave], torch.zeros_like(self._waiting), self._waiting, sums)
+        self._kernel.moments(self._of_wave[wave], self._waiting, sums)
         blocks.left[blocks.rider_at[wave]] = sums[mine, 0].to(blocks.left.dtype)
         power.measure(self._kernel, wave, self._masks(), begun=(None, self._waiting))
         if self._is_spread[wave]:

@@ -80,11 +80,13 @@ class CpuKernel:
         self._alive = weights, stepped  # the tensors at these addresses
         torch.autograd.graph.increment_version(changed)
 
-    def moments(self, table: Table, move: Tensor, multiply: Tensor, sums: Tensor) -> None:
+    def step(self, table: Table, mask: Tensor, sums: Tensor) -> None:
+        self._call("step", *_table(table), mask, self._count, self._buffers, self._hypers, sums)
+
+    def moments(self, table: Table, mask: Tensor, sums: Tensor) -> None:
         blocks = self._blocks
-        self._call("step", *_table(table), move, self._count, self._buffers, self._hypers, sums)
         self._call(
-            *("moments", *_table(table), multiply, self._count, self._buffers, self._hypers),
+            *("moments", *_table(table), mask, self._count, self._buffers, self._hypers),
             *(blocks.x, blocks.z, blocks.left, sums),
         )
 

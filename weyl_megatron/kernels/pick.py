@@ -36,12 +36,11 @@ class Kernel(Products, Protocol):
     def bind(self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None]) -> None:
         """Take the tensors of this step; None where there is no gradient, whose U is 0."""
 
-    def moments(self, table: Table, move: Tensor, multiply: Tensor, sums: Tensor) -> None:
-        """Update M and V of the matrices in either mask, and add to their sums.
+    def step(self, table: Table, mask: Tensor, sums: Tensor) -> None:
+        """Update M and V and move W at the scheduled rate, in one pass; also of what is no matrix."""
 
-        Those in ``move``, and what is no matrix, are moved at the scheduled rate; of those in ``multiply`` the first
-        products with U are added, too.
-        """
+    def moments(self, table: Table, mask: Tensor, sums: Tensor) -> None:
+        """Update M and V, add Σ u² to the sums and the first products with U to where the table says."""
 
     def undo(self, table: Table, mask: Tensor) -> None:
         """Take the move at the scheduled rate back."""
@@ -94,12 +93,22 @@ def why_not(name: str, device: str, dtypes: Collection[torch.dtype]) -> str | No
             from weyl_megatron.kernels.cpu import library
 
             library()
+        else:
+            import triton
+
+            if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+                return f"it takes tensors on a GPU, not on {device} (unless TRITON_INTERPRET=1)"
+            del triton
     except (ImportError, OSError) as error:
         return str(error)
     return None
 
 
 def _make(name: str, blocks: Blocks) -> Kernel:
+    if name == "triton":
+        from weyl_megatron.kernels.triton_step import TritonKernel
+
+        return TritonKernel(blocks)
     from weyl_megatron.kernels.cpu import CpuKernel
 
     return CpuKernel(blocks)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from weyl_megatron.kernels.stepped import Stepped, flat
 from weyl_megatron.kernels.torch_adamw import adamw_direction, adamw_moments, adamw_move, adamw_undo
-from weyl_megatron.spectral.blocks import Blocks, Table
+from weyl_megatron.spectral.blocks import COLUMNS, Blocks, Table
 from weyl_megatron.spectral.power import TorchProducts, multiply_band, rows_of
 from weyl_megatron.spectral.tiles import Tile
 
@@ -37,47 +37,48 @@ class PlainKernel:
         self.multiply, self.multiply_back = self._products.multiply, self._products.multiply_back
         self.orthonormalize = self._products.orthonormalize
 
-    def moments(self, table: Table, move: Tensor, multiply: Tensor, sums: Tensor) -> None:
-        moved, multiplied = move.tolist(), multiply.tolist()
-        measured = [width > 0 for width in table.columns[:, 9].tolist()]
-        for tile, is_measured in zip(table.tiles, measured, strict=True):
-            stepped = self._stepped[tile.buffer]
-            k = tile.matrix
-            if stepped is None or not (k < 0 or moved[k] or multiplied[k]):
-                continue
-            hyper = stepped.hyper
-            for row, weight, grad, exp_avg, exp_avg_sq in self._bands(tile, stepped):
+    def step(self, table: Table, mask: Tensor, sums: Tensor) -> None:
+        for tile, stepped, is_measured in self._chosen(table, mask, rest=True):
+            hyper, k = stepped.hyper, tile.matrix
+            for _, weight, grad, exp_avg, exp_avg_sq in self._bands(tile, stepped):
                 adamw_moments(grad, exp_avg, exp_avg_sq, hyper)
                 if is_measured:
-                    update = adamw_direction(exp_avg, exp_avg_sq, hyper)
-                    sums[k, 0] += _squares(update)
-                    if multiplied[k]:
-                        multiply_band(self._blocks.operands[1], tile, row, update)
-                if k < 0 or moved[k]:
-                    if is_measured:
-                        sums[k, 1] += _squares(weight)
-                    adamw_move(weight, exp_avg, exp_avg_sq, hyper, hyper.lr)
-                    if is_measured:
-                        sums[k, 2] += _squares(weight)
+                    sums[k, 0] += _squares(adamw_direction(exp_avg, exp_avg_sq, hyper))
+                    sums[k, 1] += _squares(weight)
+                adamw_move(weight, exp_avg, exp_avg_sq, hyper, hyper.lr)
+                if is_measured:
+                    sums[k, 2] += _squares(weight)
+
+    def moments(self, table: Table, mask: Tensor, sums: Tensor) -> None:
+        for tile, stepped, is_measured in self._chosen(table, mask):
+            for row, _, grad, exp_avg, exp_avg_sq in self._bands(tile, stepped):
+                adamw_moments(grad, exp_avg, exp_avg_sq, stepped.hyper)
+                if is_measured:
+                    update = adamw_direction(exp_avg, exp_avg_sq, stepped.hyper)
+                    sums[tile.matrix, 0] += _squares(update)
+                    multiply_band(self._blocks.operands[1], tile, row, update)
 
     def undo(self, table: Table, mask: Tensor) -> None:
-        undone = mask.tolist()
-        for tile in table.tiles:
-            stepped = self._stepped[tile.buffer]
-            if stepped is not None and tile.matrix >= 0 and undone[tile.matrix]:
-                for _, weight, _, exp_avg, exp_avg_sq in self._bands(tile, stepped):
-                    adamw_undo(weight, exp_avg, exp_avg_sq, stepped.hyper, stepped.hyper.lr)
+        for tile, stepped, _ in self._chosen(table, mask):
+            for _, weight, _, exp_avg, exp_avg_sq in self._bands(tile, stepped):
+                adamw_undo(weight, exp_avg, exp_avg_sq, stepped.hyper, stepped.hyper.lr)
 
     def move(self, table: Table, mask: Tensor, rates: Tensor, sums: Tensor) -> None:
-        moved, rate_of = mask.tolist(), rates.tolist()
-        measured = [width > 0 for width in table.columns[:, 9].tolist()]
+        rate_of = rates.tolist()
+        for tile, stepped, is_measured in self._chosen(table, mask):
+            for _, weight, _, exp_avg, exp_avg_sq in self._bands(tile, stepped):
+                adamw_move(weight, exp_avg, exp_avg_sq, stepped.hyper, rate_of[tile.matrix])
+                if is_measured:
+                    sums[tile.matrix, 2] += _squares(weight)
+
+    def _chosen(self, table: Table, mask: Tensor, *, rest: bool = False) -> Iterator[tuple[Tile, Stepped, bool]]:
+        """Yield the tiles of a mask that have gradients, and whether they are measured here."""
+        chosen = mask.tolist()
+        measured = (table.columns[:, COLUMNS.index("width")] > 0).tolist()
         for tile, is_measured in zip(table.tiles, measured, strict=True):
-            stepped, k = self._stepped[tile.buffer], tile.matrix
-            if stepped is not None and k >= 0 and moved[k]:
-                for _, weight, _, exp_avg, exp_avg_sq in self._bands(tile, stepped):
-                    adamw_move(weight, exp_avg, exp_avg_sq, stepped.hyper, rate_of[k])
-                    if is_measured:
-                        sums[k, 2] += _squares(weight)
+            stepped = self._stepped[tile.buffer]
+            if stepped is not None and (rest if tile.matrix < 0 else chosen[tile.matrix]):
+                yield tile, stepped, is_measured
 
     def _weights_of(self, tile: Tile) -> Iterator[tuple[int, Tensor]]:
         for row, rows in _rows(tile):

@@ -38,7 +38,8 @@ def largest_ratio(gram_y: Tensor, gram_z: Tensor, eps: float) -> Tensor:
         return torch.zeros((), dtype=gram_y.dtype)
     basis = basis / (basis * (gram_y @ basis)).sum(0).sqrt()
     values = torch.linalg.eigvalsh(basis.T @ gram_z @ basis)
-    return values[-1].clamp(min=0).sqrt()
+    largest: Tensor = values[-1].clamp(min=0).sqrt()
+    return largest
 
 
 def next_block(z: Tensor, old: Tensor, sigma: float, *, more: bool) -> Tensor:
@@ -50,7 +51,8 @@ def next_block(z: Tensor, old: Tensor, sigma: float, *, more: bool) -> Tensor:
     if not 0 < sigma < float("inf"):
         length = old[0].double().norm()
         retry = 1.0 if not more or not 0.5 < length < 2 else (_LONG if sigma == 0 else 1 / _LONG)
-        return (old.double() / length * retry).to(old.dtype)
+        again: Tensor = old.double() / length * retry
+        return again.to(old.dtype)
     scale = 1.0 if _SAFE[0] < sigma < _SAFE[1] else 1 / sigma
     q, r = torch.linalg.qr(z.double().T)
     if bool((r.diagonal().abs() > _NEW * z.double().norm(dim=1)).all()):
