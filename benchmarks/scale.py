@@ -1,26 +1,27 @@
-"""What one optimizer step sends, and what the power vectors take, on up to thousands of ranks.
+"""What an optimizer step sends, and what the power vectors take, on up to thousands of ranks.
 
-    python benchmarks/scale.py                                                          about 1 minute on one core
-    python benchmarks/scale.py --model gpt-1.3b --tp 8 --pp 2 --dp 64 --zero 1 [--json FILE]       a few seconds
+    python benchmarks/scale.py [--json FILE]                                   about 25 seconds on one core, 1 GB
+    python benchmarks/scale.py --model gpt-1.3b --tp 8 --pp 2 --dp 64 --zero 1             a few seconds
 
-Nothing here is a formula. One rank of the job is made on torch's fake process group, its buffers are read by the
-layouts' own code, AdamW2 steps twice, and the collectives of the second step are counted on their way to torch. Three
-things are stood in for, because the other ranks and the weights do not exist:
+Nothing here is a formula. One rank of the job is made on torch's fake process group, the layouts' own code reads its
+buffers, AdamW2 steps twice, and what the second step hands to all-reduce is counted on the way. The other ranks and the
+weights do not exist, so three things are stood in for:
 
-* the arithmetic: a kernel that computes nothing, and says of every ‖U‖ that it is 0 (then the certificate settles all
-  matrices) or huge (then all are measured). Collectives depend on nothing else that a kernel does;
-* the rows that are cut between ranks, which ranks tell each other: the union of the tiles of all ranks;
-* the check that partitions hold the model's weights.
+* the arithmetic: a kernel that computes nothing, and says of every ‖U‖ that it is 0 (the certificate settles all
+  matrices) or huge (all are measured). Collectives depend on nothing else that a kernel does;
+* which rows are cut between ranks, which ranks tell each other: the union of the tiles of all ranks;
+* the check that a partition holds the model's weights.
 
-States: "certified" and "measured" are all matrices in that state, on CPUs. On a GPU the host does not see which are
-settled, so one and the same traffic serves both: "either (GPU)", run on meta tensors, which nobody can look into.
+"certified" and "measured" are all matrices in that state, on CPUs. On other devices the host does not see which are
+settled, so both states send the same, "either (GPU)": a step on meta tensors, which nobody can look into.
 
-Bytes are what a rank hands to all-reduce; a ring then sends, and receives, nearly twice as much. Vectors are the kept
-blocks and x, z and left. Both are those of any rank of a pipeline stage, of the stage that has most.
+Bytes are what one rank hands over; a ring sends, and receives, nearly twice as much. Vectors are the kept blocks and x,
+z and left. Every rank of a pipeline stage has the same of both; shown is the stage that has most.
 
-Muon's gather, beside it: hidden 2-D matrices (no embeddings, no head) of which a rank holds a piece, but not all, are
-gathered whole by it, 4·m·n bytes each, its own piece and a fused weight's parts included; of the rank that gathers most.
-So DeepSpeed's Muon does it with its momentum. What it sends after that (DeepSpeed's ZeRO-3: updates) is not counted.
+Muon's gather, beside it: hidden 2-D matrices (no embeddings, no head) that no rank holds whole, 4·m·n bytes each, own
+piece included, a fused weight as one. "holders": every rank gathers those that it has a piece of, as DeepSpeed's Muon
+does with its momentum (BF16_Optimizer, ZeRO-3); of the rank that gathers most. "owners": each is gathered by one rank
+alone, and they are shared out as evenly as can be. Sending updates back, which owners have to, is not counted.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from weyl_megatron import AdamW2, walk
 from weyl_megatron.layouts import zero
 from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
-from weyl_megatron.layouts.grid import Grid, Sharding, interleaved
+from weyl_megatron.layouts.grid import Sharding, interleaved
 from weyl_megatron.settings import check_settings
 from weyl_megatron.spectral import blocks
 from weyl_megatron.spectral.tiles import tiles_of_range
@@ -52,15 +53,18 @@ from weyl_megatron.thresholds import Thresholds
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-_OPTIONS: dict[str, Any] = {"tau": 0.01, "power_iters": 2, "floor_std": 1e-3, "clip_vectors": False}
+OPTIONS: dict[str, Any] = {"tau": 0.01, "power_iters": 2, "floor_std": 1e-3, "clip_vectors": False}
+
+#: Per parameter (rank, start, stop) of what data-parallel ranks hold of it.
+Pieces = list[list[tuple[int, int, int]]]
 
 
 class Weight(NamedTuple):
-    """A parameter of the whole model, and the dimension that tensor parallelism cuts."""
+    """A parameter of the whole model."""
 
     name: str
     shape: tuple[int, ...]
-    dim: int | None = None
+    dim: int | None = None  # that tensor parallelism cuts
     head: int = 0  # of a QKV: rows of a head's q, k and v, which follow each other (Megatron's order)
     is_hidden: bool = False
     is_tied: bool = False  # the last pipeline stage has a copy
@@ -75,43 +79,20 @@ class Model(NamedTuple):
     def stage(self, number: int, stages: int) -> list[Weight]:
         """Return the parameters of a pipeline stage, in order."""
         each, is_last = self.layers // stages, number == stages - 1
-        numbers = range(number * each, (number + 1) * each)
-        middle = [weight._replace(name=f"layers.{n}.{weight.name}") for n in numbers for weight in self.layer]
+        layers = range(number * each, (number + 1) * each)
+        middle = [weight._replace(name=f"layers.{layer}.{weight.name}") for layer in layers for weight in self.layer]
         copies = [weight for weight in self.first if weight.is_tied and is_last and number > 0]
         return [*(self.first if number == 0 else ()), *middle, *(self.last if is_last else ()), *copies]
 
 
-class Spread(NamedTuple):
-    tp: int = 1
-    pp: int = 1
-    dp: int = 1
-    zero: str = "1"  # 1 (or 2), 3, ddp
-
-    @property
-    def ranks(self) -> int:
-        return self.tp * self.pp * self.dp
-
-
-class Groups(NamedTuple):
-    tensor: ProcessGroup | None
-    data: ProcessGroup | None
-    embedding: ProcessGroup | None = None  # the stages that keep a copy of a tied embedding
-
-
-class Counted(NamedTuple):
-    collectives: int
-    bytes: int
-    vectors: int  # bytes
-
-
 def _layer(width: int, heads: int, mlp: int) -> tuple[Weight, ...]:
     return (
-        *(Weight(f"input_layernorm.{leaf}", (width,)) for leaf in ("weight", "bias")),
+        *_vectors("input_layernorm", width),
         Weight("self_attention.linear_proj.weight", (width, width), 1, is_hidden=True),
         Weight("self_attention.linear_proj.bias", (width,)),
         Weight("self_attention.linear_qkv.weight", (3 * width, width), 0, width // heads, is_hidden=True),
         Weight("self_attention.linear_qkv.bias", (3 * width,), 0),
-        *(Weight(f"pre_mlp_layernorm.{leaf}", (width,)) for leaf in ("weight", "bias")),
+        *_vectors("pre_mlp_layernorm", width),
         Weight("mlp.linear_fc1.weight", (mlp, width), 0, is_hidden=True),
         Weight("mlp.linear_fc1.bias", (mlp,), 0),
         Weight("mlp.linear_fc2.weight", (width, mlp), 1, is_hidden=True),
@@ -119,25 +100,23 @@ def _layer(width: int, heads: int, mlp: int) -> tuple[Weight, ...]:
     )
 
 
-def _norm(width: int) -> tuple[Weight, ...]:
-    return tuple(Weight(f"final_layernorm.{leaf}", (width,)) for leaf in ("weight", "bias"))
+def _vectors(norm: str, width: int) -> tuple[Weight, ...]:
+    return tuple(Weight(f"{norm}.{leaf}", (width,)) for leaf in ("weight", "bias"))
 
 
 def gpt(layers: int, width: int, heads: int, *, tokens: int = 50304, context: int = 1024) -> Model:
     """GPT-2, whose head is the embedding."""
     words = Weight("embedding.word_embeddings.weight", (tokens, width), 0, is_tied=True)
     positions = Weight("embedding.position_embeddings.weight", (context, width))
-    return Model((words, positions), _layer(width, heads, 4 * width), layers, _norm(width))
+    return Model((words, positions), _layer(width, heads, 4 * width), layers, _vectors("final_layernorm", width))
 
 
-def vit(layers: int, width: int, heads: int, mlp: int, *, patches: int = 256, classes: int = 1000) -> Model:
-    """A ViT of 14 × 14 patches, whose patches and head tensor parallelism leaves whole."""
-    first = (
-        *(Weight("class_token", (1, 1, width)), Weight("position_embeddings", (1, patches + 1, width))),
-        *(Weight("patches.weight", (width, 3, 14, 14)), Weight("patches.bias", (width,))),
-    )
-    head = Weight("head.weight", (classes, width)), Weight("head.bias", (classes,))
-    return Model(first, _layer(width, heads, mlp), layers, (*_norm(width), *head))
+def vit(layers: int, width: int, heads: int, mlp: int) -> Model:
+    """A ViT of 16 × 16 patches of 14 × 14 pixels; patches and head are whole under tensor parallelism."""
+    tokens = Weight("class_token", (1, 1, width)), Weight("position_embeddings", (1, 257, width))
+    patches = Weight("patches.weight", (width, 3, 14, 14)), Weight("patches.bias", (width,))
+    head = Weight("head.weight", (1000, width)), Weight("head.bias", (1000,))
+    return Model((*tokens, *patches), _layer(width, heads, mlp), layers, (*_vectors("final_layernorm", width), *head))
 
 
 MODELS = {
@@ -147,31 +126,43 @@ MODELS = {
     "vit-g-1011m": vit(40, 1408, 16, 6144),
 }
 
+
+class Spread(NamedTuple):
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    zero: str = "1"  # 1 (and 2), 3, or ddp: replicated
+
+
 DEFAULTS = [
     *[("gpt2-124m", Spread(dp=dp)) for dp in (2, 8, 64)],
-    *[("gpt-774m", Spread(dp=64)), ("gpt-774m", Spread(dp=64, zero="3"))],
+    *[("gpt-774m", Spread(dp=64, zero=zero)) for zero in "13"],
+    *[("gpt-1.3b", Spread(dp=dp, zero=zero)) for zero in "13" for dp in (256, 4096)],
     *[("gpt-1.3b", Spread(tp=2, dp=8, zero="ddp")), ("gpt-1.3b", Spread(tp=2, dp=64))],
-    *[("gpt-1.3b", Spread(tp=8, pp=2, dp=64)), ("gpt-1.3b", Spread(tp=8, pp=2, dp=256))],
-    *[("gpt-1.3b", Spread(dp=dp, zero=stage)) for stage in "13" for dp in (256, 4096)],
-    *[("vit-g-1011m", Spread(dp=256)), ("vit-g-1011m", Spread(tp=4, dp=256))],
+    *[("gpt-1.3b", Spread(tp=8, pp=2, dp=dp)) for dp in (64, 256)],
+    *[("vit-g-1011m", Spread(tp=tp, dp=256)) for tp in (1, 4)],
 ]
 
 
-def parameter_of(weight: Weight, tp: int, rank: int, groups: Groups) -> Parameter:
+class Groups(NamedTuple):
+    tensor: ProcessGroup | None
+    data: ProcessGroup | None
+    embedding: ProcessGroup | None = None  # the stages that have a copy of the tied embedding
+
+
+def parameter_of(weight: Weight, spread: Spread, rank: int, groups: Groups) -> Parameter:
     """Return a parameter as tensor-parallel rank ``rank`` has it."""
-    shape, dim = list(weight.shape), weight.dim
-    sharding = None
-    if tp > 1:
-        sizes = () if dim is None else (shape[dim] // tp,) * tp
-        assert groups.tensor is not None and (dim is None or sum(sizes) == shape[dim])
-        sharding = Sharding(groups.tensor, dim, sizes, rank)
-        if dim is not None:
-            shape[dim] //= tp
-    tied, fused = None, None
+    shape, sharding, tied, fused, start = list(weight.shape), None, None, None, 0
+    if spread.tp > 1:
+        assert groups.tensor is not None
+        sharding = Sharding(groups.tensor, None, (), rank)
+        if weight.dim is not None:
+            shape[weight.dim] //= spread.tp
+            start = rank * shape[weight.dim]
+            sharding = Sharding(groups.tensor, weight.dim, (shape[weight.dim],) * spread.tp, rank)
     if weight.is_tied and groups.embedding is not None:
         tied = Sharding(groups.embedding, None, (), dist.get_rank(groups.embedding))
     if weight.head:
-        start = rank * shape[0] if tp > 1 else 0
         fused = interleaved([weight.head] * 3, "qkv", weight.shape[0], start, start + shape[0])
     return Parameter(weight.name, tuple(shape), sharding, tied, fused)
 
@@ -182,76 +173,70 @@ def buffers_of(
     """Return what a rank steps, as the layouts' own code reads it; ``tensor_of`` makes a tensor of that length."""
     lengths = [prod(parameter.shape) for parameter in parameters]
     if stage == "ddp":
-        found = zip(parameters, lengths, strict=True)
-        return [Buffer(tensor_of(length), (Shard(parameter, 0, length, 0),)) for parameter, length in found]
-    dp = dist.get_world_size(group)
+        return [Buffer(tensor_of(n), (Shard(p, 0, n, 0),)) for p, n in zip(parameters, lengths, strict=True)]
+    pieces = [-(-length // dist.get_world_size(group)) for length in lengths]
+    flat = torch.empty(sum(lengths), device="meta")
+    params = list(flat.split(lengths))
+    if stage == "3":
+        params = [
+            SimpleNamespace(ds_numel=n, partition_numel=lambda k=k: k, ds_process_group=group, ds_tensor=flat[:k])
+            for n, k in zip(lengths, pieces, strict=True)
+        ]
+    described = dict(zip(map(id, params), parameters, strict=True))
     with patch.object(zero, "_check_content", lambda *_: None):
-        if stage == "1":
-            views = torch.empty(sum(lengths), device="meta").split(lengths)
-            described = dict(zip(map(id, views), parameters, strict=True))
-            partition = tensor_of(-(-sum(lengths) // dp))
-            return list(zero.flat_partition_buffers([list(views)], [partition], [group], lambda p: described[id(p)]))
-        pieces = [-(-length // dp) for length in lengths]
-        stand_ins = [_zero3_parameter(*each, group) for each in zip(lengths, pieces, strict=True)]
-        described = dict(zip(map(id, stand_ins), parameters, strict=True))
-        partition = tensor_of(sum(pieces))
-        return list(zero.zero3_buffers([stand_ins], [partition], lambda p: described[id(p)]))
+        if stage == "3":
+            return list(zero.zero3_buffers([params], [tensor_of(sum(pieces))], lambda p: described[id(p)]))
+        partition = tensor_of(-(-sum(lengths) // dist.get_world_size(group)))
+        return list(zero.flat_partition_buffers([params], [partition], [group], lambda p: described[id(p)]))
 
 
-def _zero3_parameter(length: int, piece: int, group: ProcessGroup | None) -> Any:
-    content = torch.empty(piece, device="meta")
-    return SimpleNamespace(
-        partition_numel=lambda: piece, ds_numel=length, ds_process_group=group, ds_tensor=content
-    )
-
-
-def pieces_of(lengths: Sequence[int], stage: str, dp: int) -> list[list[tuple[int, int, int]]]:
-    """Return, per parameter, (rank, start, stop) of the pieces that all data-parallel ranks hold."""
+def pieces_of(weights: Sequence[Weight], spread: Spread) -> Pieces:
+    """Return what all data-parallel ranks hold of every parameter; the tests compare it with what the layouts read."""
+    lengths = [prod(w.shape) // (1 if w.dim is None else spread.tp) for w in weights]
     found, at = [], 0
     for length in lengths:
-        if stage == "ddp":
-            found.append([(rank, 0, length) for rank in range(dp)])
+        if spread.zero == "ddp":
+            found.append([(rank, 0, length) for rank in range(spread.dp)])
             continue
-        size, begin = (-(-sum(lengths) // dp), at) if stage == "1" else (-(-length // dp), 0)
+        begin, total = (at, sum(lengths)) if spread.zero == "1" else (0, length)
+        size = -(-total // spread.dp)
         ranks = range(begin // size, (begin + length - 1) // size + 1)
         found.append([(r, max(r * size - begin, 0), min((r + 1) * size - begin, length)) for r in ranks])
         at += length
     return found
 
 
-def cut_rows(
-    weights: Sequence[Weight], spread: Spread, groups: Groups, grid_of: Callable[[Parameter], Grid | None]
-) -> list[Tensor]:
-    """Return, per matrix, the rows of which no rank of the stage holds all columns: a union over all ranks' tiles."""
-    ranks = [[parameter_of(weight, spread.tp, rank, groups) for weight in weights] for rank in range(spread.tp)]
-    pieces = pieces_of([prod(parameter.shape) for parameter in ranks[0]], spread.zero, spread.dp)
+def cut_rows(weights: Sequence[Weight], spread: Spread, pieces: Pieces, groups: Groups) -> dict[str, list[Tensor]]:
+    """Return, per weight and matrix, the rows of which no rank has all columns: a union over the tiles of all ranks."""
+    grid_of = Thresholds(check_settings(**OPTIONS, io=None, overrides=(), others={}), Layout([]), auto=False).grid
     seen: dict[Any, list[Tensor]] = {}  # layers that are cut alike
-    found: list[Tensor] = []
-    for number, weight in enumerate(weights):
-        ranges = dict.fromkeys((start, stop) for _, start, stop in pieces[number])
-        key = weight._replace(name=""), tuple(ranges)
+    found: dict[str, list[Tensor]] = {}
+    for weight, held in zip(weights, pieces, strict=True):
+        ranges = tuple(dict.fromkeys((start, stop) for _, start, stop in held))
+        key = weight._replace(name=""), ranges
         if key not in seen:
-            grids = [grid for grid in (grid_of(parameters[number]) for parameters in ranks) if grid is not None]
-            masks = [torch.zeros(matrix.rows, dtype=torch.bool) for matrix in grids[0].matrices] if grids else []
-            for grid in grids:
+            grids = [grid_of(parameter_of(weight, spread, rank, groups)) for rank in range(spread.tp)]
+            masks = [torch.zeros(matrix.rows, dtype=torch.bool) for matrix in (grids[0].matrices if grids[0] else ())]
+            for grid in filter(None, grids):
                 for start, stop in ranges:
                     for tile in tiles_of_range(grid.blocks, grid.width, start, stop, 0):
                         if tile.cols < grid.matrices[tile.matrix].cols:
                             masks[tile.matrix][tile.row : tile.row + tile.rows] = True
             seen[key] = [mask.nonzero().flatten() for mask in masks]
-        found += seen[key]
+        found[weight.name] = seen[key]
     return found
 
 
-def muon_gather(weights: Sequence[Weight], spread: Spread) -> int:
-    """Return the bytes of the hidden matrices of which a rank holds a piece, of the rank where they are most."""
-    cut_by_tp = [spread.tp > 1 and weight.dim is not None for weight in weights]
-    lengths = [prod(w.shape) // (spread.tp if cut else 1) for w, cut in zip(weights, cut_by_tp, strict=True)]
-    gathered = [0] * spread.dp
-    for weight, cut, pieces in zip(weights, cut_by_tp, pieces_of(lengths, spread.zero, spread.dp), strict=True):
-        for rank, _, _ in pieces if weight.is_hidden and (cut or len({piece[1:] for piece in pieces}) > 1) else ():
-            gathered[rank] += 4 * prod(weight.shape)
-    return max(gathered)
+def muon_gather(weights: Sequence[Weight], spread: Spread, pieces: Pieces) -> tuple[int, int]:
+    """Return the bytes of hidden matrices that one rank gathers, by holders and by owners; see above."""
+    holders, sizes = [0] * spread.dp, [0, 0]
+    for weight, held in zip(weights, pieces, strict=True):
+        is_band = spread.tp > 1 and weight.dim is not None
+        if weight.is_hidden and (is_band or len({piece[1:] for piece in held}) > 1):
+            sizes.append(4 * prod(weight.shape))
+            for rank, _, _ in held:
+                holders[rank] += sizes[-1]
+    return max(holders), max(*sizes, sum(sizes) // (spread.tp * spread.dp))
 
 
 class NoArithmetic:
@@ -262,20 +247,27 @@ class NoArithmetic:
     def __init__(self, square: float) -> None:
         self._square = square
 
-    def moments(self, _table: object, _move: Tensor, _multiply: Tensor, sums: Tensor) -> None:
-        sums[:, 0] = self._square
+    def _say(self, *arguments: Any) -> None:
+        arguments[-1][:, 0] = self._square
 
-    def _nothing(self, *_: object) -> None: ...
+    def _nothing(self, *_: Any) -> None: ...
 
+    step = moments = _say
     bind = undo = move = multiply = multiply_back = orthonormalize = _nothing
 
 
+class Counted(NamedTuple):
+    collectives: int
+    bytes: int
+    vectors: int  # bytes
+
+
 def count_step(buffers: list[Buffer], cut: list[Tensor], square: float) -> Counted:
-    """Step twice, and count what the second step hands to ``all_reduce``."""
-    tensors = [buffer.tensor for buffer in buffers]
-    optimizer = AdamW2(tensors, **_OPTIONS)
+    """Step twice; count what the second step hands to ``all_reduce``."""
+    optimizer = AdamW2([buffer.tensor for buffer in buffers], **OPTIONS)
     optimizer._engine_layout = lambda: Layout(buffers)
-    for tensor in tensors:
+    for buffer in buffers:
+        tensor = buffer.tensor
         tensor.grad = tensor.detach()
         optimizer.state[tensor] = {"step": torch.tensor(0.0), "exp_avg": tensor, "exp_avg_sq": tensor}
     sent: list[int] = []
@@ -288,26 +280,23 @@ def count_step(buffers: list[Buffer], cut: list[Tensor], square: float) -> Count
         sent.clear()
         optimizer.step()
     (stepped,) = optimizer._walks.values()
-    return Counted(len(sent), sum(sent), vector_bytes(stepped._power.blocks))
-
-
-def vector_bytes(of: blocks.Blocks) -> int:
-    kept = [one for operand in of.operands for one in operand.kept]
-    return sum(vectors.nbytes for vectors in (of.x, of.z, of.left, *kept))
+    of = stepped._power.blocks
+    vectors = [of.x, of.z, of.left, *(kept for operand in of.operands for kept in operand.kept)]
+    return Counted(len(sent), sum(sent), sum(each.nbytes for each in vectors))
 
 
 @contextmanager
 def fake_rank(spread: Spread, stage: int) -> Iterator[Groups]:
     """Be the last tensor-parallel rank of the middle data-parallel one in a pipeline stage, in Megatron's order."""
     tp, pp, dp, _ = spread
-    first = stage * tp * dp + dp // 2 * tp
-    rank = first + tp - 1
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=spread.ranks)
+    begin, end = stage * tp * dp, (stage + 1) * tp * dp
+    rank = begin + dp // 2 * tp + tp - 1
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=tp * pp * dp)
     try:
-        tensor = dist.new_group(list(range(first, first + tp)))
-        data = dist.new_group(list(range(stage * tp * dp + tp - 1, (stage + 1) * tp * dp, tp)))
-        ends = [rank + (end - stage) * tp * dp for end in (0, pp - 1)]
-        yield Groups(tensor, data, dist.new_group(ends) if pp > 1 and rank in ends else None)
+        tensor = dist.new_group(list(range(rank - tp + 1, rank + 1)))
+        data = dist.new_group(list(range(begin + tp - 1, end, tp)))
+        copies = [rank - begin, rank - begin + (pp - 1) * tp * dp]
+        yield Groups(tensor, data, dist.new_group(copies) if pp > 1 and rank in copies else None)
     finally:
         dist.destroy_process_group()
 
@@ -324,26 +313,78 @@ STATES = {"certified": (on_cpu, 0.0), "measured": (on_cpu, 1e30), "either (GPU)"
 
 
 def rows_of(name: str, model: Model, spread: Spread) -> list[dict[str, Any]]:
-    """Return the rows of the table for one model on so many ranks, one per state."""
-    settings = check_settings(**_OPTIONS, io=None, overrides=(), others={})
+    """Return the rows of the table for one model on so many ranks, one per state.
+
+    Raises:
+        ValueError: the model cannot be spread so.
+    """
+    bands = [w.shape[w.dim] // (3 * w.head or 1) for w in (*model.first, *model.layer) if w.dim is not None]
+    if min(spread[:3]) < 1 or model.layers % spread.pp or any(extent % spread.tp for extent in bands):
+        raise ValueError(
+            f"{name} takes --tp that divides heads and tokens, --pp that divides its {model.layers} layers"
+        )
     most = dict.fromkeys(STATES, Counted(0, 0, 0))
-    gathered = 0
+    gathered: tuple[int, int] = (0, 0)
+    tied: dict[str, list[Tensor]] = {}
     for stage in sorted({0, min(1, spread.pp - 1), spread.pp - 1}):  # those between are alike
         weights = model.stage(stage, spread.pp)
-        gathered = max(gathered, muon_gather(weights, spread))
+        pieces = pieces_of(weights, spread)
+        gathered = max(gathered, muon_gather(weights, spread, pieces))
         with fake_rank(spread, stage) as groups:
-            parameters = [parameter_of(weight, spread.tp, spread.tp - 1, groups) for weight in weights]
-            cut = None
+            cut = {**cut_rows(weights, spread, pieces, groups), **tied}
+            tied = tied or {weight.name: cut[weight.name] for weight in weights if weight.is_tied}  # measured there
+            parameters = [parameter_of(weight, spread, spread.tp - 1, groups) for weight in weights]
             for state, (tensor_of, square) in STATES.items():
                 buffers = buffers_of(parameters, spread.zero, groups.data, tensor_of)
-                if cut is None:
-                    grid_of = Thresholds(settings, Layout(buffers), auto=False).grid
-                    cut = cut_rows(weights, spread, groups, grid_of)
-                counted = count_step(buffers, cut, square)
+                counted = count_step(buffers, [rows for weight in weights for rows in cut[weight.name]], square)
                 most[state] = Counted(*map(max, most[state], counted))
-    place = {"model": name, **spread._asdict(), "ranks": spread.ranks}
-    return [{**place, "state": state, **one._asdict(), "muon_gather": gathered} for state, one in most.items()]
+    place = {"model": name, **spread._asdict(), "ranks": prod(spread[:3])}
+    muon = {"muon_holders": gathered[0], "muon_owners": gathered[1]}
+    return [{**place, "state": state, **one._asdict(), **muon} for state, one in most.items()]
 
 
-def size(count: int) -> str:
-    return f"{count / 1e6:,.2f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB" if count else "0"
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows as aligned lines."""
+    cells = [["model", "tp × pp × dp", "ZeRO", "ranks", "state", "collectives", "bytes", "vectors"]]
+    cells[0] += ["Muon: holders", "owners"]
+    for row in rows:
+        place = f"{row['tp']} × {row['pp']} × {row['dp']}"
+        sizes = [_size(row[key]) for key in ("bytes", "vectors", "muon_holders", "muon_owners")]
+        cells.append([row["model"], place, *(str(row[k]) for k in ("zero", "ranks", "state", "collectives")), *sizes])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    sides = "<><><>>>>>"
+    lines = ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(line, sides, widths, strict=True)) for line in cells]
+    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.2f} MB" if count >= 1e5 else f"{count / 1e3:,.2f} kB" if count else "0"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, help="one model, on --tp, --pp, --dp; none: a table of several")
+    for flag in ("--tp", "--pp", "--dp"):
+        parser.add_argument(flag, type=int, default=1)
+    parser.add_argument("--zero", choices=("1", "3", "ddp"), default="1")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    args = parser.parse_args()
+    spread = Spread(args.tp, args.pp, args.dp, args.zero)
+    if args.model is None and spread != Spread():
+        parser.error("--tp, --pp, --dp and --zero take a --model beside them")
+    try:
+        asked = DEFAULTS if args.model is None else [(args.model, spread)]
+        rows = [row for name, one in asked for row in rows_of(name, MODELS[name], one)]
+    except ValueError as error:
+        parser.error(str(error))
+    print(
+        "Per rank and step: collectives, the bytes that they are handed, and the memory of the power vectors; then what"
+    )
+    print("Muon would gather of the hidden matrices that are cut, at 4 bytes an element (--help tells how).\n")
+    print(table(rows))
+    if args.json is not None:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

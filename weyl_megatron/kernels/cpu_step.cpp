@@ -4,8 +4,8 @@
 // tile. Threads take equal shares of its elements, always the same ones, and what two of them add to one matrix is
 // added up in the order of the threads: a step's result depends on nothing but its input and the number of threads.
 //
-// Compiled without contraction of a*b+c: moments and moves are then torch's own arithmetic to the bit, wherever a row
-// begins and ends. Where a fused multiply-add is meant, it is written.
+// Compiled without contraction of a*b+c: moments and moves are torch's own operations, one by one, wherever a row begins
+// and ends. Where a fused multiply-add is meant, it is written.
 
 #include <algorithm>
 #include <cmath>
@@ -560,6 +560,10 @@ double dot(const float *a, const float *b, int64_t n) {
 // Zᵀ Z of b vectors of length n, symmetric.
 void gram_of(int b, const float *z, int64_t n, double *gram) {
     constexpr int64_t PART = 512;  // columns that are summed in float32
+    float largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (int64_t i = 0; i < b * n; i++) largest = std::max(largest, std::fabs(z[i]));
+    const float scale = largest > 0 ? 1 / largest : 0;  // squares of float32 numbers need not be float32 numbers
     std::fill(gram, gram + b * b, 0.0);
     for (int64_t c = 0; c < n; c += PART) {
         const int64_t count = std::min(PART, n - c);
@@ -568,17 +572,17 @@ void gram_of(int b, const float *z, int64_t n, double *gram) {
                 const float *p = z + i * n + c, *q = z + j * n + c;
                 float part = 0;
 #pragma omp simd reduction(+ : part)
-                for (int64_t k = 0; k < count; k++) part += p[k] * q[k];
+                for (int64_t k = 0; k < count; k++) part += (p[k] * scale) * (q[k] * scale);
                 gram[i * b + j] += part;
             }
     }
     for (int i = 0; i < b; i++)
-        for (int j = i + 1; j < b; j++) gram[i * b + j] = gram[j * b + i];
+        for (int j = 0; j <= i; j++) gram[j * b + i] = gram[i * b + j] *= double(largest) * largest;
 }
 
-// X = scale · L⁻¹ Z where Zᵀ Z = L Lᵀ; false where the vectors are too close to parallel for that.
-bool by_cholesky(int b, int64_t n, const float *z, float *x, const double *gram, double scale) {
-    constexpr double FAR_FROM_PARALLEL = 1e-4;
+// X = L⁻¹ Z where Zᵀ Z = L Lᵀ; false where the vectors are too close to parallel for that.
+bool by_cholesky(int b, int64_t n, const float *z, float *x, const double *gram) {
+    constexpr double FAR_FROM_PARALLEL = 1e-2;
     double lower[MOST][MOST] = {}, inverse[MOST][MOST] = {};
     for (int i = 0; i < b; i++) {
         for (int j = 0; j <= i; j++) {
@@ -600,7 +604,7 @@ bool by_cholesky(int b, int64_t n, const float *z, float *x, const double *gram,
     }
     for (int i = 0; i < b; i++) {
         float factors[MOST];
-        for (int j = 0; j <= i; j++) factors[j] = float(inverse[i][j] * scale);
+        for (int j = 0; j <= i; j++) factors[j] = float(inverse[i][j]);
         float *to = x + i * n;
 #pragma omp simd
         for (int64_t c = 0; c < n; c++) {
@@ -650,7 +654,7 @@ void next_block(int b, int64_t n, float *z, float *x, const double *gram, double
         return;
     }
     const double scale = sigma > 1e-9 && sigma < 1e9 ? 1 : 1 / sigma;
-    if (!by_cholesky(b, n, z, x, gram, scale)) by_projection(b, n, z, x, scale);
+    if (scale != 1 || !by_cholesky(b, n, z, x, gram)) by_projection(b, n, z, x, scale);
 }
 
 // The next blocks and σ₁ of the chosen matrices. Each is one thread's.
