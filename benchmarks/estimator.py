@@ -34,7 +34,7 @@ class Watched:
         for block, iters in ESTIMATORS:
             if (block, iters) not in self.estimators:
                 specs = [MatrixSpec(self.name, rows, cols)]
-                self.estimators[block, iters] = PowerIteration(specs, tiles, iters=iters, block=block)
+                self.estimators[block, iters] = PowerIteration(specs, tiles, iters=iters, widths=(block,))
             estimate = self.estimators[block, iters].sigmas([[matrix.detach().flatten()]]).item()
             self.errors[block, iters].append(1 - estimate / exact)
         return exact

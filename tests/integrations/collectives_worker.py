@@ -14,7 +14,9 @@ import torch.distributed as dist
 
 def collectives(stage: int, layers: int, lr: float) -> int:
     torch.manual_seed(0)
-    net = torch.nn.Sequential(*[torch.nn.Linear(15, 15) for _ in range(layers)])  # no half of it ends with a row
+    net = torch.nn.Sequential(
+        *[torch.nn.Linear(15, 15, bias=False) for _ in range(layers)]
+    )  # no half of it ends with a row
     for layer in net:
         torch.nn.init.orthogonal_(layer.weight)  # gradients of the first layers do not vanish
     config = {
@@ -59,7 +61,7 @@ def collectives(stage: int, layers: int, lr: float) -> int:
 def main() -> None:
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     table = {
-        f"ZeRO-{stage}, {state}": [collectives(stage, layers, lr) for layers in (2, 48)]
+        f"ZeRO-{stage}, {state}": [collectives(stage, layers, lr) for layers in (3, 49)]
         for stage in (1, 2, 3)
         for state, lr in (("measured", 1), ("settled", 1e-9))
     }

@@ -458,9 +458,13 @@ void multiply(bool is_back, const Tile *tiles, int64_t count, const uint8_t *act
             if (start >= stop || (source != WEIGHTS && !buffer.exp_avg)) continue;
             if (tile.width)
                 adding.turn_to(tile, ends[2 * tile.matrix] >= low && ends[2 * tile.matrix + 1] <= high);
-            for (int64_t row = start; row < stop; row += ROWS) {
-                const int rows = int(std::min<int64_t>(ROWS, stop - row));
-                const int64_t ahead = row + 2 * ROWS <= stop ? ROWS * tile.stride : 0;
+            for (int64_t done = 0; done < stop - start; done += ROWS) {
+                const int rows = int(std::min<int64_t>(ROWS, stop - start - done));
+                // U is formed again from the end on: what the pass before read last may still be in the cache.
+                const bool is_backwards = source == UPDATES;
+                const int64_t row = is_backwards ? stop - done - rows : start + done;
+                const bool is_there = done + 3 * ROWS <= stop - start;
+                const int64_t ahead = !is_there ? 0 : (is_backwards ? -2 : 2) * ROWS * tile.stride;
                 Row each[ROWS];
                 for (int r = 0; r < rows; r++) {
                     const int64_t at = tile.offset + (row + r) * tile.stride;

@@ -62,21 +62,28 @@ def pick(blocks: Blocks, tensors: Sequence[Tensor], *, plain: bool = False) -> K
     Raises:
         ValueError: the environment asks for a kernel that cannot step them.
     """
+    if plain:
+        return PlainKernel(blocks)
+    return _make(pick_name(tensors[0].device.type, {tensor.dtype for tensor in tensors}), blocks)
+
+
+def pick_name(device: str, dtypes: Collection[torch.dtype]) -> str:
+    """Return the name of the kernel for tensors of a device type and dtypes.
+
+    Raises:
+        ValueError: the environment asks for a kernel that cannot step them.
+    """
     wanted = os.environ.get(VARIABLE, "")
     if wanted not in ("", *NAMES):
         raise ValueError(f"AdamW2: {VARIABLE} got {wanted!r}, it takes one of {', '.join(NAMES)}.")
-    device = tensors[0].device.type
-    if plain or wanted == "torch":
-        return PlainKernel(blocks)
     name = wanted or {"cpu": "cpu", "cuda": "triton"}.get(device, "torch")
-    reason = why_not(name, device, {tensor.dtype for tensor in tensors})
+    reason = why_not(name, device, dtypes)
     if reason is None:
-        return _make(name, blocks)
+        return name
     if wanted:
         raise ValueError(f"AdamW2: {VARIABLE} got {wanted!r}, but {reason}.")
-    if name != "torch":
-        _say_once(f"AdamW2: the step runs in plain torch, not in the fused kernel '{name}': {reason}.")
-    return PlainKernel(blocks)
+    _say_once(f"AdamW2: the step runs in plain torch, not in the fused kernel '{name}': {reason}.")
+    return "torch"
 
 
 def why_not(name: str, device: str, dtypes: Collection[torch.dtype]) -> str | None:
@@ -105,6 +112,8 @@ def why_not(name: str, device: str, dtypes: Collection[torch.dtype]) -> str | No
 
 
 def _make(name: str, blocks: Blocks) -> Kernel:
+    if name == "torch":
+        return PlainKernel(blocks)
     if name == "triton":
         from weyl_megatron.kernels.triton_step import TritonKernel
 

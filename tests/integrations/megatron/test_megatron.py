@@ -164,18 +164,18 @@ def test_sigma_of_every_matrix_is_that_of_one_process_and_near_the_exact_one(
     runs: Path, result: dict[str, Any], case: dict[str, Any]
 ) -> None:
     found = stats(result)
+    # What the certificate settled has a bound in its place: an expert that no token reached, most under "auto".
+    certified = {name for name, entry in found.items() if entry.certified}
+    assert len(certified) < len(found) / 2
     if case.get("against", "reference") in ("reference", "reference-moe"):
         one = stats(load(runs, "one-moe" if case.get("moe") else "one"))
         assert {name: entry[0] for name, entry in found.items()} == pytest.approx(
             {name: entry[0] for name, entry in one.items()}, rel=1e-5
         )
-    # What the certificate settled has a bound in its place: an expert that no token reached, most under "auto".
-    certified = {name for name, entry in found.items() if entry.certified}
-    assert all(found[name].sigma_weight <= result["exact"][name] for name in certified & result["exact"].keys())
-    assert len(certified) < len(found) / 2
     if "split_fused" not in case.get("options", {}):
         # q, k, v, gate and up by plain indexing, experts and layers by their numbers in the whole model. Block power
         # iteration is exact only where it has converged: 2e-5 was measured, on an expert whose top two σ are close.
+        assert all(found[name].sigma_weight <= result["exact"][name] for name in certified)
         measured = {name: entry.sigma_weight for name, entry in found.items() if name not in certified}
         exact = {name: sigma for name, sigma in result["exact"].items() if name not in certified}
         assert measured == pytest.approx(exact, rel=1e-4)

@@ -1,0 +1,73 @@
+"""How much memory AdamW² takes beyond AdamW's, at its peak, as a share of the parameters' bytes.
+
+    python -m benchmarks.memory gpt2-124m 0 cpu         a model of benchmarks/models.py, its blocks (0: all), the device
+
+The process holds weights, gradients and both moments and nothing else that grows; then it steps in every state, and
+what the kernel (or CUDA) says was its most is what the steps took.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.models import MODELS
+from weyl_megatron import AdamW2
+
+
+def main(name: str, blocks: str, device: str) -> None:
+    named = MODELS[name].parameters(int(blocks) or None)
+    warm = nn.Parameter(torch.randn(256, 512, device=device))  # what is loaded and allocated once, at any size
+    warm.grad = torch.randn_like(warm)
+    for lr in (1e-2, 1e-9):
+        optimizer = AdamW2([("w", warm)], lr=lr)
+        for _ in range(3):
+            optimizer.step()
+    weights = {n: nn.Parameter(torch.randn(size, device=device) * 0.02) for n, size in named}
+    for parameter in weights.values():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer = AdamW2(weights.items(), lr=1e-2)
+    optimizer._allocate_all()
+    for state in optimizer.state.values():
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key].fill_(1e-3)  # pages of zeros are no memory yet
+    gc.collect()
+    before = now(device)
+    forget_peak(device)
+    for lr in (1e-2, 1e-2, 1e-7, 1e-7, 1e-7, 1e-2):  # clipped, then settled, then taken back and clipped
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    extra = peak(device) - before
+    total = sum(4 * parameter.numel() for parameter in weights.values())
+    print(f"{extra / 1e6:.2f} MB beyond AdamW's, of {total / 1e6:.0f} MB of parameters: share {extra / total}")
+
+
+def now(device: str) -> int:
+    return torch.cuda.memory_allocated() if device == "cuda" else _status("VmRSS")
+
+
+def peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
+
+
+def forget_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(key: str) -> int:
+    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
