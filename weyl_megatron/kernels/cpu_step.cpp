@@ -432,14 +432,16 @@ std::vector<int64_t> extents(const Tile *tiles, int64_t count, const Shares &sha
     return ends;
 }
 
-// The products of all active tiles with W or U; with MOMENTS, U is that of moments updated in the same pass.
+// The products of all active tiles with W or U; with MOMENTS, U is that of moments updated in the same pass, and where
+// `twins` has the same tiles with the places of W's vectors, the products with W are made on the way.
 template <Source source>
 void multiply(bool is_back, const Tile *tiles, int64_t count, const uint8_t *active, int64_t matrices,
-              const Buffer *buffers, const Hyper *hypers, const Arena &arena, double *sums, int threads) {
+              const Buffer *buffers, const Hyper *hypers, const Arena &arena, double *sums, int threads,
+              const Tile *twins = nullptr) {
     const Shares shares(tiles, count, active, false, threads);
     if (!shares.total) return;
     const std::vector<int64_t> ends = extents(tiles, count, shares, matrices);
-    Targets targets(arena, shares.threads);
+    Targets targets(arena, shares.threads), of_weights(arena, shares.threads);
     Sums partial(source == MOMENTS ? matrices : 0, shares.threads);
     int64_t widest = 0;
     for (int64_t i = 0; i < count; i++)
@@ -448,7 +450,7 @@ void multiply(bool is_back, const Tile *tiles, int64_t count, const uint8_t *act
     for (int thread = 0; thread < shares.threads; thread++) {
         Room room;
         room.resize(source == WEIGHTS ? 0 : ROWS * widest);
-        Adding adding(targets, thread);
+        Adding adding(targets, thread), adding_weights(of_weights, thread);
         const int64_t low = shares.edge(thread), high = shares.edge(thread + 1);
         for (int64_t i = 0; i < count; i++) {
             const Tile &tile = tiles[i];
@@ -456,8 +458,11 @@ void multiply(bool is_back, const Tile *tiles, int64_t count, const uint8_t *act
             const int64_t start = shares.first_row(tile, i, low), stop = shares.first_row(tile, i, high);
             const Buffer &buffer = buffers[tile.buffer];
             if (start >= stop || (source != WEIGHTS && !buffer.exp_avg)) continue;
-            if (tile.width)
-                adding.turn_to(tile, ends[2 * tile.matrix] >= low && ends[2 * tile.matrix + 1] <= high);
+            if (tile.width) {
+                const bool is_own = ends[2 * tile.matrix] >= low && ends[2 * tile.matrix + 1] <= high;
+                adding.turn_to(tile, is_own);
+                if (twins) adding_weights.turn_to(twins[i], is_own);
+            }
             for (int64_t done = 0; done < stop - start; done += ROWS) {
                 const int rows = int(std::min<int64_t>(ROWS, stop - start - done));
                 // U is formed again from the end on: what the pass before read last may still be in the cache.
@@ -474,10 +479,14 @@ void multiply(bool is_back, const Tile *tiles, int64_t count, const uint8_t *act
                 const float squares = multiply_rows<source>(is_back, tile, row, rows, hypers[tile.buffer], each, arena,
                                                             adding.target, adding.sum, ahead);
                 if (source == MOMENTS && tile.width) partial.of(tile, thread)[0] += squares;
+                if (twins && tile.width)
+                    multiply_rows<WEIGHTS>(false, twins[i], row, rows, hypers[tile.buffer], each, arena,
+                                           adding_weights.target, adding_weights.sum, ahead);
             }
         }
     }
     targets.add_all();
+    of_weights.add_all();
     if (source == MOMENTS) partial.add_to(sums);
 }
 
@@ -691,7 +700,7 @@ struct Operand {  // of a wave, made by cpu.py
 };
 struct Wave {
     Operand operands[2];
-    const Tile *tiles;  // all of the wave's
+    const Tile *tiles, *twins;  // all of the wave's, with the places of U's vectors and, or null, of W's
     int64_t tile_count;
     const int64_t *members;
     int64_t count;
@@ -719,10 +728,10 @@ void measure(const Wave *wave, const int64_t *need, const uint8_t *waiting, int6
     const Arena arena{wave->x, wave->z, wave->left};
     for (const Operand &operand : wave->operands)
         for (int64_t i = 0; i < operand.length; i++) operand.block[i] = from_bfloat16(operand.kept[i]);
-    std::vector<uint8_t> masks[2], more[2], rest(matrices);
+    std::vector<uint8_t> masks[2], more[2], rest[2];
     int64_t most = 0;
     for (int o = 0; o < 2; o++) {
-        masks[o].resize(matrices), more[o].resize(matrices);
+        masks[o].resize(matrices), more[o].resize(matrices), rest[o].resize(matrices);
         for (int64_t i = 0; i < wave->count; i++) most = std::max(most, need[o * matrices + wave->members[i]]);
     }
     for (int64_t iteration = 0; iteration < most; iteration++) {
@@ -731,22 +740,24 @@ void measure(const Wave *wave, const int64_t *need, const uint8_t *waiting, int6
             for (int o = 0; o < 2; o++) {
                 masks[o][k] = need[o * matrices + k] > iteration;
                 more[o][k] = need[o * matrices + k] > iteration + 1;
+                rest[o][k] = masks[o][k] && !(iteration == 0 && waiting[k] && (o || wave->twins));
             }
-            rest[k] = masks[1][k] && !(iteration == 0 && waiting[k]);
         }
         std::fill(wave->z, wave->z + wave->z_size, 0.f);
         std::fill(wave->left, wave->left + wave->left_size, 0.f);
         if (iteration == 0)
             multiply<MOMENTS>(false, wave->tiles, wave->tile_count, waiting, matrices, buffers, hypers, arena, sums,
-                     threads);
+                              threads, wave->twins);
         for (int o = 1; o >= 0; o--) {
             const Operand &operand = wave->operands[o];
             const auto product = o ? multiply<UPDATES> : multiply<WEIGHTS>;
-            const uint8_t *active = o ? rest.data() : masks[0].data(), *all = masks[o].data();
-            product(false, operand.cut, operand.cut_count, active, matrices, buffers, hypers, arena, nullptr, threads);
-            product(false, operand.whole, operand.whole_count, active, matrices, buffers, hypers, arena, nullptr,
-                    threads);
-            product(true, operand.cut, operand.cut_count, all, matrices, buffers, hypers, arena, nullptr, threads);
+            const uint8_t *active = rest[o].data(), *all = masks[o].data();
+            const auto run = [&](bool is_back, const Tile *tiles, int64_t count, const uint8_t *chosen) {
+                product(is_back, tiles, count, chosen, matrices, buffers, hypers, arena, nullptr, threads, nullptr);
+            };
+            run(false, operand.cut, operand.cut_count, active);
+            run(false, operand.whole, operand.whole_count, active);
+            run(true, operand.cut, operand.cut_count, all);
             orthonormalize(operand.shapes, wave->members, wave->count, all, more[o].data(), wave->x, wave->z,
                            operand.sigma, independent, threads);
         }
@@ -825,7 +836,7 @@ void weyl_multiply(int operand, int is_back, const Tile *tiles, int64_t count, c
                    const Buffer *buffers, const Hyper *hypers, const float *x, float *z, float *left, int threads) {
     const Arena arena{x, z, left};
     const auto function = operand ? multiply<UPDATES> : multiply<WEIGHTS>;
-    function(is_back != 0, tiles, count, active, matrices, buffers, hypers, arena, nullptr, threads);
+    function(is_back != 0, tiles, count, active, matrices, buffers, hypers, arena, nullptr, threads, nullptr);
 }
 
 void weyl_orthonormalize(const Shape *shapes, const int64_t *wave, int64_t count, const uint8_t *mask,
