@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from benchmarks.models import MODELS, Shape
 from benchmarks.peers import Naive, peers
 from weyl_megatron import AdamW2
-from weyl_megatron.kernels.pick import pick_name
+from weyl_megatron.kernels.choice import pick_name
 
 BASE = "torch.optim.AdamW(fused)"
 TAU = 0.01

@@ -50,7 +50,7 @@ def test_rule_1_holds_by_exact_svd_after_every_step_of_a_training_run() -> None:
     offsets = training_offsets(corpus, STEPS, 8, 64, seed=0)
     exact = {name: exact_sigma(p.detach()) for name, p in matrices.items()}
     errors: list[float] = []
-    clipped = 0
+    clipped = certified = 0
     for step in range(STEPS):
         optimizer.zero_grad()
         model(*sequences(corpus.train, offsets[step], 64)).backward()
@@ -61,8 +61,13 @@ def test_rule_1_holds_by_exact_svd_after_every_step_of_a_training_run() -> None:
             v_hat = state["exp_avg_sq"] / (1 - 0.95**count)
             update = (state["exp_avg"] / (1 - 0.9**count)) / (v_hat.sqrt() + 1e-8)
             sigma_update = exact_sigma(update)
-            errors.append(1 - entry.sigma_update / sigma_update)
-            errors.append(1 - entry.sigma_weight / exact[name])
+            if entry.certified:  # bounds, from the right sides, and a clip that exact arithmetic would not have made
+                certified += 1
+                assert entry.sigma_weight <= exact[name] and entry.sigma_update >= sigma_update * (1 - 1e-6)
+                assert not entry.clipped and entry.lr * sigma_update <= TAU * exact[name]
+            else:
+                errors.append(1 - entry.sigma_update / sigma_update)
+                errors.append(1 - entry.sigma_weight / exact[name])
             clipped += entry.clipped
             after = exact_sigma(matrices[name].detach())
             # An estimate of σ₁(U) that is short by e lets a clipped matrix move by τ / (1 − e); the 1e-5 is float32's.
@@ -73,7 +78,8 @@ def test_rule_1_holds_by_exact_svd_after_every_step_of_a_training_run() -> None:
     median, p95 = error.median().item(), error.quantile(0.95).item()
     print(
         f"σ₁ estimates over {STEPS} steps, {len(matrices)} matrices: median error {median:.4%}, 95th percentile "
-        f"{p95:.3%}, largest {error.max().item():.1%}; {clipped / (STEPS * len(matrices)):.0%} of matrix-steps clipped"
+        f"{p95:.3%}, largest {error.max().item():.1%}; {clipped / (STEPS * len(matrices)):.0%} of matrix-steps "
+        f"clipped, {certified / (STEPS * len(matrices)):.0%} settled by the certificate"
     )
     assert median < 0.002 and p95 < 0.03
     assert clipped > 0.2 * STEPS * len(matrices)

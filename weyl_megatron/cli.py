@@ -34,6 +34,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
+    doctor = commands.add_parser("doctor", help="say what is installed and which kernel steps here, and why")
+    doctor.set_defaults(command=_doctor)
     return parser
 
 
@@ -58,6 +60,13 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGTERM, _interrupt)  # a CI job that is called off takes the training processes along
     return run_demo(arguments.out, arguments.steps, arguments.seed, arguments.procs)
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from weyl_megatron.doctor import report
+
+    print(report())
+    return 0
 
 
 def _interrupt(*_: object) -> None:

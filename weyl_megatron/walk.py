@@ -179,13 +179,16 @@ class Walk:
         of_update = (self._iters + self.certificate.age).clamp(max=most)
         return torch.stack([(of_update + 1) // 2, of_update])
 
-    def _masks(self) -> list[Tensor]:
-        """Return the matrices of each iteration, of W and of U."""
+    def _masks(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Return the matrices of each iteration, of W and of U; None where there are none."""
         if self._on_host:
-            most = int(self._need.max())
+            of_weight, of_update = self._need.amax(1).tolist() if self._need.numel() else (0, 0)
         else:  # the host does not see which are stale
-            most = max(COLD_ITERS, self._iters) if self._cold else self._iters + _STALE_ITERS
-        return [(self._need > number).byte() for number in range(most)]
+            most = max(COLD_ITERS, self._iters)
+            of_update = most if self._cold else min(most, self._iters + _STALE_ITERS)
+            of_weight = most if self._cold else (of_update + 1) // 2
+        masks = (self._need > torch.arange(of_update, device=self._device).view(-1, 1, 1)).byte()
+        return [(mask[0] if number < of_weight else None, mask[1]) for number, mask in enumerate(masks)]
 
     def rates(self, sigma_weight: Tensor, sigma_update: Tensor) -> Tensor:
         """Return α_W of every matrix (lines 7 to 9)."""

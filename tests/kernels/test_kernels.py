@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tests import net as nets
 from weyl_megatron import AdamW2
 from weyl_megatron.kernels import Hyper, Kernel, Stepped
-from weyl_megatron.kernels.pick import VARIABLE, why_not
+from weyl_megatron.kernels.choice import VARIABLE, why_not
 from weyl_megatron.kernels.plain import PlainKernel
 from weyl_megatron.spectral.blocks import COLUMNS, Blocks, MatrixSpec, Table, table
 from weyl_megatron.spectral.tiles import Block, Tile, tiles_of_range

@@ -4,7 +4,7 @@ A kernel walks tables of tiles (:mod:`weyl_megatron.spectral.blocks`). All do th
 by :func:`pick`, and ``weyl-megatron doctor`` says which and why.
 """
 
-from weyl_megatron.kernels.pick import Kernel, pick
+from weyl_megatron.kernels.choice import Kernel, pick
 from weyl_megatron.kernels.stepped import Hyper, Stepped
 
 __all__ = ["Hyper", "Kernel", "Stepped", "pick"]

@@ -91,10 +91,10 @@ class PowerIteration:
         """
         products = TorchProducts(self.blocks, [partial(_whole_tile, buffers) for buffers in operands])
         iters = self._iters if self._warm else max(self._iters, COLD_ITERS)
-        everything = torch.ones(len(self.sigma), len(self.blocks.matrices), dtype=torch.uint8, device=self.sigma.device)
+        everything = torch.ones(len(self.blocks.matrices), dtype=torch.uint8, device=self.sigma.device)
         for wave in range(len(self.blocks.waves)):
             self.blocks.load(wave)
-            self.measure(products, wave, [everything] * iters)
+            self.measure(products, wave, [[everything] * len(operands)] * iters)
         self._warm = True
         return self.sigma.to(self.blocks.z.dtype)
 
@@ -103,57 +103,61 @@ class PowerIteration:
         self._warm = False
 
     def measure(
-        self, products: Products, wave: int, masks: Sequence[Tensor], begun: Sequence[Tensor | None] = ()
+        self,
+        products: Products,
+        wave: int,
+        masks: Sequence[Sequence[Tensor | None]],
+        begun: Sequence[Tensor | None] = (),
     ) -> None:
         """Iterate on a wave of matrices, those in ``masks[i]`` in iteration i; its blocks are loaded.
 
         Args:
             products: the kernel, with the operands that it multiplies.
             wave: the number of the wave.
-            masks: uint8, ``(operands, matrices)``, equal on all ranks.
+            masks: per iteration and operand uint8 ``(matrices,)``, equal on all ranks; None: no matrix.
             begun: per operand, the matrices whose first products were begun elsewhere; None: of none.
         """
         blocks = self.blocks
-        numbered = list(enumerate(blocks.operands))
         for number, mask in enumerate(masks):
-            rest = [*mask]
+            active = [(o, blocks.operands[o], chosen) for o, chosen in enumerate(mask) if chosen is not None]
+            rest = {o: chosen for o, _, chosen in active}
             if number:
                 blocks.clear(wave)
             else:
-                for operand, one in enumerate(begun):
-                    rest[operand] = mask[operand] if one is None else mask[operand] & ~one
-            for operand, each in numbered:
-                products.multiply(operand, each.cut[wave], rest[operand])
-            sums = self._chosen(blocks.left_spans[wave], mask)
-            if number == 0:
-                sums += self._chosen([blocks.rider_spans[wave]], mask.amax(0, keepdim=True))
+                for o, one in enumerate(begun):
+                    if one is not None and o in rest:
+                        rest[o] = rest[o] & ~one
+            for o, operand, _ in active:
+                products.multiply(o, operand.cut[wave], rest[o])
+            sums = [span for o, _, chosen in active for span in self._chosen(blocks.left_spans[wave][o], chosen)]
+            if number == 0 and blocks.riders:
+                anyone = torch.stack([chosen for _, _, chosen in active]).amax(0)
+                sums += self._chosen(blocks.rider_spans[wave], anyone)
             finish = start_all_reduce(blocks.left, sorted(sums, key=lambda span: span.start))
-            for operand, each in numbered:  # while the sums of the rows that are cut travel
-                products.multiply(operand, each.whole[wave], rest[operand])
+            for o, operand, _ in active:  # while the sums of the rows that are cut travel
+                products.multiply(o, operand.whole[wave], rest[o])
             finish()
             if number == 0 and blocks.riders:
                 self.ridden[blocks.rider_index[wave]] = blocks.left[blocks.rider_at[wave]].double()
-            for operand, each in numbered:
-                products.multiply_back(operand, each.cut[wave], mask[operand])
-            sums = self._chosen(blocks.z_spans[wave], mask)
+            for o, operand, chosen in active:
+                products.multiply_back(o, operand.cut[wave], chosen)
+            sums = [span for o, _, chosen in active for span in self._chosen(blocks.z_spans[wave][o], chosen)]
             all_reduce_spans(blocks.z, sorted(sums, key=lambda span: span.start))
-            more = masks[number + 1] if number + 1 < len(masks) else torch.zeros_like(mask)
-            for operand, _ in numbered:
-                products.orthonormalize(operand, wave, mask[operand], more[operand], self.sigma[operand])
+            following = masks[number + 1] if number + 1 < len(masks) else [None] * len(mask)
+            for o, _, chosen in active:
+                more = following[o]
+                products.orthonormalize(
+                    o, wave, chosen, torch.zeros_like(chosen) if more is None else more, self.sigma[o]
+                )
         blocks.store(wave)
 
-    def _chosen(self, spans: Sequence[dict[int, Span]], mask: Tensor) -> list[Span]:
-        """Return the spans of the matrices in ``mask``, per operand, that other ranks have pieces of."""
-        if not any(span.groups for each in spans for span in each.values()):
-            return []
-        if mask.device.type != "cpu":
-            return [span for each in spans for span in each.values()]  # to choose, the host would have to wait
-        return [
-            span
-            for each, chosen in zip(spans, mask.tolist(), strict=True)
-            for k, span in each.items()
-            if chosen[k] and span.groups
-        ]
+    def _chosen(self, spans: dict[int, Span], mask: Tensor) -> list[Span]:
+        """Return the spans of the matrices in ``mask`` that other ranks have pieces of."""
+        spread = {k: span for k, span in spans.items() if span.groups}
+        if not spread or mask.device.type != "cpu":
+            return list(spread.values())  # to choose, the host would have to wait for the device
+        chosen = mask.tolist()
+        return [span for k, span in spread.items() if chosen[k]]
 
 
 class TorchProducts:

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.launch import ROOT
+from weyl_megatron import AdamW2
+from weyl_megatron.kernels import choice, cpu
+
+
+@pytest.fixture(autouse=True)
+def anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing compiled, nothing said yet, no wish in the environment."""
+    monkeypatch.delenv(choice.VARIABLE, raising=False)
+    cpu.library.cache_clear()
+    choice._say_once.cache_clear()
+    yield
+    cpu.library.cache_clear()
+
+
+def stepped(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[AdamW2, nn.Parameter]:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(9, 7, dtype=dtype))
+    optimizer = AdamW2([("w", weight)], lr=0.1, **options)
+    for _ in range(2):
+        weight.grad = torch.randn(9, 7).to(dtype)
+        optimizer.step()
+    return optimizer, weight
+
+
+def kernel_of(optimizer: AdamW2) -> str:
+    return next(iter(optimizer._walks.values()))._kernel.name
+
+
+def test_float32_on_the_cpu_is_stepped_in_compiled_code() -> None:
+    assert kernel_of(stepped()[0]) == "cpu"
+
+
+@pytest.mark.parametrize("compiler", ["missing", "failing"])
+def test_without_a_working_compiler_the_plain_path_steps_and_says_so_once(
+    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, expected = stepped()
+    fake = tmp_path / "c++"
+    if compiler == "failing":
+        fake.write_text("#!/bin/sh\necho no such target >&2\nexit 1\n")
+        fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(fake))
+    cpu.library.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="weyl_megatron"):
+        optimizer, weight = stepped()
+        stepped()
+    assert kernel_of(optimizer) == "torch"
+    assert len(caplog.records) == 1
+    reason = "no C++ compiler" if compiler == "missing" else "no such target"
+    assert "plain torch, not in the fused kernel 'cpu'" in caplog.text and reason in caplog.text
+    assert torch.allclose(weight, expected, rtol=1e-5, atol=1e-6)  # roundings of two steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_dtype_that_the_kernel_does_not_take_is_stepped_by_the_plain_path(
+    dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="weyl_megatron"):
+        optimizer, weight = stepped(dtype)
+    assert kernel_of(optimizer) == "torch" and f"it takes torch.float32, not {dtype}" in caplog.text
+    assert weight.isfinite().all()
+
+
+def test_infinite_tau_is_torch_s_adamw_and_takes_plain_torch() -> None:
+    assert kernel_of(stepped(tau=float("inf"))[0]) == "torch"
+
+
+def test_a_wish_that_cannot_be_granted_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(choice.VARIABLE, "fast")
+    with pytest.raises(ValueError, match="WEYL_MEGATRON_KERNEL got 'fast', it takes one of torch, cpu, triton"):
+        stepped()
+    monkeypatch.setenv(choice.VARIABLE, "cpu")
+    with pytest.raises(ValueError, match="WEYL_MEGATRON_KERNEL got 'cpu', but it takes torch\\.float32, not"):
+        stepped(torch.float64)
+    monkeypatch.setenv(choice.VARIABLE, "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="got 'triton', but it takes tensors on a GPU, not on cpu"):
+        stepped()
+
+
+def test_without_triton_a_gpu_s_tensors_are_stepped_in_plain_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with caplog.at_level(logging.WARNING, logger="weyl_megatron"):
+        assert choice.pick_name("cuda", {torch.float32}) == "torch"
+    assert "plain torch, not in the fused kernel 'triton'" in caplog.text
+
+
+def test_a_gradient_or_state_of_another_dtype_is_refused() -> None:
+    optimizer, weight = stepped()
+    optimizer.state[weight]["exp_avg"] = optimizer.state[weight]["exp_avg"].double()
+    with pytest.raises(ValueError, match=r"a gradient or state tensor is torch.float64 on cpu, the kernel takes"):
+        optimizer.step()
+
+
+def test_code_is_not_loaded_from_where_others_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    folder = cpu.cache_folder()
+    assert folder.parent == tmp_path and stat.S_IMODE(folder.stat().st_mode) & 0o022 == 0
+    folder.chmod(0o777)
+    with pytest.raises(OSError, match="can be written by others"):
+        cpu.cache_folder()
+    folder.chmod(0o700)
+    assert cpu.library() and [path.suffix for path in folder.iterdir()] == [".so"]  # nothing else is left behind
+
+
+def test_the_plain_path_passes_the_optimizer_s_own_tests() -> None:
+    run_tests("torch", "tests/test_optimizer.py")
+
+
+def test_triton_s_kernels_agree_with_plain_torch_under_its_interpreter() -> None:
+    """The kernels one by one, and short training runs; the interpreter takes a second where a GPU takes none."""
+    some = "experts or conv or stats or zero_initialised or not_finite or vectors or overrides or follows"
+    run_tests("triton", "tests/kernels/test_kernels.py")
+    run_tests("triton", "tests/test_optimizer.py", "-k", some + " and not dtype0")
+
+
+def run_tests(kernel: str, *tests: str) -> None:
+    environment = {**os.environ, choice.VARIABLE: kernel, "TEST_KERNEL": kernel, "TRITON_INTERPRET": "1"}
+    if "tests/kernels/test_kernels.py" in tests:
+        del environment[choice.VARIABLE]  # they choose for themselves
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-6000:]
+    assert " passed" in run.stdout
