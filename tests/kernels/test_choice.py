@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from weyl_megatron.kernels import choice, cpu
 
 
 @pytest.fixture(autouse=True)
-def anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing compiled, nothing said yet, no wish in the environment."""
     monkeypatch.delenv(choice.VARIABLE, raising=False)
     cpu.library.cache_clear()
@@ -120,22 +121,37 @@ def test_code_is_not_loaded_from_where_others_may_write(tmp_path: Path, monkeypa
     assert cpu.library() and [path.suffix for path in folder.iterdir()] == [".so"]  # nothing else is left behind
 
 
-def test_the_plain_path_passes_the_optimizer_s_own_tests() -> None:
-    run_tests("torch", "tests/test_optimizer.py")
+#: The optimizer's own tests with every other kernel, and the kernels' tests with Triton's, whose interpreter takes a
+#: second where a GPU takes none. By name: the kernel, and what pytest is told.
+OTHERS = {
+    "plain torch, the optimizer": ("torch", ["tests/test_optimizer.py"]),
+    "triton, its kernels": ("triton", ["tests/kernels/test_kernels.py"]),
+    "triton, the optimizer": (
+        "triton",
+        ["tests/test_optimizer.py", "-k", "stats_say or experts or not_finite or vectors_take or overrides or moves"],
+    ),
+}
 
 
-def test_triton_s_kernels_agree_with_plain_torch_under_its_interpreter() -> None:
-    """The kernels one by one, and short training runs; the interpreter takes a second where a GPU takes none."""
-    some = "experts or conv or stats or zero_initialised or not_finite or vectors or overrides or follows"
-    run_tests("triton", "tests/kernels/test_kernels.py")
-    run_tests("triton", "tests/test_optimizer.py", "-k", some + " and not dtype0")
+@pytest.fixture(scope="module")
+def others() -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """All of them at once, beside each other."""
+    runs = {}
+    for name, (kernel, tests) in OTHERS.items():
+        environment = {**os.environ, choice.VARIABLE: kernel, "TEST_KERNEL": kernel, "TRITON_INTERPRET": "1"}
+        if "test_kernels" in tests[0]:
+            del environment[choice.VARIABLE]  # they choose for themselves
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+        runs[name] = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+    yield runs
+    for run in runs.values():
+        run.kill()
 
 
-def run_tests(kernel: str, *tests: str) -> None:
-    environment = {**os.environ, choice.VARIABLE: kernel, "TEST_KERNEL": kernel, "TRITON_INTERPRET": "1"}
-    if "tests/kernels/test_kernels.py" in tests:
-        del environment[choice.VARIABLE]  # they choose for themselves
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-6000:]
-    assert " passed" in run.stdout
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_kernel_passes_the_optimizer_s_tests(name: str, others: dict[str, subprocess.Popen[str]]) -> None:
+    output, _ = others[name].communicate(timeout=900)
+    assert others[name].returncode == 0, output[-6000:]
+    assert " passed" in output
