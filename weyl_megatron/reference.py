@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from weyl_megatron.rule import SLOW_TAU
 from weyl_megatron.spectral.blocks import start_block
 from weyl_megatron.spectral.power import BLOCK, COLD_ITERS
 
@@ -27,10 +28,7 @@ class BlockPower:
         iters = self.iters
         if self.block is None:
             iters = max(iters, COLD_ITERS)
-            self.block = start_block(self.name, matrix.shape[1], min(BLOCK, *matrix.shape))
-        if matrix.dtype == torch.float32:
-            self.block = self.block.bfloat16()  # as the sharded code keeps it between steps
-        self.block = self.block.to(matrix.dtype)
+            self.block = start_block(self.name, matrix.shape[1], min(BLOCK, *matrix.shape)).to(matrix.dtype)
         for _ in range(iters):
             left = torch.linalg.qr(matrix @ self.block).Q  # (rows, b)
             self.block, triangle = torch.linalg.qr(matrix.T @ left)  # (cols, b), (b, b)
@@ -63,7 +61,8 @@ class AdamW2Reference:
         self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay, self.tau = lr, betas, eps, weight_decay, tau
         self.floor, self.t = floor, 0
         self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.params.items()}
-        self.sigma = {name: (sigma(name, 1), sigma(name, 2)) for name, p in self.params.items() if p.ndim == 2}
+        of_weight = 1 if tau <= SLOW_TAU else 2
+        self.sigma = {name: (sigma(name, of_weight), sigma(name, 2)) for name, p in self.params.items() if p.ndim == 2}
 
     @torch.no_grad()
     def step(self) -> dict[str, float]:

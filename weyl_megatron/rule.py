@@ -13,6 +13,9 @@ HIDDEN_BUDGET = 0.144
 #: τ of embeddings, positions and the head under tau="auto".
 IO_TAU = 0.1
 
+#: Up to this τ a weight changes so slowly that half the iterations of an update find its σ₁ as well.
+SLOW_TAU = 0.05
+
 
 def clipped_rates(lr: Tensor, tau: Tensor, floor: Tensor, sigma_weight: Tensor, sigma_update: Tensor) -> Tensor:
     """Return α_W = min(α, τ · max(σ₁(W), floor) / σ₁(U)) for every matrix (Rule 1, equation 6).

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from weyl_megatron.kernels import Stepped, pick
 from weyl_megatron.layouts.buffers import Buffer, Plan, plan_of
-from weyl_megatron.rule import clipped_rates
+from weyl_megatron.rule import SLOW_TAU, clipped_rates
 from weyl_megatron.spectral import PowerIteration
 from weyl_megatron.spectral.blocks import COLUMNS, Operand, Table, table
 from weyl_megatron.spectral.certificate import Certificate
@@ -169,7 +169,7 @@ class Walk:
         return sigma_weight, sigma_update
 
     def _iterations(self) -> Tensor:
-        """Return the iterations that each matrix needs, ``(2, matrices)``: W half as many as U, which changes more.
+        """Return the iterations that each matrix needs, ``(2, matrices)``: a slow W half as many as U.
 
         Stale vectors, from steps without any, need more, and new ones most.
         """
@@ -177,7 +177,8 @@ class Walk:
         if self._cold:
             return torch.full((2, len(self._lr)), most, device=self._device)
         of_update = (self._iters + self.certificate.age).clamp(max=most)
-        return torch.stack([(of_update + 1) // 2, of_update])
+        of_weight = torch.where(self._tau <= SLOW_TAU, (of_update + 1) // 2, of_update)
+        return torch.stack([of_weight, of_update])
 
     def _masks(self) -> list[tuple[Tensor | None, Tensor | None]]:
         """Return the matrices of each iteration, of W and of U; None where there are none."""
@@ -186,7 +187,7 @@ class Walk:
         else:  # the host does not see which are stale
             most = max(COLD_ITERS, self._iters)
             of_update = most if self._cold else min(most, self._iters + _STALE_ITERS)
-            of_weight = most if self._cold else (of_update + 1) // 2
+            of_weight = of_update if self._cold or self._has_fast else (of_update + 1) // 2
         masks = (self._need > torch.arange(of_update, device=self._device).view(-1, 1, 1)).byte()
         return [(mask[0] if number < of_weight else None, mask[1]) for number, mask in enumerate(masks)]
 
@@ -230,6 +231,7 @@ class Walk:
             ]
             floor, tau = torch.tensor(limits, dtype=torch.float64).view(-1, 2).T.contiguous().to(self._device)
             self._limits = {taus: (tau, floor)}
+            self._has_fast = any(tau > SLOW_TAU for _, tau in limits)
         numbers = [[float(group["lr"]) for group in of], [float(group["weight_decay"]) for group in of]]
         lr, weight_decay = torch.tensor(numbers, dtype=torch.float64).to(self._device, non_blocking=True)
         return lr, weight_decay, *self._limits[taus]

@@ -22,11 +22,14 @@ from weyl_megatron import AdamW2, walk
 from weyl_megatron.kernels import Hyper, Kernel, Stepped
 from weyl_megatron.kernels.choice import VARIABLE, why_not
 from weyl_megatron.kernels.plain import PlainKernel
+from weyl_megatron.spectral import blocks
 from weyl_megatron.spectral.blocks import COLUMNS, Blocks, MatrixSpec, Table, table
 from weyl_megatron.spectral.tiles import Block, Tile, tiles_of_range
 
 KERNEL = os.environ.get("TEST_KERNEL", "cpu")
-EXAMPLES = 4 if KERNEL == "triton" else 60
+#: Triton's interpreter takes a tenth of a second for a small matrix and a launch.
+IS_SLOW = KERNEL == "triton"
+EXAMPLES, STEPS = (2, 2) if IS_SLOW else (60, 20)
 ROUNDING = 2e-6  # sums of a few thousand products in another order
 
 
@@ -34,7 +37,7 @@ ROUNDING = 2e-6  # sums of a few thousand products in another order
 def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
-    if KERNEL == "triton":  # whose interpreter takes 20 ms for a matrix and an iteration; both sides make fewer
+    if IS_SLOW:  # both sides make fewer iterations
         monkeypatch.setattr(walk, "COLD_ITERS", 3)
     yield
     torch.set_num_threads(before)
@@ -153,14 +156,14 @@ def test_one_pass_moves_and_sums_as_plain_torch(case: Case) -> None:
 def test_products_and_blocks_are_those_of_plain_torch(case: Case) -> None:
     fused, plain = case.copy("fused"), case.copy("plain")
     for each in (fused, plain):
-        kernel, blocks = each.kernel, each.blocks
+        kernel, mine = each.kernel, each.blocks
         of_wave = each.table
         tiles = [tile for tile in of_wave.tiles if tile.matrix >= 0]  # a wave's table has matrices only
         kernel.moments(Table(tiles, of_wave.columns[: len(tiles)].contiguous()), case.mask, each.sums)
-        kernel.multiply_back(1, blocks.operands[1].cut[0], case.mask)
-        for table_of in (blocks.operands[0].cut[0], blocks.operands[0].whole[0]):
+        kernel.multiply_back(1, mine.operands[1].cut[0], case.mask)
+        for table_of in (mine.operands[0].cut[0], mine.operands[0].whole[0]):
             kernel.multiply(0, table_of, case.mask)
-        kernel.multiply_back(0, blocks.operands[0].cut[0], case.mask)
+        kernel.multiply_back(0, mine.operands[0].cut[0], case.mask)
     assert all(map(near, fused.state(), plain.state()))
     assert near(fused.sums, plain.sums) and near(fused.blocks.left, plain.blocks.left)
     assert near(fused.blocks.z, plain.blocks.z)
@@ -224,9 +227,9 @@ def test_a_value_that_is_not_finite_is_not_a_number_and_harms_no_other() -> None
 
 def train(kernel: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[nn.Module, AdamW2]:
     monkeypatch.setenv(VARIABLE, kernel)
-    net = nets.make_net(mixed=True)
+    net = nets.make_net(mixed=not IS_SLOW)
     optimizer = AdamW2(net.named_parameters(), **{**nets.OPTIONS, **options})
-    for batch in nets.batches(1).flatten(0, 2)[: 3 if KERNEL == "triton" else 20]:
+    for batch in nets.batches(1).flatten(0, 2)[:STEPS]:
         optimizer.zero_grad()
         net(batch).backward()
         optimizer.step()
@@ -234,7 +237,11 @@ def train(kernel: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple
 
 
 @pytest.mark.parametrize("options", [{}, {"tau": 0.3, "lr": 1e-3}, {"tau": "auto", "lr": 0.3}], ids=str)
-def test_a_training_run_is_that_of_plain_torch(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16][IS_SLOW:], ids=str)
+def test_a_training_run_is_that_of_plain_torch(
+    options: dict[str, Any], kept: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "_FEW", 0 if kept == torch.bfloat16 else 1 << 16)
     if options.get("tau") == "auto":
         options = {**options, "io": ["embed.weight", "head.weight"]}
     one, fused = train(KERNEL, monkeypatch, **options)
@@ -243,9 +250,10 @@ def test_a_training_run_is_that_of_plain_torch(options: dict[str, Any], monkeypa
     for name, entry in fused.stats().items():
         expected = plain.stats()[name]
         assert entry.certified == expected.certified and entry.clipped == expected.clipped
-        assert tuple(entry)[:3] == pytest.approx(tuple(expected)[:3], rel=1e-4)
+        # What is rounded the other way on the way to bfloat16 is 0.4 % of an element.
+        assert tuple(entry)[:3] == pytest.approx(tuple(expected)[:3], rel=1e-4 if kept == torch.float32 else 1e-3)
     for (name, weight), twin in zip(one.named_parameters(), other.parameters(), strict=True):
-        assert near(weight.detach(), twin.detach(), 1e-5), name  # roundings, carried through the run
+        assert near(weight.detach(), twin.detach(), 1e-5 if kept == torch.float32 else 1e-4), name
 
 
 def test_where_the_host_may_not_look_the_step_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +282,7 @@ def test_the_same_step_twice_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch
     assert runs[0][1].stats() == runs[1][1].stats()
 
 
-@pytest.mark.parametrize(("lr", "weight_decay"), [(1e-3, 0.1), (1e-7, 0.0), (1e-7, 0.1)])
+@pytest.mark.parametrize(("lr", "weight_decay"), [(1e-3, 0.1), (1e-7, 0.0), (1e-7, 0.1)][: 1 if IS_SLOW else 3])
 def test_where_nothing_is_clipped_it_is_torch_s_adamw(
     lr: float, weight_decay: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,7 +294,7 @@ def test_where_nothing_is_clipped_it_is_torch_s_adamw(
         more = {"tau": 1e6} if make_optimizer is AdamW2 else {}
         optimizer = make_optimizer(net.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, **more)
         generator = torch.Generator().manual_seed(3)
-        for _ in range(8):
+        for _ in range(3 if IS_SLOW else 8):
             for p in net.parameters():
                 p.grad = torch.randn(p.shape, generator=generator)
             optimizer.step()

@@ -153,7 +153,7 @@ class CpuKernel:
         for number, operand in enumerate(blocks.operands):
             kept, working = operand.kept[wave], operand.working[wave]
             fields += [*_table(operand.whole[wave]), *_table(operand.cut[wave])]
-            fields += [operand.shape, kept, working, len(kept), sigma[number]]
+            fields += [operand.shape, kept, int(kept.dtype == torch.float32), working, len(kept), sigma[number]]
         fields += [
             table.columns,
             self._twins(table),

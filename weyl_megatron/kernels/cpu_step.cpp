@@ -693,7 +693,8 @@ struct Operand {  // of a wave, made by cpu.py
     const Tile *cut;
     int64_t cut_count;
     const Shape *shapes;
-    uint16_t *kept;  // bfloat16
+    void *kept;  // bfloat16, or float32 where is_wide
+    int64_t is_wide;
     float *block;
     int64_t length;
     double *sigma;
@@ -721,13 +722,27 @@ inline uint16_t to_bfloat16(float a) {  // to the nearest, as torch rounds; bloc
     return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+void load(const Operand &operand) {
+    if (operand.is_wide) std::memcpy(operand.block, operand.kept, operand.length * sizeof(float));
+    else
+        for (int64_t i = 0; i < operand.length; i++)
+            operand.block[i] = from_bfloat16(static_cast<const uint16_t *>(operand.kept)[i]);
+}
+
+void keep(const Operand &operand) {
+    if (operand.is_wide) std::memcpy(operand.kept, operand.block, operand.length * sizeof(float));
+    else
+        for (int64_t i = 0; i < operand.length; i++)
+            static_cast<uint16_t *>(operand.kept)[i] = to_bfloat16(operand.block[i]);
+}
+
 // What PowerIteration.measure does, for a wave of matrices that no other rank has pieces of. need[k] iterations are made
 // for matrix k's weights, need[matrices + k] for its update; of those in `waiting` the moments are updated, too.
 void measure(const Wave *wave, const int64_t *need, const uint8_t *waiting, int64_t matrices, const Buffer *buffers,
              const Hyper *hypers, double *sums, double independent, int threads) {
     const Arena arena{wave->x, wave->z, wave->left};
     for (const Operand &operand : wave->operands)
-        for (int64_t i = 0; i < operand.length; i++) operand.block[i] = from_bfloat16(operand.kept[i]);
+        load(operand);
     std::vector<uint8_t> masks[2], more[2], rest[2];
     int64_t most = 0;
     for (int o = 0; o < 2; o++) {
@@ -763,7 +778,7 @@ void measure(const Wave *wave, const int64_t *need, const uint8_t *waiting, int6
         }
     }
     for (const Operand &operand : wave->operands)
-        for (int64_t i = 0; i < operand.length; i++) operand.kept[i] = to_bfloat16(operand.block[i]);
+        keep(operand);
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 
 A matrix has, per operand, a block X of a few vectors that is kept from step to step, and room for what is made of it::
 
-    kept   (b, cols)           the block between steps, in half the bytes: the next step's iterations mend the rounding
+    kept   (b, cols)           the block between steps, in bfloat16 where there are many: iterations mend the rounding
     x      (b, cols)           the block
     z      (b, cols), (b, b)   Z = Wᵀ Y and Yᵀ Y, where Y = W X; side by side, because they are summed together
     left   (cut rows, b)       Y of those rows that no rank holds whole
@@ -40,6 +40,11 @@ class MatrixSpec(NamedTuple):
 #: begins, the matrix's columns n and block width b, where its rows lie in ``left`` (-1: they are whole), and whether it
 #: counts the cut rows in Yᵀ Y (just one tile of a row does). ``matrix`` -1 is none, ``width`` 0 is measured elsewhere.
 COLUMNS = ("buffer", "offset", "rows", "cols", "stride", "matrix", "x", "z", "n", "width", "gram", "left", "counts")
+
+
+#: More elements of blocks than these are kept in half the bytes. Fewer would save nothing, and of a block that is small
+#: one element that is rounded the other way is a part that can be felt.
+_FEW = 1 << 16
 
 
 class Table(NamedTuple):
@@ -156,7 +161,10 @@ class Blocks:
 
     def _keep(self) -> None:
         """Make the start blocks."""
-        dtype = torch.bfloat16 if self.x.dtype == torch.float32 else self.x.dtype
+        total = sum(
+            b * matrix.cols for each in self.operands for b, matrix in zip(each.widths, self.matrices, strict=True)
+        )
+        dtype = torch.bfloat16 if self.x.dtype == torch.float32 and total > _FEW else self.x.dtype
         for wave in self.waves:
             for operand in self.operands:
                 starts = [start_block(self.matrices[k].name, self.matrices[k].cols, operand.widths[k]) for k in wave]
