@@ -23,7 +23,7 @@ from weyl_megatron.thresholds import Thresholds
 _CPU_WAVE = 1 << 20
 
 #: On other devices so many waves at most: each is a few launches.
-_DEVICE_WAVES = 4
+_DEVICE_WAVES = 8
 
 #: Iterations beyond the usual that a matrix may ask for after settled steps, where the host does not see which do.
 _STALE_ITERS = 2
@@ -233,7 +233,8 @@ class Walk:
             self._limits = {taus: (tau, floor)}
             self._has_fast = any(tau > SLOW_TAU for _, tau in limits)
         numbers = [[float(group["lr"]) for group in of], [float(group["weight_decay"]) for group in of]]
-        lr, weight_decay = torch.tensor(numbers, dtype=torch.float64).to(self._device, non_blocking=True)
+        both = torch.tensor(numbers, dtype=torch.float64, pin_memory=self._device.type == "cuda")
+        lr, weight_decay = both.to(self._device, non_blocking=True)
         return lr, weight_decay, *self._limits[taus]
 
 

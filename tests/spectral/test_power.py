@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.launch import torchrun
+from weyl_megatron import AdamW2
 from weyl_megatron.reference import BlockPower
 from weyl_megatron.spectral import Block, MatrixSpec, PowerIteration, tiles_of_range
 from weyl_megatron.spectral.blocks import start_block
@@ -109,6 +112,28 @@ def test_cpu_tensors_of_an_nccl_group_travel_through_the_gpu(monkeypatch: pytest
     assert _collective_device("nccl", torch.device("cpu")) == torch.device("cuda", 3)
     assert _collective_device("nccl", torch.device("cuda", 1)) == torch.device("cuda", 1)
     assert _collective_device("gloo", torch.device("cpu")) == torch.device("cpu")
+
+
+def test_nothing_keeps_process_groups_alive_but_what_is_in_use() -> None:
+    """A cycle would keep them until the interpreter ends, when gloo's threads can no longer be joined."""
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(6, 5))
+    weight.grad = torch.randn(6, 5)
+    gc.collect()
+    gc.disable()
+    try:
+        for kernel in ("cpu", "torch"):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("WEYL_MEGATRON_KERNEL", kernel)
+                optimizer = AdamW2([("w", weight)])
+                optimizer.step()
+            walk = next(iter(optimizer._walks.values()))
+            gone = weakref.ref(walk._power.blocks)
+            del walk
+            optimizer._walks.clear()
+            assert gone() is None, kernel
+    finally:
+        gc.enable()
 
 
 def test_spread_over_ranks_in_any_layout_it_is_one_process_s_sigma() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,9 +25,8 @@ class PlainKernel:
 
     def __init__(self, blocks: Blocks) -> None:
         self._blocks = blocks
-        self._products = TorchProducts(blocks, [self._weights_of, self._updates_of])
-        self._weights: Sequence[Tensor] = ()
-        self._stepped: Sequence[Stepped | None] = ()
+        self._weights: list[Tensor] = []
+        self._stepped: list[Stepped | None] = []
 
     def bind(self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None]) -> None:
         self._weights = [flat(weight) for weight in weights]
@@ -34,13 +34,15 @@ class PlainKernel:
             None if one is None else Stepped(flat(one.grad), flat(one.exp_avg), flat(one.exp_avg_sq), one.hyper)
             for one in stepped
         ]
-        self.multiply, self.multiply_back = self._products.multiply, self._products.multiply_back
-        self.orthonormalize = self._products.orthonormalize
+        pieces = partial(_weights_of, self._weights), partial(_updates_of, self._weights, self._stepped)
+        products = TorchProducts(self._blocks, pieces)
+        self.multiply, self.multiply_back = products.multiply, products.multiply_back
+        self.orthonormalize = products.orthonormalize
 
     def step(self, table: Table, mask: Tensor, sums: Tensor) -> None:
         for tile, stepped, is_measured in self._chosen(table, mask, rest=True):
             hyper, k = stepped.hyper, tile.matrix
-            for _, weight, grad, exp_avg, exp_avg_sq in self._bands(tile, stepped):
+            for _, weight, grad, exp_avg, exp_avg_sq in _bands(self._weights, tile, stepped):
                 adamw_moments(grad, exp_avg, exp_avg_sq, hyper)
                 if is_measured:
                     sums[k, 0] += _squares(adamw_direction(exp_avg, exp_avg_sq, hyper))
@@ -51,7 +53,7 @@ class PlainKernel:
 
     def moments(self, table: Table, mask: Tensor, sums: Tensor) -> None:
         for tile, stepped, is_measured in self._chosen(table, mask):
-            for row, _, grad, exp_avg, exp_avg_sq in self._bands(tile, stepped):
+            for row, _, grad, exp_avg, exp_avg_sq in _bands(self._weights, tile, stepped):
                 adamw_moments(grad, exp_avg, exp_avg_sq, stepped.hyper)
                 if is_measured:
                     update = adamw_direction(exp_avg, exp_avg_sq, stepped.hyper)
@@ -60,13 +62,13 @@ class PlainKernel:
 
     def undo(self, table: Table, mask: Tensor) -> None:
         for tile, stepped, _ in self._chosen(table, mask):
-            for _, weight, _, exp_avg, exp_avg_sq in self._bands(tile, stepped):
+            for _, weight, _, exp_avg, exp_avg_sq in _bands(self._weights, tile, stepped):
                 adamw_undo(weight, exp_avg, exp_avg_sq, stepped.hyper, stepped.hyper.lr)
 
     def move(self, table: Table, mask: Tensor, rates: Tensor, sums: Tensor) -> None:
         rate_of = rates.tolist()
         for tile, stepped, is_measured in self._chosen(table, mask):
-            for _, weight, _, exp_avg, exp_avg_sq in self._bands(tile, stepped):
+            for _, weight, _, exp_avg, exp_avg_sq in _bands(self._weights, tile, stepped):
                 adamw_move(weight, exp_avg, exp_avg_sq, stepped.hyper, rate_of[tile.matrix])
                 if is_measured:
                     sums[tile.matrix, 2] += _squares(weight)
@@ -80,22 +82,29 @@ class PlainKernel:
             if stepped is not None and (rest if tile.matrix < 0 else chosen[tile.matrix]):
                 yield tile, stepped, is_measured
 
-    def _weights_of(self, tile: Tile) -> Iterator[tuple[int, Tensor]]:
-        for row, rows in _rows(tile):
-            yield row, rows_of(self._weights[tile.buffer], tile, row, rows)
 
-    def _updates_of(self, tile: Tile) -> Iterator[tuple[int, Tensor]]:
-        stepped = self._stepped[tile.buffer]
-        if stepped is not None:
-            for row, _, _, exp_avg, exp_avg_sq in self._bands(tile, stepped):
-                yield row, adamw_direction(exp_avg, exp_avg_sq, stepped.hyper)
+def _weights_of(weights: Sequence[Tensor], tile: Tile) -> Iterator[tuple[int, Tensor]]:
+    for row, rows in _rows(tile):
+        yield row, rows_of(weights[tile.buffer], tile, row, rows)
 
-    def _bands(self, tile: Tile, stepped: Stepped) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
-        """Yield a tile's first row and W, G, M and V of it and of the rows that follow, band by band."""
-        tensors = self._weights[tile.buffer], stepped.grad, stepped.exp_avg, stepped.exp_avg_sq
-        for row, rows in _rows(tile):
-            weight, grad, exp_avg, exp_avg_sq = (rows_of(tensor, tile, row, rows) for tensor in tensors)
-            yield row, weight, grad, exp_avg, exp_avg_sq
+
+def _updates_of(
+    weights: Sequence[Tensor], all_stepped: Sequence[Stepped | None], tile: Tile
+) -> Iterator[tuple[int, Tensor]]:
+    stepped = all_stepped[tile.buffer]
+    if stepped is not None:
+        for row, _, _, exp_avg, exp_avg_sq in _bands(weights, tile, stepped):
+            yield row, adamw_direction(exp_avg, exp_avg_sq, stepped.hyper)
+
+
+def _bands(
+    weights: Sequence[Tensor], tile: Tile, stepped: Stepped
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+    """Yield a tile's first row and W, G, M and V of it and of the rows that follow, band by band."""
+    tensors = weights[tile.buffer], stepped.grad, stepped.exp_avg, stepped.exp_avg_sq
+    for row, rows in _rows(tile):
+        weight, grad, exp_avg, exp_avg_sq = (rows_of(tensor, tile, row, rows) for tensor in tensors)
+        yield row, weight, grad, exp_avg, exp_avg_sq
 
 
 def _rows(tile: Tile) -> Iterator[tuple[int, int]]:

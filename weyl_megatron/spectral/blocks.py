@@ -57,8 +57,8 @@ class Table(NamedTuple):
 class Operand:
     """The blocks of one operand: one σ₁ per matrix."""
 
-    def __init__(self, blocks: Blocks, width: int) -> None:
-        self.matrices = blocks.matrices
+    def __init__(self, matrices: Sequence[MatrixSpec], cut: Sequence[Tensor], width: int) -> None:
+        self.matrices, self._cut = matrices, cut
         self.widths = [min(width, matrix.rows, matrix.cols) for matrix in self.matrices]
         self.x_at = [0] * len(self.matrices)
         self.z_at = [0] * len(self.matrices)
@@ -68,26 +68,30 @@ class Operand:
         self.shape = torch.empty(0)  # (matrices, 5): where x and z begin, n, b, where Yᵀ Y begins
         self.kept: list[Tensor] = []  # per wave, of its matrices in the wave's order
         self.working: list[Tensor] = []  # where they are in ``x`` while they are measured
-        self._blocks = blocks
+        self._x = self._z = self._left = torch.empty(0)  # shared by all operands
+
+    def share(self, x: Tensor, z: Tensor, left: Tensor) -> None:
+        """Take the buffers that all operands share."""
+        self._x, self._z, self._left = x, z, left
 
     def block(self, number: int) -> Tensor:
         """Return X of a matrix of the wave that is measured, ``(b, cols)``."""
         b, cols, at = self.widths[number], self.matrices[number].cols, self.x_at[number]
-        return self._blocks.x[at : at + b * cols].view(b, cols)
+        return self._x[at : at + b * cols].view(b, cols)
 
     def image(self, number: int) -> tuple[Tensor, Tensor]:
         """Return Z of a matrix of that wave, ``(b, cols)``, and its Yᵀ Y, ``(b, b)``."""
         b, cols, at = self.widths[number], self.matrices[number].cols, self.z_at[number]
-        return self._blocks.z[at : at + b * cols].view(b, cols), self.gram(number)
+        return self._z[at : at + b * cols].view(b, cols), self.gram(number)
 
     def gram(self, number: int) -> Tensor:
         b, at = self.widths[number], self._gram_at(number)
-        return self._blocks.z[at : at + b * b].view(b, b)
+        return self._z[at : at + b * b].view(b, b)
 
     def left(self, tile: Tile) -> Tensor:
         """Return Y of a tile's rows, which are cut, ``(rows, b)``."""
         at, b = self._left_of(tile), self.widths[tile.matrix]
-        return self._blocks.left[at : at + tile.rows * b].view(tile.rows, b)
+        return self._left[at : at + tile.rows * b].view(tile.rows, b)
 
     def row(self, tile: Tile) -> list[int]:
         """Return a tile's row of a kernel's table."""
@@ -103,7 +107,7 @@ class Operand:
         return self.z_at[number] + self.widths[number] * self.matrices[number].cols
 
     def _left_of(self, tile: Tile) -> int:
-        slot = int(torch.searchsorted(self._blocks.cut[tile.matrix], tile.row))
+        slot = int(torch.searchsorted(self._cut[tile.matrix], tile.row))
         return self.left_at[tile.matrix] + slot * self.widths[tile.matrix]
 
 
@@ -134,7 +138,7 @@ class Blocks:
         self.matrices = list(matrices)
         self.waves = [list(wave) for wave in waves]
         self.cut = _cut_rows(self.matrices, tiles, device)
-        self.operands = [Operand(self, width) for width in widths]
+        self.operands = [Operand(self.matrices, self.cut, width) for width in widths]
         self.riders = riders
         self.rider_index: list[Tensor] = []  # per wave the matrices, and where their riders lie in ``left``
         self.rider_at: list[Tensor] = []
@@ -145,6 +149,8 @@ class Blocks:
         self.z_sizes, self.left_sizes = [z for _, z, _ in sizes], [left for _, _, left in sizes]
         x, z, left = (max(lengths, default=0) for lengths in zip(*sizes, strict=True)) if sizes else (0, 0, 0)
         self.x, self.z, self.left = (torch.zeros(length, device=device, dtype=dtype) for length in (x, z, left))
+        for operand in self.operands:
+            operand.share(self.x, self.z, self.left)
         self._keep()
         wave_of = {k: number for number, wave in enumerate(self.waves) for k in wave}
         for operand in self.operands:
