@@ -17,7 +17,7 @@ from weyl_megatron.demo.model import GPT, GPTConfig
 from weyl_megatron.reference import AdamW2Reference, exact_sigma
 from weyl_megatron.spectral import Block, MatrixSpec, PowerIteration, tiles_of_range
 
-ESTIMATORS = [(block, iters) for block in (1, 2, 4) for iters in (1, 2, 3)]
+ESTIMATORS = [(block, iters) for block in (1, 2, 3, 4) for iters in (1, 2, 3)]
 
 
 class Watched:

@@ -20,7 +20,7 @@ from weyl_megatron.spectral.tiles import Tile
 from weyl_megatron.thresholds import Thresholds
 
 #: Elements of the matrices that are measured together on a CPU: what a cache may still hold when it is read again.
-_CPU_WAVE = 1 << 20
+_CPU_WAVE = 5 << 18
 
 #: On other devices so many waves at most: each is a few launches.
 _DEVICE_WAVES = 8

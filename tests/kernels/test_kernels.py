@@ -304,16 +304,5 @@ def test_where_nothing_is_clipped_it_is_torch_s_adamw(
         assert float((one - other).abs().max()) <= 8 * torch.finfo(torch.float32).eps * float(other.abs().max())
 
 
-@pytest.mark.skipif(KERNEL != "cpu", reason="a choice of the compiled kernel")
-def test_w_is_multiplied_alike_in_a_pass_of_its_own_and_in_that_of_u(monkeypatch: pytest.MonkeyPatch) -> None:
-    from weyl_megatron.kernels import cpu
-
-    one, apart = train(KERNEL, monkeypatch)
-    monkeypatch.setattr(cpu, "_CACHED", 0)
-    other, together = train(KERNEL, monkeypatch)
-    assert all(map(torch.equal, one.parameters(), other.parameters()))
-    assert apart.stats() == together.stats()
-
-
 def test_it_can_run_here() -> None:
     assert why_not(KERNEL, "cpu", {torch.float32}) is None

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from weyl_megatron.kernels.stepped import Hyper, Stepped
-from weyl_megatron.spectral.blocks import COLUMNS, Blocks, Table
+from weyl_megatron.spectral.blocks import Blocks, Table
 from weyl_megatron.spectral.ritz import INDEPENDENT
 
 _SOURCE = Path(__file__).with_name("cpu_step.cpp")
@@ -32,9 +32,6 @@ _FLAGS = (
     *("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
-
-#: Elements of a wave that are still in the cache for a second pass. W of larger ones is multiplied in U's first pass.
-_CACHED = 3 << 20
 
 #: Rows of ``_hyper``: the struct Hyper, ten floats and two doubles.
 _HYPER_BYTES = 56
@@ -156,7 +153,6 @@ class CpuKernel:
             fields += [operand.shape, kept, int(kept.dtype == torch.float32), working, len(kept), sigma[number]]
         fields += [
             table.columns,
-            self._twins(table),
             len(table.tiles),
             self._waves[wave],
             len(self._waves[wave]),
@@ -167,14 +163,6 @@ class CpuKernel:
         fields += [blocks.z_sizes[wave], blocks.left_sizes[wave]]
         self._kept_alive.append(fields)
         return torch.tensor([each.data_ptr() if isinstance(each, Tensor) else each for each in fields])
-
-    def _twins(self, table: Table) -> Tensor:
-        """Return a table of U's vectors with the places of W's in theirs."""
-        twins, weights = table.columns.clone(), self._blocks.operands[0]
-        for number, tile in enumerate(table.tiles):
-            if table.columns[number, COLUMNS.index("width")]:
-                twins[number] = torch.tensor(weights.row(tile))
-        return twins
 
     def _multiply(self, operand: int, is_back: int, table: Table, mask: Tensor) -> None:
         if table.tiles:

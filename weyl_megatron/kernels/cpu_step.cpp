@@ -432,16 +432,14 @@ std::vector<int64_t> extents(const Tile *tiles, int64_t count, const Shares &sha
     return ends;
 }
 
-// The products of all active tiles with W or U; with MOMENTS, U is that of moments updated in the same pass, and where
-// `twins` has the same tiles with the places of W's vectors, the products with W are made on the way.
+// The products of all active tiles with W or U; with MOMENTS, U is that of moments updated in the same pass.
 template <Source source>
 void multiply(bool is_back, const Tile *tiles, int64_t count, const uint8_t *active, int64_t matrices,
-              const Buffer *buffers, const Hyper *hypers, const Arena &arena, double *sums, int threads,
-              const Tile *twins = nullptr) {
+              const Buffer *buffers, const Hyper *hypers, const Arena &arena, double *sums, int threads) {
     const Shares shares(tiles, count, active, false, threads);
     if (!shares.total) return;
     const std::vector<int64_t> ends = extents(tiles, count, shares, matrices);
-    Targets targets(arena, shares.threads), of_weights(arena, shares.threads);
+    Targets targets(arena, shares.threads);
     Sums partial(source == MOMENTS ? matrices : 0, shares.threads);
     int64_t widest = 0;
     for (int64_t i = 0; i < count; i++)
@@ -450,7 +448,7 @@ void multiply(bool is_back, const Tile *tiles, int64_t count, const uint8_t *act
     for (int thread = 0; thread < shares.threads; thread++) {
         Room room;
         room.resize(source == WEIGHTS ? 0 : ROWS * widest);
-        Adding adding(targets, thread), adding_weights(of_weights, thread);
+        Adding adding(targets, thread);
         const int64_t low = shares.edge(thread), high = shares.edge(thread + 1);
         for (int64_t i = 0; i < count; i++) {
             const Tile &tile = tiles[i];
@@ -458,11 +456,8 @@ void multiply(bool is_back, const Tile *tiles, int64_t count, const uint8_t *act
             const int64_t start = shares.first_row(tile, i, low), stop = shares.first_row(tile, i, high);
             const Buffer &buffer = buffers[tile.buffer];
             if (start >= stop || (source != WEIGHTS && !buffer.exp_avg)) continue;
-            if (tile.width) {
-                const bool is_own = ends[2 * tile.matrix] >= low && ends[2 * tile.matrix + 1] <= high;
-                adding.turn_to(tile, is_own);
-                if (twins) adding_weights.turn_to(twins[i], is_own);
-            }
+            if (tile.width)
+                adding.turn_to(tile, ends[2 * tile.matrix] >= low && ends[2 * tile.matrix + 1] <= high);
             for (int64_t done = 0; done < stop - start; done += ROWS) {
                 const int rows = int(std::min<int64_t>(ROWS, stop - start - done));
                 // U is formed again from the end on: what the pass before read last may still be in the cache.
@@ -479,14 +474,10 @@ void multiply(bool is_back, const Tile *tiles, int64_t count, const uint8_t *act
                 const float squares = multiply_rows<source>(is_back, tile, row, rows, hypers[tile.buffer], each, arena,
                                                             adding.target, adding.sum, ahead);
                 if (source == MOMENTS && tile.width) partial.of(tile, thread)[0] += squares;
-                if (twins && tile.width)
-                    multiply_rows<WEIGHTS>(false, twins[i], row, rows, hypers[tile.buffer], each, arena,
-                                           adding_weights.target, adding_weights.sum, ahead);
             }
         }
     }
     targets.add_all();
-    of_weights.add_all();
     if (source == MOMENTS) partial.add_to(sums);
 }
 
@@ -670,21 +661,15 @@ void next_block(int b, int64_t n, float *z, float *x, const double *gram, double
     if (scale != 1 || !by_cholesky(b, n, z, x, gram)) by_projection(b, n, z, x, scale);
 }
 
-// The next blocks and σ₁ of the chosen matrices. Each is one thread's.
-void orthonormalize(const Shape *shapes, const int64_t *wave, int64_t count, const uint8_t *mask, const uint8_t *more,
-                    float *x, float *z, double *sigma, double independent, int threads) {
-#pragma omp parallel for num_threads(int(std::min<int64_t>(threads, count))) schedule(static, 1)
-    for (int64_t i = 0; i < count; i++) {
-        const int64_t k = wave[i];
-        if (!mask[k]) continue;
-        const Shape &shape = shapes[k];
-        const int b = int(shape.width);
-        double gram_y[MOST * MOST], gram_z[MOST * MOST];
-        for (int p = 0; p < b * b; p++) gram_y[p] = z[shape.gram + p];
-        gram_of(b, z + shape.z, shape.n, gram_z);
-        sigma[k] = largest_ratio(b, gram_y, gram_z, independent);
-        next_block(b, shape.n, z + shape.z, x + shape.x, gram_z, sigma[k], more[k]);
-    }
+// The next block and σ₁ of a matrix.
+double orthonormalize(const Shape &shape, float *x, float *z, double independent, bool more) {
+    const int b = int(shape.width);
+    double gram_y[MOST * MOST], gram_z[MOST * MOST];
+    for (int p = 0; p < b * b; p++) gram_y[p] = z[shape.gram + p];
+    gram_of(b, z + shape.z, shape.n, gram_z);
+    const double sigma = largest_ratio(b, gram_y, gram_z, independent);
+    next_block(b, shape.n, z + shape.z, x + shape.x, gram_z, sigma, more);
+    return sigma;
 }
 
 struct Operand {  // of a wave, made by cpu.py
@@ -701,7 +686,7 @@ struct Operand {  // of a wave, made by cpu.py
 };
 struct Wave {
     Operand operands[2];
-    const Tile *tiles, *twins;  // all of the wave's, with the places of U's vectors and, or null, of W's
+    const Tile *tiles;  // all of the wave's
     int64_t tile_count;
     const int64_t *members;
     int64_t count;
@@ -755,26 +740,31 @@ void measure(const Wave *wave, const int64_t *need, const uint8_t *waiting, int6
             for (int o = 0; o < 2; o++) {
                 masks[o][k] = need[o * matrices + k] > iteration;
                 more[o][k] = need[o * matrices + k] > iteration + 1;
-                rest[o][k] = masks[o][k] && !(iteration == 0 && waiting[k] && (o || wave->twins));
+                rest[o][k] = masks[o][k] && !(o == 1 && iteration == 0 && waiting[k]);
             }
         }
         std::fill(wave->z, wave->z + wave->z_size, 0.f);
         std::fill(wave->left, wave->left + wave->left_size, 0.f);
         if (iteration == 0)
             multiply<MOMENTS>(false, wave->tiles, wave->tile_count, waiting, matrices, buffers, hypers, arena, sums,
-                              threads, wave->twins);
+                              threads);
         for (int o = 1; o >= 0; o--) {
             const Operand &operand = wave->operands[o];
             const auto product = o ? multiply<UPDATES> : multiply<WEIGHTS>;
             const uint8_t *active = rest[o].data(), *all = masks[o].data();
             const auto run = [&](bool is_back, const Tile *tiles, int64_t count, const uint8_t *chosen) {
-                product(is_back, tiles, count, chosen, matrices, buffers, hypers, arena, nullptr, threads, nullptr);
+                product(is_back, tiles, count, chosen, matrices, buffers, hypers, arena, nullptr, threads);
             };
             run(false, operand.cut, operand.cut_count, active);
             run(false, operand.whole, operand.whole_count, active);
             run(true, operand.cut, operand.cut_count, all);
-            orthonormalize(operand.shapes, wave->members, wave->count, all, more[o].data(), wave->x, wave->z,
-                           operand.sigma, independent, threads);
+        }
+#pragma omp parallel for num_threads(int(std::min<int64_t>(threads, 2 * wave->count))) schedule(static, 1)
+        for (int64_t i = 0; i < 2 * wave->count; i++) {  // each matrix of each operand is one thread's
+            const int64_t k = wave->members[i / 2], o = i % 2;
+            const Operand &operand = wave->operands[o];
+            if (masks[o][k])
+                operand.sigma[k] = orthonormalize(operand.shapes[k], wave->x, wave->z, independent, more[o][k]);
         }
     }
     for (const Operand &operand : wave->operands)
@@ -851,12 +841,16 @@ void weyl_multiply(int operand, int is_back, const Tile *tiles, int64_t count, c
                    const Buffer *buffers, const Hyper *hypers, const float *x, float *z, float *left, int threads) {
     const Arena arena{x, z, left};
     const auto function = operand ? multiply<UPDATES> : multiply<WEIGHTS>;
-    function(is_back != 0, tiles, count, active, matrices, buffers, hypers, arena, nullptr, threads, nullptr);
+    function(is_back != 0, tiles, count, active, matrices, buffers, hypers, arena, nullptr, threads);
 }
 
 void weyl_orthonormalize(const Shape *shapes, const int64_t *wave, int64_t count, const uint8_t *mask,
                          const uint8_t *more, float *x, float *z, double *sigma, double independent, int threads) {
-    orthonormalize(shapes, wave, count, mask, more, x, z, sigma, independent, threads);
+#pragma omp parallel for num_threads(int(std::min<int64_t>(threads, std::max<int64_t>(1, count)))) schedule(static, 1)
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t k = wave[i];
+        if (mask[k]) sigma[k] = orthonormalize(shapes[k], x, z, independent, more[k]);
+    }
 }
 
 // Lines 3 to 14 of the algorithm for waves that no other rank has pieces of, each while its numbers are in the cache.

@@ -23,6 +23,9 @@ _PRODUCT_ROWS = 512
 #: Elements that one program of an elementwise pass works on.
 _ELEMENTS = 1 << 14
 
+#: Vectors per matrix, up to a power of two.
+_BLOCK = 1 << (BLOCK - 1).bit_length()
+
 #: Rows and columns that a program holds at once.
 _ROWS, _COLS = 16, 128
 
@@ -90,7 +93,7 @@ class TritonKernel:
         independent = INDEPENDENT * torch.finfo(torch.float32).eps
         ops.orthonormalize[(len(numbers),)](
             *(blocks.operands[operand].shape, numbers, mask, more, blocks.x, blocks.z, sigma, independent),
-            BLOCK=BLOCK,
+            BLOCK=_BLOCK,
             COLS=_COLS,
         )
 
@@ -115,7 +118,7 @@ class TritonKernel:
             *(partial, partial_sums),
             BACK=back,
             SOURCE=source,
-            BLOCK=BLOCK,
+            BLOCK=_BLOCK,
             ROWS=_ROWS,
             COLS=_COLS,
         )
