@@ -253,7 +253,7 @@ class NoArithmetic:
     def _nothing(self, *_: Any) -> None: ...
 
     step = moments = _say
-    bind = undo = move = multiply = multiply_back = orthonormalize = _nothing
+    bind = release = undo = move = multiply = multiply_back = orthonormalize = _nothing
 
 
 class Counted(NamedTuple):

@@ -209,6 +209,7 @@ class Walk:
         certificate.measured(~settled, sigma_weight)
         certificate.moved(rates, rates * self._weight_decay, norm, self._sums[:, 2].clone())
         self._cold = False
+        self._kernel.release()
 
     def stats(self) -> dict[str, MatrixStats]:
         """Return what the last step did, by the matrix's name."""

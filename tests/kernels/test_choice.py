@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,15 @@ def test_a_gradient_or_state_of_another_dtype_is_refused() -> None:
     optimizer.state[weight]["exp_avg"] = optimizer.state[weight]["exp_avg"].double()
     with pytest.raises(ValueError, match=r"a gradient or state tensor is torch.float64 on cpu, the kernel takes"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "torch"])
+def test_a_gradient_does_not_outlive_the_step(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(choice.VARIABLE, kernel)
+    optimizer, weight = stepped()
+    gone = weakref.ref(weight.grad)
+    weight.grad = None
+    assert optimizer.stats() and gone() is None, "its memory is missing in the next backward pass"
 
 
 def test_code_is_not_loaded_from_where_others_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

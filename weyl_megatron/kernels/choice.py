@@ -36,6 +36,9 @@ class Kernel(Products, Protocol):
     def bind(self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None]) -> None:
         """Take the tensors of this step; None where there is no gradient, whose U is 0."""
 
+    def release(self) -> None:
+        """Let go of the tensors of this step: a gradient must not outlive it."""
+
     def step(self, table: Table, mask: Tensor, sums: Tensor) -> None:
         """Update M and V and move W at the scheduled rate, in one pass; also of what is no matrix."""
 

@@ -58,7 +58,6 @@ class CpuKernel:
     def bind(self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None]) -> None:
         addresses, hypers = [], bytearray()
         cache: dict[Hyper, bytes] = {}
-        changed: list[Tensor] = []
         for weight, one in zip(weights, stepped, strict=True):
             if one is None:
                 addresses += [weight.data_ptr(), 0, 0, 0]
@@ -75,11 +74,13 @@ class CpuKernel:
             if one.hyper not in cache:
                 cache[one.hyper] = _hyper(one.hyper)
             hypers += cache[one.hyper]
-            changed += [weight, one.exp_avg, one.exp_avg_sq]
+            torch.autograd.graph.increment_version(weight)  # it is changed behind autograd's back
         self._buffers = torch.tensor(addresses, dtype=torch.int64)
         self._hypers = torch.frombuffer(hypers, dtype=torch.uint8)
         self._alive = weights, stepped  # the tensors at these addresses
-        torch.autograd.graph.increment_version(changed)
+
+    def release(self) -> None:
+        self._alive = None
 
     def step(self, table: Table, mask: Tensor, sums: Tensor) -> None:
         self._call("step", *_table(table), mask, self._count, self._buffers, self._hypers, sums)

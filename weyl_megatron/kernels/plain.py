@@ -39,6 +39,10 @@ class PlainKernel:
         self.multiply, self.multiply_back = products.multiply, products.multiply_back
         self.orthonormalize = products.orthonormalize
 
+    def release(self) -> None:
+        self._weights.clear()
+        self._stepped.clear()
+
     def step(self, table: Table, mask: Tensor, sums: Tensor) -> None:
         for tile, stepped, is_measured in self._chosen(table, mask, rest=True):
             hyper, k = stepped.hyper, tile.matrix

@@ -67,8 +67,11 @@ class TritonKernel:
         self._pointers = _upload(torch.tensor(pointers, dtype=torch.int64), device)
         self._hypers = _upload(torch.tensor(hypers, dtype=torch.float32), device)
         self._alive = weights, stepped  # the tensors at these addresses
-        changed = [tensor for one in stepped if one is not None for tensor in (one.exp_avg, one.exp_avg_sq)]
-        torch.autograd.graph.increment_version([*weights, *changed])
+        for weight in weights:
+            torch.autograd.graph.increment_version(weight)  # they are changed behind autograd's back
+
+    def release(self) -> None:
+        self._alive = None
 
     def step(self, table: Table, mask: Tensor, sums: Tensor) -> None:
         self._elementwise(table, mask, self._hypers, sums, mode=0, columns=(0, 3))
