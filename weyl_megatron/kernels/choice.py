@@ -109,7 +109,7 @@ def why_not(name: str, device: str, dtypes: Collection[torch.dtype]) -> str | No
             if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
                 return f"it takes tensors on a GPU, not on {device} (unless TRITON_INTERPRET=1)"
             del triton
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         return str(error)
     return None
 
