@@ -65,15 +65,15 @@ def test_a_certified_step_is_one_collective_of_a_few_bytes_per_group() -> None:
 
 
 def test_bytes_by_hand() -> None:
-    """A (4, 5) and B (5, 8) on two ranks of 30 elements: B is cut at its 10th, in row 1. Blocks are 3 wide."""
+    """A (4, 5) and B (5, 8) on two ranks of 30 elements: B is cut at its 10th, in row 1. Blocks are 4 wide."""
     matrices = Weight("a", (4, 5), is_hidden=True), Weight("b", (5, 8), is_hidden=True)
     found = counts(Model(matrices, (), 0, ()), Spread(dp=2))
-    riders, left = 2 * 4, 3 * 4  # a number per matrix; the cut row's
-    z = 4 * (3 * 5 + 9 + 3 * 8 + 9)
+    riders, left = 2 * 4, 4 * 4  # a number per matrix; the cut row's
+    z = 4 * (4 * 5 + 16 + 4 * 8 + 16)
     once, twice = riders + 2 * left + 2 * z, left + z  # of W and U, then of U alone
     assert (found["certified"]["collectives"], found["certified"]["bytes"]) == (1, 2 * 16)
     assert (found["measured"]["collectives"], found["measured"]["bytes"]) == (4, once + twice)
-    kept = x = 2 * 4 * (3 * 5 + 3 * 8)  # so few are kept in float32
+    kept = x = 2 * 4 * (4 * 5 + 4 * 8)  # so few are kept in float32
     assert found["measured"]["vectors"] == kept + x + 2 * z + 2 * left + riders
     assert {(row["muon_holders"], row["muon_owners"]) for row in found.values()} == {(4 * 5 * 8, 4 * 5 * 8)}
 

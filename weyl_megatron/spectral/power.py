@@ -26,9 +26,8 @@ from weyl_megatron.spectral.ritz import largest_ratio, next_block
 from weyl_megatron.spectral.tiles import Tile
 
 #: Vectors per matrix. One alone is late where the top direction changes, and its dangerous error, an underestimated
-#: σ₁(U), has a long tail; `python benchmarks/estimator.py` measures both. With four a row, its vectors and their sums
-#: are more than a core's first cache holds at a width of 768.
-BLOCK = 3
+#: σ₁(U), has a long tail; `python benchmarks/estimator.py` measures both.
+BLOCK = 4
 
 #: Iterations for vectors that nothing is known about: at the first step and after a resume.
 COLD_ITERS = 12
