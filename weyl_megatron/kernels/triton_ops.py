@@ -158,7 +158,7 @@ def elementwise(
     matrix, width = tl.load(tile + 5), tl.load(tile + 9)
     hyper = hypers + buffer * HYPER
     is_rest = (matrix < 0) & (MODE == 0)
-    is_active = (matrix >= 0) & (tl.load(mask + tl.maximum(matrix, 0)) != 0)
+    is_active = tl.load(mask + matrix, mask=matrix >= 0, other=0) != 0  # there may be no matrix, and no mask
     if (is_rest | is_active) & (tl.load(pointers + buffer * 4 + 2) != 0):
         row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
         rate = tl.load(hyper + 5).to(tl.float64)
