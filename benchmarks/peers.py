@@ -14,7 +14,7 @@ OPTIONS: dict[str, Any] = {"lr": 1e-6, "betas": (0.9, 0.999), "eps": 1e-8, "weig
 
 
 def peers(weights: Callable[[], Weights], device: torch.device, deepspeed: bool) -> dict[str, Callable[[], Any]]:
-    """Return what makes each peer that can run here; a line on stderr says which cannot, and why."""
+    """Return what makes each peer that can run here; a line says which cannot, and why."""
     found: dict[str, Callable[[], Any]] = {
         "torch.optim.AdamW(fused)": lambda: torch.optim.AdamW(weights().values(), fused=True, **OPTIONS),
     }
@@ -38,11 +38,8 @@ def _deepspeed(name: str, weights: Weights) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if name == "FusedAdam" else "cpu")
     from deepspeed.ops import adam
 
-    return (
-        getattr(adam, name)(list(weights.values()), adamw_mode=True, **OPTIONS)
-        if "CPU" in name
-        else getattr(adam, name)(list(weights.values()), adam_w_mode=True, **OPTIONS)
-    )
+    decoupled = {"adamw_mode": True} if name == "DeepSpeedCPUAdam" else {"adam_w_mode": True}
+    return getattr(adam, name)(list(weights.values()), **decoupled, **OPTIONS)
 
 
 class _Muon:

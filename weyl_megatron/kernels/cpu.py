@@ -1,7 +1,7 @@
 """The step on a CPU in compiled code (cpu_step.cpp): float32, any number of threads.
 
 The file is compiled on first use, for the machine's own instruction set, with nothing but a C++ compiler: it includes
-no header of torch, so that takes two seconds, and there is no lock that a killed build could leave behind, because a
+no header of torch, so that takes four seconds, and there is no lock that a killed build could leave behind, because a
 finished library is moved into its place at once.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weyl_megatron.kernels.stepped import Hyper, Stepped
+from weyl_megatron.kernels.stepped import Hyper, Stepped, check_tensors
 from weyl_megatron.spectral.blocks import Blocks, Table
 from weyl_megatron.spectral.ritz import INDEPENDENT
 
@@ -64,13 +64,8 @@ class CpuKernel:
                 hypers += bytes(_HYPER_BYTES)
                 continue
             tensors = weight, one.grad, one.exp_avg, one.exp_avg_sq
-            for tensor in tensors:
-                if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-                    raise ValueError(
-                        f"AdamW2: a gradient or state tensor is {tensor.dtype} on {tensor.device}, the kernel takes "
-                        f"torch.float32 on the CPU, like its parameter."
-                    )
-                addresses.append(tensor.data_ptr())
+            check_tensors(tensors, self._blocks.x.device)
+            addresses += [tensor.data_ptr() for tensor in tensors]
             if one.hyper not in cache:
                 cache[one.hyper] = _hyper(one.hyper)
             hypers += cache[one.hyper]

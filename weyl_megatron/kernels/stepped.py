@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from weyl_megatron.layouts.plain import storage_order
 
 
 class Hyper(NamedTuple):
@@ -39,7 +43,14 @@ class Stepped(NamedTuple):
 
 def flat(tensor: Tensor) -> Tensor:
     """Return the elements of a dense tensor as they lie in memory."""
-    if tensor.is_contiguous():
-        return tensor.detach().view(-1)
-    order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
-    return tensor.detach().permute(order).view(-1)
+    return tensor.detach().permute(storage_order(tensor)).view(-1)
+
+
+def check_tensors(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Raise ValueError where a compiled kernel, which goes by addresses, would read other numbers than it should."""
+    for tensor in tensors:
+        if tensor.dtype != torch.float32 or tensor.device != device:
+            raise ValueError(
+                f"AdamW2: a gradient or state tensor is {tensor.dtype} on {tensor.device}, the kernel takes "
+                f"torch.float32 on {device}, like its parameter."
+            )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from weyl_megatron.kernels import triton_ops as ops
-from weyl_megatron.kernels.stepped import Hyper, Stepped
+from weyl_megatron.kernels.stepped import Hyper, Stepped, check_tensors
 from weyl_megatron.spectral.blocks import Blocks, Table
 from weyl_megatron.spectral.power import BLOCK
 from weyl_megatron.spectral.ritz import INDEPENDENT
@@ -56,12 +56,7 @@ class TritonKernel:
         pointers, hypers = [], []
         for weight, one in zip(weights, stepped, strict=True):
             tensors = (weight,) if one is None else (weight, one.grad, one.exp_avg, one.exp_avg_sq)
-            for tensor in tensors:
-                if tensor.dtype != torch.float32 or tensor.device != device:
-                    raise ValueError(
-                        f"AdamW2: a gradient or state tensor is {tensor.dtype} on {tensor.device}, the kernel takes "
-                        f"torch.float32 on {device}, like its parameter."
-                    )
+            check_tensors(tensors, device)
             pointers.append([tensor.data_ptr() for tensor in tensors] + [0] * (4 - len(tensors)))
             hypers.append([0.0] * 12 if one is None else _hyper(one.hyper))
         self._pointers = _upload(torch.tensor(pointers, dtype=torch.int64), device)

@@ -98,10 +98,6 @@ class PowerIteration:
         self._warm = True
         return self.sigma.to(self.blocks.z.dtype)
 
-    def forget(self) -> None:
-        """Make the next call of :meth:`sigmas` iterate as if the vectors were new."""
-        self._warm = False
-
     def measure(
         self,
         products: Products,
