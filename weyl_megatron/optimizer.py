@@ -47,7 +47,8 @@ class AdamW2(torch.optim.AdamW):
         tau: τ > 0; the paper uses 0.01 (GPT) and 0.004 (ViT, Swin). Or ``"auto"``: hidden matrices share one budget,
             τ = 0.144 / (number of hidden matrices), embeddings, positions and head get 0.1, and σ₁(W) is taken for at
             least that of a Xavier matrix. A small τ acts like a warmup of about ln(α σ₁(U) / (τ σ₁(W))) / τ steps.
-        power_iters: block power iterations per step (the first step makes more).
+        power_iters: block power iterations per step at most; half of them where more would add nothing (the first step
+            makes more).
         floor_std: σ₁(W) is taken for at least that of a random matrix of this standard deviation, so that
             zero-initialised matrices move; 0 is the paper's rule, under which they stay zero for ever.
         clip_vectors: bound 1-D parameters, too.

@@ -10,6 +10,7 @@ from torch import Tensor
 from weyl_megatron.rule import SLOW_TAU
 from weyl_megatron.spectral.blocks import start_block
 from weyl_megatron.spectral.power import BLOCK, COLD_ITERS
+from weyl_megatron.spectral.ritz import SETTLED
 
 
 def exact_sigma(matrix: Tensor) -> float:
@@ -25,14 +26,18 @@ class BlockPower:
         self.block: Tensor | None = None  # (cols, b)
 
     def __call__(self, matrix: Tensor) -> float:
-        iters = self.iters
+        iters, least = self.iters, (self.iters + 1) // 2
         if self.block is None:
-            iters = max(iters, COLD_ITERS)
+            iters = least = max(iters, COLD_ITERS)
             self.block = start_block(self.name, matrix.shape[1], min(BLOCK, *matrix.shape)).to(matrix.dtype)
-        for _ in range(iters):
-            left = torch.linalg.qr(matrix @ self.block).Q  # (rows, b)
-            self.block, triangle = torch.linalg.qr(matrix.T @ left)  # (cols, b), (b, b)
-        return float(torch.linalg.matrix_norm(triangle, 2))
+        for made in range(1, iters + 1):
+            left, before = torch.linalg.qr(matrix @ self.block)  # (rows, b), (b, b)
+            self.block, after = torch.linalg.qr(matrix.T @ left)  # (cols, b), (b, b)
+            sigma = float(torch.linalg.matrix_norm(after, 2))
+            gain = sigma - float(torch.linalg.matrix_norm(before, 2))
+            if made >= least and gain <= SETTLED * sigma:
+                break
+        return sigma
 
 
 class AdamW2Reference:

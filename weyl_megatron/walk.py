@@ -139,7 +139,8 @@ class Walk:
         Where the kernel can, it takes those that no other rank has pieces of through all lines by itself, before.
         """
         self._active = (~settled).byte()
-        self._need = self._iterations() * self._active
+        self._need, self._least = self._iterations()
+        self._need *= self._active
         chosen = settled.tolist() if self._on_host else None
         waves = [
             number
@@ -150,8 +151,8 @@ class Walk:
         if step_alone is not None:
             alone = [number for number in waves if not self._is_spread[number]]
             limits = self._lr, self._tau, self._floor
-            sigma, state = self._power.sigma, (self._need, self._active, self._waiting)
-            step_alone(alone, self._of_wave, sigma, *state, limits, self._sums)
+            power, state = self._power, (self._need, self._least, self._active, self._waiting)
+            step_alone(alone, self._of_wave, power.sigma, power.gain, *state, limits, self._sums)
             waves = [number for number in waves if self._is_spread[number]]
         yield from waves
 
@@ -162,34 +163,41 @@ class Walk:
         blocks.load(wave)
         self._kernel.moments(self._of_wave[wave], self._waiting, sums)
         blocks.left[blocks.rider_at[wave]] = sums[mine, 0].to(blocks.left.dtype)
-        power.measure(self._kernel, wave, self._masks(), begun=(None, self._waiting))
+        masks, sure = self._masks()
+        power.measure(self._kernel, wave, masks, begun=(None, self._waiting), sure=sure)
         if self._is_spread[wave]:
             sums[mine, 0] = torch.where(self._waiting[mine].bool(), power.ridden[mine], sums[mine, 0])
         sigma_weight, sigma_update = power.sigma
         return sigma_weight, sigma_update
 
-    def _iterations(self) -> Tensor:
-        """Return the iterations that each matrix needs, ``(2, matrices)``: a slow W half as many as U.
+    def _iterations(self) -> tuple[Tensor, Tensor]:
+        """Return the iterations that each matrix makes at most, and at least, ``(2, matrices)``: a slow W half of U's.
 
         Stale vectors, from steps without any, need more, and new ones most.
         """
         most = max(COLD_ITERS, self._iters)
         if self._cold:
-            return torch.full((2, len(self._lr)), most, device=self._device)
-        of_update = (self._iters + self.certificate.age).clamp(max=most)
-        of_weight = torch.where(self._tau <= SLOW_TAU, (of_update + 1) // 2, of_update)
-        return torch.stack([of_weight, of_update])
+            cold = torch.full((2, len(self._lr)), most, device=self._device)
+            return cold, cold.clone()
+        need = (self._iters + self.certificate.age).clamp(max=most)
+        need, least = (
+            torch.stack([torch.where(self._tau <= SLOW_TAU, (of_update + 1) // 2, of_update), of_update])
+            for of_update in (need, need - self._iters // 2)
+        )
+        return need, least
 
-    def _masks(self) -> list[tuple[Tensor | None, Tensor | None]]:
-        """Return the matrices of each iteration, of W and of U; None where there are none."""
+    def _masks(self) -> tuple[list[tuple[Tensor | None, Tensor | None]], list[tuple[Tensor, Tensor]]]:
+        """Return the matrices of each iteration, of W and of U (None: of none), and those that are sure to make it."""
         if self._on_host:
             of_weight, of_update = self._need.amax(1).tolist() if self._need.numel() else (0, 0)
         else:  # the host does not see which are stale
             most = max(COLD_ITERS, self._iters)
             of_update = most if self._cold else min(most, self._iters + _STALE_ITERS)
             of_weight = of_update if self._cold or self._has_fast else (of_update + 1) // 2
-        masks = (self._need > torch.arange(of_update, device=self._device).view(-1, 1, 1)).byte()
-        return [(mask[0] if number < of_weight else None, mask[1]) for number, mask in enumerate(masks)]
+        numbers = torch.arange(of_update, device=self._device).view(-1, 1, 1)
+        masks, sure = (self._need > numbers).byte(), (self._least > numbers).byte()
+        of_both = [(mask[0] if number < of_weight else None, mask[1]) for number, mask in enumerate(masks)]
+        return of_both, [(mask[0], mask[1]) for mask in sure]
 
     def rates(self, sigma_weight: Tensor, sigma_update: Tensor) -> Tensor:
         """Return α_W of every matrix (lines 7 to 9)."""

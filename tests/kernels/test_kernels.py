@@ -94,7 +94,7 @@ class Copy:
         self.blocks = Blocks(case.specs, case.tiles, (4, 4), waves, False, torch.device("cpu"), torch.float32)
         self.kernel: Kernel = make(self.blocks) if kernel == "fused" else PlainKernel(self.blocks)
         self.sums = torch.zeros(len(case.specs), 3, dtype=torch.float64)
-        self.sigma = torch.zeros(len(case.specs), dtype=torch.float64)
+        self.sigma, self.gain = torch.zeros(2, len(case.specs), dtype=torch.float64)
         triples = zip(case.grads, case.first, case.second, case.hypers, strict=True)
         stepped: list[Stepped | None] = [Stepped(*each) for each in triples]
         stepped[-1] = None
@@ -169,8 +169,10 @@ def test_products_and_blocks_are_those_of_plain_torch(case: Case) -> None:
     assert near(fused.blocks.z, plain.blocks.z)
     for operand in (0, 1):
         for each in (fused, plain):
-            each.kernel.orthonormalize(operand, 0, case.mask, case.none, each.sigma)
+            each.kernel.orthonormalize(operand, 0, case.mask, case.none, each.sigma, each.gain)
         assert near(fused.sigma, plain.sigma, 1e-4)  # Y that are almost parallel are told apart in other ways
+        assert torch.equal(fused.gain.isinf(), plain.gain.isinf())
+        assert torch.allclose(fused.gain, plain.gain, rtol=0, atol=1e-4), "a gain is a share of σ₁"
         for k in range(len(case.specs)):
             one, other = fused.blocks.operands[operand].block(k), plain.blocks.operands[operand].block(k)
             assert near(one @ one.T, torch.eye(len(one)), 1e-3), "not orthonormal"
@@ -189,7 +191,7 @@ def test_what_is_masked_is_left_alone(case: Case, number: int) -> None:
     before = [tensor.clone() for tensor in fused.state()]
     fused.kernel.step(fused.table, mask, fused.sums)
     fused.kernel.multiply(0, fused.blocks.operands[0].whole[0], mask)
-    fused.kernel.orthonormalize(0, 0, mask, case.none, fused.sigma)
+    fused.kernel.orthonormalize(0, 0, mask, case.none, fused.sigma, fused.gain)
     buffers = len(case.weights)
     for one, other in zip(fused.state()[number::buffers], before[number::buffers], strict=True):
         assert torch.equal(one, other)
@@ -208,7 +210,7 @@ def test_matrices_of_any_size_and_rank(scale: float, rank: int) -> None:
     for iteration in range(12):
         fused.blocks.clear(0)
         fused.kernel.multiply(0, fused.blocks.operands[0].whole[0], case.mask)
-        fused.kernel.orthonormalize(0, 0, case.mask, more if iteration < 11 else case.none, fused.sigma)
+        fused.kernel.orthonormalize(0, 0, case.mask, more if iteration < 11 else case.none, fused.sigma, fused.gain)
     exact = float(torch.linalg.matrix_norm(case.weights[0].view(40, 50).double(), 2))
     assert float(fused.sigma[0]) == pytest.approx(exact, rel=2e-3)
     assert float(fused.sigma[0]) <= exact * (1 + 1e-5)
@@ -220,7 +222,7 @@ def test_a_value_that_is_not_finite_is_not_a_number_and_harms_no_other() -> None
     case.weights[0][7] = float("inf")
     fused = case.copy("fused")
     fused.kernel.multiply(0, fused.blocks.operands[0].whole[0], case.mask)
-    fused.kernel.orthonormalize(0, 0, case.mask, case.none, fused.sigma)
+    fused.kernel.orthonormalize(0, 0, case.mask, case.none, fused.sigma, fused.gain)
     assert fused.sigma[:2].isnan().tolist() == [True, False]
     assert fused.blocks.operands[0].block(0).isfinite().all(), "the next step could not recover"
 

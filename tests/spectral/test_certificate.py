@@ -187,9 +187,9 @@ def test_a_settled_matrix_costs_no_product_and_a_stale_one_iterates_more(monkeyp
         counted["products"] += sum(bool(mask[tile.matrix]) for tile in table.tiles)
         multiply(self, operand, table, mask)
 
-    def counting_orthonormalize(self, operand, wave, mask, more, sigma):  # type: ignore[no-untyped-def]
+    def counting_orthonormalize(self, operand, wave, mask, more, sigma, gain):  # type: ignore[no-untyped-def]
         counted["iterations"] += int(mask.sum()) if operand == 1 else 0
-        orthonormalize(self, operand, wave, mask, more, sigma)
+        orthonormalize(self, operand, wave, mask, more, sigma, gain)
 
     monkeypatch.setattr(TorchProducts, "multiply", counting_multiply)
     monkeypatch.setattr(TorchProducts, "orthonormalize", counting_orthonormalize)
@@ -201,7 +201,7 @@ def test_a_settled_matrix_costs_no_product_and_a_stale_one_iterates_more(monkeyp
         run.step("random", 0.02)
     assert counted == {"products": 0, "iterations": 0}
     run.step("random", 3.0)
-    assert counted["iterations"] == 2 + 5
+    assert counted["iterations"] in (1 + 5, 2 + 5)  # the last one only if the one before it gained
     counted.update(products=0, iterations=0)
     run.step("random", 3.0)
     assert counted["iterations"] == 2

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from tests.launch import torchrun
 from weyl_megatron import AdamW2
-from weyl_megatron.reference import BlockPower
+from weyl_megatron.reference import BlockPower, exact_sigma
 from weyl_megatron.spectral import Block, MatrixSpec, PowerIteration, tiles_of_range
 from weyl_megatron.spectral.blocks import start_block
 from weyl_megatron.spectral.collectives import _collective_device
+from weyl_megatron.spectral.power import COLD_ITERS, TorchProducts
+from weyl_megatron.spectral.ritz import gain, largest_ratio
 
 
 def whole(matrices: list[torch.Tensor], **options: object) -> PowerIteration:
@@ -50,7 +52,7 @@ def test_sigma_is_never_above_and_soon_at_the_exact_one(shapes: list[tuple[int, 
 def test_it_is_the_reference_s_iteration() -> None:
     torch.manual_seed(0)
     matrix = torch.randn(30, 20, dtype=torch.float64)
-    power, reference = whole([matrix], dtype=torch.float64), BlockPower("w0")
+    power, reference = whole([matrix], dtype=torch.float64, least=1), BlockPower("w0")
     for _ in range(3):
         matrix += 0.1 * torch.randn(30, 20, dtype=torch.float64)
         assert power.sigmas([flat([matrix])]).item() == pytest.approx(reference(matrix), rel=1e-12)
@@ -139,3 +141,37 @@ def test_nothing_keeps_process_groups_alive_but_what_is_in_use() -> None:
 def test_spread_over_ranks_in_any_layout_it_is_one_process_s_sigma() -> None:
     """Three ranks: ranges that cut rows, bands over two groups, an empty rank (see power_worker.py)."""
     assert "all layouts agree" in torchrun(Path(__file__).with_name("power_worker.py"), 3)
+
+
+def test_an_iteration_that_would_gain_nothing_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    steady, moving = torch.randn(40, 30), torch.randn(40, 30)
+    power = whole([steady, moving], iters=2, least=1)
+    iterations = [0, 0]
+    orthonormalize = TorchProducts.orthonormalize
+
+    def counting(self, operand, wave, mask, more, sigma, gain):  # type: ignore[no-untyped-def]
+        iterations[:] = [count + int(made) for count, made in zip(iterations, mask, strict=True)]
+        orthonormalize(self, operand, wave, mask, more, sigma, gain)
+
+    monkeypatch.setattr(TorchProducts, "orthonormalize", counting)
+    power.sigmas([flat([steady, moving])])
+    assert iterations == [COLD_ITERS, COLD_ITERS], "nothing is known of new vectors"
+    for _ in range(10):
+        moving = torch.randn(40, 30)
+        found = power.sigmas([flat([steady, moving])])[0]
+    assert iterations == [COLD_ITERS + 10, COLD_ITERS + 20]
+    assert found[0].item() == pytest.approx(exact_sigma(steady), rel=1e-3)
+
+
+def test_a_gain_is_what_the_second_half_of_an_iteration_adds() -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(12, 9, dtype=torch.float64)
+    block = torch.linalg.qr(torch.randn(9, 3, dtype=torch.float64)).Q
+    y = matrix @ block
+    z = matrix.T @ y
+    sigma = largest_ratio(y.T @ y, z.T @ z, 1e-16).item()
+    whole_block = exact_sigma(matrix @ block)
+    assert gain(y.T @ y, block.T, sigma) == pytest.approx(1 - whole_block / sigma, rel=1e-12)
+    assert gain(y.T @ y, 1e20 * block.T, sigma) == float("inf"), "a block of another length tells nothing"
+    assert gain(y.T @ y, block.T, float("nan")) == float("inf")

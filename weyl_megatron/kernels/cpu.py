@@ -23,7 +23,7 @@ from torch import Tensor
 
 from weyl_megatron.kernels.stepped import Hyper, Stepped, check_tensors
 from weyl_megatron.spectral.blocks import Blocks, Table
-from weyl_megatron.spectral.ritz import INDEPENDENT
+from weyl_megatron.spectral.ritz import INDEPENDENT, SETTLED
 
 _SOURCE = Path(__file__).with_name("cpu_step.cpp")
 
@@ -99,12 +99,12 @@ class CpuKernel:
     def multiply_back(self, operand: int, table: Table, mask: Tensor) -> None:
         self._multiply(operand, 1, table, mask)
 
-    def orthonormalize(self, operand: int, wave: int, mask: Tensor, more: Tensor, sigma: Tensor) -> None:
+    def orthonormalize(self, operand: int, wave: int, mask: Tensor, more: Tensor, sigma: Tensor, gain: Tensor) -> None:
         blocks, numbers = self._blocks, self._waves[wave]
         independent = INDEPENDENT * torch.finfo(torch.float32).eps
         self._call(
             *("orthonormalize", blocks.operands[operand].shape, numbers, len(numbers), mask, more),
-            *(blocks.x, blocks.z, sigma, independent),
+            *(blocks.x, blocks.z, sigma, gain, independent),
         )
 
     def step_alone(
@@ -112,7 +112,9 @@ class CpuKernel:
         waves: Sequence[int],
         tables: Sequence[Table],
         sigma: Tensor,
+        gain: Tensor,
         need: Tensor,
+        least: Tensor,
         active: Tensor,
         waiting: Tensor,
         limits: Sequence[Tensor],
@@ -123,30 +125,31 @@ class CpuKernel:
         Args:
             waves: their numbers.
             tables: of every wave, all tiles.
-            sigma: what becomes σ₁, ``(2, matrices)``.
-            need: iterations, ``(2, matrices)``.
+            sigma, gain: what becomes σ₁ and what its last iteration gained, ``(2, matrices)``.
+            need, least: iterations at most, and where the last one gained nothing, ``(2, matrices)``.
             active, waiting: the matrices that are not settled; those of them whose moments are not updated yet.
             limits: the scheduled rate, τ and the floor under σ₁(W) of every matrix.
             sums: see :class:`weyl_megatron.kernels.Kernel`.
         """
         for wave in waves:
             if wave not in self._structs:
-                self._structs[wave] = self._struct(wave, tables[wave], sigma)
+                self._structs[wave] = self._struct(wave, tables[wave], sigma, gain)
         addresses = torch.tensor([self._structs[wave].data_ptr() for wave in waves])
         self._call(
-            *("step_alone", addresses, len(waves), need, active, waiting, self._count, self._buffers, self._hypers),
-            *limits,
-            *(torch.empty_like(limits[0]), sums, INDEPENDENT * torch.finfo(torch.float32).eps),
+            *("step_alone", addresses, len(waves), need, least, active, waiting, self._count),
+            *(self._buffers, self._hypers, *limits),
+            *(torch.empty_like(limits[0]), sums, INDEPENDENT * torch.finfo(torch.float32).eps, SETTLED),
         )
 
-    def _struct(self, wave: int, table: Table, sigma: Tensor) -> Tensor:
+    def _struct(self, wave: int, table: Table, sigma: Tensor, gain: Tensor) -> Tensor:
         """Return the struct Wave of cpu_step.cpp."""
         blocks = self._blocks
         fields: list[Tensor | int] = []
         for number, operand in enumerate(blocks.operands):
             kept, working = operand.kept[wave], operand.working[wave]
             fields += [*_table(operand.whole[wave]), *_table(operand.cut[wave])]
-            fields += [operand.shape, kept, int(kept.dtype == torch.float32), working, len(kept), sigma[number]]
+            fields += [operand.shape, kept, int(kept.dtype == torch.float32), working, len(kept)]
+            fields += [sigma[number], gain[number]]
         fields += [
             table.columns,
             len(table.tiles),

@@ -524,7 +524,7 @@ void eigen(int b, double *a, double *v) {
     }
 }
 
-// spectral/ritz.py: largest_ratio. Both arguments are destroyed.
+// spectral/ritz.py: largest_ratio. The first argument is destroyed.
 double largest_ratio(int b, double *gram_y, const double *gram_z, double independent) {
     double scale[MOST], vectors[MOST * MOST], basis[MOST][MOST], inner[MOST * MOST], unused[MOST * MOST];
     for (int i = 0; i < b * b; i++)
@@ -622,6 +622,17 @@ bool by_cholesky(int b, int64_t n, const float *z, float *x, const double *gram)
 
 double length_of(const float *a, int64_t n) { return std::sqrt(dot(a, a, n)); }
 
+// spectral/ritz.py: gain.
+double gain_of(int b, int64_t n, const double *gram_y, const float *x, double sigma) {
+    double work[MOST * MOST], unused[MOST * MOST], largest = 0;
+    const double length = length_of(x, n);
+    if (!(sigma > 0) || !std::isfinite(sigma) || !(length > 0.5 && length < 2)) return INFINITY;
+    std::copy(gram_y, gram_y + b * b, work);
+    eigen(b, work, unused);
+    for (int i = 0; i < b; i++) largest = std::max(largest, work[i * b + i]);
+    return 1 - std::sqrt(largest) / (length * sigma);
+}
+
 // Gram and Schmidt's way, each vector projected twice; those with nothing new in them are the old ones. z is overwritten.
 void by_projection(int b, int64_t n, float *z, float *x, double scale) {
     constexpr double NEW = 1e-5;
@@ -661,15 +672,15 @@ void next_block(int b, int64_t n, float *z, float *x, const double *gram, double
     if (scale != 1 || !by_cholesky(b, n, z, x, gram)) by_projection(b, n, z, x, scale);
 }
 
-// The next block and σ₁ of a matrix.
-double orthonormalize(const Shape &shape, float *x, float *z, double independent, bool more) {
+// The next block, σ₁ of a matrix, and what the iteration gained.
+void orthonormalize(const Shape &shape, float *x, float *z, double independent, bool more, double &sigma, double &gain) {
     const int b = int(shape.width);
-    double gram_y[MOST * MOST], gram_z[MOST * MOST];
-    for (int p = 0; p < b * b; p++) gram_y[p] = z[shape.gram + p];
+    double gram_y[MOST * MOST], scaled_y[MOST * MOST], gram_z[MOST * MOST];
+    for (int p = 0; p < b * b; p++) scaled_y[p] = gram_y[p] = z[shape.gram + p];
     gram_of(b, z + shape.z, shape.n, gram_z);
-    const double sigma = largest_ratio(b, gram_y, gram_z, independent);
+    sigma = largest_ratio(b, scaled_y, gram_z, independent);
+    gain = gain_of(b, shape.n, gram_y, x + shape.x, sigma);
     next_block(b, shape.n, z + shape.z, x + shape.x, gram_z, sigma, more);
-    return sigma;
 }
 
 struct Operand {  // of a wave, made by cpu.py
@@ -682,7 +693,7 @@ struct Operand {  // of a wave, made by cpu.py
     int64_t is_wide;
     float *block;
     int64_t length;
-    double *sigma;
+    double *sigma, *gain;
 };
 struct Wave {
     Operand operands[2];
@@ -721,10 +732,11 @@ void keep(const Operand &operand) {
             static_cast<uint16_t *>(operand.kept)[i] = to_bfloat16(operand.block[i]);
 }
 
-// What PowerIteration.measure does, for a wave of matrices that no other rank has pieces of. need[k] iterations are made
-// for matrix k's weights, need[matrices + k] for its update; of those in `waiting` the moments are updated, too.
-void measure(const Wave *wave, const int64_t *need, const uint8_t *waiting, int64_t matrices, const Buffer *buffers,
-             const Hyper *hypers, double *sums, double independent, int threads) {
+// What PowerIteration.measure does, for a wave of matrices that no other rank has pieces of. At most need[k] and at least
+// least[k] iterations are made for matrix k's weights, [matrices + k] for its update; of those in `waiting` the moments
+// are updated, too.
+void measure(const Wave *wave, const int64_t *need, const int64_t *least, const uint8_t *waiting, int64_t matrices,
+             const Buffer *buffers, const Hyper *hypers, double *sums, double independent, double settled, int threads) {
     const Arena arena{wave->x, wave->z, wave->left};
     for (const Operand &operand : wave->operands)
         load(operand);
@@ -738,8 +750,10 @@ void measure(const Wave *wave, const int64_t *need, const uint8_t *waiting, int6
         for (int64_t i = 0; i < wave->count; i++) {
             const int64_t k = wave->members[i];
             for (int o = 0; o < 2; o++) {
-                masks[o][k] = need[o * matrices + k] > iteration;
-                more[o][k] = need[o * matrices + k] > iteration + 1;
+                const int64_t needed = need[o * matrices + k];
+                const bool is_sure = least[o * matrices + k] > iteration;
+                masks[o][k] = needed > iteration && (is_sure || !(wave->operands[o].gain[k] <= settled));
+                more[o][k] = needed > iteration + 1;
                 rest[o][k] = masks[o][k] && !(o == 1 && iteration == 0 && waiting[k]);
             }
         }
@@ -764,7 +778,8 @@ void measure(const Wave *wave, const int64_t *need, const uint8_t *waiting, int6
             const int64_t k = wave->members[i / 2], o = i % 2;
             const Operand &operand = wave->operands[o];
             if (masks[o][k])
-                operand.sigma[k] = orthonormalize(operand.shapes[k], wave->x, wave->z, independent, more[o][k]);
+                orthonormalize(operand.shapes[k], wave->x, wave->z, independent, more[o][k], operand.sigma[k],
+                               operand.gain[k]);
         }
     }
     for (const Operand &operand : wave->operands)
@@ -845,22 +860,23 @@ void weyl_multiply(int operand, int is_back, const Tile *tiles, int64_t count, c
 }
 
 void weyl_orthonormalize(const Shape *shapes, const int64_t *wave, int64_t count, const uint8_t *mask,
-                         const uint8_t *more, float *x, float *z, double *sigma, double independent, int threads) {
+                         const uint8_t *more, float *x, float *z, double *sigma, double *gain, double independent,
+                         int threads) {
 #pragma omp parallel for num_threads(int(std::min<int64_t>(threads, std::max<int64_t>(1, count)))) schedule(static, 1)
     for (int64_t i = 0; i < count; i++) {
         const int64_t k = wave[i];
-        if (mask[k]) sigma[k] = orthonormalize(shapes[k], x, z, independent, more[k]);
+        if (mask[k]) orthonormalize(shapes[k], x, z, independent, more[k], sigma[k], gain[k]);
     }
 }
 
 // Lines 3 to 14 of the algorithm for waves that no other rank has pieces of, each while its numbers are in the cache.
-void weyl_step_alone(const Wave *const *waves, int64_t count, const int64_t *need, const uint8_t *active,
-                     const uint8_t *waiting, int64_t matrices, const Buffer *buffers, const Hyper *hypers,
+void weyl_step_alone(const Wave *const *waves, int64_t count, const int64_t *need, const int64_t *least,
+                     const uint8_t *active, const uint8_t *waiting, int64_t matrices, const Buffer *buffers, const Hyper *hypers,
                      const double *lr, const double *tau, const double *floor, double *rates, double *sums,
-                     double independent, int threads) {
+                     double independent, double settled, int threads) {
     for (int64_t i = 0; i < count; i++) {
         const Wave *wave = waves[i];
-        measure(wave, need, waiting, matrices, buffers, hypers, sums, independent, threads);
+        measure(wave, need, least, waiting, matrices, buffers, hypers, sums, independent, settled, threads);
         for (int64_t m = 0; m < wave->count; m++) {
             const int64_t k = wave->members[m];
             const double weight = wave->operands[0].sigma[k], update = wave->operands[1].sigma[k];

@@ -250,10 +250,21 @@ def _trace(a, index):
 
 
 @triton.jit
+def _largest(a, index):
+    """The largest eigenvalue of a symmetric matrix without negative ones, by squaring: exact but for near ties."""
+    size = _trace(a, index)
+    power = a / tl.where(size > 0, size, 1.0)
+    for _ in tl.static_range(20):
+        power = _product(power, power)
+        power = power / tl.maximum(_trace(power, index), 1e-300)
+    return tl.maximum(_trace(_product(a, power), index), 0.0)
+
+
+@triton.jit
 def orthonormalize(
-    shapes, wave, mask, more, x, z, sigma, independent, BLOCK: tl.constexpr, COLS: tl.constexpr,
+    shapes, wave, mask, more, x, z, sigma, gain, independent, BLOCK: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """The next block and σ₁ of one matrix: spectral/ritz.py, with Cholesky's factors in place of eigenvectors."""
+    """The next block, σ₁ and gain of one matrix: spectral/ritz.py, with Cholesky's factors in place of eigenvectors."""
     matrix = tl.load(wave + tl.program_id(0))
     if tl.load(mask + matrix) != 0:
         shape = shapes + matrix * 5
@@ -283,12 +294,7 @@ def orthonormalize(
         to_y = _inverse_factor(gram_y * scale_y[:, None] * scale_y[None, :], independent, index, BLOCK)
         to_y = to_y * scale_y[None, :]
         ratio = _product(_product(to_y, gram_z), tl.trans(to_y))
-        size = _trace(ratio, index)
-        power = ratio / tl.where(size > 0, size, 1.0)
-        for _ in tl.static_range(20):
-            power = _product(power, power)
-            power = power / tl.maximum(_trace(power, index), 1e-300)
-        value = tl.sqrt(tl.maximum(_trace(_product(ratio, power), index), 0.0))
+        value = tl.sqrt(_largest(ratio, index))
         # NaN and infinity are not less than anything
         finite = (
             tl.sum(tl.sum(gram_y + gram_z, axis=1), axis=0) - tl.sum(tl.sum(gram_y + gram_z, axis=1), axis=0)
@@ -300,6 +306,8 @@ def orthonormalize(
         safe = tl.where((value > 1e-9) & (value < 1e9), 1.0, 1.0 / tl.where(good, value, 1.0))
         norm = tl.sqrt(_at(length, 0, index))
         is_one = (norm > 0.5) & (norm < 2.0)
+        gained = 1.0 - tl.sqrt(_largest(gram_y, index)) / (norm * tl.where(good, value, 1.0))
+        tl.store(gain + matrix, tl.where(good & is_one, gained, float("inf")))
         retry = tl.where(value == 0, 1e28, 1e-28)
         retry = tl.where((tl.load(more + matrix) != 0) & is_one, retry, 1.0) / norm
         to_z = _inverse_factor(gram_z * scale_z[:, None] * scale_z[None, :], 1e-10, index, BLOCK)

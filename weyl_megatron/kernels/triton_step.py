@@ -86,11 +86,11 @@ class TritonKernel:
     def multiply_back(self, operand: int, table: Table, mask: Tensor) -> None:
         self._products(table, mask, source=operand, operand=operand, back=True)
 
-    def orthonormalize(self, operand: int, wave: int, mask: Tensor, more: Tensor, sigma: Tensor) -> None:
+    def orthonormalize(self, operand: int, wave: int, mask: Tensor, more: Tensor, sigma: Tensor, gain: Tensor) -> None:
         blocks, numbers = self._blocks, self._waves[wave]
         independent = INDEPENDENT * torch.finfo(torch.float32).eps
         ops.orthonormalize[(len(numbers),)](
-            *(blocks.operands[operand].shape, numbers, mask, more, blocks.x, blocks.z, sigma, independent),
+            *(blocks.operands[operand].shape, numbers, mask, more, blocks.x, blocks.z, sigma, gain, independent),
             BLOCK=_BLOCK,
             COLS=_COLS,
         )

@@ -6,9 +6,10 @@ One iteration multiplies a block X of a few vectors per matrix by WᵀW in one r
     y of the rows that are cut between ranks is summed first, then treated alike
     all-reduce Z and Yᵀ Y,    σ₁ ≈ max over c of ‖Z c‖ / ‖Y c‖,    X = orth(Z)
 
-The estimate is the largest singular value of Wᵀ on the span of Y: never above σ₁(W) but for rounding. Only the blocks
-travel, b·n numbers a matrix and b for each row that is cut, and those of all matrices lie in one buffer, so the number
-of collectives depends neither on the number of matrices nor on that of layers.
+The estimate is the largest singular value of Wᵀ on the span of Y: never above σ₁(W) but for rounding. Half of a
+matrix's iterations are made in any case, the others until one gains next to nothing. Only the blocks travel, b·n
+numbers a matrix and b for each row that is cut, and those of all matrices lie in one buffer, so the number of
+collectives depends neither on the number of matrices nor on that of layers.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from weyl_megatron.spectral.blocks import Blocks, MatrixSpec, Operand, Table
 from weyl_megatron.spectral.collectives import Span, all_reduce_spans, start_all_reduce
-from weyl_megatron.spectral.ritz import largest_ratio, next_block
+from weyl_megatron.spectral.ritz import SETTLED, gain, largest_ratio, next_block
 from weyl_megatron.spectral.tiles import Tile
 
 #: Vectors per matrix. One alone is late where the top direction changes, and its dangerous error, an underestimated
@@ -42,10 +43,10 @@ class Products(Protocol):
     def multiply_back(self, operand: int, table: Table, mask: Tensor) -> None:
         """Add Z and Yᵀ Y of rows that are cut, whose Y have been summed."""
 
-    def orthonormalize(self, operand: int, wave: int, mask: Tensor, more: Tensor, sigma: Tensor) -> None:
-        """Make the next blocks of a wave's matrices from Z; write σ₁ of each, ``(matrices,)`` in float64.
+    def orthonormalize(self, operand: int, wave: int, mask: Tensor, more: Tensor, sigma: Tensor, gain: Tensor) -> None:
+        """Make the next blocks of a wave's matrices from Z; write σ₁ and ``ritz.gain`` of each, in float64.
 
-        ``more`` tells the matrices that another iteration follows for.
+        ``more`` tells the matrices that another iteration may follow for.
         """
 
 
@@ -60,6 +61,7 @@ class PowerIteration:
         widths: vectors per matrix, for each operand.
         waves: which matrices are measured together; None: all.
         iters: iterations once the vectors are warm.
+        least: those that are made even where the last one gained next to nothing (``ritz.SETTLED``); None: all.
         riders: whether a number per matrix (``blocks.rider_at`` says where) travels with the first sums.
         device, dtype: of the vectors.
     """
@@ -72,6 +74,7 @@ class PowerIteration:
         widths: Sequence[int] = (BLOCK,),
         waves: Sequence[Sequence[int]] | None = None,
         iters: int = 2,
+        least: int | None = None,
         riders: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -79,8 +82,9 @@ class PowerIteration:
         waves = [range(len(matrices))] if waves is None else waves
         self.blocks = Blocks(matrices, tiles, widths, waves, riders, torch.device(device), dtype)
         self.sigma = torch.zeros(len(widths), len(matrices), dtype=torch.float64, device=device)
+        self.gain = torch.zeros_like(self.sigma)  #: of the last iteration of each, see ritz.gain
         self.ridden = torch.zeros(len(matrices), dtype=torch.float64, device=device)  #: the sums that travelled along
-        self._iters = iters
+        self._iters, self._least = iters, iters if least is None else least
         self._warm = False
 
     def sigmas(self, operands: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -92,9 +96,11 @@ class PowerIteration:
         products = TorchProducts(self.blocks, [partial(_whole_tile, buffers) for buffers in operands])
         iters = self._iters if self._warm else max(self._iters, COLD_ITERS)
         everything = torch.ones(len(self.blocks.matrices), dtype=torch.uint8, device=self.sigma.device)
+        masks = [[everything] * len(operands)] * iters
+        sure = [[everything * (number < self._least or not self._warm)] * len(operands) for number in range(iters)]
         for wave in range(len(self.blocks.waves)):
             self.blocks.load(wave)
-            self.measure(products, wave, [[everything] * len(operands)] * iters)
+            self.measure(products, wave, masks, sure=sure)
         self._warm = True
         return self.sigma.to(self.blocks.z.dtype)
 
@@ -104,6 +110,7 @@ class PowerIteration:
         wave: int,
         masks: Sequence[Sequence[Tensor | None]],
         begun: Sequence[Tensor | None] = (),
+        sure: Sequence[Sequence[Tensor]] = (),
     ) -> None:
         """Iterate on a wave of matrices, those in ``masks[i]`` in iteration i; its blocks are loaded.
 
@@ -112,10 +119,15 @@ class PowerIteration:
             wave: the number of the wave.
             masks: per iteration and operand uint8 ``(matrices,)``, equal on all ranks; None: no matrix.
             begun: per operand, the matrices whose first products were begun elsewhere; None: of none.
+            sure: as ``masks``: those that make the iteration even where the last one gained next to nothing; none: all.
         """
         blocks = self.blocks
         for number, mask in enumerate(masks):
+            if sure and number:
+                mask = [self._unsettled(o, chosen, sure[number][o]) for o, chosen in enumerate(mask)]
             active = [(o, blocks.operands[o], chosen) for o, chosen in enumerate(mask) if chosen is not None]
+            if not active:
+                break
             rest = {o: chosen for o, _, chosen in active}
             if number:
                 blocks.clear(wave)
@@ -143,9 +155,17 @@ class PowerIteration:
             for o, _, chosen in active:
                 more = following[o]
                 products.orthonormalize(
-                    o, wave, chosen, torch.zeros_like(chosen) if more is None else more, self.sigma[o]
+                    *(o, wave, chosen, torch.zeros_like(chosen) if more is None else more),
+                    *(self.sigma[o], self.gain[o]),
                 )
         blocks.store(wave)
+
+    def _unsettled(self, operand: int, mask: Tensor | None, sure: Tensor) -> Tensor | None:
+        """Return those of ``mask`` that are ``sure`` or gained by the last iteration; None where the host sees none."""
+        if mask is None:
+            return None
+        mask = mask & (sure | ~(self.gain[operand] <= SETTLED))
+        return mask if mask.device.type != "cpu" or bool(mask.any()) else None
 
     def _chosen(self, spans: dict[int, Span], mask: Tensor) -> list[Span]:
         """Return the spans of the matrices in ``mask`` that other ranks have pieces of."""
@@ -186,7 +206,9 @@ class TorchProducts:
                 if tile.col == 0:
                     gram.addmm_(left.T, left)
 
-    def orthonormalize(self, operand: int, wave: int, mask: Tensor, more: Tensor, sigma: Tensor) -> None:
+    def orthonormalize(
+        self, operand: int, wave: int, mask: Tensor, more: Tensor, sigma: Tensor, gained: Tensor
+    ) -> None:
         chosen, goes_on, blocks = mask.tolist(), more.tolist(), self._blocks.operands[operand]
         for k in self._blocks.waves[wave]:
             if chosen[k]:
@@ -194,6 +216,7 @@ class TorchProducts:
                 wide = z.double()
                 sigma[k] = largest_ratio(gram.double(), wide @ wide.T, torch.finfo(z.dtype).eps)
                 block = blocks.block(k)
+                gained[k] = gain(gram.double(), block, float(sigma[k]))
                 block.copy_(next_block(z, block, float(sigma[k]), more=bool(goes_on[k])))
 
 

@@ -9,6 +9,11 @@ from torch import Tensor
 #: that is 1 % of a squared length: the Gram matrices carry errors of about 1e-6, and this gate leaves 1e-4 of them.
 INDEPENDENT = 1e5
 
+#: An iteration that gained no more than this share of σ₁ is the last, once as many are made as a matrix makes at least.
+#: In training 1.4 iterations are made then where 2 may be, and the error of σ₁(U) at the 95th and 99th percentile is
+#: 0.17 and 0.66 %, as it is with all of them: 0.12 and 0.60 % (`python benchmarks/estimator.py`).
+SETTLED = 0.01
+
 #: Vectors of Z that are closer to parallel than this have nothing new in them but rounding.
 _NEW = 1e-5
 
@@ -40,6 +45,22 @@ def largest_ratio(gram_y: Tensor, gram_z: Tensor, eps: float) -> Tensor:
     values = torch.linalg.eigvalsh(basis.T @ gram_z @ basis)
     largest: Tensor = values[-1].clamp(min=0).sqrt()
     return largest
+
+
+def gain(gram_y: Tensor, old: Tensor, sigma: float) -> float:
+    """Return by what share of itself σ₁ came out of Y and Z = Wᵀ Y above what Y = W X alone tells: the last half step.
+
+    A matrix whose iteration failed, or was scaled against overflow, gained infinity.
+
+    Args:
+        gram_y: Yᵀ Y, ``(b, b)``, float64.
+        old: X, ``(b, cols)``.
+        sigma: what ``largest_ratio`` found.
+    """
+    length = float(old[0].double().norm())
+    if not 0 < sigma < float("inf") or not 0.5 < length < 2:
+        return float("inf")
+    return 1 - float(torch.linalg.eigvalsh(gram_y)[-1].sqrt()) / (length * sigma)
 
 
 def next_block(z: Tensor, old: Tensor, sigma: float, *, more: bool) -> Tensor:
