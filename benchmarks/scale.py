@@ -240,7 +240,7 @@ def muon_gather(weights: Sequence[Weight], spread: Spread, pieces: Pieces) -> tu
 
 
 class NoArithmetic:
-    """A kernel that computes nothing and says that every Σ u² is ``square``."""
+    """A kernel that computes nothing and says that every Σ u² is ``square`` and that every iteration gains: the most."""
 
     name = "none"
 
@@ -250,10 +250,13 @@ class NoArithmetic:
     def _say(self, *arguments: Any) -> None:
         arguments[-1][:, 0] = self._square
 
+    def orthonormalize(self, *arguments: Any) -> None:
+        arguments[-1].fill_(float("inf"))
+
     def _nothing(self, *_: Any) -> None: ...
 
     step = moments = _say
-    bind = release = undo = move = multiply = multiply_back = orthonormalize = _nothing
+    bind = release = undo = move = multiply = multiply_back = _nothing
 
 
 class Counted(NamedTuple):
