@@ -240,7 +240,7 @@ def muon_gather(weights: Sequence[Weight], spread: Spread, pieces: Pieces) -> tu
 
 
 class NoArithmetic:
-    """A kernel that computes nothing and says that every Σ u² is ``square`` and that every iteration gains: the most."""
+    """A kernel that computes nothing and says that each Σ u² is ``square`` and each iteration gains: the most."""
 
     name = "none"
 
