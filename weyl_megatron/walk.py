@@ -179,11 +179,10 @@ class Walk:
         if self._cold:
             cold = torch.full((2, len(self._lr)), most, device=self._device)
             return cold, cold.clone()
-        need = (self._iters + self.certificate.age).clamp(max=most)
-        need, least = (
-            torch.stack([torch.where(self._tau <= SLOW_TAU, (of_update + 1) // 2, of_update), of_update])
-            for of_update in (need, need - self._iters // 2)
-        )
+        slow, of_update = self._tau <= SLOW_TAU, (self._iters + self.certificate.age).clamp(max=most)
+        sure = of_update - self._iters // 2
+        need = torch.stack([torch.where(slow, (of_update + 1) // 2, of_update), of_update])
+        least = torch.stack([torch.where(slow, (sure + 1) // 2, of_update), sure])
         return need, least
 
     def _masks(self) -> tuple[list[tuple[Tensor | None, Tensor | None]], list[tuple[Tensor, Tensor]]]:
