@@ -98,6 +98,7 @@ class AdamW2(torch.optim.AdamW):
         self._auto = "auto" in [tau, *(override.get("tau") for override in self._settings.overrides)]
         self._engine_layout: Callable[[], Layout] | None = None  # set by an engine's door
         self._step_in_group = False  # set by an engine's door: the count is in param_groups, where FusedAdam has it
+        self._measures_gradients, self._gradient_norms = False, dict[str, float]()
         self._names: dict[int, str] = {}  # of the parameters that were given, by id
         self._buffers: dict[int, Buffer] = {}  # the layout, by id of the tensor that is stepped
         self._walks: dict[tuple[int, ...], Walk] = {}  # by the ids of the tensors that are stepped together
@@ -138,6 +139,7 @@ class AdamW2(torch.optim.AdamW):
         if own is not None:
             self._settings, self._auto, self._tp_group, names = own
             self._engine_layout, self._step_in_group = None, False
+            self._measures_gradients, self._gradient_norms = False, {}
             pairs = zip(self.param_groups, names, strict=True)
             named = (zip(group["params"], of_group, strict=True) for group, of_group in pairs)
             self._names = {id(param): name for group in named for param, name in group if name is not None}
@@ -157,7 +159,10 @@ class AdamW2(torch.optim.AdamW):
         if self._is_construction_call():
             return loss
         for walk, tensors, groups in self._stepped_together():
-            walk.begin([self._stepped(tensor, group) for tensor, group in zip(tensors, groups, strict=True)], groups)
+            stepped = [self._stepped(tensor, group) for tensor, group in zip(tensors, groups, strict=True)]
+            if self._measures_gradients:
+                self._gradient_norms |= walk.gradient_norms(stepped)
+            walk.begin(stepped, groups)
             settled = walk.move_early()  # lines 3 to 14 in one pass, where α is proved to be within Rule 1
             for wave in walk.waiting(settled):
                 sigma_weight, sigma_update = walk.sigmas(wave)  # lines 3 to 6
@@ -172,6 +177,15 @@ class AdamW2(torch.optim.AdamW):
     def stats(self) -> dict[str, MatrixStats]:
         """Return what the last step did to every matrix, by name; the same on every rank that holds a piece of it."""
         return {name: entry for walk in self._walks.values() for name, entry in walk.stats().items()}
+
+    def measure_gradients(self) -> None:
+        """Have the next step note the norm of every matrix's gradient, which an engine frees; call it on every rank."""
+        self._measures_gradients, self._gradient_norms = True, {}
+
+    def gradient_norms(self) -> dict[str, float]:
+        """Return ‖G‖_F of every matrix, by name, in the steps since :meth:`measure_gradients`; no longer measure it."""
+        self._measures_gradients = False
+        return self._gradient_norms
 
     def _stepped(self, tensor: Tensor, group: dict[str, Any]) -> Stepped | None:
         """Return G, M and V of one tensor (lines 1 and 2); None where it has no gradient."""

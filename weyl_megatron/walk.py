@@ -15,7 +15,7 @@ from weyl_megatron.spectral import PowerIteration
 from weyl_megatron.spectral.blocks import COLUMNS, Operand, Table, table
 from weyl_megatron.spectral.certificate import Certificate
 from weyl_megatron.spectral.collectives import Span, all_reduce_spans
-from weyl_megatron.spectral.power import BLOCK, COLD_ITERS
+from weyl_megatron.spectral.power import BLOCK, COLD_ITERS, rows_of
 from weyl_megatron.spectral.tiles import Tile
 from weyl_megatron.thresholds import Thresholds
 
@@ -100,6 +100,7 @@ class Walk:
             self._of_wave.append(_table([*mine, *theirs], operand, len(mine), self._device))
         spread = [(k, matrix.groups) for k, matrix in enumerate(plan.matrices) if matrix.groups]
         self._norm_spans = [(k, Span(groups, 2 * k, 2 * k + 2)) for k, groups in spread]
+        self._square_spans = [Span(groups, k, k + 1) for k, groups in spread]
         self._is_spread = [bool(wave and plan.matrices[wave[0]].groups) for wave in waves]
 
     def begin(self, stepped: Sequence[Stepped | None], groups: Sequence[dict[str, Any]]) -> None:
@@ -107,6 +108,19 @@ class Walk:
         self._kernel.bind(self._tensors, stepped)
         self._lr, self._weight_decay, self._tau, self._floor = self._schedule(groups)
         self._sums = torch.zeros(len(self._lr), 3, dtype=torch.float64, device=self._device)
+
+    def gradient_norms(self, stepped: Sequence[Stepped | None]) -> dict[str, float]:
+        """Return ‖G‖_F of every matrix, by its name. Collective."""
+        squares = torch.zeros(len(self._plan.matrices), dtype=torch.float64, device=self._device)
+        for tile in self._plan.tiles:
+            one = stepped[tile.buffer]
+            if one is not None and tile.rows:
+                rows = rows_of(one.grad, tile, 0, tile.rows)
+                norm = torch.linalg.vector_norm(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
+                squares[tile.matrix] += norm.double().square()
+        all_reduce_spans(squares, self._square_spans)
+        names = [matrix.name for matrix in self._plan.matrices]
+        return dict(zip(names, squares.sqrt().tolist(), strict=True))
 
     def move_early(self) -> Tensor:
         """Step in one pass what is no matrix, and the matrices that are expected to be settled (lines 3 to 14 at α).
