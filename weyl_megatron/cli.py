@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import signal
 import sys
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     doctor = commands.add_parser("doctor", help="say what is installed and which kernel steps here, and why")
     doctor.set_defaults(command=_doctor)
+    _add_stability(commands)
     return parser
 
 
@@ -53,6 +55,47 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     demo.add_argument("--seed", type=_at_least(0), default=0, help="seed of the weights and batches (%(default)s)")
     demo.add_argument("--procs", type=_at_least(1), help="processes (one per GPU, 2 on CPU)")
     demo.set_defaults(command=_demo)
+
+
+def _add_stability(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    report = commands.add_parser(
+        "report",
+        help="make one HTML page of watched runs",
+        description="Makes one self-contained HTML page of one or several runs: folders with the stability.jsonl of "
+        "weyl_megatron.stability.Watch, or the demo's.",
+    )
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, or one of several runs'")
+    report.add_argument("--out", type=Path, default=Path("report.html"), help="the page (%(default)s)")
+    report.set_defaults(command=_run_of("report"))
+
+    modes = commands.add_parser("modes", help="simulate the three modes of attention")
+    modes.add_argument("--out", type=Path, default=Path("modes.html"), help="the page (%(default)s)")
+    modes.add_argument("--seed", type=_at_least(0), default=0, help="of the tokens and weights (%(default)s)")
+    modes.set_defaults(command=_run_of("modes"))
+
+    plan = commands.add_parser(
+        "plan",
+        help="say how long each τ would warm a model up",
+        description="Says, per kind of matrix and for several τ, how many steps the clip of AdamW² takes in the place of "
+        "a warmup, and suggests a τ. MODEL: a Hugging Face or timm name, a config.json's folder, a recipe, a checkpoint.",
+    )
+    plan.add_argument("model", metavar="MODEL")
+    plan.add_argument("--lr", type=float, default=6e-4, help="peak of the schedule (%(default)s)")
+    plan.add_argument("--steps", type=_at_least(1), help="of the run")
+    plan.add_argument("--warmup", type=_at_least(0), help="steps of the warmup that is to be dropped")
+    plan.add_argument("--tau", nargs="+", help="thresholds to look at")
+    plan.add_argument("--json", type=Path, help="a file for the numbers")
+    plan.set_defaults(command=_run_of("plan"))
+
+
+def _run_of(module: str) -> Command:
+    """Return what imports a module of weyl_megatron.stability and calls its ``run``."""
+
+    def command(arguments: argparse.Namespace) -> int:
+        run: Command = importlib.import_module(f"weyl_megatron.stability.{module}").run
+        return run(arguments)
+
+    return command
 
 
 def _demo(arguments: argparse.Namespace) -> int:

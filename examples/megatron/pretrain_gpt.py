@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -23,6 +24,7 @@ import checkpoint
 from data import Batch, Tokenizer, batches, build_datasets, check_data
 from model import build_model, check_layers, forward_step, parameter_count
 from recipe import Recipe, read_recipe
+from weyl_megatron.stability import Watch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,13 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"pretrain_gpt.py: error: {error}", file=sys.stderr)
         return 2
     _initialize(recipe)
-    train(recipe, tokenizer.vocab_size, data, resume, args.save)
+    train(recipe, tokenizer.vocab_size, data, resume, args.save, args.watch)
     dist.barrier()
     dist.destroy_process_group()
     return 0
 
 
-def train(recipe: Recipe, vocab_size: int, data: GPTDatasetConfig, resume: Path | None, save: Path | None) -> None:
+def train(
+    recipe: Recipe,
+    vocab_size: int,
+    data: GPTDatasetConfig,
+    resume: Path | None,
+    save: Path | None,
+    watched: Path | None = None,
+) -> None:
     """The run: from step 0, or from the checkpoint `resume`, to the recipe's last."""
     replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     train_set, valid_set = build_datasets(data, recipe)
@@ -63,6 +72,7 @@ def train(recipe: Recipe, vocab_size: int, data: GPTDatasetConfig, resume: Path 
         f"steps {first} to {recipe.train_steps}"
     )
 
+    watch = Watch([model], optimizer, every=recipe.watch_interval, out=watched, maps=[0]) if watched else None
     train_batches = batches(train_set, recipe, range(first, recipe.train_steps), replica, replicas)
     started = time.perf_counter()
     for step in range(first + 1, recipe.train_steps + 1):
@@ -74,6 +84,8 @@ def train(recipe: Recipe, vocab_size: int, data: GPTDatasetConfig, resume: Path 
         updated, grad_norm, _ = optimizer.step()
         if updated:  # not where fp16 gradients overflowed
             scheduler.step(increment=1)
+        if watch:
+            watch.step(None if math.isnan(loss) else loss)  # stages but the last have none
 
         last = step == recipe.train_steps
         if step % recipe.log_interval == 0 or step == first + 1 or last:
@@ -185,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replaces a recipe's value")
     parser.add_argument("--save", type=Path, metavar="DIR", help="folder for checkpoints")
     parser.add_argument("--load", type=Path, metavar="DIR", help="go on from the last checkpoint of --save")
+    parser.add_argument("--watch", type=Path, metavar="DIR", help="folder for what `weyl-megatron report DIR` draws")
     parser.add_argument("--data-cache", type=Path, metavar="DIR", help="folder for Megatron's sample order")
     return parser
 

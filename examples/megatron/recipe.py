@@ -105,6 +105,7 @@ class Recipe:
     eval_interval: int = _key(_integer(0), 0)  # 0: at the end only
     eval_batches: int = _key(_integer(1), 20)
     save_interval: int = _key(_integer(0), 0)  # 0: at the end only
+    watch_interval: int = _key(_integer(1), 100)  # of --watch
 
     def data_parallel(self, world_size: int) -> int:
         """How many replicas of the model `world_size` ranks hold."""

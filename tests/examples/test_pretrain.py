@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from tests.examples.example import RECIPES, sources
 from tests.launch import torchrun
+from weyl_megatron.stability.runs import read_run
 
 import checkpoint  # isort: skip
 import prepare  # isort: skip
@@ -55,8 +56,12 @@ def test_adam_learns_and_resumes_where_it_was(text: Path, tmp_path: Path) -> Non
     assert validation(resumed) == validation(whole)
 
 
-def test_adamw2_learns_without_a_warmup(text: Path) -> None:
-    output = pretrain(text)
+def test_adamw2_learns_without_a_warmup_and_is_watched(text: Path, tmp_path: Path) -> None:
+    output = pretrain(text, "--watch", str(tmp_path), "--set", "watch_interval=50")
+    run = read_run(tmp_path)
+    assert [step for step, _ in run.series["block/1/head/3/entropy"]] == [1, 50, 100]
+    assert f"{run.series['loss'][-1][1]:.4f}" == losses(output)[100]
+    assert not run.notes
     assert float(losses(output)[100]) < float(losses(output)[1]) - 0.3
     assert abs(float(validation(output)) - float(losses(output)[100])) < 1.0
 

@@ -1,6 +1,6 @@
 """torchrun worker: watches two steps of tests/integrations/megatron/gpt.py; writes the second measurement.
 
-Usage: megatron_worker.py one|tp2|pp2|tp2-distopt|dp2-distopt OUT.json
+Usage: megatron_worker.py CASE OUT.json
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from weyl_megatron.stability.watch import Watch  # noqa: E402
 CASES: dict[str, dict[str, Any]] = {
     "one": {},
     "tp2": {"tp": 2},
+    "tp2-sp": {"tp": 2, "sp": True},
     "pp2": {"pp": 2},
     "tp2-distopt": {"tp": 2, "dist_opt": True},
     "dp2-distopt": {"dist_opt": True},

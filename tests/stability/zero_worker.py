@@ -28,6 +28,7 @@ def main() -> None:
         "train_micro_batch_size_per_gpu": 8 // ranks,
         "optimizer": {"type": "AdamW2", "params": {"lr": 0.02, "eps": 1e-4}},
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "csv_monitor": {"enabled": True, "output_path": str(out.with_suffix("")), "job_name": "run"},
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=[p for _, p in named], config=config)
     watch = Watch(engine, every=1)

@@ -136,6 +136,10 @@ def _attention(module: nn.Module) -> _Attention | None:
         return None
     key_heads = _number(module, _KEY_HEADS) or heads
     output = next((layer for name in _OUTPUT if (layer := _layer(module, name)) is not None), None)
+    if type(output).__name__ == "LinearAllreduce":
+        raise ValueError(
+            f"stability: {type(module).__name__} is split by DeepSpeed's AutoTP; it takes Megatron's layers."
+        )
     if isinstance(getattr(module, "in_proj_weight", None), nn.Parameter):  # torch's MultiheadAttention
         weights = _stacked(module, "in_proj_weight", transposed=False, sizes=None)
         biased = getattr(module, "in_proj_bias", None) is not None

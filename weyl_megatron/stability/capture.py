@@ -93,7 +93,7 @@ class Capture:
         self._is_on = False
 
     def arm(self) -> None:
-        """Look at the next forward pass of ``root`` and the backward pass that belongs to it."""
+        """Look at the next training pass of ``root``, forward and backward."""
         self.found, self.attention_maps, self._done = {}, [], set()
         self._handles.append(self.root.register_forward_pre_hook(self._begin))
         self._handles.append(self.root.register_forward_hook(self._end, always_call=True))
@@ -108,6 +108,8 @@ class Capture:
             self._is_on = False
 
     def _begin(self, *_: Any) -> None:
+        if not self.root.training or not torch.is_grad_enabled():
+            return  # an evaluation between two steps
         for block in self.blocks:
             hook = block.module.register_forward_pre_hook
             self._handles.append(hook(self._entered(block), with_kwargs=True))
@@ -126,7 +128,8 @@ class Capture:
         self._is_on = True
 
     def _end(self, *_: Any) -> None:
-        self.disarm()
+        if self._is_on:
+            self.disarm()
 
     def _entered(self, block: Block) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
