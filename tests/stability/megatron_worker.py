@@ -1,6 +1,6 @@
 """torchrun worker: watches two steps of tests/integrations/megatron/gpt.py; writes the second measurement.
 
-Usage: megatron_worker.py CASE OUT.json
+Usage: megatron_worker.py OUT_DIR CASE…
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from tests import megatron_cpu
 
 megatron_cpu.install()
 
+from megatron.core import parallel_state  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
 
@@ -33,9 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> None:
-    case, out = CASES[sys.argv[1]], Path(sys.argv[2])
-    dist.init_process_group("gloo")
+def measured(case: dict[str, Any]) -> dict[str, float]:
     gpt.start(case)
     megatron.enable(tau=0.01)
     model = gpt.build(case)
@@ -56,8 +55,17 @@ def main() -> None:
         optimizer.step()
         values = dict(watch.step())
     watch.close()
-    if dist.get_rank() == 0:
-        out.write_text(json.dumps(values))
+    return values
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    dist.init_process_group("gloo")
+    for name in sys.argv[2:]:
+        values = measured(CASES[name])
+        parallel_state.destroy_model_parallel()
+        if dist.get_rank() == 0:
+            (folder / f"{name}.json").write_text(json.dumps(values))
     dist.barrier()
     dist.destroy_process_group()
 

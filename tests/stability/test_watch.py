@@ -286,42 +286,45 @@ def test_an_impossible_setting_is_said(options: dict[str, Any], sentence: str) -
         Watch(3)
 
 
-def spread(worker: str, processes: int, case: str, folder: Path) -> dict[str, float]:
-    out = folder / f"{case}-{processes}.json"
-    torchrun(HERE / worker, processes, case, str(out))
-    found: dict[str, float] = json.loads(out.read_text())
+MEGATRON = ["tp2", "tp2-sp", "pp2", "tp2-distopt", "dp2-distopt"]
+
+
+@pytest.fixture(scope="module")
+def zero(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("zero")
+    torchrun(HERE / "zero_worker.py", 1, str(folder), "0")
+    torchrun(HERE / "zero_worker.py", 2, str(folder), "1", "2", "3")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def megatron(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("megatron.core")
+    folder = tmp_path_factory.mktemp("megatron")
+    torchrun(HERE / "megatron_worker.py", 1, str(folder), "one")
+    torchrun(HERE / "megatron_worker.py", 2, str(folder), *MEGATRON)
+    return folder
+
+
+def read(folder: Path, case: str) -> dict[str, float]:
+    found: dict[str, float] = json.loads((folder / f"{case}.json").read_text())
     return found
 
 
-@pytest.fixture(scope="module")
-def one_of_zero(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    return spread("zero_worker.py", 1, "0", tmp_path_factory.mktemp("zero"))
-
-
-@pytest.fixture(scope="module")
-def one_of_megatron(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    pytest.importorskip("megatron.core")
-    return spread("megatron_worker.py", 1, "one", tmp_path_factory.mktemp("megatron"))
-
-
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_under_zero_the_numbers_are_those_of_one_process(
-    stage: int, one_of_zero: dict[str, float], tmp_path: Path
-) -> None:
-    one, two = one_of_zero, spread("zero_worker.py", 2, str(stage), tmp_path)
+def test_under_zero_the_numbers_are_those_of_one_process(stage: int, zero: Path) -> None:
+    one, two = read(zero, "0"), read(zero, str(stage))
     assert one.keys() == two.keys() and len(one) > 150
-    steps = (tmp_path / f"{stage}-2" / "run" / "block_0_sigma_qk.csv").read_text().splitlines()[1:]
+    steps = (zero / f"run{stage}" / "block_0_sigma_qk.csv").read_text().splitlines()[1:]
     assert [float(line.split(",")[1]) for line in steps][-1] == pytest.approx(two["block/0/sigma_qk"])
     for tag, value in one.items():
         # Two steps of Adam on float32 sums in another order.
         assert two[tag] == pytest.approx(value, rel=1e-4, abs=1e-7), tag
 
 
-@pytest.mark.parametrize("case", ["tp2", "tp2-sp", "pp2", "tp2-distopt", "dp2-distopt"])
-def test_under_megatron_the_numbers_are_those_of_one_process(
-    case: str, one_of_megatron: dict[str, float], tmp_path: Path
-) -> None:
-    one, two = one_of_megatron, spread("megatron_worker.py", 2, case, tmp_path)
+@pytest.mark.parametrize("case", MEGATRON)
+def test_under_megatron_the_numbers_are_those_of_one_process(case: str, megatron: Path) -> None:
+    one, two = read(megatron, "one"), read(megatron, case)
     if case.startswith("dp2"):  # a rank's first micro-batch is another one
         one = {tag: value for tag, value in one.items() if "sigma" in tag or "grad_q" in tag or "sec" in tag}
     if case == "tp2-sp":  # no rank has a whole sequence between blocks
