@@ -83,10 +83,11 @@ table.runs th:first-child, table.runs td.text { text-align: left; overflow-wrap:
 table.runs td.text { color: var(--ink-2); }
 table.runs th:first-child { min-width: 9em; }
 table.runs thead th { font-size: 13px; color: var(--ink-3); font-weight: 500; vertical-align: bottom; }
+[data-panel=warnings] thead th:last-child { text-align: left; }
 table.runs tbody th { font-weight: 600; }
 table.runs tbody th::before { content: ""; display: inline-block; width: 10px; height: 10px; border-radius: 2px;
   background: var(--run); margin-right: 9px; }
-table.runs small { display: block; font-size: 12px; color: var(--ink-3); }
+table.runs small { display: block; white-space: nowrap; font-size: 12px; color: var(--ink-3); }
 .modes { display: inline-grid; grid-template-columns: auto auto; gap: 0 8px; font-size: 13px; text-align: left; }
 .modes b { text-align: right; font-weight: 600; }
 .modes b, .at-mode { color: var(--mode); }
@@ -225,7 +226,7 @@ function paint(canvas, cols, rows, levels, colorOf) {
   canvas.height = rows;
   const image = new ImageData(cols, rows);
   levels.forEach((level, at) => image.data.set(colorOf(level), 4 * at));
-  canvas.getContext("2d").putImageData(image, 0, 0);
+  canvas.getContext("2d", {willReadFrequently: true}).putImageData(image, 0, 0);
 }
 const mixed = (from, to, f) => from.map((value, at) => Math.round(value + (to[at] - value) * f));
 function paintHeat(canvas) {

@@ -33,8 +33,8 @@ from weyl_megatron.stability.runs import (
 Place = TypeVar("Place", bound=Hashable)
 
 _POINTS = 300  # of a curve, and columns of a heat map
-_MAP_BYTES = 3_500_000  # of all attention maps on the page
-_FRAMES = 40  # steps that the scrubber has rather than maps of more pixels
+_PAGE_BYTES, _MAP_BYTES = 9_000_000, 4_500_000  # of a page about, and of all attention maps on it at most
+_SIDES = {64: 20, 32: 6, 16: 0}  # rows and columns of a map on the page, if so many steps fit
 _SMOOTHED_FROM = 100  # points of a loss
 _WARNINGS = 200  # rows of the table
 _LEGEND = 12  # blocks that the legend names
@@ -43,12 +43,12 @@ _MODES = ("normal", "benign", "malignant", "uniform")
 _WIDTHS = {1: 1080, 2: 530, 3: 347, 4: 256}  # of a chart, by how many stand side by side
 
 _TERMS = {
-    **{f"sigma_{role}": f"σ₁(W_{role})" for role in "qkvo12"},
-    **{"sigma_qk": "σ₁(W_qᵀW_k)", "sigma_ov": "σ₁(W_o W_v)", "sigma_21": "σ₁(W_2 W_1)"},
-    **{f"norm{which}_{part}": f"‖{sign}_{which}‖" for which in "12" for part, sign in (("gain", "γ"), ("bias", "β"))},
+    **{f"sigma_{role}": f"σ₁(W_{role})" for role in "qkvo"},
+    **{"sigma_1": "σ₁(W₁)", "sigma_2": "σ₁(W₂)"},
+    **{"sigma_qk": "σ₁(W_qᵀW_k)", "sigma_ov": "σ₁(W_oW_v)", "sigma_21": "σ₁(W₂W₁)"},
+    **{"norm1_gain": "‖γ₁‖", "norm1_bias": "‖β₁‖", "norm2_gain": "‖γ₂‖", "norm2_bias": "‖β₂‖"},
     **{"x": "‖x‖", "grad_x": "‖∂L/∂x‖"},
 }
-_SIMILARITY = {"similarity": "mean cosine between tokens"}
 _GRADIENTS = {f"grad_{role}": f"‖∂L/∂W_{role}‖" for role in "qkv"}
 _ENERGY = {"sec": "SEC", "effective_rank": "effective rank"}
 _SHARPNESS = {"sharpness": "λ₁ of the Hessian", "sharpness_adam": "λ₁ of the preconditioned Hessian"}
@@ -87,9 +87,10 @@ class _Range(Axis):
 
     def ticks(self, wanted: int) -> list[tuple[float, str]]:
         if not self.log:
-            return [(value, text if len(text) < 7 else f"{value:g}") for value, text in super().ticks(wanted)]
+            ticks = super().ticks(max(3, wanted))
+            return [(value, text if len(text) < 7 else f"{value:g}") for value, text in ticks]
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-        every, factors = max(1, math.ceil((last - first) / (wanted + 2))), (1, 2, 5) if last - first < 3 else (1,)
+        every, factors = max(1, math.ceil((last - first) / (wanted + 3))), (1, 2, 5) if last - first < 3 else (1,)
         values = (factor * 10.0**decade for decade in range(first, last + 1, every) for factor in factors)
         return [(value, f"{value:g}") for value in values if self.low <= value <= self.high]
 
@@ -99,6 +100,7 @@ class _Shown:
     """The runs of a page, and what their charts have in common."""
 
     runs: Sequence[Run]
+    map_bytes: int = _MAP_BYTES
 
     @cached_property
     def steps(self) -> list[int]:
@@ -151,7 +153,10 @@ class _Panel:
 
 
 def _page(shown: _Shown, notes: Sequence[str]) -> str:
-    bodies = {panel: panel.body(shown) for panel in _PANELS}
+    bodies = {panel: "" if panel.body is _maps else panel.body(shown) for panel in _PANELS}
+    left = (_PAGE_BYTES - sum(map(len, bodies.values()))) * 3 // 4  # a map's bytes are written in base 64
+    shown = replace(shown, map_bytes=min(left, _MAP_BYTES))
+    bodies |= {panel: _maps(shown) for panel in _PANELS if panel.body is _maps}
     parts = [section(panel.name, panel.title, panel.text, body) for panel, body in bodies.items() if body]
     missing = (panel for panel, body in bodies.items() if not body)
     items = "".join(
@@ -195,7 +200,7 @@ def _summary_row(shown: _Shown, each: Run) -> str:
     }
     cells = [
         cell("–" if not losses else "not finite" if last is None else f"{last:.4g}", said),
-        cell(f"{sum(finite) / len(finite):.3g}" if finite else "–", f"uniform {uniform:.3g}" if uniform else ""),
+        cell(f"{sum(finite) / len(finite):.2f}" if finite else "–", f"uniform {uniform:.2f}" if uniform else ""),
         _largest({place: points[-1:] for place, points in each.heads("sec").items()}),
         _largest(sigma),
         f"<td>{_mode_counts(each)}</td>",
@@ -226,14 +231,14 @@ def _loss(shown: _Shown) -> str:
     began = [value for each in runs for _, value in each.series["loss"][:5] if value is not None]
     roof = 1.15 * max(began, default=1.0) + 1e-6  # a loss that explodes leaves the chart
     y = _axis("training loss", (each.series["loss"] for each in runs), log=False, roof=roof)
-    lines = [line for each in runs for line in _loss_lines(each, shown.color(each), y)]
     x = _Range("step", 0, max(1, shown.steps[-1]))
+    lines = [line for each in runs for line in _loss_lines(each, shown.color(each), x, y)]
     chart = Chart("", x, y, lines, width=1080, height=380, right=190, margins=(24, 32, 46))
     return grid(1, [shown.legend() + chart.svg()])
 
 
-def _loss_lines(each: Run, color: str, y: Axis) -> list[Line]:
-    """A run's loss, the single steps faint behind where there are many; its name at the end if that is in sight."""
+def _loss_lines(each: Run, color: str, x: Axis, y: Axis) -> list[Line]:
+    """A run's loss, the single steps faint behind where there are many; its name at the end if that is at the edge."""
     points = each.series["loss"]
     lines = _lines(each.title, points, color, 2.0)
     behind: list[Line] = []
@@ -244,7 +249,7 @@ def _loss_lines(each: Run, color: str, y: Axis) -> list[Line]:
             values = smooth([value for _, value in stretch], len(points) // 20)
             smoothed += [(stretch[0][0] - 1, None), *zip((step for step, _ in stretch), values, strict=True)]
         lines = _lines(each.title, smoothed, color, 2.25)
-    if lines and y.low <= lines[-1].y[-1] <= y.high:
+    if lines and x.fraction(lines[-1].x[-1]) > 0.98 and 0 <= y.fraction(lines[-1].y[-1]) <= 1:
         lines[-1] = replace(lines[-1], label=_cut(each.title, 26))
     return [*behind, *lines]
 
@@ -282,23 +287,34 @@ def _clipped(shown: _Shown) -> str:
     return legend(colors.items()) + shown.block_legend() + "".join(parts) if parts else ""
 
 
-def _multiples(terms: Mapping[str, str], has_one_range: bool = False) -> Callable[[_Shown], str]:
-    """Draws a chart for every term and run, a curve for every block; the runs' charts of a term have one range."""
+def _terms(shown: _Shown) -> str:
+    """A chart for every term and run; those of a term have one range."""
+    present = [tag for tag in _TERMS if any(each.blocks(tag) for each in shown.runs)]
+    columns = 4 if shown.columns in (2, 4) else 3
+    charts = (_of_blocks(shown, tag, each, [tag], columns) for tag in present for each in shown.runs)
+    return shown.legend() + shown.block_legend() + grid(columns, charts) if present else ""
 
-    def body(shown: _Shown) -> str:
-        present = [tag for tag in terms if any(each.blocks(tag) for each in shown.runs)]
-        columns = 4 if shown.columns in (2, 4) else 3
-        figures = []
-        for tag in present:
-            tags = present if has_one_range else [tag]
-            y = _axis("", (points for each in shown.runs for one in tags for points in each.blocks(one).values()))
-            for each in shown.runs:
-                lines = _curves(each.blocks(tag), _block_name, shown.block_color)
-                chart = shown.chart(terms[tag], y, lines, _WIDTHS[columns], 170)
-                figures.append(shown.of_run(each, chart, attributes=f' data-term="{tag}"'))
-        return shown.legend() + shown.block_legend() + grid(columns, figures) if figures else ""
 
-    return body
+def _similarity(shown: _Shown) -> str:
+    if not any(each.blocks("similarity") for each in shown.runs):
+        return ""
+    charts = (_of_blocks(shown, "similarity", each, ["similarity"], shown.columns) for each in shown.runs)
+    return shown.legend() + shown.block_legend() + grid(shown.columns, charts)
+
+
+def _gradients(shown: _Shown) -> str:
+    """The three matrices of a run beside each other; all in one range."""
+    runs = [each for each in shown.runs if any(each.blocks(tag) for tag in _GRADIENTS)]
+    charts = (_of_blocks(shown, tag, each, list(_GRADIENTS), 3) for each in runs for tag in _GRADIENTS)
+    return shown.legend() + shown.block_legend() + grid(3, charts) if runs else ""
+
+
+def _of_blocks(shown: _Shown, tag: str, each: Run, ranged: Sequence[str], columns: int) -> str:
+    """A run's chart of a term, a curve for every block, in the range of all runs' terms `ranged`."""
+    y = _axis("", (points for other in shown.runs for one in ranged for points in other.blocks(one).values()))
+    lines = _curves(each.blocks(tag), _block_name, shown.block_color)
+    title = {**_TERMS, **_GRADIENTS}.get(tag, tag)
+    return shown.of_run(each, shown.chart(title, y, lines, _WIDTHS[columns], 170), attributes=f' data-term="{tag}"')
 
 
 def _energy(shown: _Shown) -> str:
@@ -424,10 +440,13 @@ def _map_places(each: Run) -> list[tuple[int, int]]:
 def _map_steps(shown: _Shown) -> tuple[list[int], int]:
     """The steps that the scrubber has, and the rows and columns of a map, so that all of them fit."""
     logged = sorted({kept.step for each in shown.runs for kept in each.maps})
-    places = max(1, sum(len(_map_places(each)) for each in shown.runs))
-    fits = (side for side in (64, 32, 16) if min(_FRAMES, len(logged)) * places * side * side <= _MAP_BYTES)
-    side = next(fits, 16)
-    return evenly(logged, max(2, _MAP_BYTES // (side * side * places))), side
+    sizes = {(number, m.block, m.head): (m.rows, m.cols) for number, each in enumerate(shown.runs) for m in each.maps}
+    for side, least in _SIDES.items():
+        of_a_step = sum(min(rows, side) * min(cols, side) for rows, cols in sizes.values())
+        fit = shown.map_bytes // max(1, of_a_step)
+        if fit >= min(least, len(logged)):
+            break
+    return evenly(logged, max(2, fit)), side
 
 
 def _frames(shown: _Shown) -> dict[str, Any]:
@@ -569,7 +588,7 @@ _PANELS = (
         "Spectral norms of the weights and of their products, norms of the gains and biases, of the block's "
         "input and of its gradient. The charts of one term have the same range in all runs.",
         "block/…/sigma_q and its like",
-        _multiples(_TERMS),
+        _terms,
     ),
     _Panel(
         "energy",
@@ -610,14 +629,14 @@ _PANELS = (
         "Token similarity",
         "The mean cosine between the tokens at a block's input; at 1 all tokens are alike (rank collapse).",
         "block/…/similarity",
-        _multiples(_SIMILARITY),
+        _similarity,
     ),
     _Panel(
         "gradients",
         "Gradients of queries and keys beside those of values",
         "Where attention has collapsed, W_q and W_k get hardly any gradient. All charts have the same range.",
         "block/…/grad_q, grad_k and grad_v",
-        _multiples(_GRADIENTS, has_one_range=True),
+        _gradients,
     ),
     _Panel(
         "sharpness",
