@@ -129,8 +129,8 @@ def test_suggestions_follow_from_the_numbers() -> None:
     torch.manual_seed(0)
     gpt = list(GPT(GPTConfig()).named_parameters())
 
-    def suggested(matrices: list[Any], steps: int | None) -> tuple[float | str, str]:
-        return suggest(plan(matrices, 5e-3, steps=steps), steps)
+    def suggested(matrices: list[Any], steps: int | None, lr: float = 5e-3) -> tuple[float | str, str]:
+        return suggest(plan(matrices, lr, steps=steps), steps)
 
     assert suggested(gpt, None)[0] == 0.01
     tau, reason = suggested(gpt, 300)
@@ -142,7 +142,9 @@ def test_suggestions_follow_from_the_numbers() -> None:
         "5 hidden matrices start at or near zero, and auto takes σ₁(W) for a Xavier matrix's there",
     )
     deep = [*gpt, *((f"h.{n}.attn.q.weight", torch.eye(64)) for n in range(5, 300))]
-    assert suggested(deep, None)[1].startswith("325 hidden matrices are more than the 240")
+    assert suggested(deep, None, 1e-4)[1].startswith("325 hidden matrices are more than the 240")
+    tau, reason = suggested(deep, None)
+    assert tau == 0.01 and "which is more than it was tried with, and auto would leave hidden matrices" in reason
     image = [("patch_embed.proj.weight", torch.randn(8, 3, 2, 2)), ("blocks.0.attn.qkv.weight", torch.randn(24, 8))]
     assert suggested(image, None)[0] == 0.004
     assert suggested([("a.weight", torch.randn(4, 4)), ("head.weight", torch.randn(4, 4))], None)[0] == "auto"

@@ -31,6 +31,9 @@ _PAPER_TEXT, _PAPER_IMAGES, _PAPER_HIDDEN = 0.01, 0.004, 240
 #: A head that is clipped for more than this share of a run is held back.
 _HELD_BACK = 0.2
 
+#: "auto" is not suggested where it leaves hidden matrices less of the schedule's rate than in the runs it was tried in.
+_AUTO_LEAVES = 0.1
+
 #: AdamW2's defaults.
 _SETTINGS = check_settings(
     tau=0.01, power_iters=2, floor_std=1e-3, clip_vectors=False, io=None, overrides=(), others={}
@@ -154,6 +157,15 @@ def suggest(rows: Sequence[Row], steps: int | None = None) -> tuple[float | str,
     whose = "ViT and Swin" if paper == _PAPER_IMAGES else "GPT"
     if not of_auto:
         return paper, f"it is the paper's for {whose}, and nothing tells the embeddings and the head that auto asks for"
+    left = _median([(row.rate_settled, row.count) for row in of_auto if row.is_hidden])
+    if left < _AUTO_LEAVES:
+        deep = (
+            f" with {hidden} hidden matrices, which is more than it was tried with," if hidden > _PAPER_HIDDEN else ""
+        )
+        return paper, (
+            f"it is the paper's for {whose},{deep} and auto would leave hidden matrices {left:.1%} of the rate, less "
+            f"than it was tried with"
+        )
     if not (is_text or is_image):
         return "auto", "the model has neither a token nor a patch embedding by name, so that the paper has no τ for it"
     zero = sum(row.count for row in of_paper if row.is_hidden and row.sigma_weight < row.floor)
@@ -169,15 +181,19 @@ def suggest(rows: Sequence[Row], steps: int | None = None) -> tuple[float | str,
     if steps is not None and all(heads):
         # How a language model's head grows is measured; how soon others are free is only bounded.
         late, soon = (some[0].typical if is_text else some[0].earliest for some in heads)
-        paper_says = f"at the paper's τ = {paper:g} the head would be clipped for {_of(late, steps)} steps"
+        paper_says = f"at the paper's τ = {paper:g} the head would be clipped for {_of(late, steps, is_text)} steps"
         if (late is None or late > _HELD_BACK * steps) and late != soon:
-            return "auto", f"{paper_says}, with auto for {_of(soon, steps)}"
+            return "auto", f"{paper_says}, with auto for {_of(soon, steps, is_text)}"
         return paper, f"it is the paper's for {whose}, and {paper_says}"
     return paper, f"it is the paper's for {whose}; --steps tells whether the run is long enough for it"
 
 
-def _of(step: int | None, steps: int) -> str:
-    return f"all {steps}" if step is None else f"about {step} of the {steps}"
+def _median(weighted: Sequence[tuple[float, int]]) -> float:
+    return median([value for value, count in weighted for _ in range(count)] or [1.0])
+
+
+def _of(step: int | None, steps: int, is_measured: bool) -> str:
+    return f"all {steps}" if step is None else f"{'about' if is_measured else 'at least'} {step} of the {steps}"
 
 
 def run(arguments: argparse.Namespace) -> int:
