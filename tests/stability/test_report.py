@@ -76,7 +76,7 @@ class Page(test_report.Page):
 
 
 def values(step: int, collapses: bool, blocks: int = BLOCKS, heads: int = HEADS) -> dict[str, float | None]:
-    grown = step / LAST if collapses else 0.0
+    grown = min(1.0, step / LAST) if collapses else 0.0
     found: dict[str, float | None] = {"loss": 3.0 if collapses else 5.0 - step / 60, "lr": 0.01}
     found |= {"sharpness": 10 + grown, "sharpness_adam": 90.0, "sharpness_threshold": 3800.0}
     for block in range(blocks):
@@ -219,6 +219,23 @@ def test_what_is_not_a_number_is_a_gap(tmp_path: Path) -> None:
     html = html_of(folder)
     loss = html[html.index('data-panel="loss"') :]
     assert [len(points.split()) for points in re.findall(r'<polyline[^>]*points="([^"]*)"', loss)] == [2, 3]
+
+
+def test_a_run_of_one_measurement_is_drawn_as_dots(tmp_path: Path) -> None:
+    html = html_of(write_log(tmp_path / "a", [start("a", uniform_entropy=UNIFORM), step(10, **values(10, True))]))
+    assert panels(html) == [name for name in PANELS if name not in ("maps", "warnings")]
+    points = [each.split() for each in re.findall(r'<polyline[^>]*points="([^"]*)"', html)]
+    assert len(points) > 40 and all(len(each) == 2 and each[0] == each[1] for each in points)
+
+
+@pytest.mark.parametrize("number", [0.0, -1.0, 1e-320, 1e299, -1e299, 1e308, math.inf])
+def test_extreme_numbers_are_drawn_in_finite_places(tmp_path: Path, number: float) -> None:
+    first, second = values(10, True), dict.fromkeys(values(10, True), number)
+    log = [start("a", uniform_entropy=number), step(10, **first), step(20, **second), step(30, **first)]
+    html = html_of(write_log(tmp_path / "a", log))
+    assert len(panels(html)) == 11
+    places = re.findall(r'(?:points|x[12]?|y[12]?|c[xy])="([^"]*)"', html)
+    assert len(places) > 500 and not [each for each in places if re.search("nan|inf", each)]
 
 
 def test_thinning_keeps_ends_extremes_and_gaps() -> None:

@@ -229,7 +229,7 @@ def _loss(shown: _Shown) -> str:
     if not runs:
         return ""
     began = [value for each in runs for _, value in each.series["loss"][:5] if value is not None]
-    roof = 1.15 * max(began, default=1.0) + 1e-6  # a loss that explodes leaves the chart
+    roof = 1.2 * max(began, default=math.inf) + 1e-6
     y = _axis("training loss", (each.series["loss"] for each in runs), log=False, roof=roof)
     x = _Range("step", 0, max(1, shown.steps[-1]))
     lines = [line for each in runs for line in _loss_lines(each, shown.color(each), x, y)]
@@ -335,10 +335,10 @@ def _entropy(shown: _Shown) -> str:
     runs = [each for each in shown.runs if each.heads("entropy")]
     if not runs:
         return ""
-    uniform = sorted({round(each.uniform_entropy, 3) for each in runs if each.uniform_entropy})
+    uniform = sorted({told for each in runs if (told := round(each.uniform_entropy or 0.0, 3)) > 0})
     found = (points for each in runs for points in each.heads("entropy").values())
     y = _axis("attention entropy, nats", chain(found, ([(0, value * 1.08)] for value in uniform)), log=False)
-    scale = uniform[-1] if uniform else y.high
+    scale = uniform[-1] if uniform else max(y.high, 1e-3)
     ramp = f'<p>0<span class="ramp"></span>{scale:.3g} nats{", uniform attention" if uniform else ""}</p>'
     rules = [Rule(value, "uniform") for value in uniform]
     charts = []
@@ -359,9 +359,8 @@ def _banded(each: Run, block: int, color: str) -> list[Line]:
     for stretch in stretches(means):
         steps = evenly([step for step, _ in stretch], _POINTS)
         band = ([min(of_step[step]) for step in steps], [max(of_step[step]) for step in steps])
-        lines += [
-            replace(line, band=band) for line in _lines(each.title, [(s, dict(stretch)[s]) for s in steps], color)
-        ]
+        drawn = _lines(each.title, [(step, dict(stretch)[step]) for step in steps], color)
+        lines += [replace(line, band=band) for line in drawn] if len(steps) > 1 else drawn
     return lines
 
 
@@ -468,6 +467,7 @@ def _cells(each: Run, steps: Sequence[int], side: int) -> list[dict[str, Any]]:
         for step in used:
             small = pooled(here[step], side)
             numbers = {name: values.get(step) for name, values in facts.items()}
+            numbers["mode"] = numbers["mode"] if numbers["mode"] in range(len(_MODES)) else None
             size = {"step": step, "rows": small.rows, "cols": small.cols}
             frames.append({**size, **numbers, "levels": _base64(small.levels)})
         at = [used.index(step) if step in used else -1 for step in newest]
@@ -563,7 +563,8 @@ _PANELS = (
     _Panel(
         "loss",
         "Loss",
-        "Of the steps that were measured; where there are many of them smoothed, the single ones faint behind.",
+        "Of the steps that were measured; where there are many of them smoothed, the single ones faint behind. "
+        "A loss that is a fifth above the highest of the first is cut off.",
         "loss: watch.step(loss)",
         _loss,
     ),

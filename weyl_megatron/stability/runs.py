@@ -19,6 +19,7 @@ VERSION = 1
 
 _DEMO_TITLES = {run.name: run.title for run in DEMO_RUNS}
 _LARGEST_MAP = 64  # rows and columns that are kept of a map; larger ones are pooled
+_LARGEST = 1e300
 _LISTED = 5  # line numbers that a note names
 
 Points = list[tuple[int, float | None]]
@@ -338,13 +339,10 @@ def _demo_setting(path: Path) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number as a float; None for all else."""
+    """A finite number as a float; None for all else, and for one so large that a chart's range overflows."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    return float(value) if -_LARGEST < value < _LARGEST else None
 
 
 def _whole(value: Any) -> int | None:
