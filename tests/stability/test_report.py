@@ -200,6 +200,22 @@ def test_rates_stand_beside_the_schedule(html: str) -> None:
     assert names.count("schedule") == 6 and names.count("block 1") == 4 and names.count("α") == 2
 
 
+def test_entropy_is_the_mean_of_a_blocks_heads_at_its_steps(html: str) -> None:
+    schedule = re.findall(r'data-name="schedule" points="([^"]*)"', html)[0].split()
+    charts = html[html.index('data-panel="entropy"') : html.index('data-panel="modes"')].split("<svg class")[1:]
+    assert len(charts) == BLOCKS and all("uniform</text>" in chart for chart in charts)
+    for chart in charts:
+        low, high = map(float, re.findall(r'data-y="([^,]*),([^,]*)', chart)[0])
+        top, base = map(float, re.findall(r'data-box="[^,]*,[^,]*,([^,]*),([^"]*)"', chart)[0])
+        for collapses, points in zip((True, False), re.findall(r'<polyline[^>]*points="([^"]*)"', chart), strict=True):
+            places = [tuple(map(float, point.split(","))) for point in points.split()]
+            assert [x for x, _ in places] == [float(point.split(",")[0]) for point in schedule]
+            drawn = [low + (base - y) / (base - top) * (high - low) for _, y in places]
+            told = [values(at, collapses)["block/0/head/0/entropy"] for at in STEPS]
+            assert drawn == pytest.approx(told, abs=1e-3)
+        assert chart.count("<polygon") == 2
+
+
 def test_titles_texts_and_names_are_escaped(tmp_path: Path) -> None:
     evil = "</script><script>alert(1)</script>\"'&"
     log = [start(evil, sec=evil), step(1, **{"loss": 1.0, f"clip/{evil}/lr": 1.0, f"clip_share/{evil}": 1.0})]
@@ -412,6 +428,8 @@ def test_the_page_works_in_a_browser(html: str, tmp_path: Path) -> None:
         assert (cols, rows) == (len(STEPS), BLOCKS * HEADS) and set(pixels[3::4]) == {255}
         assert text.startswith("step 120block 1, head 1: ")
     assert [text.split(": ")[1] for *_, text in told["heats"]][2:] == ["malignant collapse", "uniform"]
+    collapsed, well = (bytes(pixels[-4:-1]).hex() for *_, pixels, _ in told["heats"][2:])
+    assert [collapsed, well] == [re.findall(rf"--mode-{mode}: #(\w+)", html)[0] for mode in (2, 3)]
     for when, at in (("first", 10), ("last", LAST)):
         for shown in told[when]:
             assert shown["pixels"][3::4] == shown["small"][3::4] == list(levels(at, 0, 0)), when

@@ -171,7 +171,7 @@ def _page(shown: _Shown, notes: Sequence[str]) -> str:
         title=escape(title),
         body="".join(parts),
         steps=json.dumps(shown.steps, separators=(",", ":")),
-        maps=json.dumps(_frames(shown), separators=(",", ":")).replace("<", "\\u003c"),
+        maps=json.dumps(_frames(shown), separators=(",", ":")),
     )
 
 
