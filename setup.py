@@ -31,6 +31,12 @@ setup(
             "pyyaml>=6.0.3",  # its recipes
             "psutil>=7",  # megatron-core's checkpoint writers hang without it
         ],
+        "plan": [
+            "transformers>=5.23",  # `weyl-megatron plan` builds a model by its Hugging Face name,
+            "timm>=1.0.31",  # by timm's,
+            "pyyaml>=6.0.3",  # from a recipe,
+            "safetensors>=0.8",  # or reads a checkpoint
+        ],
         "demo": ["deepspeed>=0.16.9"],  # `weyl-megatron demo` trains under ZeRO-2
         "dev": [
             "pytest>=9",  # runs the tests
@@ -39,6 +45,10 @@ setup(
             "ruff>=0.17.6",  # lint and format
             "pre-commit>=4.7",  # both before a commit
             "numpy>=2.2",  # torch warns on every import without it
+            "transformers>=5.23",  # models that `Watch` and `weyl-megatron plan` have to recognise
+            "timm>=1.0.31",  # likewise
+            "safetensors>=0.8",  # a checkpoint that `plan` reads
+            "tensorboard>=2.21",  # a sink of `Watch`
             "einops>=0.8",  # megatron-core asks for it where several distributed optimizers share the replicas
         ],
     },

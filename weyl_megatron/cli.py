@@ -76,13 +76,14 @@ def _add_stability(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     plan = commands.add_parser(
         "plan",
         help="say how long each τ would warm a model up",
-        description="Says, per kind of matrix and for several τ, how many steps the clip of AdamW² takes in the place of "
-        "a warmup, and suggests a τ. MODEL: a Hugging Face or timm name, a config.json's folder, a recipe, a checkpoint.",
+        description="Says, per kind of matrix and for several τ, for how many steps the clip of AdamW² takes the place "
+        "of a warmup, and suggests a τ. MODEL: a Hugging Face or timm name, the folder of a config.json, a recipe, a "
+        "checkpoint.",
     )
     plan.add_argument("model", metavar="MODEL")
-    plan.add_argument("--lr", type=float, default=6e-4, help="peak of the schedule (%(default)s)")
+    plan.add_argument("--lr", type=float, help="peak of the schedule (the recipe's, or 6e-4)")
     plan.add_argument("--steps", type=_at_least(1), help="of the run")
-    plan.add_argument("--warmup", type=_at_least(0), help="steps of the warmup that is to be dropped")
+    plan.add_argument("--warmup", type=_at_least(0), help="steps of warmup (the recipe's, or 0)")
     plan.add_argument("--tau", nargs="+", help="thresholds to look at")
     plan.add_argument("--json", type=Path, help="a file for the numbers")
     plan.set_defaults(command=_run_of("plan"))

@@ -72,7 +72,9 @@ def train(
         f"steps {first} to {recipe.train_steps}"
     )
 
-    watch = Watch([model], optimizer, every=recipe.watch_interval, out=watched, maps=[0]) if watched else None
+    watch = None
+    if watched:
+        watch = Watch([model], optimizer, every=recipe.watch_interval, out=watched, maps=[0], steps_done=first)
     train_batches = batches(train_set, recipe, range(first, recipe.train_steps), replica, replicas)
     started = time.perf_counter()
     for step in range(first + 1, recipe.train_steps + 1):

@@ -84,7 +84,7 @@ def test_the_paper_s_terms_are_exact(first: tuple[GPT, dict[str, float], Watch])
         for name, value in exact.items():
             # Float32's rounding of a few hundred terms.
             assert values[f"block/{number}/{name}"] == pytest.approx(value, rel=2e-5), name
-    assert values["loss"] == pytest.approx(float(loss), rel=1e-6) and values["lr"] == 0.05
+    assert values["loss"] == pytest.approx(loss.item(), rel=1e-6) and values["lr"] == 0.05
 
 
 def test_heads_are_exact(first: tuple[GPT, dict[str, float], Watch]) -> None:
@@ -262,6 +262,13 @@ def test_a_run_that_goes_on_appends_to_its_lines(tmp_path: Path) -> None:
     measured(out=tmp_path)[2].close()
     lines = (tmp_path / "stability.jsonl").read_text().splitlines()
     assert [json.loads(line)["event"] for line in lines if line != '{"event": "st'] == ["start", "step"] * 2
+
+
+def test_a_run_that_goes_on_counts_on(tmp_path: Path) -> None:
+    _, _, watch = measured(out=tmp_path, steps_done=40, every=50)
+    watch.close()
+    (step,) = (record for record in written(tmp_path / "stability.jsonl") if record["event"] == "step")
+    assert step["step"] == 41  # the first of every part is measured
 
 
 def test_a_warning_names_block_and_head_once() -> None:

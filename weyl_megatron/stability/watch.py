@@ -39,6 +39,7 @@ class Watch:
         rows, sequences: queries of each sequence, and sequences of a rank's micro-batch, that attention is formed for.
         largest: s of SEC(d_q, s).
         maps: heads whose attention map is kept, of every block.
+        steps_done: steps before the next one, of a run that goes on; None: what a DeepSpeed engine counts, or 0.
         names: for a model that is not recognised, see :func:`weyl_megatron.stability.blocks.find_blocks`.
 
     Raises:
@@ -69,6 +70,7 @@ class Watch:
         largest: int = 4,
         maps: Sequence[int] = (),
         names: Mapping[str, Any] | None = None,
+        steps_done: int | None = None,
     ) -> None:
         for key, value in {"every": every, "rows": rows, "sequences": sequences, "largest": largest}.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -77,7 +79,9 @@ class Watch:
         self._engine = engine
         self._optimizer = optimizer if optimizer is not None else getattr(engine, "basic_optimizer", None)
         self._chunks: list[nn.Module] = [engine.module] if engine is not None else _chunks(model)
-        self._every, self._step = every, 0
+        self._every = every
+        self._step = int(getattr(engine, "global_steps", 0)) if steps_done is None else steps_done
+        self._is_first = True
         ranks = _Ranks(engine, self._chunks)
         self._data_parallel = ranks.data_parallel
         self._is_writer = ranks.is_writer
@@ -121,6 +125,7 @@ class Watch:
         """
         was_due = self._is_due()
         self._step += 1
+        self._is_first = False
         measured: dict[str, float] = {}
         if was_due:
             measured = self._finish(loss, more)
@@ -139,7 +144,7 @@ class Watch:
 
     def _is_due(self) -> bool:
         """Whether the step that comes next is measured."""
-        return self._step == 0 or (self._step + 1) % self._every == 0
+        return self._is_first or (self._step + 1) % self._every == 0
 
     def _arm(self) -> None:
         for capture in self._captures:
