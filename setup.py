@@ -49,6 +49,7 @@ setup(
             "timm>=1.0.31",  # likewise
             "safetensors>=0.8",  # a checkpoint that `plan` reads
             "tensorboard>=2.21",  # a sink of `Watch`
+            "wandb>=0.31",  # likewise; offline
             "einops>=0.8",  # megatron-core asks for it where several distributed optimizers share the replicas
         ],
     },
