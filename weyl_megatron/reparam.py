@@ -1,0 +1,237 @@
+"""σReparam: Ŵ = γ / σ₁(W) · W, with a learned γ, so that a layer's spectral norm is a number that training chooses.
+
+Zhai et al. 2023, "Stabilizing Transformer Training by Preventing Attention Entropy Collapse" (arXiv 2303.06296).
+σ₁ is tracked by one power step per training forward pass, in float32; gradients flow through σ₁ = uᵀWv with u and v
+held fixed. A weight that tensor parallelism spreads is one matrix: vectors and scalars travel, never the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatch
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from weyl_megatron.spectral.blocks import start_block
+from weyl_megatron.spectral.step import SharedByGroup, SumOverGroup, power_step
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+#: Power steps at conversion. A random matrix's σ₁ is within about a percent then, and training goes on from there.
+_FIRST_STEPS = 50
+
+#: Below this σ₁ is no divisor: a matrix that training shrank to nothing stays nothing, and is not made infinite.
+_LEAST_SIGMA = 1e-12
+
+
+class SigmaReparam(nn.Module):
+    """The parametrization of one weight; see :func:`sigma_reparam`."""
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(
+        self,
+        weight: Tensor,
+        name: str,
+        gamma: str,
+        *,
+        statistics_only: bool = False,
+        group: ProcessGroup | None = None,
+        dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self._group, self._dim, self._statistics_only = group, dim, statistics_only
+        matrix = weight.detach().flatten(1).float()
+        cols, first = matrix.shape[1], 0
+        if group is not None and dim == 1:
+            first, cols = cols * dist.get_rank(group), cols * dist.get_world_size(group)
+        start = start_block(name, cols, 1)[first : first + matrix.shape[1], 0]
+        u, v = torch.zeros(matrix.shape[0], device=matrix.device), start.to(matrix.device, torch.float32)
+        for _ in range(_FIRST_STEPS):
+            u, v = power_step(matrix, v, group, dim)
+        self.register_buffer("u", u)
+        self.register_buffer("v", v)
+        sigma = float(self.sigma(weight.detach()))
+        if not 0 < sigma < float("inf"):
+            raise ValueError(
+                f"sigma_reparam: '{name}' has σ₁ = {sigma}, it takes a matrix that is neither zero nor infinite."
+            )
+        if not statistics_only:
+            # (1,): DeepSpeed takes no parameter without a dimension.
+            self.gamma = nn.Parameter(weight.new_tensor([1.0 if gamma == "one" else sigma]))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return Ŵ; in training, take a power step before."""
+        # Activation checkpointing computes a forward pass again inside backward: with the same u and v.
+        if self.training and torch._C._current_graph_task_id() == -1:
+            with torch.no_grad():
+                self.u, self.v = power_step(weight.detach().flatten(1).float(), self.v, self._group, self._dim)
+        if self._statistics_only:
+            return weight
+        scale = self.gamma.float() / self.sigma(weight).clamp(min=_LEAST_SIGMA)
+        if self._group is not None:
+            scale = SharedByGroup.apply(scale, self._group)
+        return (weight.float() * scale).to(weight.dtype)
+
+    def sigma(self, weight: Tensor) -> Tensor:
+        """Return uᵀ W v, the estimate of σ₁(W), a scalar in float32 with a gradient."""
+        sigma: Tensor = self.u @ (weight.flatten(1).float() @ self.v)
+        return sigma if self._group is None else SumOverGroup.apply(sigma, self._group)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SigmaReparam:
+        """Move with the model, but stay in float32: half a vector's digits are half of σ₁'s."""
+        u, v = self.u, self.v
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.u, self.v = u.to(self.u.device), v.to(self.v.device)
+        return self
+
+
+def sigma_reparam(
+    model: nn.Module,
+    match: Sequence[str] = ("*",),
+    *,
+    exclude: Sequence[str] = (),
+    gamma: str = "one",
+    statistics_only: bool = False,
+) -> list[str]:
+    """Convert a model's linear layers in place; return their names.
+
+    Converted are ``nn.Linear``, ``nn.Conv2d`` (as a matrix (out, in·kernel)), Hugging Face's ``Conv1D`` and Megatron's
+    Column- and RowParallelLinear. Call it before the optimizer or the engine is made: γ is a parameter. The layers'
+    state has ``parametrizations.weight.original`` and ``.0.gamma``, ``.0.u``, ``.0.v`` then; :func:`fold` undoes that.
+
+    Args:
+        match, exclude: patterns (``fnmatch``) of the layers' names.
+        gamma: γ's start, ``"one"`` (the paper's) or ``"sigma"``, σ₁(W), which keeps the function that the model is.
+        statistics_only: only track σ₁ (see :func:`sigmas`); the layers stay what they are.
+
+    Raises:
+        ValueError: nothing matches; a layer is converted already, tied to another, zero, or partitioned by ZeRO-3; a
+            Megatron layer fuses the accumulation of gradients, which needs a parameter.
+    """
+    if gamma not in ("one", "sigma"):
+        raise ValueError(f"sigma_reparam: gamma got {gamma!r}, it takes 'one' or 'sigma'.")
+    chosen = {
+        name: layer
+        for name, layer in model.named_modules()
+        if _is_linear(layer) and any(fnmatch(name, p) for p in match) and not any(fnmatch(name, p) for p in exclude)
+    }
+    if not chosen:
+        raise ValueError(
+            f"sigma_reparam: match got {tuple(match)}, which no linear layer of {type(model).__name__} has."
+        )
+    _check(model, chosen)
+    made = {name: _parametrization(name, layer, gamma, statistics_only) for name, layer in chosen.items()}
+    for name, layer in chosen.items():
+        attributes = vars(layer.weight).copy()  # Megatron's marks of what is split
+        training = layer.training
+        parametrize.register_parametrization(layer.eval(), "weight", made[name])  # it looks at Ŵ: without a power step
+        layer.train(training)
+        vars(layer.parametrizations.weight.original).update(attributes)  # type: ignore[union-attr]
+    return list(chosen)
+
+
+def fold(model: nn.Module) -> list[str]:
+    """Bake every Ŵ into its layer's weight, for inference or to go on without; return the layers' names.
+
+    The state dict is that of the plain model then.
+    """
+    folded = list(_converted(model))
+    if not folded:
+        raise ValueError(f"fold: {type(model).__name__} has no layer that sigma_reparam converted.")
+    for name, layer, parametrization in folded:
+        if _is_partitioned(layer.parametrizations.weight.original):  # type: ignore[union-attr,arg-type]
+            raise ValueError(f"fold: '{name}' is partitioned by ZeRO-3; gather or load it first.")
+        parametrization.eval()  # no power step for the last look
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    return [name for name, _, _ in folded]
+
+
+@torch.no_grad()
+def sigmas(model: nn.Module) -> dict[str, float]:
+    """Return the tracked σ₁(W) of every converted layer. Collective where a layer is spread."""
+    return {
+        name: float(parametrization.sigma(layer.parametrizations.weight.original))  # type: ignore[union-attr,arg-type]
+        for name, layer, parametrization in _converted(model)
+    }
+
+
+def drop_norms(model: nn.Module, names: Any = None) -> int:
+    """Replace both norms of every block by nothing, as the paper does for its ViT; return how many.
+
+    Args:
+        names: for a model that is not recognised, see :func:`weyl_megatron.stability.blocks.find_blocks`.
+    """
+    from weyl_megatron.stability.blocks import find_blocks
+
+    norms = {id(norm) for block in find_blocks(model, names) for norm in block.norms if norm is not None}
+    dropped = 0
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if id(child) in norms and not _is_linear(child):
+                setattr(module, name, nn.Identity())
+                dropped += 1
+    return dropped
+
+
+def _converted(model: nn.Module) -> Iterator[tuple[str, nn.Module, SigmaReparam]]:
+    for name, layer in model.named_modules():
+        if parametrize.is_parametrized(layer, "weight"):
+            for parametrization in layer.parametrizations.weight:  # type: ignore[union-attr]
+                if isinstance(parametrization, SigmaReparam):
+                    yield name, layer, parametrization
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    kinds = {kind.__name__ for kind in type(layer).__mro__}
+    megatron = {"ColumnParallelLinear", "RowParallelLinear"}
+    return isinstance(layer, (nn.Linear, nn.Conv2d)) or "Conv1D" in kinds or bool(kinds & megatron)
+
+
+def _check(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+    owners: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(path)
+    for name, layer in chosen.items():
+        if parametrize.is_parametrized(layer, "weight"):
+            raise ValueError(f"sigma_reparam: '{name}' has a parametrized weight already, it takes each layer once.")
+        weight = layer.weight
+        if weight is None:  # Megatron's output layer, tied to the embedding
+            raise ValueError(
+                f"sigma_reparam: '{name}' has no weight of its own; leave it out with exclude=('{name}',)."
+            )
+        if _is_partitioned(weight):  # type: ignore[arg-type]
+            raise ValueError(f"sigma_reparam: '{name}' is partitioned by ZeRO-3; convert before, without zero.Init.")
+        others = [path for path in owners.get(id(weight), []) if path != f"{name}.weight"]
+        if others:
+            raise ValueError(
+                f"sigma_reparam: '{name}.weight' is tied to '{others[0]}'; leave it out with exclude=('{name}',)."
+            )
+        if getattr(layer, "gradient_accumulation_fusion", False):
+            raise ValueError(
+                f"sigma_reparam: '{name}' got gradient_accumulation_fusion=True, it takes False: Ŵ is no parameter."
+            )
+
+
+def _is_partitioned(weight: Tensor) -> bool:
+    return hasattr(weight, "ds_id") and weight.numel() != int(getattr(weight, "ds_numel", weight.numel()))
+
+
+def _parametrization(name: str, layer: nn.Module, gamma: str, statistics_only: bool) -> SigmaReparam:
+    weight: Any = layer.weight
+    group, dim = None, None
+    if getattr(weight, "tensor_model_parallel", False):
+        group, dim = getattr(layer, "tp_group", None), int(weight.partition_dim)
+        if group is None:
+            from megatron.core import parallel_state
+
+            group = parallel_state.get_tensor_model_parallel_group()
+        if dist.get_world_size(group) == 1:
+            group, dim = None, None
+    return SigmaReparam(weight, name, gamma, statistics_only=statistics_only, group=group, dim=dim)
