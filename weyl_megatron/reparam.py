@@ -133,7 +133,7 @@ def sigma_reparam(
         training = layer.training
         parametrize.register_parametrization(layer.eval(), "weight", made[name])  # it looks at Ŵ: without a power step
         layer.train(training)
-        vars(layer.parametrizations.weight.original).update(attributes)  # type: ignore[union-attr]
+        vars(layer.parametrizations.weight.original).update(attributes)
     return list(chosen)
 
 
@@ -183,7 +183,7 @@ def drop_norms(model: nn.Module, names: Any = None) -> int:
 def _converted(model: nn.Module) -> Iterator[tuple[str, nn.Module, SigmaReparam]]:
     for name, layer in model.named_modules():
         if parametrize.is_parametrized(layer, "weight"):
-            for parametrization in layer.parametrizations.weight:  # type: ignore[union-attr]
+            for parametrization in layer.parametrizations.weight:
                 if isinstance(parametrization, SigmaReparam):
                     yield name, layer, parametrization
 

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from examples.collapse.model import GPT, GPTConfig
 from tests.launch import torchrun
 from weyl_megatron.reparam import drop_norms, fold, sigma_reparam, sigmas
+from weyl_megatron.stability import Watch
 
 HERE = Path(__file__).parent
 CONFIG = GPTConfig(norm="pre", vocabulary=50, context=16, layers=2, heads=2, width=24)
@@ -202,6 +203,28 @@ def test_it_trains_and_keeps_the_spectra_where_gamma_says() -> None:
     layer = model.eval().blocks[0].attn.q
     gamma = float(layer.parametrizations.weight[0].gamma)
     assert sigma(layer.weight) == pytest.approx(abs(gamma), rel=0.02) and gamma != 1
+
+
+def test_watching_sees_the_weight_that_is_used_and_changes_nothing() -> None:
+    def losses(watched: bool) -> tuple[list[float], dict[str, float]]:
+        model = gpt()
+        sigma_reparam(model, exclude=("head",))
+        watch = Watch(model, every=1) if watched else None
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        found, values = [], {}
+        for step in range(3):
+            tokens = torch.randint(50, (4, 17), generator=torch.Generator().manual_seed(step))
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+            values = dict(watch.step(loss)) if watch else values
+        return found, values
+
+    plain, (seen, values) = losses(False)[0], losses(True)
+    assert seen == plain
+    assert values["block/1/sigma_q"] == pytest.approx(1, abs=0.1)
 
 
 def tied() -> nn.Module:

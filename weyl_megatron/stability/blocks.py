@@ -8,11 +8,13 @@ stops with a sentence; ``names`` tells it then.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -52,8 +54,14 @@ class Weight(NamedTuple):
     cut: _Cut  # the parameter to this matrix
 
     def read(self) -> Tensor:
-        parameter: Tensor = getattr(self.owner, self.attribute)
+        with _only_looking(self.owner):
+            parameter: Tensor = getattr(self.owner, self.attribute)
         return self.cut(parameter.detach())
+
+    @property
+    def is_lent(self) -> bool:
+        """Whether ZeRO-3 gives the parameter for as long as ``owner`` computes."""
+        return any(hasattr(parameter, "ds_id") for parameter in self.owner.parameters())
 
 
 @dataclass(frozen=True)
@@ -90,8 +98,25 @@ def find_blocks(model: nn.Module, names: Mapping[str, Any] | None = None) -> lis
     Raises:
         ValueError: no block was recognised, or a name is not there.
     """
-    if names is not None:
-        return _named(model, names)
+    with _only_looking(model):
+        return _recognised(model) if names is None else _named(model, names)
+
+
+@contextmanager
+def _only_looking(module: nn.Module) -> Iterator[None]:
+    """A look at a weight is no training pass: σReparam would take a power step."""
+    lists = [inner for inner in module.modules() if isinstance(inner, ParametrizationList)]
+    training = [inner.training for inner in lists]
+    for inner in lists:
+        inner.eval()
+    try:
+        yield
+    finally:
+        for inner, was in zip(lists, training, strict=True):
+            inner.train(was)
+
+
+def _recognised(model: nn.Module) -> list[Block]:
     blocks: list[Block] = []
     looked_at: list[str] = []
     modules = dict(model.named_modules())

@@ -171,9 +171,7 @@ class Capture:
             for role, weight in block.weights.items():
                 if weight.owner is owner:
                     matrix = weight.read()
-                    # Under ZeRO-3 the parameter is given back when its layer is done.
-                    is_lent = hasattr(getattr(owner, weight.attribute), "ds_id")
-                    self._weights[role] = matrix.clone() if is_lent else matrix
+                    self._weights[role] = matrix.clone() if weight.is_lent else matrix
             for which, norm in enumerate(block.norms):
                 if norm is owner and self.is_first:
                     for kind, name in (("weight", "gain"), ("bias", "bias")):
