@@ -40,6 +40,7 @@ def trained(mode: str, stage: int) -> dict[str, Tensor]:
     config = {
         "train_micro_batch_size_per_gpu": 8 // ranks,
         "optimizer": {"type": "AdamW2", "params": OPTIMIZER},
+        "gradient_clipping": 0.0,  # DeepSpeed's default is 1
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
