@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from examples.compare.methods import METHODS
@@ -13,8 +14,8 @@ from weyl_megatron.demo.charts import Axis, Chart, Line
 if TYPE_CHECKING:
     from examples.compare.table import Comparison
 
-WIDTH, HEIGHT, COLUMNS = 340, 240, 3
-LEGEND_ROW = 20
+WIDTH, HEIGHT, COLUMNS = 340, 250, 3
+LEGEND_ROW, GAP = 20, 20
 
 #: What a picture has to bring along to look like the demo's page; it is shown by itself.
 STYLE = """
@@ -38,23 +39,34 @@ WORST_LOSS = 3.3
 def draw(found: Sequence[Comparison]) -> str:
     """The whole picture as one SVG."""
     methods = [name for name in METHODS if any(name in comparison.methods for comparison in found)]
-    top = 20 + LEGEND_ROW * math.ceil(len(methods) / 4)
-    width, height = WIDTH * COLUMNS, top + HEIGHT * math.ceil(len(found) / COLUMNS)
+    top = 20 + LEGEND_ROW * math.ceil(len(methods) / COLUMNS)
+    rows = _rows(found)
+    width, height = WIDTH * COLUMNS, top + HEIGHT * len(rows)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
         f"<style>{STYLE}</style>",
-        _legend(methods, width),
+        _legend(methods),
     ]
-    for number, comparison in enumerate(found):
-        x, y = number % COLUMNS * WIDTH, top + number // COLUMNS * HEIGHT
-        parts.append(f'<svg x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}">{_chart(comparison, found).svg()}</svg>')
+    for down, row in enumerate(rows):
+        for right, comparison in enumerate(row):
+            place = f'x="{right * WIDTH}" y="{top + down * HEIGHT}" width="{WIDTH}" height="{HEIGHT - GAP}"'
+            parts.append(f"<svg {place}>{_chart(comparison, found).svg()}</svg>")
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _legend(methods: Sequence[str], width: int) -> str:
+def _rows(found: Sequence[Comparison]) -> list[Sequence[Comparison]]:
+    """The charts in rows; another task or β₂ starts a new one."""
+    rows: list[Sequence[Comparison]] = []
+    for _, group in groupby(found, key=lambda comparison: comparison.cell[:2]):
+        of_group = list(group)
+        rows += [of_group[start : start + COLUMNS] for start in range(0, len(of_group), COLUMNS)]
+    return rows
+
+
+def _legend(methods: Sequence[str]) -> str:
     parts = []
     for number, name in enumerate(methods):
-        x, y = 16 + number % 4 * (width - 16) // 4, 20 + number // 4 * LEGEND_ROW
+        x, y = 16 + 42 + number % COLUMNS * WIDTH, 20 + number // COLUMNS * LEGEND_ROW
         line = _style(name, "", [], [])
         dash = ' stroke-dasharray="4 3"' if line.dashed else ""
         stroke = f'style="stroke:{line.color};stroke-width:{line.width}"'
@@ -82,7 +94,7 @@ def _chart(comparison: Comparison, found: Sequence[Comparison]) -> Chart:
         y=y,
         lines=lines,
         width=WIDTH,
-        height=HEIGHT,
+        height=HEIGHT - GAP,
         right=14,
     )
 

@@ -35,7 +35,7 @@ class Cell(NamedTuple):
 
     @property
     def title(self) -> str:
-        return f"{NAMES[self.task]}, {self.norm}-LN, {self.depth} layers, β₂ {self.beta2:g}, {self.steps} steps"
+        return f"{NAMES[self.task]}, {self.norm}-LN, {self.depth} layers, β₂ {self.beta2:g}"
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def document(results: Sequence[dict[str, Any]]) -> str:
     parts += _summaries(found, _range_text)
     parts += ["## All numbers", "Mean ± standard deviation over the seeds; behind a tuned warmup, its share of steps."]
     for comparison in found:
-        parts += [f"### {comparison.cell.title}", _numbers(comparison)]
+        parts += [f"### {comparison.cell.title}, {comparison.cell.steps} steps", _numbers(comparison)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -73,7 +73,7 @@ TASKS = {
         held_out=held_out_text,
     ),
     "vit": Task(
-        steps=150,
+        steps=200,
         score="accuracy",
         model=vit.ViT,
         batches=vit.batches,
