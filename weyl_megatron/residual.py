@@ -127,9 +127,9 @@ def _check(branch: _Branch, mode: str) -> None:
 
 def _depth(blocks: list[Block]) -> int:
     """The blocks of the whole model; the decoder's of an encoder-decoder have two attentions each."""
-    config = getattr(blocks[0].attention, "config", None)
+    config: Any = getattr(blocks[0].attention, "config", None)
     if hasattr(blocks[0].attention, "linear_qkv") and isinstance(getattr(config, "num_layers", None), int):
-        return int(getattr(config, "num_layers"))  # noqa: B009
+        return int(config.num_layers)
     return len({id(block.module) for block in blocks})
 
 

@@ -2,7 +2,18 @@
 
     python -m examples.temperature [--temperature 0.1] [--at 100] [--until 150] [--out out/temperature]
 
-MEASURED
+About 1 minute on 2 cores. Trains the pre-LN GPT of examples.collapse at a healthy rate, lr 3e-3, under AdamW and under
+AdamW², each with a softmax temperature of 0.1 in the steps 100 to 149 and without; watched every 10 steps. Prints a
+table and writes OUT/report.html. You should see:
+
+- The mean entropy of all heads falls at once, from 2.36 nats to 0.58 under AdamW and from 2.84 to 0.90 under AdamW²
+  (2.16 and 2.73 in these steps without the change), and is back to about what it is without it once the change is over.
+- The loss suffers little: 2.66 against 2.63 while it lasts and 2.51 against 2.47 in the last 20 steps under AdamW, 2.93
+  against 2.90 and 2.66 against 2.61 under AdamW². The largest gradient norm goes from 2.5 to 3.3 and from 1.5 to 3.2.
+- No run diverges: at this size low entropy alone is no instability, and AdamW² is not what prevents one. What grows as
+  the temperature falls are the gradients: with --temperature 0.01 their norm reaches 24 under AdamW and 58 under
+  AdamW², the entropy is 0.1, and the last 20 steps are still 0.11 and 0.13 behind; with --temperature 0.01 --at 0
+  --until 200 the norm passes 8000 and the mean loss of all steps is 0.37 worse under either.
 """
 
 from __future__ import annotations
