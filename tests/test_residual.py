@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -295,6 +296,25 @@ def test_under_zero_on_two_processes_it_trains_as_plain_torch_on_one(mode: str, 
     )
     for name, value in found.items():
         torch.testing.assert_close(value, expected[name].detach(), rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.fixture(scope="module")
+def megatron(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
+    pytest.importorskip("megatron.core")
+    folder = tmp_path_factory.mktemp("megatron")
+    worker = WORKER.with_name("residual_megatron_worker.py")
+    torchrun(worker, 1, str(folder), "plain", "forward", "init")
+    torchrun(worker, 2, str(folder), "tp2-sp", "pp2")
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+@pytest.mark.parametrize("case", ["init", "tp2-sp", "pp2"])
+def test_under_megatron_every_stage_and_rank_scales_alike(case: str, megatron: dict[str, dict[str, float]]) -> None:
+    one, other = megatron["forward"], megatron[case]
+    assert other["branches"] == (4 if case == "pp2" else 8)
+    for name in ("weight", "bias"):
+        assert other[name] == pytest.approx(one[name], rel=1e-5)
+        assert one[name] != pytest.approx(megatron["plain"][name], rel=1e-3)
 
 
 class Sandwich(nn.Module):
