@@ -1,11 +1,13 @@
 """One small GPT and one small ViT under twelve methods, over learning rates, depths, norms and seeds.
 
-    python -m examples.compare                       all of it: about HOURS hours on 2 cores
+    python -m examples.compare                       all of it: 2560 runs, about 4 hours on 2 cores
     python -m examples.compare --task vit --depths 6 --norm post --lrs 3e-3 --seeds 0
     python -m examples.compare table                 docs/compare.md and docs/compare.svg from the results
 
 Every run appends one line to OUT/results.jsonl, and a run that is there already is skipped: started again, it goes on
 where it was stopped or killed. β₂ is 0.95 and, at the smallest depth only, 0.999; with --beta2 all of it at all depths.
+
+A run takes about 5, 11 and 22 seconds of one core at 6, 12 and 24 layers, half as much again under Muon.
 
 The tuned warmup: for every task, depth, norm, rate and β₂ one run each over 5, 10, 20 and 50 % of the steps, with a
 seed (1000) that is never reported; the reported seeds run with the share that ended best.
@@ -150,6 +152,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--procs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("out/compare"))
     options = parser.parse_args(arguments)
+    for key, value in vars(options).items():
+        if isinstance(value, list):
+            setattr(options, key, list(dict.fromkeys(value)))  # what is given twice is run once
     check(options)
     return options
 
@@ -186,6 +191,8 @@ def main(arguments: Sequence[str]) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

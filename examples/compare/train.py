@@ -66,7 +66,7 @@ def held_out_text() -> tuple[Tensor, Tensor]:
 
 TASKS = {
     "gpt": Task(
-        steps=250,
+        steps=200,
         score="loss",
         model=lambda depth, norm: GPT(GPTConfig(norm=norm, layers=depth, context=CONTEXT)),
         batches=text_batches,

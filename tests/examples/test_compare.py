@@ -149,6 +149,12 @@ def test_methods_are_compared_within_a_cell(tmp_path: Path) -> None:
     assert gpt.best_rate("adamw") == 1e-3 and math.isnan(gpt.mean("adamw", 3e-2))
 
 
+def test_no_rate_is_good_where_nothing_trains(tmp_path: Path) -> None:
+    write(tmp_path, [synthetic(replace(RUN, task="gpt", lr=lr), 3.19) for lr in (1e-3, 1e-2)])
+    (found,) = comparisons(list(results.read(tmp_path).values()))
+    assert found.best() == 3.19 and found.good_rates("adamw") == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
