@@ -7,7 +7,7 @@
 Every run appends one line to OUT/results.jsonl, and a run that is there already is skipped: started again, it goes on
 where it was stopped or killed. β₂ is 0.95 and, at the smallest depth only, 0.999; with --beta2 all of it at all depths.
 
-A run takes about 5, 11 and 22 seconds of one core at 6, 12 and 24 layers, half as much again under Muon.
+A run takes about 5, 11 and 22 seconds of one core at 6, 12 and 24 layers, up to twice that under Muon.
 
 The tuned warmup: for every task, depth, norm, rate and β₂ one run each over 5, 10, 20 and 50 % of the steps, with a
 seed (1000) that is never reported; the reported seeds run with the share that ended best.
