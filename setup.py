@@ -50,6 +50,7 @@ setup(
             "safetensors>=0.8",  # a checkpoint that `plan` reads
             "tensorboard>=2.21",  # a sink of `Watch`
             "wandb>=0.31",  # likewise; offline
+            "scikit-learn>=1.7",  # the digits of examples/compare
             "einops>=0.8",  # megatron-core asks for it where several distributed optimizers share the replicas
         ],
     },
