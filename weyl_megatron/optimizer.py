@@ -46,7 +46,8 @@ class AdamW2(torch.optim.AdamW):
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``, defaults included. No warmup is needed.
         tau: τ > 0; the paper uses 0.01 (GPT) and 0.004 (ViT, Swin). Or ``"auto"``: hidden matrices share one budget,
             τ = 0.144 / (number of hidden matrices), embeddings, positions and head get 0.1, and σ₁(W) is taken for at
-            least that of a Xavier matrix. A small τ acts like a warmup of about ln(α σ₁(U) / (τ σ₁(W))) / τ steps.
+            least that of a Xavier matrix. A small τ acts like a warmup: of about ln(α σ₁(U) / (τ σ₁(W))) / τ steps for
+            a head, of ``weyl-megatron plan``'s forecast for hidden matrices.
         power_iters: block power iterations per step at most; half of them where more would add nothing (the first step
             makes more).
         floor_std: σ₁(W) is taken for at least that of a random matrix of this standard deviation, so that
