@@ -5,6 +5,7 @@ Usage: zero_worker.py OUT_DIR STAGE… The global batch is the same at any numbe
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -69,6 +70,8 @@ def main() -> None:
         found["resumed"] = train(other, range(SAVED, STEPS))
         if dist.get_rank() == 0:
             (folder / f"{stage}.json").write_text(json.dumps(found))
+        del engine, other
+    gc.collect()  # engines that outlive their groups abort the process now and then
     dist.barrier()
     dist.destroy_process_group()
 

@@ -326,6 +326,11 @@ def test_under_zero_the_numbers_are_those_of_one_process(stage: int, zero: Path)
         assert two[tag] == pytest.approx(value, rel=1e-4, abs=1e-7), tag
 
 
+def test_micro_batches_are_no_steps(zero: Path) -> None:
+    counts = json.loads((zero / "accumulated.json").read_text())
+    assert counts[0] == counts[2] == 0 and counts[1] == counts[3] > 50
+
+
 @pytest.mark.parametrize("case", MEGATRON)
 def test_under_megatron_the_numbers_are_those_of_one_process(case: str, megatron: Path) -> None:
     one, two = read(megatron, "one"), read(megatron, case)

@@ -5,6 +5,7 @@ Usage: zero_worker.py OUT_DIR STAGE… The global batch is the same at any numbe
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -40,6 +41,28 @@ def measured(stage: int, folder: Path) -> dict[str, float]:
     return values
 
 
+def accumulated() -> list[int]:
+    """How many numbers each of four micro-batches measures, two of which are a step."""
+    model = GPT(GPTConfig(norm="pre", vocabulary=50, context=16, layers=1, heads=2, width=24))
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "optimizer": {"type": "AdamW2", "params": {"lr": 0.02}},
+        "zero_optimization": {"stage": 2},
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)
+    watch = Watch(engine, every=1)
+    counts = []
+    for _ in range(4):
+        tokens = torch.randint(50, (2, 17))
+        loss = engine(tokens[:, :-1], tokens[:, 1:])
+        engine.backward(loss)
+        engine.step()
+        counts.append(len(watch.step(loss)))
+    watch.close()
+    return counts
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
@@ -47,6 +70,9 @@ def main() -> None:
         values = measured(int(stage), folder)
         if dist.get_rank() == 0:
             (folder / f"{stage}.json").write_text(json.dumps(values))
+    if dist.get_world_size() == 1:
+        (folder / "accumulated.json").write_text(json.dumps(accumulated()))
+    gc.collect()  # engines that outlive their groups abort the process now and then
     dist.barrier()
     dist.destroy_process_group()
 

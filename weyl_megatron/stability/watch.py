@@ -81,6 +81,7 @@ class Watch:
         self._chunks: list[nn.Module] = [engine.module] if engine is not None else _chunks(model)
         self._every = every
         self._step = int(getattr(engine, "global_steps", 0)) if steps_done is None else steps_done
+        self._before = self._step - int(getattr(engine, "global_steps", 0))  # steps that the engine does not count
         self._is_first = True
         ranks = _Ranks(engine, self._chunks)
         self._data_parallel = ranks.data_parallel
@@ -116,6 +117,8 @@ class Watch:
     def step(self, loss: Tensor | float | None = None, **more: float) -> Mapping[str, float]:
         """Say that the optimizer has made a step; measure, and arm the next measurement, where one is due.
 
+        With a DeepSpeed engine it may be called after every micro-batch: calls between steps do nothing.
+
         Args:
             loss: of the step; the mean over data-parallel ranks is written.
             more: further numbers to write, like ``sharpness=…``.
@@ -123,6 +126,8 @@ class Watch:
         Returns:
             The measurement of this step by tag, on rank 0; empty where there is none.
         """
+        if self._engine is not None and int(self._engine.global_steps) + self._before <= self._step:
+            return {}  # engine.step() ended a micro-batch, and no step
         was_due = self._is_due()
         self._step += 1
         self._is_first = False
