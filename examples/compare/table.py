@@ -221,7 +221,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Write both files."""
     parser = argparse.ArgumentParser(prog="python -m examples.compare table", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out/compare"))
+    parser.add_argument("--out", type=Path, default=Path("docs/compare"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     options = parser.parse_args(arguments)
     results = list(read(options.out).values())
