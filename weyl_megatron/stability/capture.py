@@ -83,6 +83,7 @@ class Capture:
         self.found: dict[str, Found] = {}
         self.attention_maps: list[Map] = []
         self._weights: dict[str, Tensor] = {}
+        self._spectra: Tensor | None = None  # of the heads' W_qᵀW_k
         self._input: Tensor | None = None  # of the attention
         self._inside: Block | None = None
         self._done: set[int] = set()
@@ -136,6 +137,7 @@ class Capture:
             if block.number in self._done:
                 return
             self._inside, self._weights, self._input, self._is_caught = block, {}, None, False
+            self._spectra = None
             x = _first_tensor(args, kwargs)
             if x is None:
                 return
@@ -216,7 +218,7 @@ class Capture:
         if self.is_first:
             self.found |= {f"{tag}/{name}": Found(value, ONCE) for name, value in found.items()}
         if {"q", "k"} <= weights.keys():
-            values = spectra.head_spectra(weights["q"], weights["k"], block.heads, block.key_heads)
+            values = self._head_spectra(block)
             columns = {
                 "sigma_qk": values[:, 0],
                 "sec": spectra.energy_concentration(values, self.largest),
@@ -283,12 +285,19 @@ class Capture:
         """Zhai et al.'s lower bound of every head's entropy, where scores are nothing but scale · xᵀ W_qᵀ W_k x."""
         if block.has_bias or self._input is None or not {"q", "k"} <= self._weights.keys():
             return None
-        values = spectra.head_spectra(self._weights["q"], self._weights["k"], block.heads, block.key_heads)
+        values = self._head_spectra(block)
         x = self._input[: self.sequences].float()  # (batch, tokens, d)
         energy = torch.tensor([spectra.sigma_of_rows(each, "x") ** 2 for each in x], device=values.device)
         sigma = scale * values[:, :1] * energy  # (heads, batch)
         bound: Tensor = entropy_bound(sigma.unsqueeze(-1), keys.to(values.device)).mean((1, 2))
         return bound
+
+    def _head_spectra(self, block: Block) -> Tensor:
+        """The spectra of the block that computes, for which the entropy's bound asks before all else is measured."""
+        if self._spectra is None:
+            query, key = self._weights["q"], self._weights["k"]
+            self._spectra = spectra.head_spectra(query, key, block.heads, block.key_heads)
+        return self._spectra
 
     def _batch_first(self, x: Tensor) -> Tensor:
         """(batch, tokens, d); Megatron has the tokens first."""

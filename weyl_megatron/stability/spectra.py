@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from weyl_megatron.spectral.blocks import start_block
+from weyl_megatron.spectral.step import total
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -71,37 +71,22 @@ def _largest(alphas: list[Tensor], betas: list[Tensor]) -> float:
     return float(torch.linalg.eigvalsh(matrix)[-1])
 
 
-def summed(group: ProcessGroup | None) -> _Map:
-    """Return what adds a vector up over a group."""
-
-    def add(vector: Tensor) -> Tensor:
-        if group is not None:
-            vector = vector.contiguous()
-            dist.all_reduce(vector, group=group)
-        return vector
-
-    return add
-
-
 def sigma_of_rows(matrix: Tensor, name: str, group: ProcessGroup | None = None) -> float:
     """Return σ₁ of a matrix (m, n) of which every rank of ``group`` has some rows, all columns."""
-    add = summed(group)
-    return largest_singular_value(lambda x: add(matrix.T @ (matrix @ x)), matrix.shape[1], name, matrix)
+    return largest_singular_value(lambda x: total(matrix.T @ (matrix @ x), group), matrix.shape[1], name, matrix)
 
 
 def sigma_of_columns(matrix: Tensor, name: str, group: ProcessGroup | None = None) -> float:
     """Return σ₁ of a matrix (m, n) of which every rank of ``group`` has some columns, all rows."""
-    add = summed(group)
-    return largest_singular_value(lambda x: add(matrix @ (matrix.T @ x)), matrix.shape[0], name, matrix)
+    return largest_singular_value(lambda x: total(matrix @ (matrix.T @ x), group), matrix.shape[0], name, matrix)
 
 
 def sigma_of_product(left: Tensor, right: Tensor, name: str, group: ProcessGroup | None = None) -> float:
     """Return σ₁ of left @ right, ``(m, r) (r, n)``, where the ranks of ``group`` share out the r."""
-    add = summed(group)
 
     def square(x: Tensor) -> Tensor:
-        y = add(left @ (right @ x))
-        return add(right.T @ (left.T @ y))
+        y = total(left @ (right @ x), group)
+        return total(right.T @ (left.T @ y), group)
 
     return largest_singular_value(square, right.shape[1], name, right)
 

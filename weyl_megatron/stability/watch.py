@@ -86,10 +86,7 @@ class Watch:
         ranks = _Ranks(engine, self._chunks)
         self._data_parallel = ranks.data_parallel
         self._is_writer = ranks.is_writer
-        found = [find_blocks(chunk, names) if _has_blocks(chunk, names) else [] for chunk in self._chunks]
-        everyone = sorted({block.number for of_chunk in found for block in of_chunk})
-        if not everyone:
-            find_blocks(self._chunks[0], names)  # which says what it looked at
+        found = _blocks_of(self._chunks, names)
         self._captures = [
             Capture(
                 chunk,
@@ -298,14 +295,21 @@ def _chunks(model: Any) -> list[nn.Module]:
     return chunks
 
 
-def _has_blocks(chunk: nn.Module, names: Mapping[str, Any] | None) -> bool:
-    """Whether a pipeline stage's chunk has a block; the first and the last may hold nothing but embeddings."""
-    try:
-        return bool(find_blocks(chunk, names))
-    except ValueError:
-        if names is not None:
-            raise
-        return False
+def _blocks_of(chunks: Sequence[nn.Module], names: Mapping[str, Any] | None) -> list[list[Block]]:
+    """The blocks of every chunk; of several chunks, the first and the last may hold nothing but embeddings."""
+    found: list[list[Block]] = []
+    unrecognised: ValueError | None = None
+    for chunk in chunks:
+        try:
+            found.append(find_blocks(chunk, names))
+        except ValueError as error:
+            if names is not None:
+                raise
+            unrecognised = unrecognised or error
+            found.append([])
+    if unrecognised is not None and not any(found):
+        raise unrecognised
+    return found
 
 
 def _plain_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
