@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -13,22 +12,11 @@ from typing import Any
 
 import pytest
 
+from tests.browser import CHROMIUM, FLAGS
+
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.demo
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--enable-logging=stderr",
-    "--dump-dom",
-]
 POINT_AT_EVERY_CHART = """<script>
 for (const svg of document.querySelectorAll("svg.chart")) {
   const box = svg.getBoundingClientRect();

@@ -2,30 +2,17 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.browser import CHROMIUM, FLAGS
 from weyl_megatron.stability import modes
 from weyl_megatron.stability.attention import Mode
 from weyl_megatron.stability.modes import HEAD, TOKENS, run, simulate
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--enable-logging=stderr",
-    "--dump-dom",
-]
 LOOK = """<script>
 addEventListener("load", () => {
   for (const image of document.images) document.body.append("image " + image.naturalWidth + ";");

@@ -14,18 +14,15 @@ from typing import Any
 
 import pytest
 
+from tests.browser import CHROMIUM
+from tests.browser import FLAGS as BROWSER_FLAGS
 from tests.demo import test_report
 from tests.demo.synthetic import synthetic_results
 from weyl_megatron.demo.recipe import RUNS
 from weyl_megatron.stability.report import run, write_report
 from weyl_megatron.stability.runs import AttentionMap, matrix_place, pooled, read_run, stretches, thin
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
-    *("--disable-background-networking", "--disable-component-update", "--enable-logging=stderr", "--dump-dom"),
-    "--host-resolver-rules=MAP * ~NOTFOUND",
-]
+FLAGS = [*BROWSER_FLAGS, "--host-resolver-rules=MAP * ~NOTFOUND"]
 PROBE = """<script>
 const probed = {values: [], heats: []};
 for (const svg of document.querySelectorAll("svg.chart")) {
