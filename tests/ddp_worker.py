@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_dev
 from torch.nn.parallel import DistributedDataParallel
 
 from tests import net as nets
+from tests.leave import leave
 from weyl_megatron import AdamW2
 
 
@@ -60,7 +61,7 @@ def main() -> None:
         print("ddp follows one process")
         print("fsdp1 refused" if fsdp1 else "fsdp1 was stepped")
         print("fsdp2 refused" if fsdp2 else "fsdp2 was stepped")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

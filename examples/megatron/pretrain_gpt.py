@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import os
 import sys
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     _initialize(recipe)
     train(recipe, tokenizer.vocab_size, data, resume, args.save, args.watch)
+    gc.collect()  # models are cycles, and one that outlives the process group can abort the process
     dist.barrier()
     dist.destroy_process_group()
     return 0

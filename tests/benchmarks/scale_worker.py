@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.scale import OPTIONS, Counted, Groups, Spread, buffers_of, gpt, parameter_of, pieces_of
+from tests.leave import leave
 from weyl_megatron import AdamW2
 from weyl_megatron.layouts.buffers import Buffer, Layout
 
@@ -86,8 +87,7 @@ def main() -> None:
         assert held == [(start, stop) for holder, start, stop in pieces if holder == place // spread.tp]
         told = {"spread": number, "stage": stage, "cut": cut, **found}
         (folder / f"{number}-{rank}.json").write_text(json.dumps(told))
-    dist.barrier()  # a rank that leaves early breaks the others' last collective
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from torch import nn
 
+from tests.leave import leave
 from weyl_megatron.reference import AdamW2Reference
 
 WIDTHS = [(9, 14), (14, 9), (9, 11), (11, 5)]
@@ -70,8 +71,7 @@ def main() -> None:
         refusal = str(error)
     if dist.get_rank() == 0:
         print("pipeline follows; " + refusal)
-    dist.barrier()  # a rank that leaves early breaks the other's last collective
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

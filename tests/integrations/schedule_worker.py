@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 import deepspeed
-import torch.distributed as dist
 
 from tests import net as nets
+from tests.leave import leave
 
 SCHEDULER = {
     "type": "WarmupCosineLR",
@@ -35,7 +35,7 @@ def rates(stage: int) -> list[float]:
 def main() -> None:
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     print("rates " + json.dumps([rates(stage) for stage in range(4)]))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

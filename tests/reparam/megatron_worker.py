@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from tests import megatron_cpu
+from tests.leave import leave
 
 megatron_cpu.install()
 
@@ -74,9 +75,8 @@ def main() -> None:
     found["folded"] = loss_of(model, 0).item()
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))
-    dist.barrier()
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

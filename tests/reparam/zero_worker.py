@@ -5,7 +5,6 @@ Usage: zero_worker.py OUT_DIR STAGE… The global batch is the same at any numbe
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from examples.collapse.model import GPT, GPTConfig
+from tests.leave import leave
 from weyl_megatron.reparam import sigma_reparam, sigmas
 
 STEPS, SAVED = 6, 3
@@ -71,9 +71,7 @@ def main() -> None:
         if dist.get_rank() == 0:
             (folder / f"{stage}.json").write_text(json.dumps(found))
         del engine, other
-    gc.collect()  # engines that outlive their groups abort the process now and then
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

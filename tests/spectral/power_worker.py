@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from tests.leave import leave
 from weyl_megatron.spectral import Block, MatrixSpec, PowerIteration, Tile, tiles_of_range
 
 
@@ -54,8 +55,7 @@ def main() -> None:
     assert all(torch.equal(one[0], gathered[0][0]) for one in gathered)
     if rank == 0:
         print("all layouts agree")
-    dist.barrier()  # a rank that leaves early breaks the others' last collective
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Usage: megatron_worker.py OUT_DIR CASE…
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from tests import megatron_cpu
+from tests.leave import leave
 
 megatron_cpu.install()
 
@@ -67,9 +67,7 @@ def main() -> None:
         parallel_state.destroy_model_parallel()
         if dist.get_rank() == 0:
             (folder / f"{name}.json").write_text(json.dumps(values))
-    gc.collect()  # models that outlive their groups abort the process now and then
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Usage: residual_megatron_worker.py OUT_DIR CASE…
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from tests import megatron_cpu
+from tests.leave import leave
 
 megatron_cpu.install()
 
@@ -50,9 +50,7 @@ def main() -> None:
         values = measured(*CASES[name])
         if dist.get_rank() == dist.get_world_size() - 1:
             (folder / f"{name}.json").write_text(json.dumps(values))
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

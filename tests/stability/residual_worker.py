@@ -5,7 +5,6 @@ Usage: residual_worker.py OUT_DIR STAGE…
 
 from __future__ import annotations
 
-import gc
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from examples.collapse.model import GPT, GPTConfig
+from tests.leave import leave
 from weyl_megatron.residual import scale_residuals
 
 CONFIG = GPTConfig(norm="pre", vocabulary=50, context=16, layers=3, heads=2, width=24)
@@ -67,9 +67,7 @@ def main() -> None:
             state = trained(mode, int(stage))
             if dist.get_rank() == 0:
                 torch.save(state, folder / f"{mode}{stage}.pt")
-    gc.collect()  # engines are cycles, and must be gone before the process group, or the process ends in an abort
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.leave import leave
 from weyl_megatron.stability.sharpness import adam_preconditioner, sharpness
 
 
@@ -62,7 +63,7 @@ def main() -> None:
     assert everyone[0] == everyone[1]
     if rank == 0:
         print("two ranks see the joined batch")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Usage: zero_worker.py OUT_DIR STAGE… The global batch is the same at any numbe
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from examples.collapse.model import GPT, GPTConfig
+from tests.leave import leave
 from weyl_megatron.stability.watch import Watch
 
 
@@ -72,9 +72,7 @@ def main() -> None:
             (folder / f"{stage}.json").write_text(json.dumps(values))
     if dist.get_world_size() == 1:
         (folder / "accumulated.json").write_text(json.dumps(accumulated()))
-    gc.collect()  # engines that outlive their groups abort the process now and then
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

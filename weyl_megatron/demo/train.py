@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import time
@@ -184,6 +185,8 @@ def main() -> None:
     log = Log(arguments.out)
     for run in RUNS:
         train(run, arguments.steps, arguments.seed, batches, log)
+    gc.collect()  # engines are cycles, and one that outlives the process group can abort the process
+    dist.barrier()
     dist.destroy_process_group()
 
 

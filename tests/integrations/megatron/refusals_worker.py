@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from tests import megatron_cpu
+from tests.leave import leave
 
 megatron_cpu.install()
 
@@ -62,8 +63,7 @@ def main() -> None:
     found["patched"] = said(megatron.enable)
     print(f"refusals {json.dumps(found)}", flush=True)
     parallel_state.destroy_model_parallel()
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from tests import megatron_cpu
+from tests.leave import leave
 
 megatron_cpu.install()
 
@@ -128,8 +129,7 @@ def run(act: Callable[[dict[str, Any]], dict[str, Any]], out: Path) -> None:
             torch.save(result, out / f"{case['name']}.pt")
         dist.barrier()
         parallel_state.destroy_model_parallel()
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 def main() -> None:
