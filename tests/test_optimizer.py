@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tests import net as nets
-from tests.launch import torchrun
+from tests.processes import torchrun
 from weyl_megatron import AdamW2, MatrixStats
 from weyl_megatron.reference import AdamW2Reference, exact_sigma
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.collapse.model import GPT, GPTConfig
-from tests.launch import torchrun
+from tests.processes import torchrun
 from tests.stability.residual_worker import CONFIG, OPTIMIZER, STEPS, scaled_model, tokens
 from tests.stability.test_blocks import CASES
 from weyl_megatron import AdamW2

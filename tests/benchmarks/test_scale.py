@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.scale import STATES, Model, Spread, Weight, cut_rows, fake_rank, main, pieces_of, rows_of
 from tests.benchmarks.scale_worker import MODEL, SPREADS
-from tests.launch import torchrun
+from tests.processes import torchrun
 
 
 def counts(model: Model, spread: Spread) -> dict[str, dict[str, Any]]:

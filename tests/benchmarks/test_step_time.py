@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import step_time
 from benchmarks.models import MODELS, Shape
-from tests.launch import ROOT
+from tests.processes import ROOT
 
 
 def test_models_have_the_parameters_of_the_paper() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import ROOT
+from tests.processes import ROOT
 
 for module in ("megatron.core", "sentencepiece", "yaml"):
     pytest.importorskip(module)

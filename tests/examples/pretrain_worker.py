@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from tests.launch import ROOT
+from tests.processes import ROOT
 
 if __name__ == "__main__":  # Megatron's checkpoint writers import this file again
     from tests import megatron_cpu

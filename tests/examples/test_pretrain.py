@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.examples.example import RECIPES, sources
-from tests.launch import torchrun
+from tests.processes import torchrun
 from weyl_megatron.stability.runs import read_run
 
 import checkpoint  # isort: skip

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests import net as nets
-from tests.launch import torchrun
+from tests.processes import torchrun
 
 WORKER = Path(__file__).with_name("deepspeed_worker.py")
 

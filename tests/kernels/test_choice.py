@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.launch import ROOT
+from tests.processes import ROOT
 from weyl_megatron import AdamW2
 from weyl_megatron.kernels import choice, cpu
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.launch import torchrun
 from tests.patches.trees import PATCHES, SITE, SUPPORTED, check_round_trip
+from tests.processes import torchrun
 
 WORKER = Path(__file__).with_name("deepspeed_worker.py")
 

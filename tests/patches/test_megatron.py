@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.launch import torchrun
 from tests.patches.trees import CORE, PATCHES, SITE, SUPPORTED, check_round_trip
+from tests.processes import torchrun
 from weyl_megatron.integrations.megatron import enable
 
 WORKER = Path(__file__).with_name("megatron_worker.py")

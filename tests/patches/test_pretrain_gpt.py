@@ -18,8 +18,8 @@ import pytest
 
 from tests.integrations import megatron
 from tests.integrations.megatron.test_pretrain_gpt import SMALL
-from tests.launch import ROOT, torchrun
 from tests.patches.trees import PATCHES, SUPPORTED, check_round_trip
+from tests.processes import ROOT, torchrun
 
 INTEGRATION = Path(megatron.__file__).parent
 CHECKOUT = os.environ.get("MEGATRON_LM", "")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from examples.collapse.model import GPT, GPTConfig
-from tests.launch import torchrun
+from tests.processes import torchrun
 from weyl_megatron.reparam import drop_norms, fold, sigma_reparam, sigmas
 from weyl_megatron.stability import Watch
 

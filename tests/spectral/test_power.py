@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.launch import torchrun
+from tests.processes import torchrun
 from weyl_megatron import AdamW2
 from weyl_megatron.reference import BlockPower, exact_sigma
 from weyl_megatron.spectral import Block, MatrixSpec, PowerIteration, tiles_of_range

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.launch import ROOT
+from tests.processes import ROOT
 from weyl_megatron import AdamW2
 from weyl_megatron.demo.data import load_corpus, sequences, training_offsets
 from weyl_megatron.demo.model import GPT, GPTConfig

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.launch import torchrun
+from tests.processes import torchrun
 from weyl_megatron import AdamW2
 from weyl_megatron.stability.sharpness import adam_preconditioner, adam_threshold, sharpness
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.collapse.model import GPT, GPTConfig
-from tests.launch import torchrun
+from tests.processes import torchrun
 from weyl_megatron import AdamW2
 from weyl_megatron.stability.attention import map_rank
 from weyl_megatron.stability.sinks import Csv, TensorBoard, WandB

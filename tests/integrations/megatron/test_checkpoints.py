@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.integrations.megatron.test_megatron import distance, distances
-from tests.launch import torchrun
+from tests.processes import torchrun
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.launch import torchrun
+from tests.processes import torchrun
 from weyl_megatron import MatrixStats
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch import ROOT, torchrun
+from tests.processes import ROOT, torchrun
 from weyl_megatron.integrations.megatron import arguments, enable
 
 HERE = Path(__file__).parent
