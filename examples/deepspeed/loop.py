@@ -1,0 +1,265 @@
+"""The training loop that both scripts share: DeepSpeed's engine, resuming, evaluation, progress, checkpoints."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import deepspeed
+import numpy
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from recipe import Recipe, deepspeed_config
+from throughput import peak_flops
+from weyl_megatron.stability import Watch
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is trained, and on what. Sample i of `data` depends on i alone, so that a run can resume on any GPUs."""
+
+    model: nn.Module
+    data: Dataset  # of pairs (inputs, targets); it takes any index from 0 on
+    steps: int
+    loss: Callable[[nn.Module, Batch], Tensor]  # the mean over a micro batch
+    valid: Dataset
+    valid_samples: int
+    score: Callable[[nn.Module, Batch], dict[str, Tensor]]  # each the mean over a micro batch
+    unit: str  # what a sample's `size` counts: "tokens", "images"
+    size: int
+    flops: float  # of one sample, forward and backward
+
+
+def train(recipe: Recipe, work: Work, out: Path, watched: Path | None = None) -> None:
+    """Train to the end, or until a SIGTERM; go on from the newest checkpoint under `out` where there is one."""
+    config = deepspeed_config(recipe, work.steps, dist.get_world_size())
+    engine, *_ = deepspeed.initialize(model=work.model, model_parameters=groups(work.model), config=config)
+    step, checkpoints = 0, out / "checkpoints"
+    if (checkpoints / "latest").is_file():
+        _, saved = engine.load_checkpoint(str(checkpoints))
+        step = saved["step"]
+    watch = None
+    if watched is not None:
+        watch = Watch(engine, every=recipe.watch_interval, out=watched, steps_done=step)
+    log = Log(recipe, work, out, step)
+    stop = Stop()
+    micro_batches = batches(recipe, work, step)
+    engine.train()
+    while step < work.steps:
+        seed = hash((recipe.seed, step, dist.get_rank())) % 2**32
+        torch.manual_seed(seed)  # dropout, and with numpy mixup: a resumed run draws what the other would have
+        numpy.random.seed(seed)
+        losses = []
+        for _ in range(engine.gradient_accumulation_steps()):
+            loss = work.loss(engine, to_device(next(micro_batches), engine))
+            engine.backward(loss)
+            lr = engine.optimizer.param_groups[0]["lr"]
+            engine.step()
+            losses.append(loss.detach().float())
+        step += 1
+        if watch is not None:
+            watch.step(torch.stack(losses).mean())
+        loss, stops = mean_over_ranks(torch.stack([torch.stack(losses).mean(), stop.asked(engine.device)]))
+        log.step(step, loss, lr)
+        ends = step == work.steps or stops > 0
+        if ends or (recipe.eval_interval and step % recipe.eval_interval == 0):
+            log.evaluation(step, evaluate(engine, recipe, work))
+        if ends or (recipe.save_interval and step % recipe.save_interval == 0):
+            engine.save_checkpoint(str(checkpoints), tag=f"step_{step}", client_state={"step": step})
+            _forget(checkpoints, recipe.keep_checkpoints)
+        if stops > 0:
+            log.line(f"step {step}: saved after a SIGTERM; the same command goes on from here")
+            break
+    log.close()
+
+
+def groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Matrices decay, gains and biases do not."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in parameters if parameter.ndim >= 2]},
+        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def batches(recipe: Recipe, work: Work, step: int) -> Iterator[Batch]:
+    """This rank's micro batches from `step` on: which samples a step takes depends on its number alone."""
+    rank, ranks, size = dist.get_rank(), dist.get_world_size(), recipe.micro_batch_size
+
+    def indices() -> Iterator[list[int]]:
+        for first in range(step * recipe.global_batch_size, work.steps * recipe.global_batch_size, size * ranks):
+            yield list(range(first + rank * size, first + (rank + 1) * size))
+
+    loader = DataLoader(
+        work.data,
+        batch_sampler=indices(),
+        num_workers=recipe.dataloader_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return iter(loader)
+
+
+@torch.no_grad()
+def evaluate(engine: Any, recipe: Recipe, work: Work) -> dict[str, float]:
+    """Return the mean of each score over the held-out samples, equal on every rank."""
+    engine.eval()
+    rank, ranks, size = dist.get_rank(), dist.get_world_size(), recipe.micro_batch_size
+    starts = range(0, work.valid_samples, size)
+    sums: dict[str, Tensor] = {}
+    for first in range(0, len(starts), ranks):
+        # Under ZeRO-3 a forward pass is collective: a rank without samples of its own repeats some that do not count.
+        start = starts[first + rank] if first + rank < len(starts) else None
+        samples = [work.valid[i] for i in range(start or 0, min((start or 0) + size, work.valid_samples))]
+        batch = to_device(default_collate(samples), engine)
+        for name, mean in work.score(engine, batch).items():
+            weight = 0 if start is None else len(samples)
+            sums[name] = sums.get(name, 0.0) + mean.double() * weight
+    totals = mean_over_ranks(torch.stack(list(sums.values())))
+    engine.train()
+    return {name: total * ranks / work.valid_samples for name, total in zip(sums, totals, strict=True)}
+
+
+def to_device(batch: Any, engine: Any) -> Batch:
+    """Tokens stay integers; images take the type of the weights."""
+    inputs, targets = (part.to(engine.device, non_blocking=True) for part in batch)
+    return (inputs.to(next(engine.module.parameters()).dtype) if inputs.is_floating_point() else inputs), targets
+
+
+def mean_over_ranks(values: Tensor) -> list[float]:
+    """The mean of each value over all ranks."""
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return (total / dist.get_world_size()).tolist()
+
+
+class Stop:
+    """Whether this rank was asked to end: SLURM and torchrun send a SIGTERM before they kill."""
+
+    def __init__(self) -> None:
+        self.was_asked = False
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def asked(self, device: torch.device) -> Tensor:
+        return torch.tensor(float(self.was_asked), device=device)
+
+    def _ask(self, *_: object) -> None:
+        self.was_asked = True
+
+
+class Log:
+    """Rank 0's lines on the terminal, and OUT/log.jsonl with every step; the other ranks write nothing."""
+
+    def __init__(self, recipe: Recipe, work: Work, out: Path, step: int) -> None:
+        self.every, self.work, self.batch = recipe.log_interval, work, recipe.global_batch_size
+        self.file: TextIO | None = None
+        if dist.get_rank() == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            path = out / "log.jsonl"
+            kept = [line for line in _lines(path) if json.loads(line)["step"] <= step] if step else []
+            path.write_text("".join(kept), encoding="utf-8")  # steps after the checkpoint are made again
+            self.file = path.open("a", encoding="utf-8")
+        millions = sum(parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
+                       for parameter in work.model.parameters()) / 1e6  # fmt: skip
+        accumulated = recipe.global_batch_size // (recipe.micro_batch_size * dist.get_world_size())
+        self.line(
+            f"{millions:.1f} M parameters, {recipe.optimizer}, {dist.get_world_size()} ranks × {accumulated} × "
+            f"{recipe.micro_batch_size} samples, steps {step} to {work.steps}"
+        )
+        self.start, self.first, self.last, self.last_step = time.monotonic(), step, time.monotonic(), step
+
+    def step(self, step: int, loss: float, lr: float) -> None:
+        if self.file is None:
+            return
+        now = time.monotonic()
+        self._write({"step": step, "loss": loss, "lr": lr, "seconds": round(now - self.start, 3)})
+        if step % self.every and step not in (self.first + 1, self.work.steps):
+            return
+        rate = (step - self.last_step) * self.batch / (now - self.last)
+        line = f"step {step}/{self.work.steps}: loss {loss:.4f}, lr {lr:.2e}, "
+        line += f"{rate * self.work.size:,.0f} {self.work.unit}/s"
+        peak = peak_flops()
+        if peak is not None:
+            line += f", MFU {rate * self.work.flops / (peak * dist.get_world_size()):.1%}"
+        left = (self.work.steps - step) * (now - self.start) / (step - self.first)
+        self.line(f"{line}, {_duration(left)} left")
+        self.last, self.last_step = now, step
+
+    def evaluation(self, step: int, values: dict[str, float]) -> None:
+        if self.file is not None:
+            self._write({"step": step, **values})
+            self.line(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        self.last = time.monotonic()
+
+    def line(self, line: str) -> None:
+        if dist.get_rank() == 0:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def _write(self, record: dict[str, float]) -> None:
+        assert self.file is not None
+        numbers = {name: value if math.isfinite(value) else None for name, value in record.items()}
+        self.file.write(json.dumps(numbers) + "\n")
+        self.file.flush()
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a log; a run that was killed may have left half of one."""
+    if not path.is_file():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _forget(folder: Path, kept: int) -> None:
+    """Delete all checkpoints but the newest; `latest` names one of these by now."""
+    dist.barrier()
+    if dist.get_rank() == 0:
+        steps = sorted(int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(r"step_(\d+)", path.name)))
+        for step in steps[:-kept]:
+            shutil.rmtree(folder / f"step_{step}")
+
+
+def start(script: str) -> int:
+    """Join the other processes and return how many there are."""
+    if "RANK" not in os.environ:
+        raise ValueError(f"{script} takes RANK and WORLD_SIZE from torchrun or deepspeed, got neither")
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for a minute, and no faster
+    deepspeed.init_distributed(verbose=False)
+    return dist.get_world_size()
+
+
+def end() -> None:
+    """Leave in order: engines are cycles, and one that outlives the process group can abort the process."""
+    gc.collect()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def fail(script: str, error: Exception) -> int:
+    print(f"{script}: error: {error}", file=sys.stderr)
+    return 2
