@@ -1,0 +1,238 @@
+"""Turns text into a folder of token shards, on several processes; a run that was stopped goes on where it was.
+
+    python -m examples.data.prepare_text FILE_OR_DIRECTORY... --out DIR [--tokenizer PATH | --vocab-size N]
+    python -m examples.data.prepare_text --stdlib --out DIR
+
+OUT/tokens.json is written last: `examples.data.tokens.Tokens` reads what it lists. The shards are the same whatever
+--workers is. After a file has changed, the same command does that file's parts anew; with other settings or another
+tokenizer than the folder was begun with, it refuses to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from examples.data.documents import File, Part, documents, find_files, find_stdlib, make_parts
+from examples.data.shards import SPLITS, Job, part_key, read_record, tokenise, write_whole
+from examples.data.tokenizer import load_tokenizer, train_sentencepiece
+
+VERSION = 1  # of OUT/tokens.json
+SAMPLE_BYTES = 64 * 2**20  # of text that a new tokenizer is trained on, taken evenly from all parts
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prepares what the command line names; returns the exit status."""
+    args = _parser().parse_args(arguments)
+    try:
+        if bool(args.files) == args.stdlib:
+            raise ValueError("FILE takes text files or directories, or --stdlib in their place")
+        files = find_stdlib() if args.stdlib else find_files(args.files)
+        index = prepare(
+            files,
+            args.out,
+            tokenizer=args.tokenizer,
+            vocab_size=args.vocab_size,
+            workers=args.workers,
+            valid=args.valid,
+            separator=args.separator,
+            part_bytes=int(args.part_mb * 2**20),
+        )
+    except KeyboardInterrupt:
+        return _fail(f"stopped: {_kept(args.out)}", status=130)
+    except BrokenProcessPool:
+        return _fail(f"--workers takes processes that live, got one that was killed: {_kept(args.out)}")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _fail(f"--out takes a disk with room, got {args.out} on a full one: {_kept(args.out)}")
+        return _fail(str(error))
+    except ValueError as error:
+        return _fail(str(error))
+    print(f"{args.out / index['tokenizer']}: {index['vocab_size']:,} tokens, end of document {index['eod']}")
+    for split, part in index["splits"].items():
+        print(f"{split}: {part['documents']:,} documents, {part['tokens']:,} tokens, {len(part['shards'])} shards")
+    return 0
+
+
+def _fail(sentence: str, status: int = 2) -> int:
+    print(f"prepare_text: error: {sentence}", file=sys.stderr)
+    return status
+
+
+def _kept(out: Path) -> str:
+    return f"{len(list((out / 'shards').glob('*.json')))} parts are done and kept, the same command goes on from there"
+
+
+def prepare(
+    files: Sequence[File],
+    out: Path,
+    *,
+    tokenizer: Path | None = None,
+    vocab_size: int = 32000,
+    workers: int = 1,
+    valid: float = 0.01,
+    separator: str | None = None,
+    part_bytes: int = 8 * 2**20,
+) -> dict[str, Any]:
+    """Tokenises `files` into `out` and returns OUT/tokens.json.
+
+    ValueError: input that cannot be read, or other settings than those with which `out` was begun.
+    """
+    if not 0 <= valid < 1:
+        raise ValueError(f"--valid takes a share from 0 to below 1, got {valid}")
+    if workers < 1:
+        raise ValueError(f"--workers takes 1 or more, got {workers}")
+    if part_bytes < 1:
+        raise ValueError(f"--part-mb takes a size above 0, got {part_bytes / 2**20}")
+    given = load_tokenizer(tokenizer).file.read_bytes() if tokenizer else None
+    settings = {
+        "tokenizer": hashlib.sha256(given).hexdigest() if given else None,
+        "vocab-size": None if given else vocab_size,
+        "valid": valid,
+        "separator": separator,
+        "part-mb": part_bytes / 2**20,
+    }
+    (out / "shards").mkdir(parents=True, exist_ok=True)
+    _check_settings(out / "settings.json", settings)
+
+    parts = make_parts(files, part_bytes)
+    if tokenizer is None:
+        tokenizer = out / "tokenizer.model"
+        if not tokenizer.exists():
+            write_whole(tokenizer, train_sentencepiece(_sample(parts, separator), vocab_size))
+    loaded = load_tokenizer(tokenizer)
+    copy = out / ("tokenizer.json" if loaded.file.suffix == ".json" else "tokenizer.model")
+    if not copy.exists():
+        write_whole(copy, loaded.file.read_bytes())
+    digest = hashlib.sha256(copy.read_bytes() + json.dumps([settings, loaded.eod]).encode()).hexdigest()
+    dtype = "uint16" if loaded.vocab_size <= 2**16 else "uint32"
+    job = Job(out / "shards", tokenizer, digest, dtype, valid, separator)
+    keyed = [(part_key(part, job), part) for part in parts]
+    _tokenise_missing(keyed, job, workers)
+
+    records = {key: read_record(key, job) or {} for key, _ in keyed}
+    index: dict[str, Any] = {
+        "version": VERSION,
+        "vocab_size": loaded.vocab_size,
+        "eod": loaded.eod,
+        "dtype": dtype,
+        "tokenizer": copy.name,
+        "splits": {split: _split(split, records) for split in SPLITS},
+    }
+    if not index["splits"]["train"]["tokens"]:
+        raise ValueError(f"FILE takes text to train on, got {len(files)} files with none")
+    write_whole(out / "tokens.json", json.dumps(index, indent=1).encode())
+    for path in job.folder.iterdir():  # of inputs that have changed since, and of runs that were killed
+        if path.name.partition(".")[0] not in records or path.suffix == ".tmp":
+            path.unlink(missing_ok=True)
+    return index
+
+
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    if not path.exists():
+        write_whole(path, json.dumps(settings).encode())
+    try:
+        begun = dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError):
+        raise ValueError(f"--out takes a folder that prepare_text began, got {path} with something else") from None
+    for name, value in settings.items():
+        if begun.get(name) != value:
+            was, got = (f"sha256 {x[:12]}" if x and name == "tokenizer" else x for x in (begun.get(name), value))
+            raise ValueError(f"--{name} takes {was}, with which {path.parent} was begun, got {got}: take another --out")
+
+
+def _sample(parts: Sequence[Part], separator: str | None) -> Iterator[str]:
+    """The first documents of every part, so that a large corpus' tokenizer has seen all of its kinds."""
+    for part in parts:
+        left = SAMPLE_BYTES // len(parts)
+        for _, text in documents(part, separator):
+            yield text
+            left -= len(text)
+            if left <= 0:
+                break
+
+
+def _tokenise_missing(keyed: Sequence[tuple[str, Part]], job: Job, workers: int) -> None:
+    missing = [(key, part) for key, part in keyed if read_record(key, job) is None]
+    if len(missing) < len(keyed):
+        print(f"done already: {len(keyed) - len(missing)} of {len(keyed)} parts", file=sys.stderr)
+    began = shown = time.monotonic()
+    tokens = 0
+    for done, count in enumerate(_map(partial(tokenise, job=job), missing, workers), 1):
+        tokens += count
+        now = time.monotonic()
+        if now - shown > 5 or done == len(missing):
+            rate = tokens / (now - began)
+            print(f"part {done} of {len(missing)}: {tokens:,} tokens, {rate:,.0f} a second", file=sys.stderr)
+            shown = now
+
+
+def _map(function: Callable[[tuple[str, Part]], int], keyed: Sequence[tuple[str, Part]], workers: int) -> Iterator[int]:
+    """`function` of every part, in order; after an error the parts that are under way are still finished."""
+    if workers == 1 or len(keyed) < 2:
+        yield from map(function, keyed)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(keyed)), spawn, initializer=_start_worker) as pool:
+        yield from pool.map(function, keyed)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    """A worker whose parent was killed would wait for ever for its next part."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _split(split: str, records: dict[str, Any]) -> dict[str, Any]:
+    counts = {key: record[split] for key, record in records.items()}
+    return {
+        "documents": sum(count["documents"] for count in counts.values()),
+        "tokens": sum(count["tokens"] for count in counts.values()),
+        "shards": [[f"shards/{key}.{split}.bin", count["tokens"]] for key, count in counts.items() if count["tokens"]],
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="prepare_text", description="Turns text into a folder of token shards.")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        type=Path,
+        metavar="FILE",
+        help='text, .jsonl of {"text": "..."}, either with .gz or .xz, or directories of them',
+    )
+    parser.add_argument("--stdlib", action="store_true", help="take the sources of Python's standard library instead")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write, or to go on with")
+    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model, or Hugging Face tokenizer.json or folder")
+    parser.add_argument("--vocab-size", type=int, default=32000, help="of a new tokenizer, without one (%(default)s)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument("--workers", type=int, default=cores, help="processes (%(default)s)")
+    parser.add_argument("--valid", type=float, default=0.01, help="share of documents held out (%(default)s)")
+    parser.add_argument("--separator", help="text between the documents of a text file; without it each is one")
+    parser.add_argument("--part-mb", type=float, default=8, help="input that is done or lost at once (%(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
