@@ -188,11 +188,14 @@ def _map(function: Callable[[tuple[str, Part]], int], keyed: Sequence[tuple[str,
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(keyed)), spawn, initializer=_start_worker) as pool:
-        yield from pool.map(function, keyed)
+        # Ctrl-C is the parent's to handle: the workers inherit what is blocked while they are started.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        results = pool.map(function, keyed)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield from results
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -100,10 +100,12 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> bytes:
     The same texts give the same model: the trainer's own sampling, which draws a new seed each time, stays off.
     """
     sentencepiece = _import_sentencepiece()
+    # Read before the trainer runs, which would turn the sentence about a bad file into one of its own.
+    lines = [line for text in texts for line in text.splitlines() if line]
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.splitlines() if line),
+            sentence_iterator=iter(lines),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",

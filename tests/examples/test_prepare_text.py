@@ -240,6 +240,15 @@ def test_bad_input_is_one_sentence(
     assert "Traceback" not in error and not (tmp_path / "out" / "tokens.json").exists()
 
 
+def test_a_bad_file_is_named_while_a_tokenizer_is_trained_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.py").write_bytes(b"# \xb1")
+    assert run(tmp_path / "a.py", "--out", tmp_path / "out") == 2
+    sentence = f"prepare_text: error: FILE takes UTF-8, got b'\\xb1' in {tmp_path}/a.py:1\n"
+    assert capsys.readouterr().err == sentence and not (tmp_path / "out" / "tokenizer.model").exists()
+
+
 def test_a_bad_line_is_found_in_any_range_and_the_rest_is_kept(
     tmp_path: Path, model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
