@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
@@ -62,6 +62,7 @@ def test_workers_read_the_same_samples_and_a_run_resumes(tmp_path: Path) -> None
     assert torch.equal(torch.cat([inputs for inputs, _ in resumed]), torch.cat(batches[10:]))
 
 
+@settings(deadline=None)
 @given(count=st.integers(1, 40), seed=st.integers(0, 2**32 - 1), start=st.integers(0, 1000))
 def test_an_order_is_a_permutation_of_every_epoch(count: int, seed: int, start: int) -> None:
     order, first = Order(count, seed), start * count
