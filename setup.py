@@ -27,9 +27,12 @@ setup(
         "megatron": ["megatron-core>=0.14"],  # the other engine, imported by integrations.megatron.enable()
         "examples": [
             "megatron-core>=0.14",  # the models and datasets of examples/megatron
-            "sentencepiece>=0.2.3",  # its tokenizer
-            "pyyaml>=6.0.3",  # its recipes
+            "deepspeed>=0.16.9",  # the engine of examples/deepspeed
+            "sentencepiece>=0.2.3",  # the tokenizer of both
+            "pyyaml>=6.0.3",  # their recipes
             "psutil>=7",  # megatron-core's checkpoint writers hang without it
+            "timm>=1.0.31",  # the image models and augmentations of examples/deepspeed; brings torchvision and pillow
+            "scikit-learn>=1.7",  # the digits, for a machine without images
         ],
         "plan": [
             "transformers>=5.23",  # `weyl-megatron plan` builds a model by its Hugging Face name,
@@ -50,7 +53,6 @@ setup(
             "safetensors>=0.8",  # a checkpoint that `plan` reads
             "tensorboard>=2.21",  # a sink of `Watch`
             "wandb>=0.31",  # likewise; offline
-            "scikit-learn>=1.7",  # the digits of examples/compare
             "einops>=0.8",  # megatron-core asks for it where several distributed optimizers share the replicas
         ],
     },

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from recipe import GPTRecipe
+from examples.deepspeed.recipe import GPTRecipe
 
 
 class Attention(nn.Module):

@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from recipe import Recipe, deepspeed_config
-from throughput import peak_flops
+from examples.deepspeed.recipe import Recipe, deepspeed_config
+from examples.deepspeed.throughput import peak_flops
 from weyl_megatron.stability import Watch
 
 Batch = tuple[Tensor, Tensor]
@@ -90,11 +90,12 @@ def train(recipe: Recipe, work: Work, out: Path, watched: Path | None = None) ->
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Matrices decay, gains and biases do not."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Matrices decay; gains, biases and what timm's model exempts, its position tables, do not."""
+    exempt = getattr(model, "no_weight_decay", set)()
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return [
-        {"params": [parameter for parameter in parameters if parameter.ndim >= 2]},
-        {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
+        {"params": [one for name, one in named if one.ndim >= 2 and name not in exempt]},
+        {"params": [one for name, one in named if one.ndim < 2 or name in exempt], "weight_decay": 0.0},
     ]
 
 
@@ -174,8 +175,7 @@ class Log:
             kept = [line for line in _lines(path) if json.loads(line)["step"] <= step] if step else []
             path.write_text("".join(kept), encoding="utf-8")  # steps after the checkpoint are made again
             self.file = path.open("a", encoding="utf-8")
-        millions = sum(parameter.ds_numel if hasattr(parameter, "ds_numel") else parameter.numel()
-                       for parameter in work.model.parameters()) / 1e6  # fmt: skip
+        millions = sum(getattr(one, "ds_numel", one.numel()) for one in work.model.parameters()) / 1e6  # ds_: ZeRO-3's
         accumulated = recipe.global_batch_size // (recipe.micro_batch_size * dist.get_world_size())
         self.line(
             f"{millions:.1f} M parameters, {recipe.optimizer}, {dist.get_world_size()} ranks × {accumulated} × "

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gpt import GPT
-from loop import Batch, Work, end, fail, start, train
-from recipe import GPTRecipe, read_recipe
-from throughput import training_flops
-
-from examples.data.tokens import Tokens  # isort: skip  # recipe.py says where `examples` is
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # where `examples` is, wherever this is started
+from examples.data.tokens import Tokens
+from examples.deepspeed.gpt import GPT
+from examples.deepspeed.loop import Batch, Work, end, fail, start, train
+from examples.deepspeed.recipe import GPTRecipe, read_recipe
+from examples.deepspeed.throughput import training_flops
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,7 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         recipe = read_recipe(GPTRecipe, args.recipe, args.set, int(os.environ.get("WORLD_SIZE", 1)))
-        data, valid = (Tokens(args.data, split, recipe.seq_length, recipe.seed) for split in ("train", "valid"))
+        data, valid = (
+            Tokens(args.data, split, context=recipe.seq_length, seed=recipe.seed) for split in ("train", "valid")
+        )
         if data.vocab_size > recipe.vocabulary:
             raise ValueError(f"vocabulary takes the data's {data.vocab_size} tokens or more, got {recipe.vocabulary}")
         start("pretrain_gpt.py")

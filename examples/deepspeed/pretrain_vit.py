@@ -21,12 +21,12 @@ from timm.data import Mixup, create_transform
 from timm.layers import set_reentrant_ckpt
 from torch import Tensor, nn
 
-from flatten_swin import flatten_swin_small
-from loop import Batch, Work, end, fail, start, train
-from recipe import ImageRecipe, check_warmup, read_recipe
-from throughput import training_flops
-
-from examples.data.images import open_images  # isort: skip  # recipe.py says where `examples` is
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # where `examples` is, wherever this is started
+from examples.data.images import open_images
+from examples.deepspeed.flatten_swin import flatten_swin_small
+from examples.deepspeed.loop import Batch, Work, end, fail, start, train
+from examples.deepspeed.recipe import ImageRecipe, check_warmup, read_recipe
+from examples.deepspeed.throughput import training_flops
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # where `examples` is, wherever this is started
 from examples.keys import (
     BETAS,
     NOT_NEGATIVE,
@@ -79,7 +77,7 @@ class ImageRecipe(Recipe):
     model: str = key(text("the name of a model of timm, or flatten_swin_small"))
     image_size: int = key(integer(8), 224)
     classes: int = key(integer(2), 1000)
-    model_options: dict[str, Any] | None = key(mapping("arguments of timm's model by name"), None)
+    model_options: dict[str, Any] | None = key(mapping("arguments of timm's model by name"), None)  # noqa: RUF009
     epochs: int = key(integer(1))
     randaugment: str = key(text('timm\'s notation, "rand-m9-mstd0.5-inc1", or "none"'), "none")
     mixup: float = key(NOT_NEGATIVE, 0.0)
