@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from weyl_megatron.guard import Guard
 from weyl_megatron.integrations import deepspeed
 from weyl_megatron.kernels import Hyper, Stepped
 from weyl_megatron.layouts.buffers import Buffer, Layout
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["AdamW2", "MatrixStats"]
+
+#: Where a state dict holds the power vectors: in its first parameter group, because formats know what is in ``state``.
+_CARRIED = "adamw2_power"
 
 
 class AdamW2(torch.optim.AdamW):
@@ -56,6 +60,10 @@ class AdamW2(torch.optim.AdamW):
         io: patterns (``fnmatch``) of the names of embeddings, positions and head, for ``tau="auto"``; None: find out.
         overrides: ``{"match": pattern, "tau": 0.1}``, ``{"match": pattern, "exempt": True}`` (scheduled rate),
             ``{"match": pattern, "fused": 3}`` (three stacked matrices, 1: keep whole). The last match counts.
+        nonfinite: what becomes of a step with a gradient that is NaN or infinite: "skip" (on all ranks alike, logged
+            with the parameter's name and counted in ``skipped_steps``), "raise", or "off", as torch.optim.AdamW. None:
+            "skip" where an engine has the norm of all gradients, so that it costs nothing, else "off".
+        nonfinite_limit: RuntimeError after so many skipped steps in a row; None: never.
         tp_group: the process group of tensor-parallel parameters where no engine tells it.
         others: keys of AdamW configurations that change nothing (``torch_adam``, ``adam_w_mode``, …).
 
@@ -82,6 +90,8 @@ class AdamW2(torch.optim.AdamW):
         clip_vectors: bool = False,
         io: Sequence[str] | None = None,
         overrides: Sequence[Mapping[str, Any]] = (),
+        nonfinite: str | None = None,
+        nonfinite_limit: int | None = None,
         tp_group: ProcessGroup | None = None,
         **others: Any,
     ) -> None:
@@ -93,8 +103,11 @@ class AdamW2(torch.optim.AdamW):
             clip_vectors=clip_vectors,
             io=io,
             overrides=overrides,
+            nonfinite=nonfinite,
+            nonfinite_limit=nonfinite_limit,
             others=others,
         )
+        self._guard = Guard(nonfinite, nonfinite_limit)
         self._tp_group = tp_group
         self._auto = "auto" in [tau, *(override.get("tau") for override in self._settings.overrides)]
         self._engine_layout: Callable[[], Layout] | None = None  # set by an engine's door
@@ -103,6 +116,7 @@ class AdamW2(torch.optim.AdamW):
         self._names: dict[int, str] = {}  # of the parameters that were given, by id
         self._buffers: dict[int, Buffer] = {}  # the layout, by id of the tensor that is stepped
         self._walks: dict[tuple[int, ...], Walk] = {}  # by the ids of the tensors that are stepped together
+        self._carried: list[dict[str, Any]] = []  # of a loaded state dict, until the walks are there
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.defaults["tau"] = tau
         deepspeed.allow_under_zero(type(self))
@@ -140,13 +154,36 @@ class AdamW2(torch.optim.AdamW):
         if own is not None:
             self._settings, self._auto, self._tp_group, names = own
             self._engine_layout, self._step_in_group = None, False
+            self._guard = Guard(self._settings.nonfinite, self._settings.nonfinite_limit)
             self._measures_gradients, self._gradient_norms = False, {}
             pairs = zip(self.param_groups, names, strict=True)
             named = (zip(group["params"], of_group, strict=True) for group, of_group in pairs)
             self._names = {id(param): name for group in named for param, name in group if name is not None}
-            self._buffers, self._walks = {}, {}
+            self._buffers, self._walks, self._carried = {}, {}, []
         for group in self.param_groups:
             group.setdefault("tau", self._settings.tau)  # the checkpoint of an AdamW has none
+        self.forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's, whose first parameter group also carries the power vectors: a run resumes exactly."""
+        state = super().state_dict()
+        carried = [
+            {**of_walk, "step": self._steps_done(walk)}
+            for walk in self._walks.values()
+            if (of_walk := walk.carried()) is not None
+        ]
+        if carried:
+            state["param_groups"][0][_CARRIED] = carried
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state dict of an AdamW² or an AdamW; without vectors in it, the next step measures afresh."""
+        super().load_state_dict(state_dict)
+        self._carried = self.param_groups[0].pop(_CARRIED, [])
+
+    def forget(self) -> None:
+        """Have the next step measure afresh, with the iterations of a first step; call it on every rank, or on none."""
+        self._carried = []
         for walk in self._walks.values():
             walk.forget()
 
@@ -158,6 +195,10 @@ class AdamW2(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         if self._is_construction_call():
+            return loss
+        if not self._buffers:
+            self._read_layout()
+        if not self._guard.admits(self._stepped_buffers()):
             return loss
         for walk, tensors, groups in self._stepped_together():
             stepped = [self._stepped(tensor, group) for tensor, group in zip(tensors, groups, strict=True)]
@@ -178,6 +219,11 @@ class AdamW2(torch.optim.AdamW):
     def stats(self) -> dict[str, MatrixStats]:
         """Return what the last step did to every matrix, by name; the same on every rank that holds a piece of it."""
         return {name: entry for walk in self._walks.values() for name, entry in walk.stats().items()}
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were not made because a gradient was not finite (``nonfinite``); the same on every rank."""
+        return self._guard.skipped
 
     def measure_gradients(self) -> None:
         """Have the next step note the norm of every matrix's gradient, which an engine frees; call it on every rank."""
@@ -243,8 +289,6 @@ class AdamW2(torch.optim.AdamW):
             for tensor in group["params"]
             if tensor.requires_grad or tensor.grad is not None
         }
-        if not self._buffers:
-            self._read_layout()
         if not group_of.keys() <= self._buffers.keys():
             first = next(iter(self._buffers.values())).shards[0].parameter.name
             raise ValueError(
@@ -263,6 +307,10 @@ class AdamW2(torch.optim.AdamW):
         for buffers, groups in by_device.values():
             yield self._walk(buffers, groups), [buffer.tensor for buffer in buffers], groups
 
+    def _stepped_buffers(self) -> list[Buffer]:
+        tensors = (tensor for group in self.param_groups for tensor in group["params"])
+        return [self._buffers[id(tensor)] for tensor in tensors if id(tensor) in self._buffers]
+
     def _walk(self, buffers: list[Buffer], groups: list[dict[str, Any]]) -> Walk:
         key = tuple(id(buffer.tensor) for buffer in buffers)
         if key not in self._walks:
@@ -270,7 +318,19 @@ class AdamW2(torch.optim.AdamW):
             self._walks = {other: walk for other, walk in self._walks.items() if not set(other) & set(key)}
             is_adamw = not self._settings.overrides and all(group["tau"] == float("inf") for group in groups)
             self._walks[key] = Walk(buffers, self._thresholds, self._settings.power_iters, is_adamw=is_adamw)
-        return self._walks[key]
+        walk = self._walks[key]
+        for carried in self._carried:
+            # Another optimizer, which does not know them, may have passed the vectors on in its own checkpoints.
+            if carried["step"] == self._steps_done(walk) and walk.carry_on(carried):
+                self._carried.remove(carried)
+                break
+        return walk
+
+    def _steps_done(self, walk: Walk) -> float:
+        if self._step_in_group:
+            return float(self.param_groups[0]["step"])
+        steps = (self.state[tensor]["step"] for tensor in walk.tensors if self.state.get(tensor))
+        return float(next(steps, 0.0))
 
     def _read_layout(self) -> None:
         """Find out what lies where in the tensors that are stepped, at the first step, when engines are done with them.
@@ -282,6 +342,7 @@ class AdamW2(torch.optim.AdamW):
             layout = self._engine_layout()
         elif engine is not None:
             layout = deepspeed.read_layout(engine)
+            deepspeed.tell_norm(engine, self._guard)
         else:
             layout = Layout(self._plain_buffers())
         self._thresholds = Thresholds(self._settings, layout, self._auto)

@@ -23,7 +23,10 @@ _HARMLESS: dict[str, tuple[Any, ...] | None] = {
     "fused": None,
 }
 
-_OPTIONS = "lr, betas, eps, weight_decay, tau, power_iters, floor_std, clip_vectors, io, overrides, tp_group"
+_OPTIONS = (
+    "lr, betas, eps, weight_decay, tau, power_iters, floor_std, clip_vectors, io, overrides, nonfinite, "
+    "nonfinite_limit, tp_group"
+)
 _OVERRIDES = {"match", "tau", "exempt", "fused"}
 
 
@@ -37,6 +40,8 @@ class Settings:
     clip_vectors: bool
     io: tuple[str, ...] | None
     overrides: tuple[Mapping[str, Any], ...]
+    nonfinite: str | None = None
+    nonfinite_limit: int | None = None
 
     def override(self, name: str, key: str, default: Any = None) -> Any:
         """Return what the last override that matches ``name`` and has ``key`` says, or ``default``."""
@@ -56,7 +61,16 @@ class Settings:
 
 
 def check_settings(
-    *, tau: Any, power_iters: Any, floor_std: Any, clip_vectors: Any, io: Any, overrides: Any, others: Mapping[str, Any]
+    *,
+    tau: Any,
+    power_iters: Any,
+    floor_std: Any,
+    clip_vectors: Any,
+    io: Any,
+    overrides: Any,
+    others: Mapping[str, Any],
+    nonfinite: Any = None,
+    nonfinite_limit: Any = None,
 ) -> Settings:
     """Return the settings, or raise ValueError with one sentence: the key, what it got, what it takes."""
     for key, value in others.items():
@@ -79,8 +93,21 @@ def check_settings(
         raise ValueError(f"AdamW2: clip_vectors got {clip_vectors!r}, it takes True or False.")
     if io is not None and (isinstance(io, str) or not _are_strings(io)):
         raise ValueError(f"AdamW2: io got {io!r}, it takes a list of patterns of parameter names, or None.")
+    if nonfinite not in (None, "skip", "raise", "off"):
+        raise ValueError(f"AdamW2: nonfinite got {nonfinite!r}, it takes 'skip', 'raise', 'off' or None.")
+    if nonfinite_limit is not None and (type(nonfinite_limit) is not int or nonfinite_limit < 1):
+        raise ValueError(
+            f"AdamW2: nonfinite_limit got {nonfinite_limit!r}, it takes a whole number from 1 on, or None."
+        )
     return Settings(
-        tau, power_iters, float(floor_std), clip_vectors, None if io is None else tuple(io), _check_overrides(overrides)
+        tau,
+        power_iters,
+        float(floor_std),
+        clip_vectors,
+        None if io is None else tuple(io),
+        _check_overrides(overrides),
+        nonfinite,
+        nonfinite_limit,
     )
 
 

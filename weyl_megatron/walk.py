@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +61,7 @@ class Walk:
         self, buffers: Sequence[Buffer], thresholds: Thresholds, power_iters: int, *, is_adamw: bool = False
     ) -> None:
         tensors = [buffer.tensor for buffer in buffers]
-        self._tensors, self._thresholds, self._iters = tensors, thresholds, power_iters
+        self.tensors, self._thresholds, self._iters = tensors, thresholds, power_iters
         self._plan = plan_of(buffers, thresholds.grid)
         self._device = tensors[0].device
         self._on_host = self._device.type == "cpu"
@@ -105,7 +105,7 @@ class Walk:
 
     def begin(self, stepped: Sequence[Stepped | None], groups: Sequence[dict[str, Any]]) -> None:
         """Take the gradients and moments of a step, and the parameter group, of every tensor."""
-        self._kernel.bind(self._tensors, stepped)
+        self._kernel.bind(self.tensors, stepped)
         self._lr, self._weight_decay, self._tau, self._floor = self._schedule(groups)
         self._sums = torch.zeros(len(self._lr), 3, dtype=torch.float64, device=self._device)
 
@@ -238,9 +238,33 @@ class Walk:
         return {matrix.name: MatrixStats(*row) for matrix, *row in zip(self._plan.matrices, *columns, strict=False)}
 
     def forget(self) -> None:
-        """Take vectors and bounds for unknown at the next step (after a checkpoint was loaded)."""
+        """Take vectors and bounds for unknown at the next step, as at the first."""
         self._cold = True
+        self._power.blocks.restart()
         self.certificate.forget()
+
+    def carried(self) -> dict[str, Any] | None:
+        """Return what the next step takes from the last ones, as a checkpoint holds it; None before the first."""
+        if self._cold:
+            return None
+        return {
+            "matrices": [matrix.name for matrix in self._plan.matrices],
+            "blocks": [kept for operand in self._power.blocks.operands for kept in operand.kept],
+            "bounds": self.certificate.carried(),
+        }
+
+    def carry_on(self, carried: Mapping[str, Any]) -> bool:
+        """Take back what :meth:`carried` returned; False where it is of other matrices."""
+        kept = [kept for operand in self._power.blocks.operands for kept in operand.kept]
+        shapes = [tuple(block.shape) for block in carried["blocks"]]
+        names = [matrix.name for matrix in self._plan.matrices]
+        if carried["matrices"] != names or shapes != [tuple(block.shape) for block in kept]:
+            return False
+        for block, saved in zip(kept, carried["blocks"], strict=True):
+            block.copy_(saved)
+        self.certificate.carry_on(carried["bounds"])
+        self._cold = False
+        return True
 
     def _schedule(self, groups: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the scheduled rate, weight decay, τ and the floor under σ₁(W) of every matrix."""

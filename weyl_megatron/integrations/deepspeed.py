@@ -7,13 +7,18 @@ itself, runs below one of its frames: that is where it is found, once, at the fi
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
+import weakref
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from weyl_megatron.guard import Guard
 from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter
 from weyl_megatron.layouts.grid import Sharding
 from weyl_megatron.layouts.plain import plain_buffer
@@ -73,6 +78,38 @@ def read_layout(engine: Any) -> Layout:
 
     buffers = list(_buffers(engine, wrapper, describe, names, shardings))
     return Layout(buffers, engine.module, is_part=bool(engine.pipeline_parallelism or engine.has_moe_layers))
+
+
+def tell_norm(engine: Any, guard: Guard) -> None:
+    """Let ``guard`` read the norm of all gradients where the engine's wrapper has it before it steps.
+
+    A norm that is not finite would also make the wrapper's clipping write NaN into every gradient, after which nobody
+    could say whose it was.
+    """
+    wrapper = engine.optimizer
+    if wrapper is engine.basic_optimizer or not hasattr(wrapper, "_global_grad_norm"):
+        return
+    find = weakref.ref(engine)
+    if type(wrapper).__name__ in ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"):
+        clip = wrapper.unscale_and_clip_grads
+
+        @functools.wraps(clip)
+        def clip_by_a_number(grads: Any, total_norm: Any) -> Any:
+            norm = torch.as_tensor(total_norm)
+            return clip(grads, total_norm if 0 <= float(norm) < math.inf else torch.zeros_like(norm))
+
+        wrapper.unscale_and_clip_grads = clip_by_a_number
+
+    def norm() -> float | None:
+        found = find()
+        told = None if found is None else found.optimizer._global_grad_norm
+        return None if told is None else float(told)
+
+    def number() -> int:
+        found = find()
+        return -1 if found is None else found.global_steps
+
+    guard.norm, guard.number = norm, number
 
 
 def _buffers(

@@ -151,7 +151,7 @@ class Blocks:
         self.x, self.z, self.left = (torch.zeros(length, device=device, dtype=dtype) for length in (x, z, left))
         for operand in self.operands:
             operand.share(self.x, self.z, self.left)
-        self._keep()
+        self.restart()
         wave_of = {k: number for number, wave in enumerate(self.waves) for k in wave}
         for operand in self.operands:
             parts: list[tuple[list[Tile], list[Tile]]] = [([], []) for _ in self.waves]
@@ -165,12 +165,14 @@ class Blocks:
             ]
             operand.shape = torch.tensor(shapes, dtype=torch.int64).view(-1, 5).to(device)
 
-    def _keep(self) -> None:
-        """Make the start blocks."""
+    def restart(self) -> None:
+        """Keep the start blocks."""
         total = sum(
             b * matrix.cols for each in self.operands for b, matrix in zip(each.widths, self.matrices, strict=True)
         )
         dtype = torch.bfloat16 if self.x.dtype == torch.float32 and total > _FEW else self.x.dtype
+        for operand in self.operands:
+            operand.kept, operand.working = [], []
         for wave in self.waves:
             for operand in self.operands:
                 starts = [start_block(self.matrices[k].name, self.matrices[k].cols, operand.widths[k]) for k in wave]

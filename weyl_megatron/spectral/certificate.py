@@ -53,7 +53,17 @@ class Certificate:
         """Trust in nothing: the weights, or the moments, are others now."""
         self.lower.zero_()
         self.norm.fill_(torch.inf)
+        self.age.zero_()
         self._squares.fill_(torch.nan)
+
+    def carried(self) -> list[Tensor]:
+        """Return what the next step takes from the last one, as a checkpoint holds it."""
+        return [self.lower, self.norm, self.age, self._squares]
+
+    def carry_on(self, carried: Sequence[Tensor]) -> None:
+        """Take it back. Where the weights are not those it was said of, their squares show it."""
+        for mine, saved in zip(self.carried(), carried, strict=True):
+            mine.copy_(saved)
 
     def forecast(self, lr: Tensor, limit: Tensor, decay: Tensor) -> Tensor:
         """Return the matrices that will most likely be settled, so that the step may be made before it is known.

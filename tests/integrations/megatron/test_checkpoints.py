@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integrations.megatron.test_megatron import distance, distances
+from tests.integrations.megatron.test_megatron import distances
 from tests.processes import torchrun
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
@@ -67,14 +67,10 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(runs: Path, case: dict[str, Any]
     assert "error" not in loaded, loaded["error"]
     went_on = loaded.pop("went on")
     assert loaded.keys() == case["loads"].keys()
-    for resumed in loaded.values():
+    for layout, resumed in loaded.items():
         assert resumed["steps"] == went_on["steps"] == [6.0]
         expected = {"exp_avg", "exp_avg_sq"} | (set() if case.get("step_in_group") else {"step"})
         assert [set(keys) for keys in resumed["keys"]] == [expected]
-        if case.get("dtype") == "bf16":
-            # Where a weight falls to the next of bf16's 8 bits, 4e-3, it does so for the gradients that follow, too.
-            assert distance(resumed["weights"], went_on["weights"]) < 2e-3
-        else:
-            # The power iteration's vectors are not in the file. Twelve iterations from new ones measure σ₁(U) a little
-            # better than the two a step that the other run went on with: up to 1.1e-5 was measured after three steps.
-            assert max(distances(resumed["weights"], went_on["weights"]).values()) < 3e-5
+        apart = max(distances(resumed["weights"], went_on["weights"]).values())
+        # Bit for bit; another layout adds numbers up in another order, three steps long.
+        assert apart == 0 if layout in ("the same layout", "the same") else apart < 1e-6, (layout, apart)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -29,6 +31,9 @@ NAME = "adamw2"
 #: Options of AdamW2 and of :func:`enable`, as they were given last.
 _options: dict[str, Any] = {}
 
+#: The norms of gradients that each model's optimizers took last, by the model's first chunk.
+_norms: WeakKeyDictionary[nn.Module, dict[int, float]] = WeakKeyDictionary()
+
 #: The configuration for which Megatron is building an Adam that is to be AdamW2.
 _building: list[Any] = []
 
@@ -41,6 +46,8 @@ def enable(
     clip_vectors: bool = False,
     io: Sequence[str] | None = None,
     overrides: Sequence[Mapping[str, Any]] = (),
+    nonfinite: str | None = None,
+    nonfinite_limit: int | None = None,
     split_fused: bool = True,
 ) -> None:
     """Make ``OptimizerConfig(optimizer="adamw2")`` build AdamW² in this process, from now on.
@@ -49,8 +56,9 @@ def enable(
     ``weight_decay``. May be called before or after ``get_megatron_optimizer`` is imported, and again for other options.
 
     Args:
-        tau, power_iters, floor_std, clip_vectors, io, overrides: as in :class:`weyl_megatron.AdamW2`. Patterns match
-            the names that parameters have in the whole model, such as ``decoder.layers.7.mlp.linear_fc2.weight``.
+        tau, power_iters, floor_std, clip_vectors, io, overrides, nonfinite, nonfinite_limit: as in
+            :class:`weyl_megatron.AdamW2`. Patterns match the names that parameters have in the whole model, such as
+            ``decoder.layers.7.mlp.linear_fc2.weight``.
         split_fused: treat q, k and v of linear_qkv, k and v of linear_kv, gate and up of a gated linear_fc1 as
             matrices of their own; False: as one.
 
@@ -65,6 +73,8 @@ def enable(
         "clip_vectors": clip_vectors,
         "io": io,
         "overrides": overrides,
+        "nonfinite": nonfinite,
+        "nonfinite_limit": nonfinite_limit,
     }
     check_settings(**given, others={})
     if not isinstance(split_fused, bool):
@@ -128,6 +138,9 @@ def attach(
         wrapper, model, stepped, groups, split_fused=split_fused, is_part=is_part
     )
     _complete_checkpoints(wrapper)
+    _forget_at_saves(wrapper)
+    if model:
+        _tell_norm(wrapper, model[0])
 
 
 def _options_of(config: Any) -> dict[str, Any]:
@@ -250,6 +263,45 @@ def _complete_checkpoints(wrapper: Any) -> None:
         set_states(model_param, {**tensors, "step": state["step"]} if "step" in state else tensors)
 
     wrapper.state_dict, wrapper._set_main_param_and_optimizer_states = of_allocated, keeping_step
+
+
+def _forget_at_saves(wrapper: Any) -> None:
+    """Have the run that goes on after a save measure afresh, as the run that is resumed from it does.
+
+    A sharded checkpoint has one copy of the parameter groups, of the first rank, where the vectors of a state dict are;
+    other ranks of the pipeline have other matrices. All ranks make the sharded state dict together.
+    """
+    optimizer, sharded_state_dict = wrapper.optimizer, wrapper.sharded_state_dict
+
+    @functools.wraps(sharded_state_dict)
+    def without_vectors(*args: Any, **kwargs: Any) -> Any:
+        optimizer.forget()
+        return sharded_state_dict(*args, **kwargs)
+
+    wrapper.sharded_state_dict = without_vectors
+
+
+def _tell_norm(wrapper: Any, chunk: nn.Module) -> None:
+    """Let the guard read the norms that Megatron takes, over all ranks, before it steps.
+
+    A model's optimizers (its experts have one of their own) all take theirs first, so that they skip a step together.
+    """
+    norms = _norms.setdefault(chunk, {})
+
+    def telling(method: Callable[..., float]) -> Callable[..., float]:
+        @functools.wraps(method)
+        def tell(*args: Any, **kwargs: Any) -> float:
+            norms[id(wrapper)] = norm = method(*args, **kwargs)
+            return norm
+
+        return tell
+
+    def norm() -> float | None:
+        return math.hypot(*norms.values()) if norms else None
+
+    for name in ("get_grad_norm", "clip_grad_norm"):
+        setattr(wrapper, name, telling(getattr(wrapper, name)))
+    wrapper.optimizer._guard.norm = norm
 
 
 def _refuse(config: Any, model: Sequence[Any]) -> None:

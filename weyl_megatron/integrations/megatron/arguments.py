@@ -66,6 +66,11 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "JSON",
         "help": 'A list like [{"match": "*.word_embeddings.weight", "tau": 0.1}].',
     },
+    "nonfinite": {
+        "choices": ["skip", "raise", "off"],
+        "help": "What becomes of a step with a gradient that is not finite; by default it is skipped.",
+    },
+    "nonfinite_limit": {"type": _number, "metavar": "N", "help": "Stop after N skipped steps in a row."},
     "split_fused": {
         "action": "store_false",
         "help": "Measure linear_qkv and a gated linear_fc1 whole, not by their parts.",
