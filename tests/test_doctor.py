@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+import torch
 
+from weyl_megatron import doctor
 from weyl_megatron.cli import main
 from weyl_megatron.kernels import choice, cpu
 
@@ -11,19 +14,110 @@ from weyl_megatron.kernels import choice, cpu
 @pytest.fixture(autouse=True)
 def anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(choice.VARIABLE, raising=False)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     cpu.library.cache_clear()
 
 
-def said(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
-    assert main(["doctor"]) == 0
+def said(capsys: pytest.CaptureFixture[str], status: int = 0) -> dict[str, str]:
+    assert main(["doctor"]) == status
     return {line[:19].strip(): line[19:] for line in capsys.readouterr().out.splitlines()}
+
+
+def install(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
+    """Only these packages are installed, torch and this one among them."""
+    packages = {"weyl-megatron": "0.1.0", "torch": "2.14.1+cpu"}
+    packages |= {name.replace("_", "-"): found for name, found in versions.items()}
+
+    def version(name: str) -> str:
+        if name not in packages:
+            raise PackageNotFoundError(name)
+        return packages[name]
+
+    monkeypatch.setattr(doctor, "version", version)
 
 
 def test_it_names_versions_and_the_kernel_that_will_run(capsys: pytest.CaptureFixture[str]) -> None:
     lines = said(capsys)
-    assert lines["torch"][0].isdigit() and lines["weyl-megatron"][0].isdigit()
+    assert all(lines[name][0].isdigit() for name in ("torch", "weyl-megatron", "Python"))
+    assert lines["NCCL"][0].isdigit() or lines["NCCL"] == "not in this build of torch"
     assert lines["kernel, cpu"] == "cpu"
     assert lines["DeepSpeed's door"].startswith("open")
+    assert lines["to mend"] == "nothing"
+
+
+def test_gpus_are_counted_by_name(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_name", lambda number: ["NVIDIA H100", "NVIDIA H100", "NVIDIA A40"][number]
+    )
+    assert said(capsys)["GPUs"] == "2 × NVIDIA H100, 1 × NVIDIA A40"
+
+
+def test_what_is_not_installed_comes_with_its_command_and_is_no_fault(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch)
+    lines = said(capsys)
+    assert lines["deepspeed"] == "not installed; pip install 'deepspeed>=0.16.9'"
+    assert lines["megatron-core"] == "not installed; pip install 'megatron-core>=0.14'"
+    assert lines["transformer-engine"].endswith("pip install --no-build-isolation 'transformer-engine[pytorch]'")
+    assert lines["apex"].endswith("git+https://github.com/NVIDIA/apex")
+    assert lines["Megatron's door"] == "shut: see megatron-core"
+
+
+def test_an_engine_that_is_too_old_is_a_fault(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, deepspeed="0.16.8+cu124", megatron_core="0.13.1rc2")
+    lines = said(capsys, status=1)
+    assert lines["deepspeed"] == "takes 0.16.9 or newer, got 0.16.8+cu124; pip install --upgrade 'deepspeed>=0.16.9'"
+    assert lines["megatron-core"].endswith("pip install --upgrade 'megatron-core>=0.14'")
+    assert lines["Megatron's door"] == "shut: see megatron-core"
+    assert lines["to mend"] == "deepspeed; megatron-core"
+
+
+@pytest.mark.parametrize(("found", "tested"), [("0.16.9", True), ("0.19.9", True), ("0.20.0", False), ("1.0", False)])
+def test_a_newer_engine_is_only_said_to_be_untested(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, found: str, tested: bool
+) -> None:
+    install(monkeypatch, deepspeed=found)
+    assert said(capsys)["deepspeed"] == (found if tested else f"{found}, newer than 0.19, the newest that was tested")
+
+
+def test_megatrons_door_opens_with_megatron_core_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, megatron_core="0.16.1")
+    for found, words in ((None, "comes with a checkout of Megatron-LM"), (object(), "megatron.training is installed")):
+        monkeypatch.setattr(doctor, "find_spec", lambda name, found=found: object() if name == "megatron" else found)
+        line = said(capsys)["Megatron's door"]
+        assert line.startswith("open (python -m weyl_megatron.integrations.megatron SCRIPT)") and words in line
+
+
+def test_a_shut_door_is_a_fault_where_there_is_deepspeed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(torch.optim, "__getattr__", raising=False)
+    monkeypatch.delattr(torch.optim, "AdamW2", raising=False)
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    install(monkeypatch)
+    assert said(capsys)["DeepSpeed's door"].startswith("shut")
+    install(monkeypatch, deepspeed="0.19.8")
+    lines = said(capsys, status=1)
+    assert lines["DeepSpeed's door"].endswith("; unset TORCH_DEVICE_BACKEND_AUTOLOAD")
+    monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD")
+    assert said(capsys, status=1)["DeepSpeed's door"].endswith("; pip install it again")
+
+
+def test_an_accelerator_that_is_not_there_is_a_fault(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, deepspeed="0.19.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    assert said(capsys, status=1)["DS_ACCELERATOR"].endswith("got 'cuda'; export DS_ACCELERATOR=cpu")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert said(capsys)["DS_ACCELERATOR"] == "cpu"
 
 
 def test_without_a_compiler_it_says_what_runs_instead_and_what_mends_it(
@@ -41,4 +135,4 @@ def test_a_kernel_that_the_environment_asks_for_is_told(
     monkeypatch.setenv(choice.VARIABLE, "torch")
     assert said(capsys)["kernel, cpu"] == "torch, because WEYL_MEGATRON_KERNEL says so"
     monkeypatch.setenv(choice.VARIABLE, "quick")
-    assert "got 'quick', it takes one of" in said(capsys)["kernel, cpu"]
+    assert "got 'quick', it takes one of" in said(capsys, status=1)["kernel, cpu"]

@@ -35,7 +35,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
-    doctor = commands.add_parser("doctor", help="say what is installed and which kernel steps here, and why")
+    doctor = commands.add_parser(
+        "doctor",
+        help="say what is installed, what is missing, and which kernel steps here",
+        description="Says which versions are installed, whether DeepSpeed and Megatron find AdamW², which kernel steps "
+        "here and why, and the command that mends what does not fit. Exits with 1 where something that is installed "
+        "cannot work as it is; what is not installed does not count.",
+    )
     doctor.set_defaults(command=_doctor)
     _add_stability(commands)
     return parser
@@ -107,10 +113,12 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(_: argparse.Namespace) -> int:
-    from weyl_megatron.doctor import report
+    from weyl_megatron.doctor import examine
 
-    print(report())
-    return 0
+    lines = examine()
+    for line in lines:
+        print(f"{line.label:<19}{line.text}")
+    return 0 if all(line.fits for line in lines) else 1
 
 
 def _interrupt(*_: object) -> None:
