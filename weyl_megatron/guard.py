@@ -33,6 +33,7 @@ class Guard:
         self._mode, self._limit = mode, limit
         self.norm: Callable[[], float | None] | None = None  #: set by an engine's door: of this step's gradients
         self.number: Callable[[], int] | None = None  #: set by an engine's door: of this step, which may be in parts
+        self.is_on = mode in ("skip", "raise")  #: also where no engine tells the norm
         self.skipped = 0  #: steps
         self._in_a_row, self._calls = 0, 0
         self._last_skipped, self._last_made = -1, -1
@@ -51,12 +52,20 @@ class Guard:
         self._calls += 1
         step = self._calls if self.number is None else self.number()
         # DeepSpeed has -1 for the norm of what is not finite.
-        is_finite = 0 <= norm < math.inf if norm is not None else _agreed(not _names(buffers), buffers)
-        if is_finite:
+        if 0 <= norm < math.inf if norm is not None else _agreed(not non_finite(buffers), buffers):
             if step not in (self._last_made, self._last_skipped):
                 self._in_a_row, self._last_made = 0, step
             return True
-        names = _names(buffers)
+        self.refuse(non_finite(buffers), step)
+        return False
+
+    def refuse(self, names: Sequence[str], step: int) -> None:
+        """Count and log a step that is not made, because of ``names`` on this rank or of others elsewhere.
+
+        Raises:
+            FloatingPointError: the mode is "raise".
+            RuntimeError: so many in a row as the limit says.
+        """
         whose = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
         sentence = f"the gradient of {whose or 'a parameter on another rank'} is not finite"
         if self._mode == "raise":
@@ -64,36 +73,35 @@ class Guard:
         if step != self._last_skipped:
             self.skipped, self._in_a_row, self._last_skipped = self.skipped + 1, self._in_a_row + 1, step
         level = logging.WARNING if names else logging.DEBUG
-        _log.log(level, "AdamW2: a step is skipped, the %d. in a row: %s", self._in_a_row, sentence)
+        _log.log(level, "AdamW2: a step is skipped, number %d in a row: %s", self._in_a_row, sentence)
         if self._limit is not None and self._in_a_row >= self._limit:
             raise RuntimeError(
                 f"AdamW2: nonfinite_limit is {self._limit}, and as many steps in a row were skipped: {sentence}."
             )
-        return False
 
 
-def _names(buffers: Sequence[Buffer]) -> list[str]:
+def non_finite(buffers: Sequence[Buffer]) -> list[str]:
     """Return the parameters of which this rank has pieces of the gradient that are not finite."""
     found: dict[str, None] = {}
     for buffer in buffers:
         grad = buffer.tensor.grad
-        if grad is None or grad.is_sparse or _is_finite(grad):
+        if grad is None or grad.is_sparse or is_finite(grad):
             continue
         flat = grad.reshape(-1) if grad.is_contiguous() else None
         for shard in buffer.shards:
             piece = grad if flat is None else flat[shard.offset : shard.offset + shard.stop - shard.start]
-            if not _is_finite(piece):
+            if not is_finite(piece):
                 found[shard.parameter.name] = None
     return list(found)
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
     """One read, and nothing that could overflow; NaN is its own least and greatest."""
     return not tensor.numel() or all(bool(bound.isfinite()) for bound in torch.aminmax(tensor))
 
 
-def _agreed(is_finite: bool, buffers: Sequence[Buffer]) -> bool:
-    """Return whether it is so on all ranks that share a matrix. Collective over their groups."""
+def _agreed(here: bool, buffers: Sequence[Buffer]) -> bool:
+    """Return whether what is so here is so on all ranks that share a matrix. Collective over their groups."""
     groups = dict.fromkeys(
         group
         for buffer in buffers
@@ -101,8 +109,8 @@ def _agreed(is_finite: bool, buffers: Sequence[Buffer]) -> bool:
         for group in (*buffer.groups, *(spread.group for spread in shard.parameter.spreads))
     )
     if not groups:
-        return is_finite
-    flag = torch.tensor(float(not is_finite), device=buffers[0].tensor.device)
+        return here
+    flag = torch.tensor(float(not here), device=buffers[0].tensor.device)
     for group in groups:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
     return not bool(flag)

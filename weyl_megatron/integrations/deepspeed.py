@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weyl_megatron.guard import Guard
+from weyl_megatron.guard import Guard, is_finite
 from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter
 from weyl_megatron.layouts.grid import Sharding
 from weyl_megatron.layouts.plain import plain_buffer
@@ -83,22 +83,10 @@ def read_layout(engine: Any) -> Layout:
 def tell_norm(engine: Any, guard: Guard) -> None:
     """Let ``guard`` read the norm of all gradients where the engine's wrapper has it before it steps.
 
-    A norm that is not finite would also make the wrapper's clipping write NaN into every gradient, after which nobody
-    could say whose it was.
+    A norm that is not finite would also make the engine's clipping write NaN into every gradient, after which nobody
+    could say whose it was. Where the wrapper itself skips such steps, the guard counts and names them.
     """
-    wrapper = engine.optimizer
-    if wrapper is engine.basic_optimizer or not hasattr(wrapper, "_global_grad_norm"):
-        return
-    find = weakref.ref(engine)
-    if type(wrapper).__name__ in ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"):
-        clip = wrapper.unscale_and_clip_grads
-
-        @functools.wraps(clip)
-        def clip_by_a_number(grads: Any, total_norm: Any) -> Any:
-            norm = torch.as_tensor(total_norm)
-            return clip(grads, total_norm if 0 <= float(norm) < math.inf else torch.zeros_like(norm))
-
-        wrapper.unscale_and_clip_grads = clip_by_a_number
+    wrapper, find = engine.optimizer, weakref.ref(engine)
 
     def norm() -> float | None:
         found = find()
@@ -107,9 +95,56 @@ def tell_norm(engine: Any, guard: Guard) -> None:
 
     def number() -> int:
         found = find()
-        return -1 if found is None else found.global_steps
+        return -1 if found is None else int(found.global_steps)
 
-    guard.norm, guard.number = norm, number
+    guard.number = number
+    if wrapper is engine.basic_optimizer:
+        if guard.is_on and engine.mpu is None:
+            _clip_what_is_finite(engine)
+        return
+    if not hasattr(wrapper, "_global_grad_norm"):
+        return
+    guard.norm = norm
+    if not type(wrapper).__name__.startswith("DeepSpeedZeroOptimizer"):
+        return
+    clip, update_scale = wrapper.unscale_and_clip_grads, wrapper._update_scale
+
+    @functools.wraps(clip)
+    def clip_by_a_number(grads: Any, total_norm: Any) -> Any:
+        total = torch.as_tensor(total_norm)
+        return clip(grads, total_norm if 0 <= float(total) < math.inf else torch.zeros_like(total))
+
+    @functools.wraps(update_scale)
+    def tell_and_update(has_overflow: Any) -> Any:
+        if has_overflow and wrapper.loss_scale == 1:  # else it is the search for a loss scale
+            guard.refuse(_non_finite_names(engine, wrapper), number())
+        return update_scale(has_overflow)
+
+    wrapper.unscale_and_clip_grads, wrapper._update_scale = clip_by_a_number, tell_and_update
+
+
+def _clip_what_is_finite(engine: Any) -> None:
+    clip = engine.clip_fp32_gradients
+
+    @functools.wraps(clip)
+    def clip_if_finite() -> None:
+        if all(is_finite(param.grad) for param in engine.module.parameters() if param.grad is not None):
+            clip()
+
+    engine.clip_fp32_gradients = clip_if_finite
+
+
+def _non_finite_names(engine: Any, wrapper: Any) -> list[str]:
+    """Return the parameters of whose reduced gradients this rank has pieces that are not finite."""
+    names = {id(param): name for name, param in engine.module.named_parameters(remove_duplicate=True)}
+    params = wrapper.fp16_groups if hasattr(wrapper, "fp16_groups") else wrapper.params_in_partition
+    found = [
+        names.get(id(param), "a parameter of no name")
+        for number, grads in getattr(wrapper, "averaged_gradients", {}).items()
+        for param, grad in zip(params[number], grads or (), strict=False)  # padding comes last
+        if grad is not None and not is_finite(grad)
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _buffers(

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -30,9 +29,6 @@ NAME = "adamw2"
 
 #: Options of AdamW2 and of :func:`enable`, as they were given last.
 _options: dict[str, Any] = {}
-
-#: The norms of gradients that each model's optimizers took last, by the model's first chunk.
-_norms: WeakKeyDictionary[nn.Module, dict[int, float]] = WeakKeyDictionary()
 
 #: The configuration for which Megatron is building an Adam that is to be AdamW2.
 _building: list[Any] = []
@@ -139,8 +135,7 @@ def attach(
     )
     _complete_checkpoints(wrapper)
     _forget_at_saves(wrapper)
-    if model:
-        _tell_norm(wrapper, model[0])
+    _tell_norm(wrapper)
 
 
 def _options_of(config: Any) -> dict[str, Any]:
@@ -281,27 +276,27 @@ def _forget_at_saves(wrapper: Any) -> None:
     wrapper.sharded_state_dict = without_vectors
 
 
-def _tell_norm(wrapper: Any, chunk: nn.Module) -> None:
-    """Let the guard read the norms that Megatron takes, over all ranks, before it steps.
-
-    A model's optimizers (its experts have one of their own) all take theirs first, so that they skip a step together.
-    """
-    norms = _norms.setdefault(chunk, {})
-
-    def telling(method: Callable[..., float]) -> Callable[..., float]:
-        @functools.wraps(method)
-        def tell(*args: Any, **kwargs: Any) -> float:
-            norms[id(wrapper)] = norm = method(*args, **kwargs)
-            return norm
-
-        return tell
-
-    def norm() -> float | None:
-        return math.hypot(*norms.values()) if norms else None
-
+def _tell_norm(wrapper: Any) -> None:
+    """Give the guard the norm of the gradients that Megatron takes, over all ranks, before it steps."""
     for name in ("get_grad_norm", "clip_grad_norm"):
-        setattr(wrapper, name, telling(getattr(wrapper, name)))
-    wrapper.optimizer._guard.norm = norm
+        setattr(wrapper, name, _telling(getattr(wrapper, name), lambda *_: [wrapper]))
+    # The optimizers of one model (its experts have one of their own) skip a step together.
+    chained = import_module("megatron.core.optimizer.optimizer").ChainedOptimizer
+    if not hasattr(chained.get_grad_norm, "adamw2"):
+        chained.get_grad_norm = _telling(chained.get_grad_norm, lambda chain: chain.chained_optimizers)
+
+
+def _telling(method: Callable[..., float], wrappers: Callable[..., Sequence[Any]]) -> Callable[..., float]:
+    @functools.wraps(method)
+    def tell(*args: Any, **kwargs: Any) -> float:
+        norm = method(*args, **kwargs)
+        for one in wrappers(*args):
+            if isinstance(one.optimizer, AdamW2):
+                one.optimizer._guard.norm = lambda: norm
+        return norm
+
+    tell.adamw2 = True  # type: ignore[attr-defined]
+    return tell
 
 
 def _refuse(config: Any, model: Sequence[Any]) -> None:

@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.processes import torchrun
+
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+
+
+def test_one_rank_s_nan_skips_the_step_on_all() -> None:
+    said = torchrun(Path(__file__).with_name("nonfinite_worker.py"), 4)
+    results = [line for line in said.splitlines() if line.endswith(": as without that step")]
+    assert len(results) == 14 and "DIFFERS" not in said, said
+    assert "is skipped, number 1 in a row: the gradient of decoder.layers.1.mlp.linear_fc2.weight is not finite" in said

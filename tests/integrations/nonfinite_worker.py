@@ -1,0 +1,95 @@
+"""torchrun worker, 2 ranks: a NaN in one element of one gradient on one rank, under DeepSpeed."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from torch import Tensor
+
+from examples.collapse.model import GPT, GPTConfig
+from tests.leave import leave
+
+STEPS, BAD = 5, (1, 3)
+
+
+def tokens(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2 * step + dist.get_rank())
+    text = torch.randint(256, (2, 17), generator=generator)
+    return text[:, :-1], text[:, 1:]
+
+
+def run(config: dict[str, Any], value: float | None) -> list[Tensor]:
+    """Train; on the steps in BAD, put ``value`` into a gradient on rank 1, or leave them out where it is None."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(layers=1, context=16, width=32))
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    poisoned = [False]
+
+    def poison(grad: Tensor) -> Tensor:
+        if poisoned[0] and dist.get_rank() == 1:
+            grad = grad.clone()
+            grad.view(-1)[3] = value
+        return grad
+
+    parameter = dict(model.named_parameters())["blocks.0.attn.q.weight"]
+    parameter.register_hook(poison)
+    for step in range(STEPS):
+        poisoned[0] = step in BAD
+        if step in BAD and value is None:
+            continue
+        loss = engine(*tokens(step))
+        engine.backward(loss)
+        engine.step()
+    ours = engine.basic_optimizer
+    assert ours.skipped_steps == (0 if value is None else len(BAD)), ours.skipped_steps
+    found = []
+    for one in model.parameters():
+        if isinstance(engine.optimizer, type(ours)):
+            found += [one.detach().clone(), ours.state[one]["exp_avg"].clone()]
+        else:
+            found += [safe_get_full_fp32_param(one).clone(), safe_get_full_optimizer_state(one, "exp_avg").clone()]
+    engine.destroy()
+    return found
+
+
+def config_of(stage: int, **more: Any) -> dict[str, Any]:
+    options = {"lr": 0.01, "tau": 0.05, "nonfinite": "skip"} if stage == 0 else {"lr": 0.01, "tau": 0.05}
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 1.0,
+        "optimizer": {"type": "AdamW2", "params": options},
+        "zero_optimization": {"stage": stage, **more.pop("zero", {})},
+        **more,
+    }
+
+
+CASES = {
+    **{f"zero{stage}": config_of(stage) for stage in range(4)},
+    **{f"zero{stage}-bf16": config_of(stage, bf16={"enabled": True}) for stage in (1, 2, 3)},
+    "zero2-offload": config_of(2, zero={"offload_optimizer": {"device": "cpu"}}),
+    "zero1-unclipped": config_of(1, gradient_clipping=0.0),
+}
+
+
+def main() -> None:
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    logging.basicConfig(level=logging.WARNING)
+    for name, config in CASES.items():
+        without = run(config, None)
+        for value in (float("nan"), float("inf")):
+            with_it = run(config, value)
+            same = all(torch.equal(one, other) for one, other in zip(without, with_it, strict=True))
+            everyone: list[Any] = [None, None]
+            dist.all_gather_object(everyone, same)
+            if dist.get_rank() == 0:
+                print(f"{name}, {value}: " + ("as without that step" if all(everyone) else f"DIFFERS {everyone}"))
+    leave()
+
+
+if __name__ == "__main__":
+    main()
