@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import sys
 
@@ -19,6 +20,9 @@ def leave() -> None:
     gc.collect()
     dist.barrier()
     dist.destroy_process_group()
+    for child in multiprocessing.active_children():  # of a checkpoint's writer; they would hold the output open
+        child.terminate()
+        child.join()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
