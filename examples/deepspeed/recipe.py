@@ -149,6 +149,9 @@ def deepspeed_config(recipe: Recipe, steps: int, world_size: int, log_every: int
         "total_num_steps": steps,
     }
     config = _filled(config, fill, path)
+    for name, meant in (("train_batch_size", "global"), ("train_micro_batch_size_per_gpu", "micro")):
+        if config.setdefault(name, fill[name]) != fill[name]:
+            raise ValueError(f'{path} takes "auto" or {meant}_batch_size {fill[name]} for "{name}", got {config[name]}')
     schedule = config.get("scheduler", {}).get("params", {})
     if warmup:
         schedule.update(warmup_num_steps=warmup, warmup_min_ratio=0.0, warmup_type="linear")

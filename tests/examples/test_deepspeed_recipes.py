@@ -144,3 +144,7 @@ def test_a_json_file_that_is_none_is_one_sentence(tmp_path: Path) -> None:
     recipe = recipe_of(RECIPES / "gpt_tiny.yaml", f"deepspeed={tmp_path / 'auto.json'}", world_size=1)
     with pytest.raises(ValueError, match='got it for "prescale_gradients"'):
         deepspeed_config(recipe, 100, 1)
+    (tmp_path / "batch.json").write_text('{"optimizer": {"params": {}}, "train_batch_size": 8}')
+    recipe = recipe_of(RECIPES / "gpt_tiny.yaml", f"deepspeed={tmp_path / 'batch.json'}", world_size=1)
+    with pytest.raises(ValueError, match='takes "auto" or global_batch_size 24 for "train_batch_size", got 8'):
+        deepspeed_config(recipe, 100, 1)
