@@ -5,13 +5,31 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint test-matrix clean
+.PHONY: demo test test-large lint faults properties soak test-matrix clean
 
 demo: $(VENV)/.demo
 	$(BIN)/weyl-megatron demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+# One real step of the largest recipes; up to 24 GiB.
+test-large: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -s -m large
+
+# What a run may meet, and what becomes of it, as a table; docs/faults.md is the last one.
+FAULTS := tests/faults tests/test_guard.py tests/integrations/megatron/test_nonfinite.py \
+	tests/integrations/megatron/test_checkpoints.py
+
+faults: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(FAULTS) --faults docs/faults.md
+
+# Ten times as many drawn layouts as `make test`.
+properties: $(VENV)/.dev
+	WEYL_MEGATRON_EXAMPLES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults/test_properties.py
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.faults.soak
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

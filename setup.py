@@ -50,6 +50,7 @@ setup(
             "numpy>=2.2",  # torch warns on every import without it
             "transformers>=5.23",  # models that `Watch` and `weyl-megatron plan` have to recognise
             "timm>=1.0.31",  # likewise
+            "accelerate>=1.15",  # Hugging Face's Trainer takes it; a test trains through both
             "safetensors>=0.8",  # a checkpoint that `plan` reads
             "tensorboard>=2.21",  # a sink of `Watch`
             "wandb>=0.31",  # likewise; offline

@@ -1,8 +1,39 @@
-"""What all tests share: property tests draw the same cases on every run and are not timed."""
+"""What all tests share: property tests draw the same cases on every run and are not timed; the table of `make faults`."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", type=Path, metavar="FILE", help="write what tests tried, and what survived, to FILE")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print, and write, a row for every test that recorded what it tried and what survived."""
+    path = config.getoption("--faults")
+    if path is None:
+        return
+    rows = []
+    for outcome in ("passed", "failed", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            told = dict(getattr(report, "user_properties", []))
+            if "tried" in told and (report.when == "call" or outcome == "skipped"):
+                survived = told.get("survived", "") if outcome == "passed" else outcome
+                rows.append((report.location[0], told["tried"], survived))
+    lines = [
+        "| tried | survived |",
+        "| --- | --- |",
+        *(f"| {tried} | {survived} |" for _, tried, survived in sorted(rows)),
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    terminalreporter.write_line("")
+    for line in lines:
+        terminalreporter.write_line(line)

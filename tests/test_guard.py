@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,8 @@ def test_in_plain_pytorch_it_is_off_as_in_adamw(options: dict[str, str]) -> None
     assert optimizer.skipped_steps == 0 and bool(net[0].weight.isnan().any())
 
 
-def test_after_so_many_in_a_row_it_is_an_error() -> None:
+def test_after_so_many_in_a_row_it_is_an_error(record_property: Callable[[str, object], None]) -> None:
+    record_property("tried", "three steps in a row with NaN, nonfinite_limit 3")
     net, optimizer = make(nonfinite="skip", nonfinite_limit=3)
     for step, is_bad in enumerate([True, True, False, True, True, True]):
         set_gradients(net, step)
@@ -85,6 +87,7 @@ def test_after_so_many_in_a_row_it_is_an_error() -> None:
         else:
             optimizer.step()
     assert optimizer.skipped_steps == 5
+    record_property("survived", "an error in one sentence, that names the parameter")
 
 
 def test_large_numbers_are_finite() -> None:
@@ -94,7 +97,8 @@ def test_large_numbers_are_finite() -> None:
     optimizer.step()
 
 
-def test_one_rank_s_nan_skips_the_step_on_all_under_deepspeed(tmp_path: Path) -> None:
+def test_one_rank_s_nan_skips_the_step_on_all_under_deepspeed(record_property: Callable[[str, object], None]) -> None:
+    record_property("tried", "NaN and Inf in one gradient on one of 2 ranks: ZeRO-0 to 3, fp32, bf16, offload")
     said = torchrun(Path(__file__).parent / "integrations" / "nonfinite_worker.py", 2)
     lines = said.splitlines()
     results = [line for line in lines if "step" in line and line.startswith("zero")]
@@ -103,3 +107,4 @@ def test_one_rank_s_nan_skips_the_step_on_all_under_deepspeed(tmp_path: Path) ->
         line for line in lines if "is skipped, number 1 in a row: the gradient of blocks.0.attn.q.weight is" in line
     ]
     assert len(named) >= 2 * (len(results) - 2), said  # offloaded gradients are gone before they can be named
+    record_property("survived", "the step is skipped on both, named and counted; all else as without it, bit for bit")
