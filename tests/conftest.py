@@ -1,4 +1,4 @@
-"""What all tests share: property tests draw the same cases on every run and are not timed; the table of `make faults`."""
+"""What all tests share: property tests draw the same cases on every run, untimed; the table of `make faults`."""
 
 from __future__ import annotations
 
