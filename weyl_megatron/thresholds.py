@@ -59,9 +59,10 @@ class Thresholds:
         else:
             fused = None if told == 1 else told_fused(parameter.name, parameter.shape, told)
         try:
-            return grid_of(parameter.shape, sharding=parameter.sharding, fused=fused)
+            grid = grid_of(parameter.shape, sharding=parameter.sharding, fused=fused)
         except ValueError as error:
             raise ValueError(f"AdamW2: parameter '{parameter.name}': {error}.") from None
+        return grid if any(matrix.rows * matrix.cols for matrix in grid.matrices) else None
 
     def floor_and_tau(self, parameter: Parameter, rows: int, cols: int, tau: float | str) -> tuple[float, float]:
         """Return (floor under σ₁(W), τ) of a (rows, cols) matrix whose parameter group says ``tau``."""

@@ -48,8 +48,10 @@ inline vec splat(float a) { return _mm512_set1_ps(a); }
 inline vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(vec a) { return _mm512_reduce_add_ps(a); }
 inline vec root(vec a) { return _mm512_sqrt_ps(a); }
-// From 14 bits by Newton's step: the divider is busy with roots, and products wait for both.
+// From 14 bits by Newton's step: the divider is busy with roots, and products wait for both. The step would make 0 · ∞
+// of an infinite b, which v is where a gradient is above 1e19.
 inline vec quotient(vec a, vec b) {
+    b = _mm512_min_ps(splat(3e38f), b);
     const vec r = _mm512_rcp14_ps(_mm512_max_ps(splat(1e-38f), b));
     return a * fma(r, _mm512_fnmadd_ps(b, r, splat(1.f)), r);
 }
@@ -567,7 +569,8 @@ void gram_of(int b, const float *z, int64_t n, double *gram) {
     float largest = 0;
 #pragma omp simd reduction(max : largest)
     for (int64_t i = 0; i < b * n; i++) largest = std::max(largest, std::fabs(z[i]));
-    const float scale = largest > 0 ? 1 / largest : 0;  // squares of float32 numbers need not be float32 numbers
+    // Squares of float32 numbers need not be float32 numbers, nor inverses of the smallest.
+    const float scale = largest > 1e-38f ? 1 / largest : 0;
     std::fill(gram, gram + b * b, 0.0);
     for (int64_t c = 0; c < n; c += PART) {
         const int64_t count = std::min(PART, n - c);
@@ -668,7 +671,7 @@ void next_block(int b, int64_t n, float *z, float *x, const double *gram, double
         for (int64_t i = 0; i < b * n; i++) x[i] = float(x[i] * factor);
         return;
     }
-    const double scale = sigma > 1e-9 && sigma < 1e9 ? 1 : 1 / sigma;
+    const double scale = sigma > 1e-9 && sigma < 1e9 ? 1 : std::min(1 / sigma, 1e38);
     if (scale != 1 || !by_cholesky(b, n, z, x, gram)) by_projection(b, n, z, x, scale);
 }
 
@@ -879,9 +882,11 @@ void weyl_step_alone(const Wave *const *waves, int64_t count, const int64_t *nee
         measure(wave, need, least, waiting, matrices, buffers, hypers, sums, independent, settled, threads);
         for (int64_t m = 0; m < wave->count; m++) {
             const int64_t k = wave->members[m];
-            const double weight = wave->operands[0].sigma[k], update = wave->operands[1].sigma[k];
-            const double bound = update == 0 ? INFINITY : tau[k] * std::max(weight, floor[k]) / update;
-            rates[k] = std::isnan(weight) || std::isnan(bound) ? NAN : std::min(lr[k], bound);
+            const double weight = std::fmax(wave->operands[0].sigma[k], floor[k]);  // not NaN, see walk.py: rates
+            double update = wave->operands[1].sigma[k];
+            if (std::isnan(update)) update = std::sqrt(sums[3 * k]);
+            const double bound = update == 0 ? INFINITY : tau[k] * weight / update;
+            rates[k] = std::isnan(bound) ? NAN : std::min(lr[k], bound);
         }
         weyl_move(wave->tiles, wave->tile_count, active, matrices, buffers, hypers, rates, sums, threads);
     }

@@ -303,7 +303,7 @@ def orthonormalize(
         tl.store(sigma + matrix, value)
 
         good = (value > 0) & (value < float("inf"))
-        safe = tl.where((value > 1e-9) & (value < 1e9), 1.0, 1.0 / tl.where(good, value, 1.0))
+        safe = tl.where((value > 1e-9) & (value < 1e9), 1.0, 1.0 / tl.maximum(tl.where(good, value, 1.0), 1e-38))
         norm = tl.sqrt(_at(length, 0, index))
         is_one = (norm > 0.5) & (norm < 2.0)
         gained = 1.0 - tl.sqrt(_largest(gram_y, index)) / (norm * tl.where(good, value, 1.0))

@@ -23,6 +23,9 @@ _SAFE = 1e-9, 1e9
 #: The length of vectors for matrices so small that σ₁² at length 1 vanishes in float32; its inverse for large ones.
 _LONG = 1e28
 
+#: No vector is longer: float32 ends at 3e38.
+_LONGEST = 1e38
+
 
 def largest_ratio(gram_y: Tensor, gram_z: Tensor, eps: float) -> Tensor:
     """Return max over c of ‖Z c‖ / ‖Y c‖: σ₁ of W on the span of Y, never above σ₁(W) but for rounding.
@@ -74,7 +77,7 @@ def next_block(z: Tensor, old: Tensor, sigma: float, *, more: bool) -> Tensor:
         retry = 1.0 if not more or not 0.5 < length < 2 else (_LONG if sigma == 0 else 1 / _LONG)
         again: Tensor = old.double() / length * retry
         return again.to(old.dtype)
-    scale = 1.0 if _SAFE[0] < sigma < _SAFE[1] else 1 / sigma
+    scale = 1.0 if _SAFE[0] < sigma < _SAFE[1] else min(1 / sigma, _LONGEST)
     q, r = torch.linalg.qr(z.double().T)
     if bool((r.diagonal().abs() > _NEW * z.double().norm(dim=1)).all()):
         orthonormal: Tensor = q.T * scale
