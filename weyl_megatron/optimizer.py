@@ -16,7 +16,7 @@ from weyl_megatron.layouts.plain import plain_buffer
 from weyl_megatron.layouts.tensor_parallel import shardings_of
 from weyl_megatron.settings import check_adamw, check_settings, check_tau
 from weyl_megatron.thresholds import Thresholds
-from weyl_megatron.walk import MatrixStats, Walk
+from weyl_megatron.walk import Carried, MatrixStats, Walk
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -116,7 +116,7 @@ class AdamW2(torch.optim.AdamW):
         self._names: dict[int, str] = {}  # of the parameters that were given, by id
         self._buffers: dict[int, Buffer] = {}  # the layout, by id of the tensor that is stepped
         self._walks: dict[tuple[int, ...], Walk] = {}  # by the ids of the tensors that are stepped together
-        self._carried: list[dict[str, Any]] = []  # of a loaded state dict, until the walks are there
+        self._carried: dict[str, Carried] = {}  # of a loaded state dict, by matrix, until its walk is there
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.defaults["tau"] = tau
         deepspeed.allow_under_zero(type(self))
@@ -159,7 +159,7 @@ class AdamW2(torch.optim.AdamW):
             pairs = zip(self.param_groups, names, strict=True)
             named = (zip(group["params"], of_group, strict=True) for group, of_group in pairs)
             self._names = {id(param): name for group in named for param, name in group if name is not None}
-            self._buffers, self._walks, self._carried = {}, {}, []
+            self._buffers, self._walks, self._carried = {}, {}, {}
         for group in self.param_groups:
             group.setdefault("tau", self._settings.tau)  # the checkpoint of an AdamW has none
         self.forget()
@@ -179,13 +179,26 @@ class AdamW2(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state dict of an AdamW² or an AdamW; without vectors in it, the next step measures afresh."""
         super().load_state_dict(state_dict)
-        self._carried = self.param_groups[0].pop(_CARRIED, [])
+        self._take_carried()
 
     def forget(self) -> None:
         """Have the next step measure afresh, with the iterations of a first step; call it on every rank, or on none."""
-        self._carried = []
+        self._carried = {}
         for walk in self._walks.values():
             walk.forget()
+
+    def _take_carried(self) -> None:
+        """Take out of the parameter groups what a state dict carried for the walks to come.
+
+        DeepSpeed's universal checkpoint puts it there with no call of :meth:`load_state_dict`, at ZeRO-3 in all groups.
+        """
+        carried = [one for group in self.param_groups for one in group.pop(_CARRIED, ())]
+        if carried:
+            self.forget()
+        for one in carried:
+            bounds = map(list, zip(*one["bounds"], strict=True))
+            for name, *of_matrix in zip(one["matrices"], one["blocks"], bounds, strict=True):
+                self._carried[name] = Carried(one["step"], *of_matrix)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -198,6 +211,7 @@ class AdamW2(torch.optim.AdamW):
             return loss
         if not self._buffers:
             self._read_layout()
+        self._take_carried()
         if not self._guard.admits(self._stepped_buffers()):
             return loss
         for walk, tensors, groups in self._stepped_together():
@@ -319,11 +333,11 @@ class AdamW2(torch.optim.AdamW):
             is_adamw = not self._settings.overrides and all(group["tau"] == float("inf") for group in groups)
             self._walks[key] = Walk(buffers, self._thresholds, self._settings.power_iters, is_adamw=is_adamw)
         walk = self._walks[key]
-        for carried in self._carried:
+        if self._carried:
+            carried = {name: self._carried.pop(name) for name in walk.names if name in self._carried}
             # Another optimizer, which does not know them, may have passed the vectors on in its own checkpoints.
-            if carried["step"] == self._steps_done(walk) and walk.carry_on(carried):
-                self._carried.remove(carried)
-                break
+            if {one.step for one in carried.values()} == {self._steps_done(walk)}:
+                walk.carry_on(carried)
         return walk
 
     def _steps_done(self, walk: Walk) -> float:

@@ -44,6 +44,14 @@ class MatrixStats(NamedTuple):
     certified: bool = False  #: whether the certificate settled the matrix, without an iteration
 
 
+class Carried(NamedTuple):
+    """What a checkpoint holds of one matrix."""
+
+    step: float  #: how many had been made
+    blocks: list[Tensor]  #: the vectors, of W and of U
+    bounds: list[Tensor]  #: the certificate's numbers
+
+
 class Walk:
     """The matrices of tensors that are stepped together.
 
@@ -63,6 +71,7 @@ class Walk:
         tensors = [buffer.tensor for buffer in buffers]
         self.tensors, self._thresholds, self._iters = tensors, thresholds, power_iters
         self._plan = plan_of(buffers, thresholds.grid)
+        self.names = [matrix.name for matrix in self._plan.matrices]
         self._device = tensors[0].device
         self._on_host = self._device.type == "cpu"
         waves = _waves(self._plan, self._on_host)
@@ -119,8 +128,7 @@ class Walk:
                 norm = torch.linalg.vector_norm(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
                 squares[tile.matrix] += norm.double().square()
         all_reduce_spans(squares, self._square_spans)
-        names = [matrix.name for matrix in self._plan.matrices]
-        return dict(zip(names, squares.sqrt().tolist(), strict=True))
+        return dict(zip(self.names, squares.sqrt().tolist(), strict=True))
 
     def move_early(self) -> Tensor:
         """Step in one pass what is no matrix, and the matrices that are expected to be settled (lines 3 to 14 at α).
@@ -247,24 +255,29 @@ class Walk:
         """Return what the next step takes from the last ones, as a checkpoint holds it; None before the first."""
         if self._cold:
             return None
-        return {
-            "matrices": [matrix.name for matrix in self._plan.matrices],
-            "blocks": [kept for operand in self._power.blocks.operands for kept in operand.kept],
-            "bounds": self.certificate.carried(),
-        }
+        return {"matrices": self.names, "blocks": self._blocks(), "bounds": self.certificate.carried()}
 
-    def carry_on(self, carried: Mapping[str, Any]) -> bool:
-        """Take back what :meth:`carried` returned; False where it is of other matrices."""
-        kept = [kept for operand in self._power.blocks.operands for kept in operand.kept]
-        shapes = [tuple(block.shape) for block in carried["blocks"]]
-        names = [matrix.name for matrix in self._plan.matrices]
-        if carried["matrices"] != names or shapes != [tuple(block.shape) for block in kept]:
-            return False
-        for block, saved in zip(kept, carried["blocks"], strict=True):
-            block.copy_(saved)
-        self.certificate.carry_on(carried["bounds"])
+    def carry_on(self, carried: Mapping[str, Carried]) -> None:
+        """Take back what walks carried of these matrices, by name; the walks may have been others, cut otherwise."""
+        mine = [carried[name] for name in self.names if name in carried]
+        kept = self._blocks()
+        if [[block.shape for block in one.blocks] for one in mine] != [[block.shape for block in one] for one in kept]:
+            return
+        for blocks, one in zip(kept, mine, strict=True):
+            for block, saved in zip(blocks, one.blocks, strict=True):
+                block.copy_(saved)
+        self.certificate.carry_on([torch.stack(column) for column in zip(*(one.bounds for one in mine), strict=True)])
         self._cold = False
-        return True
+
+    def _blocks(self) -> list[list[Tensor]]:
+        """Return the block that every matrix keeps of W and of U, as views."""
+        found: list[list[Tensor]] = [[] for _ in self._plan.matrices]
+        for operand in self._power.blocks.operands:
+            for wave, kept in zip(self._power.blocks.waves, operand.kept, strict=True):
+                sizes = [operand.widths[k] * self._plan.matrices[k].cols for k in wave]
+                for k, block in zip(wave, torch.split(kept, sizes), strict=True):
+                    found[k].append(block)
+        return found
 
     def _schedule(self, groups: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the scheduled rate, weight decay, τ and the floor under σ₁(W) of every matrix."""

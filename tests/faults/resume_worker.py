@@ -62,7 +62,7 @@ def steps(engine: Any) -> tuple[list[Any], list[float]]:
 
 
 def snapshot(engine: Any) -> dict[str, Tensor]:
-    """Copies of this rank's weights, those that the optimizer steps too, and of the optimizer's state, steps included."""
+    """Copies of this rank's weights, of those that the optimizer steps, and of its whole state, steps included."""
     found = {f"module {name}": getattr(p, "ds_tensor", p) for name, p in engine.module.named_parameters()}
     for number, (master, state) in enumerate(engine.basic_optimizer.state.items()):
         found[f"master {number}"] = master
