@@ -365,9 +365,9 @@ def test_bf16_parameters_without_masters_follow_the_reference(say: Say) -> None:
             other.step()
         weights.append(weight.detach())
     assert torch.equal(*weights)
-    say("bf16 weights, gradients and moments without masters, 8 steps")
-    record_property(
-        "survived", f"rates are exact to {judge.worst:.0e}; with tau infinite it is torch's AdamW bit for bit"
+    say(
+        "bf16 weights, gradients and moments without masters, 8 steps",
+        f"rates are exact to {judge.worst:.0e}; with tau infinite it is torch's AdamW bit for bit",
     )
 
 
@@ -379,8 +379,7 @@ def test_parameters_of_several_dtypes_are_stepped_side_by_side(say: Say) -> None
     optimizer, judge = AdamW2(named, **OPTIONS), Judge(named)
     for _ in range(4):
         judge.step(optimizer, noise(named), rounding=4 * torch.finfo(torch.bfloat16).eps)
-    record_property(
-        "tried",
+    say(
         "one optimizer of float32, float64 and bf16 matrices, 4 steps",
         f"every rate is the exact one to {judge.worst:.0e}, of bf16's rounding",
     )
