@@ -161,7 +161,7 @@ class AdamW2(torch.optim.AdamW):
             self._names = {id(param): name for group in named for param, name in group if name is not None}
             self._buffers, self._walks, self._carried = {}, {}, {}
         for group in self.param_groups:
-            group.setdefault("tau", self._settings.tau)  # the checkpoint of an AdamW has none
+            group.setdefault("tau", self._settings.tau)
         self.forget()
 
     def state_dict(self) -> dict[str, Any]:
@@ -178,7 +178,10 @@ class AdamW2(torch.optim.AdamW):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state dict of an AdamW² or an AdamW; without vectors in it, the next step measures afresh."""
+        taus = [group["tau"] for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, saved, tau in zip(self.param_groups, state_dict["param_groups"], taus, strict=True):
+            group["tau"] = saved.get("tau", tau)  # the checkpoint of an AdamW has none
         self._take_carried()
 
     def forget(self) -> None:
