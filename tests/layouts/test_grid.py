@@ -122,3 +122,8 @@ def test_bands_of_an_interleaved_weight_make_up_its_matrices(pattern: list[int],
         start = sum(pattern[:part])
         expected = weight.view(repeats, sum(pattern), 3)[:, start : start + pattern[part]].reshape(-1, 3)
         assert torch.equal(matrix, expected)
+
+
+def test_a_parametrized_weight_is_fused_as_the_plain_one_is() -> None:
+    plain = known_fused("h.0.attn.c_attn.weight", (12, 4))
+    assert plain is not None and plain == known_fused("h.0.attn.c_attn.parametrizations.weight.original", (12, 4))

@@ -102,6 +102,7 @@ KNOWN_FUSED: Mapping[str, tuple[str, ...]] = {
 
 def known_fused(name: str, shape: Sequence[int]) -> Fused | None:
     """Return how the weight of a well-known name is fused, or None where name or shape do not say so."""
+    name = name.replace(".parametrizations.weight.original", ".weight")  # torch's parametrizations, σReparam among them
     for pattern, labels in KNOWN_FUSED.items():
         if len(shape) == 2 and fnmatchcase(name, pattern):
             parts = len(labels)
