@@ -90,6 +90,7 @@ def segment(
     """Train up to step `last`; with `kill_after`, kill a rank once that step is logged, and with it the run."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     environment = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT))
+    before = len(read(out))
     with (out / "output.txt").open("a") as output:
         process = subprocess.Popen(
             [*command, str(WORKER), str(out), str(last), str(total), load],
@@ -100,7 +101,7 @@ def segment(
         )
         while kill_after is not None and process.poll() is None:
             records = read(out)
-            if records and records[-1]["step"] >= kill_after:
+            if len(records) > before and records[-1]["step"] >= kill_after:
                 os.kill(workers_of(process.pid)[victim], signal.SIGKILL)
                 break
             time.sleep(0.02)
