@@ -55,9 +55,9 @@ class Thresholds:
             return None
         told = self._settings.override(parameter.name, "fused")
         if told is None:
-            fused = parameter.fused or known_fused(parameter.name, parameter.shape)
+            fused = parameter.fused or known_fused(parameter.name, parameter.whole_shape)
         else:
-            fused = None if told == 1 else told_fused(parameter.name, parameter.shape, told)
+            fused = None if told == 1 else told_fused(parameter.name, parameter.whole_shape, told)
         try:
             grid = grid_of(parameter.shape, sharding=parameter.sharding, fused=fused)
         except ValueError as error:

@@ -35,6 +35,14 @@ class Parameter(NamedTuple):
         return tuple(spread for spread in (self.sharding, self.tied) if spread is not None)
 
     @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Its shape on all ranks of tensor parallelism together."""
+        shape = list(self.shape)
+        if self.sharding is not None and self.sharding.dim is not None:
+            shape[self.sharding.dim] = sum(self.sharding.sizes)
+        return tuple(shape)
+
+    @property
     def is_vector(self) -> bool:
         """True of gains, biases and class tokens: one dimension, or three and more of which only one counts."""
         return len(self.shape) < 2 or (len(self.shape) > 2 and sum(extent > 1 for extent in self.shape) < 2)
