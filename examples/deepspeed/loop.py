@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,11 @@ import deepspeed
 import numpy
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from examples.deepspeed.heartbeat import Heartbeat
 from examples.deepspeed.recipe import Recipe, deepspeed_config
 from examples.deepspeed.throughput import peak_flops
 from weyl_megatron.stability import Watch
@@ -49,9 +52,12 @@ class Work:
 def train(recipe: Recipe, work: Work, out: Path, watched: Path | None = None) -> None:
     """Train to the end, or until a SIGTERM; go on from the newest checkpoint under `out` where there is one."""
     config = deepspeed_config(recipe, work.steps, dist.get_world_size())
-    engine, *_ = deepspeed.initialize(model=work.model, model_parameters=groups(work.model), config=config)
     step, checkpoints = 0, out / "checkpoints"
-    if (checkpoints / "latest").is_file():
+    resumes = (checkpoints / "latest").is_file()
+    if resumes:
+        check(checkpoints, config["zero_optimization"]["stage"])
+    engine, *_ = deepspeed.initialize(model=work.model, model_parameters=groups(work.model), config=config)
+    if resumes:
         _, saved = engine.load_checkpoint(str(checkpoints))
         step = saved["step"]
     watch = None
@@ -59,6 +65,7 @@ def train(recipe: Recipe, work: Work, out: Path, watched: Path | None = None) ->
         watch = Watch(engine, every=recipe.watch_interval, out=watched, steps_done=step)
     log = Log(recipe, work, out, step)
     stop = Stop()
+    heartbeat = Heartbeat(recipe.hang_after, step)
     micro_batches = batches(recipe, work, step)
     engine.train()
     while step < work.steps:
@@ -73,6 +80,7 @@ def train(recipe: Recipe, work: Work, out: Path, watched: Path | None = None) ->
             engine.step()
             losses.append(loss.detach().float())
         step += 1
+        heartbeat.at(step)
         if watch is not None:
             watch.step(torch.stack(losses).mean())
         loss, stops = mean_over_ranks(torch.stack([torch.stack(losses).mean(), stop.asked(engine.device)]))
@@ -81,12 +89,56 @@ def train(recipe: Recipe, work: Work, out: Path, watched: Path | None = None) ->
         if ends or (recipe.eval_interval and step % recipe.eval_interval == 0):
             log.evaluation(step, evaluate(engine, recipe, work))
         if ends or (recipe.save_interval and step % recipe.save_interval == 0):
-            engine.save_checkpoint(str(checkpoints), tag=f"step_{step}", client_state={"step": step})
-            _forget(checkpoints, recipe.keep_checkpoints)
+            save(engine, checkpoints, step)
+            _forget(checkpoints, recipe.keep_checkpoints, step)
         if stops > 0:
             log.line(f"step {step}: saved after a SIGTERM; the same command goes on from here")
             break
+    heartbeat.close()
     log.close()
+
+
+def save(engine: Any, folder: Path, step: int) -> None:
+    """Save, and only then let `latest` name it: a run that is killed meanwhile goes on from the one before."""
+    # DeepSpeed itself writes `latest` once rank 0 has saved its own files, others may still be at theirs.
+    engine.save_checkpoint(str(folder), tag=f"step_{step}", client_state={"step": step}, save_latest=False)
+    if dist.get_rank() == 0:  # that ended in a barrier
+        (folder / "latest.new").write_text(f"step_{step}", encoding="utf-8")
+        (folder / "latest.new").replace(folder / "latest")
+
+
+def check(folder: Path, stage: int) -> None:
+    """End all ranks with one sentence if the newest checkpoint is not whole. torch loads changed numbers unseen."""
+    tag, ranks = (folder / "latest").read_text(encoding="utf-8").strip(), dist.get_world_size()
+    files = sorted((folder / tag).glob("*.pt"))
+    matches = (re.search(r"zero_pp_rank_(\d+)_.*optim_states", path.name) for path in files)
+    owners = {int(match[1]) for match in matches if match}
+    problem = None
+    if stage and owners != set(range(ranks)):
+        problem = f"{folder / tag} takes as many ranks as saved it, whose files are all there, got {ranks} ranks and "
+        problem += f"files of {', '.join(map(str, sorted(owners))) or 'none'}"
+    for path in files[dist.get_rank() :: ranks]:
+        try:
+            with path.open("rb") as file:
+                if file.read(1) == b"\x80":  # "checkpoint_serialization": false, which has no check sums
+                    continue
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is None:
+                    continue
+        except (zipfile.BadZipFile, OSError):
+            pass
+        problem = f"{path} is damaged"
+    problems: list[str | None] = [None] * ranks
+    dist.all_gather_object(problems, problem)
+    problem = next(filter(None, problems), None)
+    if problem is None:
+        return
+    others = sorted(path.name for path in folder.glob("step_*") if path.name != tag)
+    problem += f"; there are {', '.join(others)}, too: write one's name into {folder / 'latest'}" if others else ""
+    if dist.get_rank() == 0:
+        fail(Path(sys.argv[0]).name, ValueError(problem))
+    end()
+    sys.exit(2)
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -234,13 +286,13 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _forget(folder: Path, kept: int) -> None:
-    """Delete all checkpoints but the newest; `latest` names one of these by now."""
+def _forget(folder: Path, kept: int, step: int) -> None:
+    """Delete all checkpoints up to this step but the newest. Those of later steps are of a run that was cut off."""
     dist.barrier()
     if dist.get_rank() == 0:
         steps = sorted(int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(r"step_(\d+)", path.name)))
-        for step in steps[:-kept]:
-            shutil.rmtree(folder / f"step_{step}")
+        for old in [one for one in steps if one <= step][:-kept]:
+            shutil.rmtree(folder / f"step_{old}")
 
 
 def start(script: str) -> int:
@@ -249,6 +301,7 @@ def start(script: str) -> int:
         raise ValueError(f"{script} takes RANK and WORLD_SIZE from torchrun or deepspeed, got neither")
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for a minute, and no faster
+    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))  # the engine does so later than `check`
     deepspeed.init_distributed(verbose=False)
     return dist.get_world_size()
 

@@ -55,6 +55,7 @@ class Recipe:
     save_interval: int = key(integer(0), 0)  # 0: at the end only
     keep_checkpoints: int = key(integer(1), 2)
     watch_interval: int = key(integer(1), 100)  # of --watch
+    hang_after: float = key(NOT_NEGATIVE, 300.0)  # seconds until a rank that the others wait for is named; 0: never
 
 
 @dataclass(frozen=True, kw_only=True)
