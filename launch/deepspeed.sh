@@ -7,8 +7,8 @@
 #
 #   --hostfile FILE     a line per host, "node1 slots=8"; # begins a comment
 #   --launcher NAME     pdsh, or openssh: the same by plain ssh, where there is no pdsh
-#   --export NAME       carry this variable to the workers, too; as often as you like. Those that begin with NCCL_, GLOO_,
-#                       TORCH_, CUDA_, OMP_, DS_, HF_ and PYTHON go by themselves
+#   --export NAME       carry this variable to the workers, too; as often as you like. No secrets: the hosts' process
+#                       lists show it. Those that begin with NCCL_, GLOO_, TORCH_, CUDA_, OMP_, DS_, PYTHON go by themselves
 #   --engine NAME       deepspeed (as without this option) or megatron: what the preflight imports
 #   --no-preflight      start without looking at the hosts first
 #   --dry-run           print what would run
@@ -76,12 +76,12 @@ for path in "$PWD" "$python"; do # DeepSpeed puts both into a line for the hosts
         fail "deepspeed.sh: the working directory and PYTHON take paths of letters, digits and _@+=:,./-, got $path"
 done
 
-# The workers' command: `env` brings the variables, so that DeepSpeed need not know them, and the script gets no --local_rank,
-# so that it is the same under every launcher.
+# The workers' command: `env` brings the variables, so that DeepSpeed need not know them, and the script gets no
+# --local_rank, so that it is the same under every launcher.
 for name in $(compgen -e); do
     case $name in
     PYTHONPATH | CUDA_VISIBLE_DEVICES) ;; # set below, and by DeepSpeed
-    NCCL_* | GLOO_* | TORCH_* | CUDA_* | OMP_* | DS_* | HF_* | PYTHON?*) exports+=("$name") ;;
+    NCCL_* | GLOO_* | TORCH_* | CUDA_* | OMP_* | DS_* | PYTHON?*) exports+=("$name") ;;
     esac
 done
 worker=(env)

@@ -335,7 +335,9 @@ def reduce(facts: Facts, rank: int, nodes: int, address: str, port: int) -> list
         import torch.distributed as dist
 
         try:
-            limit = datetime.timedelta(seconds=REDUCE)
+            limit = datetime.timedelta(
+                seconds=2 * REDUCE
+            )  # NCCL's watchdog ends the process, which is to say why first
             store = dist.TCPStore(address, port, timeout=limit)
             dist.init_process_group(backend, store=store, rank=rank, world_size=nodes, timeout=limit)
             one = torch.ones(1 << 16, device="cuda:0" if backend == "nccl" else "cpu")
@@ -348,7 +350,7 @@ def reduce(facts: Facts, rank: int, nodes: int, address: str, port: int) -> list
 
     thread = threading.Thread(target=work, daemon=True)  # a start of NCCL that hangs cannot be stopped, only left
     thread.start()
-    thread.join(REDUCE + 10)
+    thread.join(REDUCE)
     if thread.is_alive():
         name = f"{backend.upper()}_SOCKET_IFNAME"
         failures.append(

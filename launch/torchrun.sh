@@ -90,7 +90,7 @@ check=("$python" "$(dirname "$0")/preflight.py")
 ((least == most)) || check+=(--local)
 
 if [[ -n $dry_run ]]; then
-    for name in NUM_NODES NODE_RANK MASTER_ADDR MASTER_PORT GPUS_PER_NODE; do
+    for name in NUM_NODES NODE_RANK MASTER_ADDR MASTER_PORT GPUS_PER_NODE TORCH_DISABLE_SHARE_RDZV_TCP_STORE; do
         [[ -z ${!name-} ]] || printf 'export %s=%q\n' "$name" "${!name}"
     done
     [[ -z $preflight ]] || { printf '%q ' "${check[@]}" && echo; }

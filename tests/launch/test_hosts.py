@@ -23,12 +23,13 @@ from tests.launch.test_launch import ODD
 from tests.processes import ROOT
 
 reason = missing(PROGRAMS)
-if reason is None and importlib.util.find_spec("deepspeed") is None:
-    reason = "the runs take deepspeed"
+lacking = [name for name in ("deepspeed", "yaml", "sentencepiece") if importlib.util.find_spec(name) is None]
+if reason is None and lacking:
+    reason = f"the runs take {', '.join(lacking)}"
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
 no_slurm = missing(PROGRAMS, SLURM)
 
-STEPS, SAVED = 24, 4  # a checkpoint every so many steps
+STEPS, SAVED = 40, 4  # a checkpoint every so many steps
 SETTINGS = {
     "num_layers": 1,
     "hidden_size": 32,
@@ -101,11 +102,11 @@ def reference(hosts: Hosts, data: Path, folder: Path) -> dict[int, float]:
     return losses(folder / "one")
 
 
-def torchrun(hosts: Hosts, log: str, command: list[str]) -> list[subprocess.Popen[bytes]]:
-    """Start torchrun.sh on all hosts, the last of which comes first."""
+def torchrun(hosts: Hosts, log: str, command: list[str], nodes: int = 3) -> list[subprocess.Popen[bytes]]:
+    """Start torchrun.sh on the hosts, the last of which comes first."""
     started = []
-    for rank, name in reversed(list(enumerate(NAMES))):
-        variables = {"NUM_NODES": "3", "NODE_RANK": str(rank), "MASTER_ADDR": "node1"}
+    for rank, name in reversed(list(enumerate(NAMES[:nodes]))):
+        variables = {"NUM_NODES": str(nodes), "NODE_RANK": str(rank), "MASTER_ADDR": "node1"}
         started.append(hosts.start(name, ["launch/torchrun.sh", *command], log, **variables))
     return started
 
@@ -119,7 +120,7 @@ def until_end(hosts: Hosts, log: str, started: list[subprocess.Popen[bytes]], se
     except subprocess.TimeoutExpired:
         pass
     printed = "".join(file.read_text(errors="replace") for file in sorted(hosts.folder.glob(f"{log}-node*.log")))
-    assert not any(process.poll() != 0 for process in started), printed[-6000:]
+    assert all(process.poll() == 0 for process in started), printed[-6000:]
     return printed
 
 
@@ -136,7 +137,7 @@ def resumed_at(printed: str) -> list[int]:
 
 
 def test_torchrun(hosts: Hosts, data: Path, folder: Path, reference: dict[int, float]) -> None:
-    started = torchrun(hosts, "static", ["--engine", "deepspeed", *gpt(data, folder / "static")])
+    started = torchrun(hosts, "static", gpt(data, folder / "static"))
     until_end(hosts, "static", started)
     assert difference(folder / "static", reference) <= 1e-6
 
@@ -144,12 +145,31 @@ def test_torchrun(hosts: Hosts, data: Path, folder: Path, reference: dict[int, f
 def test_torchrun_that_loses_a_worker(hosts: Hosts, data: Path, folder: Path, reference: dict[int, float]) -> None:
     out = folder / "elastic"
     started = torchrun(hosts, "elastic", ["--elastic", "3:3", "--no-preflight", *gpt(data, out)])
-    until_step(out, SAVED + 2)
+    until_step(out, 1)
     (worker,) = hosts.workers("node2")
+    until_step(out, SAVED + 2)
     os.kill(worker, signal.SIGKILL)
     first, *others = resumed_at(until_end(hosts, "elastic", started))
     assert first == 0 and others and others[0] > 0 and others[0] % SAVED == 0
     assert difference(out, reference) <= 1e-6
+
+
+@pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="Megatron's run takes megatron-core")
+def test_torchrun_with_megatron(hosts: Hosts, folder: Path) -> None:
+    """The other engine, tensor parallel over two hosts: the losses to the digits that it prints."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = [str(file) for file in sorted(library.glob("[ac]*.py"))]
+    prepare = [sys.executable, "examples/megatron/prepare.py", *files, "--prefix", str(folder / "text")]
+    subprocess.run([*prepare, "--vocab-size", "512"], cwd=ROOT, check=True, timeout=300, capture_output=True)
+    # The worker is examples/megatron/pretrain_gpt.py, made to run without a GPU.
+    command = ["tests/examples/pretrain_worker.py", "examples/megatron/recipes/tiny.yaml"]
+    command += ["--data", str(folder / "text_text_document"), "--tokenizer", str(folder / "text.model")]
+    command += ["--set", "train_steps=4", "--set", "log_interval=1", "--set", "eval_batches=1"]
+    printed = until_end(hosts, "megatron", torchrun(hosts, "megatron", ["--engine", "megatron", *command], nodes=2))
+    status, one = hosts.run("node1", ["launch/torchrun.sh", "--no-preflight", *command], GPUS_PER_NODE="2", timeout=300)
+    assert status == 0, one[-6000:]
+    steps = re.findall(r"step \d: loss [\d.]+, lr [\d.e-]+, grad norm [\d.]+", one)
+    assert len(steps) == 4 and steps == re.findall(r"step \d: loss [\d.]+, lr [\d.e-]+, grad norm [\d.]+", printed)
 
 
 def test_deepspeed_by_pdsh(hosts: Hosts, data: Path, folder: Path, reference: dict[int, float]) -> None:
@@ -164,23 +184,31 @@ def test_deepspeed_by_pdsh(hosts: Hosts, data: Path, folder: Path, reference: di
 
 
 SHOW = """
-import json, os, sys
+import json, os, sys, time
 with open(f"{sys.argv[1]}-{os.environ['RANK']}", "w") as file:
     json.dump([os.uname().nodename, os.environ["WORLD_SIZE"], os.environ.get("ODD"), sys.argv[2:]], file)
+while os.environ["RANK"] != "2" or not all(os.path.exists(f"{sys.argv[1]}-{rank}") for rank in range(3)):
+    time.sleep(0.1)
+sys.exit(7)
 """
 
 
 def test_deepspeed_by_openssh(hosts: Hosts, folder: Path) -> None:
-    """Without pdsh, and rank 0 where the hostfile says, whatever the hosts' names."""
+    """Without pdsh, with rank 0 where the hostfile says; a worker that fails ends the others, which would wait."""
     (folder / "hostfile2").write_text("node3 slots=2\nnode1 slots=1\n")
     (folder / "show me.py").write_text(SHOW)
+    odd = " ".join(ODD[:-1])
     command = ["launch/deepspeed.sh", "--hostfile", str(folder / "hostfile2"), "--launcher", "openssh"]
     command += ["--no-preflight", "--export", "ODD", str(folder / "show me.py"), str(folder / "shown"), *ODD]
-    status, output = hosts.run("node2", command, timeout=300, ODD=" ".join(ODD[:-2]), GPUS_PER_NODE="")
-    assert status == 0, output[-6000:]
+    status, output = hosts.run("node2", command, timeout=300, ODD=odd, GPUS_PER_NODE="")
+    assert status == 7, output[-6000:]
     shown = [json.loads((folder / f"shown-{rank}").read_text()) for rank in range(3)]
-    assert shown == [[host, "3", " ".join(ODD[:-2]), ODD] for host in ("node3", "node3", "node1")]
+    assert shown == [[host, "3", odd, ODD] for host in ("node3", "node3", "node1")]
     assert not (ROOT / "pwned").exists()
+    end = time.monotonic() + 60
+    while hosts.workers("node1") + hosts.workers("node3"):
+        assert time.monotonic() < end, "workers are left"
+        time.sleep(0.2)
 
 
 @pytest.mark.skipif(no_slurm is not None, reason=str(no_slurm))
@@ -192,6 +220,8 @@ def test_slurm_that_is_preempted(
     status, job = hosts.run("node1", command, **slurm)
     assert status == 0, job
     until_step(out, SAVED + 2)
+    for worker in [worker for name in NAMES for worker in hosts.workers(name)]:
+        os.kill(worker, signal.SIGSTOP)  # until SLURM, which wakes what it is about to end
     urgent = ["sbatch", "--partition=urgent", "--nodes=3", "--wrap=true", "--output=/dev/null"]
     assert hosts.run("node1", urgent, **slurm)[0] == 0
     hosts.until("node1", ended(job), 400, **slurm)

@@ -135,10 +135,12 @@ def test_slurm_starts_a_task_per_node() -> None:
 
 
 def test_deepspeed_reads_the_hostfile(hostfile: Path) -> None:
-    status, printed, said = run(["launch/deepspeed.sh", "--hostfile", str(hostfile), "--dry-run", SCRIPT, "r.yaml"])
-    assert status == 0 and not said
+    command = ["launch/deepspeed.sh", "--hostfile", str(hostfile), "--dry-run", SCRIPT, "r.yaml"]
+    status, printed, said = run(command, GPUS_PER_NODE="", HF_TOKEN="secret", NCCL_DEBUG="INFO")
+    assert status == 0 and not said and "secret" not in printed
     *checks, start = commands(printed)
     assert [command[3] for command in checks] == ["node1", "node2", "root@node-4.cluster"] * 2
+    assert "NCCL_DEBUG=INFO" in start and "GPUS_PER_NODE=4" in checks[-2][-1] and "GPUS_PER_NODE=8" in checks[-1][-1]
     assert "NODE_RANK=2" in checks[-1][-1] and "NUM_NODES=3" in checks[-1][-1]
     python = str(Path(sys.executable).parent / "python")
     assert start[:4] == [python, "-m", "deepspeed.launcher.runner", "--hostfile"]
