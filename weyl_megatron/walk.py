@@ -221,7 +221,13 @@ class Walk:
         return of_both, [(mask[0], mask[1]) for mask in sure]
 
     def rates(self, sigma_weight: Tensor, sigma_update: Tensor) -> Tensor:
-        """Return α_W of every matrix (lines 7 to 9)."""
+        """Return α_W of every matrix (lines 7 to 9).
+
+        An iteration overflows where its operand grew 1e19-fold since the last one. Then the bounds stand in its place
+        for one step: ‖U‖_F, and the floor under σ₁(W).
+        """
+        norm = self._sums[:, 0].sqrt()
+        sigma_update = torch.where(sigma_update.isnan(), norm, sigma_update)
         return clipped_rates(self._lr, self._tau, self._floor, sigma_weight, sigma_update)
 
     def move(self, wave: int, rates: Tensor) -> None:
@@ -233,8 +239,9 @@ class Walk:
         sigma_weight, sigma_update = self._power.sigma
         norm, certificate = self._sums[:, 0].sqrt(), self.certificate
         rates = torch.where(settled, self._lr, self.rates(sigma_weight, sigma_update))
-        bounds = torch.where(settled, certificate.lower, sigma_weight), torch.where(settled, norm, sigma_update)
-        self._measured = *bounds, rates, rates < self._lr, self._tau, settled
+        lower = torch.where(settled, certificate.lower, sigma_weight)
+        upper = torch.where(settled | sigma_update.isnan(), norm, sigma_update)
+        self._measured = lower, upper, rates, rates < self._lr, self._tau, settled
         certificate.measured(~settled, sigma_weight)
         certificate.moved(rates, rates * self._weight_decay, norm, self._sums[:, 2].clone())
         self._cold = False

@@ -80,7 +80,8 @@ class Certificate:
 
     def are_others(self, squares: Tensor) -> Tensor:
         """Return the matrices of whose pieces on this rank ``squares``, Σ w² before the step, shows other weights."""
-        return (squares - self._squares).abs() > _SAME * self._squares
+        are_same = (squares - self._squares).abs() <= _SAME * self._squares  # False also where they overflow
+        return ~(are_same | self._squares.isnan())  # NaN: nothing is known of them, nor trusted but τ = ∞
 
     def measured(self, mask: Tensor, sigma_weight: Tensor) -> None:
         """Take the estimates of σ₁(W), before the step, of the matrices that were measured."""
