@@ -32,6 +32,7 @@ class Run:
     def __init__(self, case: dict[str, Any]) -> None:
         parallel_state.destroy_model_parallel()
         gpt.start(case)
+        megatron.enable(**case.get("options", {}))
         self.case, self.model = case, gpt.build(case)
         self.optimizer = get_megatron_optimizer(optimizer_config(case), self.model)
 
@@ -65,7 +66,8 @@ class Run:
     def result(self) -> dict[str, Any]:
         inner = [one.optimizer for one in self.optimizer.chained_optimizers]
         steps = {float(state["step"]) for one in inner for state in one.state.values() if "step" in state}
-        steps |= {float(group["step"]) for one in inner if one._step_in_group for group in one.param_groups}
+        in_group = [one for one in inner if getattr(one, "_step_in_group", False)]
+        steps |= {float(group["step"]) for one in in_group for group in one.param_groups}
         keys = {tuple(sorted(state)) for one in inner for state in one.state.values()}
         return {"weights": gpt.whole(self.case, self.model), "steps": sorted(steps), "keys": sorted(keys)}
 
@@ -88,6 +90,5 @@ def resume(case: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    megatron.enable()
     folder = Path(sys.argv[2])
     run(lambda case: resume(case, folder), folder)

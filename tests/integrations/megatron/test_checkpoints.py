@@ -45,6 +45,22 @@ def cases() -> list[dict[str, Any]]:
     metadata = {"distrib_optim_sharding_type": reshardable}
     experts = {"dist_opt": True, "moe": True, "metadata": metadata}
     found.append({"name": "moe", **experts, "save": {"ep": 2}, "loads": {"the same": {"ep": 2}, "EP 4": {"ep": 4}}})
+    # Megatron's own Adam, as most who try AdamW² will come from; with τ = ∞ both are the same.
+    infinite = {"optimizer": "adamw2", "options": {"tau": float("inf")}}
+    adam = {"optimizer": "adam", "save": TP2, "loads": {"the same layout": {**TP2, **infinite}}}
+    found.append({"name": "adam", **adam})
+    found.append(
+        {"name": "adam-after", **infinite, "save": TP2, "loads": {"the same layout": {"optimizer": "adam", **TP2}}}
+    )
+    if "dp_reshardable" in FORMATS:
+        found.append(
+            {
+                "name": "adam-distopt",
+                "dist_opt": True,
+                **adam,
+                "metadata": {"distrib_optim_sharding_type": "dp_reshardable"},
+            }
+        )
     if "fully_reshardable" in FORMATS:
         metadata = {**metadata, "distrib_optim_fully_reshardable_mem_efficient": True}
         found.append({"name": "memory-efficient", "dist_opt": True, "metadata": metadata, "save": TP2, "loads": ANY})
