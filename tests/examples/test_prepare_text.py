@@ -150,7 +150,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 def undisturbed(corpus: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What a run that nothing stops leaves."""
     out = tmp_path_factory.mktemp("undisturbed")
-    assert run(corpus, "--tokenizer", model, "--valid", 0.2, "--part-mb", 0.02, "--out", out) == 0
+    assert run(corpus, "--tokenizer", model, "--valid", 0.2, "--part-mb", 0.01, "--out", out) == 0
     return contents(out)
 
 
@@ -164,7 +164,7 @@ def test_a_run_that_was_stopped_goes_on(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = [str(corpus), "--tokenizer", str(model), "--valid", "0.2", "--part-mb", "0.02"]
+    arguments = [str(corpus), "--tokenizer", str(model), "--valid", "0.2", "--part-mb", "0.01"]
     out, done = tmp_path / "out", 0
     for _ in range(2 if stop == signal.SIGKILL else 1):
         process = start([*arguments, "--out", str(out), "--workers", str(workers)])

@@ -64,6 +64,7 @@ def test_defaults_are_those_of_enable() -> None:
 
 def test_every_flag_arrives() -> None:
     flags = "--adamw2-tau 0.1 --adamw2-power-iters 3 --adamw2-floor-std 0 --adamw2-clip-vectors --adamw2-no-split-fused"
+    flags += " --adamw2-nonfinite raise --adamw2-nonfinite-limit 3"
     more = ["--adamw2-io", "*.wte", "*.head", "--adamw2-overrides", '[{"match": "*", "tau": 0.2}]']
     assert arguments.options_of(parse("--optimizer", "adamw2", *flags.split(), *more)) == {
         "tau": 0.1,
@@ -72,6 +73,8 @@ def test_every_flag_arrives() -> None:
         "clip_vectors": True,
         "io": ["*.wte", "*.head"],
         "overrides": [{"match": "*", "tau": 0.2}],
+        "nonfinite": "raise",
+        "nonfinite_limit": 3,
         "split_fused": False,
     }
     assert parse("--optimizer", "adamw2", "--adamw2-tau", "auto").adamw2_tau == "auto"
