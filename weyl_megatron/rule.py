@@ -20,11 +20,11 @@ SLOW_TAU = 0.05
 def clipped_rates(lr: Tensor, tau: Tensor, floor: Tensor, sigma_weight: Tensor, sigma_update: Tensor) -> Tensor:
     """Return α_W = min(α, τ · max(σ₁(W), floor) / σ₁(U)) for every matrix (Rule 1, equation 6).
 
-    An update of zero is bounded by nothing; a σ₁(W) that is not a number counts for the floor. All arguments are
-    vectors of one length, in float64.
+    An update of zero is bounded by nothing, nor is any where τ is infinite; a σ₁(W) that is not a number counts for the
+    floor. All arguments are vectors of one length, in float64.
     """
     bound = tau * torch.fmax(sigma_weight, floor) / sigma_update
-    return torch.minimum(lr, torch.where(sigma_update == 0, torch.inf, bound))
+    return torch.minimum(lr, torch.where((sigma_update == 0) | tau.isinf(), torch.inf, bound))
 
 
 def random_sigma(rows: int, cols: int, std: float) -> float:

@@ -443,3 +443,27 @@ def test_under_deepspeed_on_three_ranks_it_follows_the_reference(
         f"ZeRO-{stage}, 3 ranks: {CASES[case]}",
         f"weights follow the reference to {max(found):.0e}",
     )
+
+
+def test_where_tau_is_infinite_no_zero_keeps_a_matrix_from_moving(say: Say) -> None:
+    """Beside other thresholds, so that the step is not torch's; ∞ · 0 is not a number."""
+    torch.manual_seed(0)
+    free, bound = nn.Parameter(torch.zeros(6, 4)), parameter(6, 4)
+    groups = [{"params": [("free", free)], "tau": float("inf")}, {"params": [("bound", bound)]}]
+    optimizer = AdamW2(groups, lr=0.05, tau=0.01, weight_decay=0.0, floor_std=0.0)
+    free.grad, bound.grad = torch.ones(6, 4), torch.ones(6, 4)
+    optimizer.step()
+    assert torch.allclose(free, torch.full((6, 4), -0.05))
+    assert optimizer.stats()["free"].lr == 0.05 and optimizer.stats()["bound"].clipped
+    say("a zero matrix without a floor whose tau is infinite", "it moves at the scheduled rate")
+
+
+def test_an_update_that_is_orthogonal_to_all_vectors_is_bounded(say: Say) -> None:
+    """Products with it are exactly 0, as if it were; ‖U‖_F is not."""
+    weight = nn.Parameter(torch.ones(1, 8))
+    options = {"lr": 0.5, "betas": (0.0, 0.5)}
+    optimizer, judge = AdamW2([("w", weight)], **{**OPTIONS, **options}), Judge([("w", weight)], **options)
+    for step in range(8):
+        judge.step(optimizer, {"w": torch.eye(8)[step : step + 1]})
+        assert optimizer.stats()["w"].clipped
+    say("one element of a 1×8 matrix moves at each step, another one", f"every rate is exact to {judge.worst:.0e}")

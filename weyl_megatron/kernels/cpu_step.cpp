@@ -884,8 +884,8 @@ void weyl_step_alone(const Wave *const *waves, int64_t count, const int64_t *nee
             const int64_t k = wave->members[m];
             const double weight = std::fmax(wave->operands[0].sigma[k], floor[k]);  // not NaN, see walk.py: rates
             double update = wave->operands[1].sigma[k];
-            if (std::isnan(update)) update = std::sqrt(sums[3 * k]);
-            const double bound = update == 0 ? INFINITY : tau[k] * weight / update;
+            if (!(update > 0)) update = std::sqrt(sums[3 * k]);
+            const double bound = update == 0 || std::isinf(tau[k]) ? INFINITY : tau[k] * weight / update;
             rates[k] = std::isnan(bound) ? NAN : std::min(lr[k], bound);
         }
         weyl_move(wave->tiles, wave->tile_count, active, matrices, buffers, hypers, rates, sums, threads);

@@ -27,6 +27,9 @@ _GROWTH = 1.05
 #: Squares of α U are float32.
 _LEAST_RATE = 1e-12
 
+#: Elements of U are a few units, and α U is rounded to float32: of a W smaller than that nothing would be left.
+_LEAST_LIMIT = 1e-6
+
 #: Weights whose sum of squares is not, up to summation order, what the last step left have been changed by others.
 _SAME = 1e-5
 
@@ -70,9 +73,11 @@ class Certificate:
 
         Args:
             lr, limit, decay: the scheduled rate α, τ · max(b, floor) and αλ of every matrix. Where the decay is a half
-                and more, a step could not be taken back; where α is next to nothing, α U could not be measured.
+                and more, or W is next to nothing beside α U, a step could not be taken back; where α is next to
+                nothing, α U could not be measured.
         """
-        return (lr * self.norm * _GROWTH <= limit) & (decay < 0.5) & (lr > _LEAST_RATE)
+        can_undo = (decay < 0.5) & (limit > _LEAST_LIMIT * lr)
+        return (lr * self.norm * _GROWTH <= limit) & can_undo & (lr > _LEAST_RATE)
 
     def settles(self, lr: Tensor, limit: Tensor, norm: Tensor) -> Tensor:
         """Return the matrices whose clip is proved inactive; False where a norm is not a number."""
