@@ -459,8 +459,8 @@ WIDE = 0.4
 ROUNDINGS = 4
 
 #: Per kernel and dtype its share of the examples, and what may be off: a rate where vectors span the matrix (by ritz's
-#: gate in float32, by bf16's own rounding of U), and a rate on ranks and in one process: where a rounding decides whether
-#: one more iteration is made, that iteration is seen. All but 2 % of the rates are ten roundings apart at most.
+#: gate in float32, by bf16's own rounding of U), and a rate on ranks and in one process. Where a rounding decides
+#: whether one more iteration is made, that iteration is seen; but all but 2 % of the rates are ten roundings apart.
 RUNS = {
     ("cpu", torch.float32): (0.78, 0.01, 0.02),
     ("torch", torch.float32): (0.05, 0.01, 0.02),
