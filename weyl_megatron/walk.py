@@ -223,11 +223,10 @@ class Walk:
     def rates(self, sigma_weight: Tensor, sigma_update: Tensor) -> Tensor:
         """Return α_W of every matrix (lines 7 to 9).
 
-        An iteration overflows where its operand grew 1e19-fold since the last one. Then the bounds stand in its place
-        for one step: ‖U‖_F, and the floor under σ₁(W).
+        An iteration overflows where its operand grew 1e19-fold since the last one, and sees nothing of an update that
+        is orthogonal to all vectors. Then bounds stand in its place: ‖U‖_F, and the floor under σ₁(W).
         """
-        norm = self._sums[:, 0].sqrt()
-        sigma_update = torch.where(sigma_update.isnan(), norm, sigma_update)
+        sigma_update = torch.where(sigma_update > 0, sigma_update, self._sums[:, 0].sqrt())
         return clipped_rates(self._lr, self._tau, self._floor, sigma_weight, sigma_update)
 
     def move(self, wave: int, rates: Tensor) -> None:
@@ -240,7 +239,7 @@ class Walk:
         norm, certificate = self._sums[:, 0].sqrt(), self.certificate
         rates = torch.where(settled, self._lr, self.rates(sigma_weight, sigma_update))
         lower = torch.where(settled, certificate.lower, sigma_weight)
-        upper = torch.where(settled | sigma_update.isnan(), norm, sigma_update)
+        upper = torch.where(settled | ~(sigma_update > 0), norm, sigma_update)
         self._measured = lower, upper, rates, rates < self._lr, self._tau, settled
         certificate.measured(~settled, sigma_weight)
         certificate.moved(rates, rates * self._weight_decay, norm, self._sums[:, 2].clone())
