@@ -467,3 +467,20 @@ def test_an_update_that_is_orthogonal_to_all_vectors_is_bounded(say: Say) -> Non
         judge.step(optimizer, {"w": torch.eye(8)[step : step + 1]})
         assert optimizer.stats()["w"].clipped
     say("one element of a 1×8 matrix moves at each step, another one", f"every rate is exact to {judge.worst:.0e}")
+
+
+@pytest.mark.xfail(
+    reason="all vectors are 0 in columns that had no gradient, and products never lead there", strict=True
+)
+def test_a_block_of_a_block_diagonal_update_that_wakes_up_is_bounded(say: Say) -> None:
+    """Rows and columns that share nothing with those before: U is block diagonal, and the new block's σ₁ is larger."""
+    torch.manual_seed(0)
+    named = [("w", parameter(12, 12))]
+    optimizer, judge = AdamW2(named, **{**OPTIONS, "lr": 1.0}), Judge(named, lr=1.0)
+    for step in range(10):
+        grad = torch.zeros(12, 12)
+        grad[:6, :6] = torch.randn(6, 6)
+        if step >= 5:
+            grad[6:, 6:] = 1.0
+        judge.step(optimizer, {"w": grad}, sigma=0.1)  # of a step whose update is another
+    say("a block of a block-diagonal gradient that is 0 for 5 steps", f"every rate is exact to {judge.worst:.0e}")
