@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -143,7 +144,9 @@ def test_workers_do_not_matter_and_the_split_is_a_share(corpus: Path, tmp_path: 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "examples.data.prepare_text", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    # A shell starts what it puts in the background with SIGINT ignored, and children inherit that.
+    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
 
 
 @pytest.fixture(scope="module")
