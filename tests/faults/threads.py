@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -18,6 +19,13 @@ T = TypeVar("T")
 
 _here = threading.local()
 
+#: Held by the rank that computes: every operation of torch lets the interpreter go, and threads that compute at once
+#: spend their time taking it from each other.
+_turn = threading.Lock()
+
+#: Kept: what torch sets up for a new thread takes longer than a case. No case has more than 8 ranks.
+_pool = ThreadPoolExecutor(7)
+
 
 class Group:
     """A process group of the threads ``ranks``; every member gets the same bits, as from a real one."""
@@ -29,13 +37,19 @@ class Group:
 
     def all_reduce(self, tensor: Tensor) -> None:
         self._given[self.ranks.index(_here.rank)] = tensor
-        self.barrier.wait()
+        self._wait()
         given = [(len(each), each.dtype) for each in self._given]
         assert len(set(given)) == 1, f"collectives diverge: ranks sum {given}"
         total = torch.stack(self._given).sum(0)
-        self.barrier.wait()  # all have read
+        self._wait()  # all have read, and none reads again before the next sum
         tensor.copy_(total)
-        self.barrier.wait()
+
+    def _wait(self) -> None:
+        _turn.release()
+        try:
+            self.barrier.wait()
+        finally:
+            _turn.acquire()
 
 
 @contextmanager
@@ -60,18 +74,16 @@ def on_ranks(world: int, groups: Sequence[Group], run: Callable[[int], T]) -> li
     def of_rank(rank: int) -> None:
         _here.rank = rank
         try:
-            results[rank] = run(rank)
+            with _turn:
+                results[rank] = run(rank)
         except BaseException as error:
             errors.append(error)
             for group in groups:  # those who wait for this rank
                 group.barrier.abort()
 
-    threads = [threading.Thread(target=of_rank, args=(rank,)) for rank in range(1, world)]
-    for thread in threads:
-        thread.start()
+    others = [_pool.submit(of_rank, rank) for rank in range(1, world)]
     of_rank(0)
-    for thread in threads:
-        thread.join()
+    wait(others)
     for error in errors:
         if not isinstance(error, threading.BrokenBarrierError):
             raise error
