@@ -10,8 +10,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 demo: $(VENV)/.demo
 	$(BIN)/weyl-megatron demo
 
+# Files of tests that run beside each other; one of them may start four processes, which wait for each other a lot.
+JOBS ?= 2
+
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 # One real step of the largest recipes; up to 24 GiB.
 test-large: $(VENV)/.dev

@@ -43,6 +43,7 @@ setup(
         "demo": ["deepspeed>=0.16.9"],  # `weyl-megatron demo` trains under ZeRO-2
         "dev": [
             "pytest>=9",  # runs the tests
+            "pytest-xdist>=3.8",  # several files of them at a time
             "hypothesis>=6.150",  # property tests of tiles and layouts
             "mypy>=2.4",  # strict types of the package
             "ruff>=0.17.6",  # lint and format
