@@ -2,37 +2,29 @@
 
 from string import Template
 
-PAGE = Template("""<!doctype html>
+from weyl_megatron.demo.style import STYLE
+
+PAGE = Template(
+    """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>AdamW² without warmup: the demo</title>
 <style>
-:root {
-  color-scheme: light dark;
-  --page: #fbfbfa; --card: #ffffff; --edge: #e4e4e0; --grid: #ececea;
-  --ink: #1c1d1f; --ink-2: #55585e; --ink-3: #80848b;
+"""
+    + STYLE
+    + """:root {
   --adamw: #c8452d; --adamw-warmup: #6b7280; --adamw2: #0f8a78; --adamw2-auto: #5b4bd6;
   --good: #14795f; --bad: #b3361f; --ins: #e3f4ec; --del: #fbe7e3;
 }
 @media (prefers-color-scheme: dark) {
   :root {
-    --page: #131417; --card: #1a1c20; --edge: #2c2f35; --grid: #282b31;
-    --ink: #ecedef; --ink-2: #aeb2ba; --ink-3: #868b94;
     --adamw: #f0745c; --adamw-warmup: #a3aab5; --adamw2: #3cc4ae; --adamw2-auto: #9d92ff;
     --good: #4cc9a4; --bad: #f0745c; --ins: #17332b; --del: #3a211d;
   }
 }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1160px; margin: 0 auto; padding: 44px 24px 64px; }
-h1 { font-size: 34px; line-height: 1.15; margin: 0 0 14px; letter-spacing: -.02em; }
-h2 { font-size: 20px; margin: 48px 0 4px; letter-spacing: -.01em; }
 h3 { font-size: 15px; margin: 20px 0 6px; }
-p { margin: 0 0 12px; max-width: 78ch; color: var(--ink-2); }
-p.takeaway { font-size: 18px; color: var(--ink); max-width: 74ch; }
 .tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 14px; margin: 26px 0 18px; }
 .tile { background: var(--card); border: 1px solid var(--edge); border-top: 3px solid var(--run); border-radius: 8px;
   padding: 14px 16px; display: grid; align-content: start; }
@@ -43,39 +35,15 @@ ul.claims { list-style: none; margin: 0; padding: 0; color: var(--ink-2); font-s
 ul.claims li::before { display: inline-block; width: 1.5em; font-weight: 700; }
 ul.claims .met::before { content: "✓"; color: var(--good); }
 ul.claims .unmet::before { content: "✗"; color: var(--bad); }
-.card { background: var(--card); border: 1px solid var(--edge); border-radius: 8px; padding: 16px; margin: 10px 0; }
 .grid { display: grid; grid-template-columns: repeat(3, 1fr); gap: 14px 18px; }
-figure { margin: 0; min-width: 0; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 13px; color: var(--ink-2); margin: 0 0 10px; }
-.legend span::before { content: ""; display: inline-block; width: 16px; height: 0; border-top: 3px solid var(--run);
-  margin-right: 6px; vertical-align: middle; }
-.legend .dashed::before { border-top: 1px dashed var(--ink-3); }
-svg.chart { display: block; width: 100%; height: auto; overflow: visible; touch-action: pan-y; }
-svg text { font: 11px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; fill: var(--ink-2); }
-svg .title { font-size: 12.5px; font-weight: 600; fill: var(--ink); }
-svg .unit, svg .tick { fill: var(--ink-3); font-size: 10.5px; font-variant-numeric: tabular-nums; }
-svg .end { font-size: 12.5px; font-weight: 600; }
-svg line.grid { stroke: var(--grid); }
-svg .axis { stroke: var(--ink-3); }
-svg .rule { stroke: var(--ink-2); stroke-dasharray: 2 3; }
-svg .lead { stroke: var(--ink-3); fill: none; }
-svg polyline { fill: none; stroke-linejoin: round; stroke-linecap: round; }
-svg .band { opacity: .16; }
 svg .faint { opacity: .2; }
-svg .cursor { stroke: var(--ink-3); stroke-width: 1; }
 #values { position: fixed; pointer-events: none; display: none; background: var(--card); border: 1px solid var(--edge);
   border-radius: 6px; padding: 7px 10px; font-size: 12px; line-height: 1.5; box-shadow: 0 4px 16px rgb(0 0 0 / .16);
   font-variant-numeric: tabular-nums; z-index: 9; }
-#values i { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 6px; }
-#values td { padding: 0 0 0 12px; text-align: right; }
 #values th { font-weight: 400; text-align: left; }
-table.runs { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 15px; }
 table.runs th, table.runs td { padding: 8px 12px; border-bottom: 1px solid var(--edge); text-align: right; }
 table.runs th:first-child { text-align: left; }
 table.runs thead th { font-size: 13px; color: var(--ink-3); font-weight: 500; }
-table.runs tbody th { font-weight: 600; }
-table.runs tbody th::before { content: ""; display: inline-block; width: 10px; height: 10px; border-radius: 2px;
-  background: var(--run); margin-right: 9px; }
 table.runs tfoot td, table.runs tfoot th { color: var(--ink-2); border-bottom: 0; font-weight: 400; }
 .columns { display: grid; grid-template-columns: 5fr 6fr; gap: 24px; align-items: start; }
 pre { margin: 0; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-x: auto; }
@@ -189,4 +157,5 @@ for (const svg of document.querySelectorAll("svg.chart")) {
 </script>
 </body>
 </html>
-""")
+"""
+)

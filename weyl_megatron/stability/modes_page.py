@@ -2,34 +2,27 @@
 
 from string import Template
 
-PAGE = Template("""<!doctype html>
+from weyl_megatron.demo.style import STYLE
+
+PAGE = Template(
+    """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Three modes of attention</title>
 <style>
-:root {
-  color-scheme: light dark;
-  --page: #fbfbfa; --card: #ffffff; --edge: #e4e4e0; --grid: #ececea;
-  --ink: #1c1d1f; --ink-2: #55585e; --ink-3: #80848b;
+"""
+    + STYLE
+    + """:root {
   --normal: #0f8a78; --benign: #5b4bd6; --malignant: #c8452d;
 }
 @media (prefers-color-scheme: dark) {
   :root {
-    --page: #131417; --card: #1a1c20; --edge: #2c2f35; --grid: #282b31;
-    --ink: #ecedef; --ink-2: #aeb2ba; --ink-3: #868b94;
     --normal: #3cc4ae; --benign: #9d92ff; --malignant: #f0745c;
   }
 }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1160px; margin: 0 auto; padding: 44px 24px 64px; }
-h1 { font-size: 34px; line-height: 1.15; margin: 0 0 14px; letter-spacing: -.02em; }
 h2 { font-size: 20px; margin: 40px 0 4px; letter-spacing: -.01em; }
-p { margin: 0 0 12px; max-width: 78ch; color: var(--ink-2); }
-p.takeaway { font-size: 18px; color: var(--ink); max-width: 74ch; }
 .maps { display: grid; grid-template-columns: repeat(3, 1fr); gap: 14px; margin: 22px 0 8px; }
 .card { background: var(--card); border: 1px solid var(--edge); border-radius: 8px; padding: 16px; margin: 0; }
 .maps .card { border-top: 3px solid var(--run); min-width: 0; }
@@ -39,14 +32,6 @@ figcaption { font-size: 13px; color: var(--ink-2); margin-top: 10px; font-varian
 .charts { display: grid; grid-template-columns: 65fr 51fr; gap: 18px; align-items: start; }
 .charts > * { min-width: 0; }
 svg.chart { display: block; width: 100%; height: auto; overflow: visible; }
-svg text { font: 11px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; fill: var(--ink-2); }
-svg .title { font-size: 12.5px; font-weight: 600; fill: var(--ink); }
-svg .unit, svg .tick { fill: var(--ink-3); font-size: 10.5px; font-variant-numeric: tabular-nums; }
-svg .end { font-size: 12.5px; font-weight: 600; }
-svg line.grid { stroke: var(--grid); }
-svg .axis { stroke: var(--ink-3); }
-svg .lead { stroke: var(--ink-3); fill: none; }
-svg polyline { fill: none; stroke-linejoin: round; stroke-linecap: round; }
 .table { overflow-x: auto; }
 .table + p { margin-top: 12px; }
 sub { font-size: .7em; line-height: 0; vertical-align: -.25em; }
@@ -99,4 +84,5 @@ and numbers are ours.</p>
 </main>
 </body>
 </html>
-""")
+"""
+)

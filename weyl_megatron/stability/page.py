@@ -6,17 +6,20 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from string import Template
 
-PAGE = Template("""<!doctype html>
+from weyl_megatron.demo.style import STYLE
+
+PAGE = Template(
+    """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>$title</title>
 <style>
-:root {
-  color-scheme: light dark;
-  --page: #fbfbfa; --card: #ffffff; --edge: #e4e4e0; --grid: #ececea;
-  --ink: #1c1d1f; --ink-2: #55585e; --ink-3: #80848b; --accent: #0f8a78;
+"""
+    + STYLE
+    + """:root {
+  --accent: #0f8a78;
   --run-0: #c8452d; --run-1: #0f8a78; --run-2: #5b4bd6; --run-3: #6b7280;
   --run-4: #a66a00; --run-5: #2f6fd0; --run-6: #b0398f; --run-7: #4d7c0f;
   --mode-0: #0f8a78; --mode-1: #5b4bd6; --mode-2: #c8452d; --mode-3: #d99a1c;
@@ -24,58 +27,28 @@ PAGE = Template("""<!doctype html>
 }
 @media (prefers-color-scheme: dark) {
   :root {
-    --page: #131417; --card: #1a1c20; --edge: #2c2f35; --grid: #282b31;
-    --ink: #ecedef; --ink-2: #aeb2ba; --ink-3: #868b94; --accent: #3cc4ae;
+    --accent: #3cc4ae;
     --run-0: #f0745c; --run-1: #3cc4ae; --run-2: #9d92ff; --run-3: #a3aab5;
     --run-4: #e0a84a; --run-5: #79a8f5; --run-6: #e583c8; --run-7: #9ccb5c;
     --mode-0: #3cc4ae; --mode-1: #9d92ff; --mode-2: #f0745c; --mode-3: #f0c25c;
     --low: #f0745c; --middle: #33363d; --high: #79a8f5;
   }
 }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1160px; margin: 0 auto; padding: 44px 24px 64px; }
-h1 { font-size: 34px; line-height: 1.15; margin: 0 0 14px; letter-spacing: -.02em; }
-h2 { font-size: 20px; margin: 48px 0 4px; letter-spacing: -.01em; }
 h3 { font-size: 15px; margin: 20px 0 6px; overflow-wrap: anywhere; }
-p { margin: 0 0 12px; max-width: 78ch; color: var(--ink-2); }
-p.takeaway { font-size: 18px; color: var(--ink); max-width: 74ch; }
-.card { background: var(--card); border: 1px solid var(--edge); border-radius: 8px; padding: 16px; margin: 10px 0; }
 .grid { display: grid; gap: 18px; }
 .grid.of-1 { grid-template-columns: minmax(0, 1fr); }
 .grid.of-2 { grid-template-columns: repeat(2, minmax(0, 1fr)); }
 .grid.of-3 { grid-template-columns: repeat(3, minmax(0, 1fr)); }
 .grid.of-4 { grid-template-columns: repeat(4, minmax(0, 1fr)); }
-figure { margin: 0; min-width: 0; }
 figure.of-run { border-top: 3px solid var(--run); padding-top: 8px; }
 .name { font-size: 13px; font-weight: 600; margin: 0 0 6px; overflow-wrap: anywhere; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 18px; font-size: 13px; color: var(--ink-2); margin: 0 0 10px; }
 .legend span { overflow-wrap: anywhere; min-width: 0; }
-.legend span::before { content: ""; display: inline-block; width: 16px; height: 0; border-top: 3px solid var(--run);
-  margin-right: 6px; vertical-align: middle; }
-.legend .dashed::before { border-top: 1px dashed var(--ink-3); }
-svg.chart { display: block; width: 100%; height: auto; overflow: visible; touch-action: pan-y; }
-svg text { font: 11px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; fill: var(--ink-2); }
-svg .title { font-size: 12.5px; font-weight: 600; fill: var(--ink); }
-svg .unit, svg .tick { fill: var(--ink-3); font-size: 10.5px; font-variant-numeric: tabular-nums; }
-svg .end { font-size: 12.5px; font-weight: 600; }
-svg line.grid { stroke: var(--grid); }
-svg .axis { stroke: var(--ink-3); }
-svg .rule { stroke: var(--ink-2); stroke-dasharray: 2 3; }
-svg .lead { stroke: var(--ink-3); fill: none; }
-svg polyline { fill: none; stroke-linejoin: round; stroke-linecap: round; }
-svg .band { opacity: .16; }
 svg .faint { opacity: .25; }
-svg .cursor { stroke: var(--ink-3); stroke-width: 1; }
 #values { position: fixed; pointer-events: none; display: none; background: var(--card); border: 1px solid var(--edge);
   border-radius: 6px; padding: 7px 10px; font-size: 12px; line-height: 1.5; box-shadow: 0 4px 16px rgb(0 0 0 / .16);
   font-variant-numeric: tabular-nums; z-index: 9; max-width: 420px; }
-#values i { display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 6px; }
-#values td { padding: 0 0 0 12px; text-align: right; }
 #values th { font-weight: 400; text-align: left; overflow-wrap: anywhere; }
 .table { overflow-x: auto; }
-table.runs { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 15px; }
 table.runs th, table.runs td { padding: 8px 12px; border-bottom: 1px solid var(--edge); text-align: right;
   vertical-align: top; }
 table.runs tbody tr:last-child > * { border-bottom: 0; }
@@ -84,9 +57,6 @@ table.runs td.text { color: var(--ink-2); }
 table.runs th:first-child { min-width: 9em; }
 table.runs thead th { font-size: 13px; color: var(--ink-3); font-weight: 500; vertical-align: bottom; }
 [data-panel=warnings] thead th:last-child { text-align: left; }
-table.runs tbody th { font-weight: 600; }
-table.runs tbody th::before { content: ""; display: inline-block; width: 10px; height: 10px; border-radius: 2px;
-  background: var(--run); margin-right: 9px; }
 table.runs small { display: block; white-space: nowrap; font-size: 12px; color: var(--ink-3); }
 .modes { display: inline-grid; grid-template-columns: auto auto; gap: 0 8px; font-size: 13px; text-align: left; }
 .modes b { text-align: right; font-weight: 600; }
@@ -342,7 +312,8 @@ draw();
 </script>
 </body>
 </html>
-""")
+"""
+)
 
 
 def section(name: str, title: str, text: str, body: str) -> str:
