@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -22,6 +23,9 @@ import numpy
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -31,6 +35,9 @@ from examples.deepspeed.throughput import peak_flops
 from weyl_megatron.stability import Watch
 
 Batch = tuple[Tensor, Tensor]
+
+#: What is in DeepSpeed's checkpoints beside tensors and plain numbers.
+RECORDS = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,10 @@ def save(engine: Any, folder: Path, step: int) -> None:
 
 
 def check(folder: Path, stage: int) -> None:
-    """End all ranks with one sentence if the newest checkpoint is not whole. torch loads changed numbers unseen."""
+    """End all ranks with one sentence if the newest checkpoint is not whole, or would run code.
+
+    torch loads changed numbers unseen, and DeepSpeed loads whatever a pickle can hold.
+    """
     tag, ranks = (folder / "latest").read_text(encoding="utf-8").strip(), dist.get_world_size()
     files = sorted((folder / tag).glob("*.pt"))
     matches = (re.search(r"zero_pp_rank_(\d+)_.*optim_states", path.name) for path in files)
@@ -118,16 +128,7 @@ def check(folder: Path, stage: int) -> None:
         problem = f"{folder / tag} takes as many ranks as saved it, whose files are all there, got {ranks} ranks and "
         problem += f"files of {', '.join(map(str, sorted(owners))) or 'none'}"
     for path in files[dist.get_rank() :: ranks]:
-        try:
-            with path.open("rb") as file:
-                if file.read(1) == b"\x80":  # "checkpoint_serialization": false, which has no check sums
-                    continue
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is None:
-                    continue
-        except (zipfile.BadZipFile, OSError):
-            pass
-        problem = f"{path} is damaged"
+        problem = problem or _problem_of(path)
     problems: list[str | None] = [None] * ranks
     dist.all_gather_object(problems, problem)
     problem = next(filter(None, problems), None)
@@ -139,6 +140,27 @@ def check(folder: Path, stage: int) -> None:
         fail(Path(sys.argv[0]).name, ValueError(problem))
     end()
     sys.exit(2)
+
+
+def _problem_of(path: Path) -> str | None:
+    """Return what is wrong with a file of a checkpoint, which must not be loaded then."""
+    is_zip = zipfile.is_zipfile(path)
+    try:
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    return f"{path} is damaged"
+        # Else it is of before zip files, or of "checkpoint_serialization": false; there are no check sums in it.
+        with torch.serialization.safe_globals(RECORDS):
+            torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except pickle.UnpicklingError as error:
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        if name is not None:
+            return f"{path} takes tensors and DeepSpeed's own records, got {name[1]}, which could run code"
+        return f"{path} is damaged"
+    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError):
+        return f"{path} is damaged"
+    return None
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:

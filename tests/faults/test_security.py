@@ -286,7 +286,6 @@ check(Path(sys.argv[1]), 0)
 """
 
 
-@pytest.mark.xfail(reason="DeepSpeed loads with weights_only=False, and the loop does not look first", strict=True)
 @pytest.mark.parametrize("form", ["zip", "legacy"])
 def test_the_deepspeed_example_refuses_a_checkpoint_that_would_run_code(
     form: str, tmp_path: Path, went_off: Path, record_property: Record
