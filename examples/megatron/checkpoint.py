@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,19 @@ from recipe import Recipe
 # How the distributed optimizer writes: each rank what it holds. megatron-core 0.14 has an older format for that.
 RESHARDABLE = hasattr(DistributedOptimizer, "sharded_param_state_dp_reshardable")
 METADATA = {"distrib_optim_sharding_type": "dp_reshardable" if RESHARDABLE else "fully_sharded_model_space"}
+
+
+#: What torch's distributed checkpoints keep their index in, the file ``.metadata``.
+RECORDS = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    "torch.distributed.checkpoint.metadata": {
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
+}
 
 
 def check_support(recipe: Recipe) -> None:
@@ -57,9 +71,30 @@ def save(
     dist_checkpointing.save(_state(gpt, optimizer, scheduler, is_loading=False), str(path))
 
 
+class _Index(pickle.Unpickler):
+    """Reads an index, and nothing that is not of one: torch itself would run whatever a pickle can hold."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in RECORDS.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}, which could run code")
+
+
+def check(path: Path) -> None:
+    """Refuses a checkpoint whose index would run code; torch loads the other files with weights_only."""
+    index = path / ".metadata"
+    if index.is_file():
+        try:
+            with index.open("rb") as file:
+                _Index(file).load()
+        except Exception as error:  # of a damaged pickle, any
+            raise ValueError(f"--load takes torch's own records in {index}, got {error}") from None
+
+
 @torch.no_grad()
 def load(path: Path, gpt: GPTModel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> int:
     """Puts a checkpoint into the model, the optimizer and the schedule, and returns how many steps they have made."""
+    check(path)
     step = int(path.name.removeprefix("step_"))
     _allocate(optimizer)
     state = dist_checkpointing.load(_state(gpt, optimizer, scheduler, is_loading=True), str(path))

@@ -29,7 +29,8 @@ FETCHERS = {"urllib", "requests", "httpx", "aiohttp", "ftplib", "http", "hugging
 
 #: What runs or fetches something all the same, by file and call, and why.
 EXCEPTIONS = {
-    ("examples/megatron/checkpoint.py", "dist_checkpointing.load"): "Megatron's own format, which it reads by itself",
+    ("examples/megatron/checkpoint.py", "dist_checkpointing.load"): "Megatron's own format, whose index is read before",
+    ("examples/megatron/checkpoint.py", "import pickle"): "an unpickler that finds torch's own records only",
     ("examples/deepspeed/loop.py", "engine.load_checkpoint"): "every file was read with weights_only=True before",
     ("examples/deepspeed/loop.py", "import pickle"): "the class of an error",
     ("weyl_megatron/stability/plan_models.py", "transformers.AutoConfig.from_pretrained"): "a config that a user names",
@@ -306,6 +307,37 @@ def test_the_deepspeed_example_refuses_a_checkpoint_that_would_run_code(
     assert run.returncode != 0 and str(path) in run.stderr, run.stderr[-3000:]
     assert "Traceback" not in run.stderr and not went_off.exists()
     record_property("tried", f"examples/deepspeed on a checkpoint, {form}, with a call in it")
+    record_property("survived", "refused in one sentence, nothing ran")
+
+
+INDEX = """
+import sys
+from pathlib import Path
+from tests import megatron_cpu
+megatron_cpu.install()
+sys.path.insert(0, "examples/megatron")
+import checkpoint
+try:
+    checkpoint.check(Path(sys.argv[1]))
+except ValueError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_the_megatron_example_refuses_a_checkpoint_that_would_run_code(
+    tmp_path: Path, went_off: Path, record_property: Record
+) -> None:
+    pytest.importorskip("megatron.core")
+    path = tmp_path / ".metadata"
+    path.write_bytes(pickle.dumps({"state_dict_metadata": Bomb(went_off)}))
+    run = subprocess.run(
+        [sys.executable, "-c", INDEX, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 1 and run.stderr.strip().splitlines()[-1] == (
+        f"--load takes torch's own records in {path}, got posix.mkdir, which could run code"
+    )
+    assert not went_off.exists()
+    record_property("tried", "examples/megatron on a checkpoint with a call in its index")
     record_property("survived", "refused in one sentence, nothing ran")
 
 
