@@ -5,13 +5,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# Files of tests that run beside each other; one of them may start four processes, which wait for each other a lot.
+JOBS ?= 2
+
 .PHONY: demo test test-large lint faults properties soak test-matrix clean
 
 demo: $(VENV)/.demo
 	$(BIN)/weyl-megatron demo
-
-# Files of tests that run beside each other; one of them may start four processes, which wait for each other a lot.
-JOBS ?= 2
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
@@ -25,7 +25,7 @@ FAULTS := tests/faults tests/test_guard.py tests/integrations/megatron/test_nonf
 	tests/integrations/megatron/test_checkpoints.py
 
 faults: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(FAULTS) --faults docs/faults.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(FAULTS) --faults docs/faults.md
 
 # Ten times as many drawn layouts as `make test`.
 properties: $(VENV)/.dev
