@@ -37,7 +37,8 @@ WORST_LOSS = 3.3
 
 
 def draw(found: Sequence[Comparison]) -> str:
-    """The whole picture as one SVG."""
+    """The whole picture as one SVG; where there is one rate only, there is no curve to draw."""
+    found = [comparison for comparison in found if len(comparison.rates) > 1] or found
     methods = [name for name in METHODS if any(name in comparison.methods for comparison in found)]
     top = 20 + LEGEND_ROW * math.ceil(len(methods) / COLUMNS)
     rows = _rows(found)
