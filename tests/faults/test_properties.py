@@ -465,7 +465,7 @@ ROUNDINGS = 4
 VANISHING = 1e-19
 
 #: Per kernel and dtype its share of the examples, and what is near: where a side of the matrix is 4 or less, so that
-#: vectors span everything, 19 of 20 rates are so near to exact arithmetic, in float64 all.
+#: vectors span everything, 49 of 50 rates are so near to exact arithmetic, in float64 all.
 RUNS = {
     ("cpu", torch.float32): (0.86, 1e-3),
     ("torch", torch.float32): (0.03, 1e-3),
@@ -571,7 +571,7 @@ def test_every_layout_steps_as_one_process_and_as_exact_arithmetic(
     print(f"{kernel}, {dtype}, {examples} cases: {worst}, {counts}")
     assert counts["clipped"] > 0.1 * counts["rates"], counts
     assert counts["certified"] > 0.1 * counts["rates"] or dtype == torch.bfloat16, counts  # it cannot take steps back
-    assert counts["close"] > 0.95 * counts["compared"] and counts["near"] > 0.95 * counts["narrow"], counts
+    assert counts["close"] > 0.95 * counts["compared"] and counts["near"] > 0.98 * counts["narrow"], counts
     record_property(
         "tried", f"{examples} drawn models, layouts and gradients on 1 to 5 ranks, {STEPS} steps, {kernel}, {dtype}"
     )
