@@ -16,7 +16,7 @@ from tests import megatron_cpu
 megatron_cpu.install()
 
 import megatron.core.optimizer.distrib_optimizer as distributed  # noqa: E402
-from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy  # noqa: E402
 from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402
 
@@ -35,7 +35,6 @@ class Run:
     """A model and its optimizer, cut as a case says."""
 
     def __init__(self, case: dict[str, Any]) -> None:
-        parallel_state.destroy_model_parallel()
         gpt.start(case)
         megatron.enable(**case.get("options", {}))
         self.case, self.model = case, gpt.build(case)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import zlib
 from collections.abc import Iterator
 from functools import partial
@@ -25,6 +26,8 @@ EXPERTS = 4
 STEPS, MICROS, MICRO = 10, 4, 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+gc.freeze()  # what was imported stays: collections between cases need not look at it
+
 
 class GatheredAttention(nn.Module):
     """Causal attention under context parallelism on the CPU, where megatron-core has Transformer Engine's alone."""
@@ -45,7 +48,8 @@ class GatheredAttention(nn.Module):
 
 
 def start(case: dict[str, Any]) -> None:
-    """Make Megatron's process groups for a case."""
+    """Make Megatron's process groups for a case, in place of those of the case before."""
+    stop()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=case.get("tp", 1),
         pipeline_model_parallel_size=case.get("pp", 1),
@@ -56,6 +60,16 @@ def start(case: dict[str, Any]) -> None:
         num_distributed_optimizer_instances=case.get("instances", 1),
     )
     model_parallel_cuda_manual_seed(1)
+
+
+def stop() -> None:
+    """End Megatron's process groups: it only forgets them, and every one of gloo's has threads that are never idle."""
+    parallel_state.destroy_model_parallel()
+    gc.collect()  # models and optimizers are cycles that hold them
+    dist.barrier()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group != dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def config_of(case: dict[str, Any]) -> TransformerConfig:

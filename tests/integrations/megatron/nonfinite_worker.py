@@ -39,7 +39,6 @@ CASES: dict[str, dict[str, Any]] = {
 
 def run(case: dict[str, Any], value: float | None) -> list[Tensor]:
     """Train; on the steps in BAD, put ``value`` into a gradient on the last rank; None: leave these steps out."""
-    parallel_state.destroy_model_parallel()
     gpt.start(case)
     model = gpt.build(case)
     optimizer = get_megatron_optimizer(optimizer_config(case), model)
