@@ -70,6 +70,8 @@ class AdamW2(torch.optim.AdamW):
     Raises:
         ValueError: an unknown key or an impossible value, at construction; at the first step a parameter that the
             engine holds in a way that is not understood.
+        FloatingPointError: in a step with a gradient that is not finite, where ``nonfinite`` is "raise".
+        RuntimeError: after ``nonfinite_limit`` skipped steps in a row.
 
     Example::
 

@@ -147,6 +147,8 @@ def document(results: Sequence[dict[str, Any]]) -> str:
         "![The score against the learning rate, for every method](compare.svg)",
         "\n".join(f"- {METHODS[name].title}: {METHODS[name].note}." for name in METHODS if _is_in(name, found)),
     ]
+    if partial := [comparison.cell.title for comparison in found if not _is_whole(comparison, found)]:
+        parts.append(f"Not whole yet: {'; '.join(partial)}.")
     parts += ["## Best over the rates", "Mean over the seeds at each method's best rate, which stands behind it."]
     parts += _summaries(found, _best_text)
     parts += [
@@ -160,6 +162,12 @@ def document(results: Sequence[dict[str, Any]]) -> str:
     for comparison in found:
         parts += [f"### {comparison.cell.title}, {comparison.cell.steps} steps", _numbers(comparison)]
     return "\n\n".join(parts) + "\n"
+
+
+def _is_whole(comparison: Comparison, found: Sequence[Comparison]) -> bool:
+    """Whether it has every method at every rate that another cell of its task has."""
+    of_task = [other for other in found if other.cell.task == comparison.cell.task]
+    return all(key in comparison.entries for other in of_task for key in other.entries)
 
 
 def _is_in(method: str, found: Sequence[Comparison]) -> bool:
@@ -194,7 +202,7 @@ def _best_text(comparison: Comparison, method: str) -> str:
     if rate is None:
         return "diverged"
     number = comparison.mean(method, rate)
-    bold = "**" if number == comparison.best() else ""
+    bold = "**" if number == comparison.best() and len(comparison.methods) > 1 else ""
     return f"{bold}{number:.3f}{bold} at {rate:g}"
 
 

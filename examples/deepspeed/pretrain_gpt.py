@@ -1,8 +1,8 @@
 """Pretrain a GPT under DeepSpeed, without warmup.
 
-    python -m examples.data.prepare_text --stdlib --out out/text
+    python -m examples.data.prepare_text --stdlib --vocab-size 512 --out out/text512
     torchrun --nproc-per-node 2 examples/deepspeed/pretrain_gpt.py examples/deepspeed/recipes/gpt_tiny.yaml \\
-        --data out/text --out out/gpt_tiny
+        --data out/text512 --out out/gpt_tiny
 """
 
 from __future__ import annotations

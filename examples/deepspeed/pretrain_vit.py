@@ -1,8 +1,8 @@
 """Pretrain a ViT, Swin or FLatten-Swin on images under DeepSpeed, without warmup.
 
-    python -m examples.data.digits --out out/digits
+    python -m examples.data.digits --out out/digits16 --size 16
     torchrun --nproc-per-node 2 examples/deepspeed/pretrain_vit.py examples/deepspeed/recipes/vit_digits.yaml \\
-        --data out/digits --out out/vit_digits
+        --data out/digits16 --out out/vit_digits
 """
 
 from __future__ import annotations

@@ -138,6 +138,17 @@ def test_the_page_is_made_from_the_results_alone(tmp_path: Path) -> None:
     assert "| AdamW | 2.610 ± 0.010 | 2.610 ± 0.010 | 2.610 ± 0.010 | 1 of 3 diverged |" in text
     assert "2.410 ± 0.010 (20%)" in text
     assert (tmp_path / "docs-a/compare.svg").read_text().count('class="chart"') == 8
+    assert "Not whole yet" not in text
+
+
+def test_a_grid_that_is_not_whole_says_so_and_names_no_winner_without_a_rival(tmp_path: Path) -> None:
+    lone = synthetic(replace(RUN, task="gpt", depth=24, lr=1e-3), 2.5)
+    write(tmp_path, [*a_grid(tmp_path / "whole"), lone])
+    assert main(["table", "--out", str(tmp_path), "--docs", str(tmp_path)]) == 0
+    text = (tmp_path / "compare.md").read_text()
+    (cell,) = [comparison.cell for comparison in comparisons([lone])]
+    assert f"Not whole yet: {cell.title}." in text
+    assert "2.500 at 0.001 |" in text
 
 
 def test_methods_are_compared_within_a_cell(tmp_path: Path) -> None:
