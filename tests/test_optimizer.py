@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from torch import nn
 from tests import net as nets
 from tests.processes import torchrun
 from weyl_megatron import AdamW2, MatrixStats
+from weyl_megatron.layouts.buffers import Layout
+from weyl_megatron.optimizer import _CARRIED
 from weyl_megatron.reference import AdamW2Reference, exact_sigma
 
 INFINITE = float("inf")
@@ -219,6 +222,33 @@ def test_channels_last_convolutions_are_the_same_matrices() -> None:
     assert torch.allclose(plain, last, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("tau", [1e6, INFINITE])  # in the fused kernel, in plain torch
+@pytest.mark.parametrize("when", ["in mid-run", "when a checkpoint is loaded"])
+def test_a_convolution_that_becomes_channels_last_keeps_its_moments(when: str, tau: float) -> None:
+    torch.manual_seed(0)
+    first, grads = torch.randn(6, 3, 4, 4), torch.randn(8, 6, 3, 4, 4)
+
+    def run(make: Callable[[nn.Parameter], torch.optim.Optimizer]) -> torch.Tensor:
+        weight = nn.Parameter(first.clone())
+        optimizer = make(weight)
+        for step, grad in enumerate(grads):
+            if step == 4:
+                if when == "in mid-run":
+                    weight.data = weight.data.to(memory_format=torch.channels_last)
+                else:
+                    state = copy.deepcopy(optimizer.state_dict())
+                    weight = nn.Parameter(weight.detach().to(memory_format=torch.channels_last))
+                    optimizer = make(weight)
+                    optimizer.load_state_dict(state)
+            weight.grad = grad.clone()
+            optimizer.step()
+        return weight.detach()
+
+    expected = run(lambda weight: torch.optim.AdamW([weight], lr=0.05, foreach=False))
+    found = run(lambda weight: AdamW2([("w", weight)], lr=0.05, tau=tau))
+    assert torch.allclose(found, expected, rtol=0, atol=2e-6)  # roundings of eight steps
+
+
 def test_checkpoints_travel_from_adamw_and_back() -> None:
     _, adamw = train(lambda net: torch.optim.AdamW(net.parameters(), lr=1e-3), steps=3)
     net, adamw2 = train(lambda net: AdamW2(net.parameters(), lr=1e-3), steps=3)
@@ -248,6 +278,50 @@ def test_a_resumed_run_goes_on_as_the_uninterrupted_one() -> None:
         return weight.detach()
 
     assert torch.equal(run(stop=6), run(stop=None))  # the power vectors are in the state dict
+
+
+@pytest.mark.parametrize("is_new", [True, False], ids=["in another optimizer", "in the same one"])
+def test_a_run_that_is_set_back_goes_on_as_it_went_on(is_new: bool) -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(20, 12))
+    optimizer = AdamW2([("w", weight)], lr=0.05)
+    grads = torch.randn(9, 20, 12)
+
+    def steps(numbers: range) -> tuple[torch.Tensor, dict[str, Any]]:
+        for number in numbers:
+            weight.grad = grads[number].clone()
+            optimizer.step()
+        return weight.detach().clone(), copy.deepcopy(optimizer.state_dict())
+
+    start, saved = steps(range(4))
+    went_on, after = steps(range(4, 9))
+    weight.data.copy_(start)
+    if is_new:
+        optimizer = AdamW2([("w", weight)], lr=0.05)
+    optimizer.load_state_dict(saved)
+    found, found_after = steps(range(4, 9))
+    assert torch.equal(found, went_on)
+    (carried,), (found_carried,) = (state["param_groups"][0][_CARRIED] for state in (after, found_after))
+    vectors = [block for of_matrix in carried["blocks"] for block in of_matrix]
+    found_vectors = [block for of_matrix in found_carried["blocks"] for block in of_matrix]
+    assert all(map(torch.equal, vectors, found_vectors))
+    assert not torch.equal(vectors[0], saved["param_groups"][0][_CARRIED][0]["blocks"][0][0])
+
+
+def test_what_was_forgotten_is_measured_afresh_and_then_carried() -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(20, 12))
+    optimizer = AdamW2([("w", weight)], lr=0.05)
+
+    def vectors() -> torch.Tensor:
+        weight.grad = torch.randn(20, 12)
+        optimizer.step()
+        block: torch.Tensor = optimizer.state_dict()["param_groups"][0][_CARRIED][0]["blocks"][0][1]
+        return block.clone()
+
+    vectors()
+    optimizer.forget()
+    assert not torch.equal(vectors(), vectors())
 
 
 def test_parameters_that_are_frozen_unfrozen_or_added_later_are_stepped() -> None:
@@ -293,8 +367,69 @@ def test_what_it_cannot_step_is_named() -> None:
             AdamW2([("w", parameter)]).step()
     table = nn.Embedding(4, 3, sparse=True)
     table(torch.tensor([1])).sum().backward()
+    other = nn.Parameter(torch.ones(2, 2))
+    other.grad = torch.ones_like(other)
+    optimizer = AdamW2([("other", other), *table.named_parameters()])
     with pytest.raises(ValueError, match="sparse gradient"):
-        AdamW2(table.named_parameters()).step()
+        optimizer.step()
+    assert optimizer.state[other]["step"] == 0  # the step that was refused is not counted
+
+
+def test_a_name_that_two_parameters_have_is_refused() -> None:
+    encoder, decoder = nn.Linear(3, 2), nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="params got the name 'weight' twice, it takes each once"):
+        AdamW2([*encoder.named_parameters(), *decoder.named_parameters()])
+
+
+@pytest.mark.parametrize(("key", "value"), [("maximize", True), ("amsgrad", True), ("capturable", True)])
+def test_a_parameter_group_may_not_ask_for_what_is_not_done(key: str, value: bool) -> None:
+    weight = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(ValueError, match=f"AdamW2: {key} got True, it takes False"):
+        AdamW2([{"params": [("w", weight)], key: value}])
+
+
+def test_of_a_checkpoint_of_adamw_what_changes_nothing_is_dropped_and_the_rest_refused() -> None:
+    weight = nn.Parameter(torch.ones(2, 2))
+    weight.grad = torch.ones_like(weight)
+    theirs = torch.optim.AdamW([weight], capturable=False, fused=True)
+    theirs.step()
+    optimizer = AdamW2([("w", weight)])
+    optimizer.load_state_dict(theirs.state_dict())
+    (group,) = optimizer.param_groups
+    assert (group["fused"], group["foreach"], group["capturable"]) == (None, None, False)
+    optimizer.step()
+    assert optimizer.state[weight]["step"] == 2
+    amsgrad = torch.optim.AdamW([weight], amsgrad=True)
+    with pytest.raises(ValueError, match="AdamW2: amsgrad got True, it takes False"):
+        optimizer.load_state_dict(amsgrad.state_dict())
+
+
+def test_without_parameters_the_layout_is_read_once() -> None:
+    reads = []
+    optimizer = AdamW2([{"params": []}, {"params": []}])  # Megatron's stages without experts have such a one
+
+    def read() -> Layout:
+        reads.append(None)
+        return Layout([])
+
+    optimizer._engine_layout = read
+    for _ in range(3):
+        optimizer.step()
+    assert len(reads) == 1 and optimizer.stats() == {}
+
+
+def test_a_training_loop_s_tensors_are_not_kept_alive_where_deepspeed_is_imported() -> None:
+    pytest.importorskip("deepspeed")
+    weight = nn.Parameter(torch.ones(2, 2))
+    optimizer = AdamW2([("w", weight)])
+    losses = []
+    for _ in range(2):
+        loss = (weight @ torch.ones(2, 2)).sum()
+        losses.append(weakref.ref(loss))
+        loss.backward()
+        optimizer.step()
+    del loss
+    assert [each() for each in losses] == [None, None]
 
 
 def test_a_tensor_that_an_engine_put_in_place_of_the_parameters_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from weyl_megatron.kernels import Hyper, Stepped
 from weyl_megatron.layouts.buffers import Buffer, Layout
 from weyl_megatron.layouts.plain import plain_buffer
 from weyl_megatron.layouts.tensor_parallel import shardings_of
-from weyl_megatron.settings import check_adamw, check_settings, check_tau
+from weyl_megatron.settings import check_adamw, check_harmless, check_settings, check_tau
 from weyl_megatron.thresholds import Thresholds
 from weyl_megatron.walk import Carried, MatrixStats, Walk
 
@@ -116,7 +117,7 @@ class AdamW2(torch.optim.AdamW):
         self._step_in_group = False  # set by an engine's door: the count is in param_groups, where FusedAdam has it
         self._measures_gradients, self._gradient_norms = False, dict[str, float]()
         self._names: dict[int, str] = {}  # of the parameters that were given, by id
-        self._buffers: dict[int, Buffer] = {}  # the layout, by id of the tensor that is stepped
+        self._buffers: dict[int, Buffer] | None = None  # the layout, by id of the tensor that is stepped; None: unread
         self._walks: dict[tuple[int, ...], Walk] = {}  # by the ids of the tensors that are stepped together
         self._carried: dict[str, Carried] = {}  # of a loaded state dict, by matrix, until its walk is there
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
@@ -128,19 +129,26 @@ class AdamW2(torch.optim.AdamW):
         group = dict(param_group)
         group.setdefault("tau", self._settings.tau)
         check_tau("a parameter group's tau", group["tau"])
+        check_harmless(group)
         self._auto = self._auto or group["tau"] == "auto"
         if not isinstance(group["params"], (Tensor, set)):
             group["params"] = list(group["params"])
+            taken = set(self._names.values())
             for number, item in enumerate(group["params"]):
                 if isinstance(item, tuple):
                     name, group["params"][number] = item
                     # What DDP and torch.compile add is dropped: the start vectors belong to the model's own names.
                     name = name.removeprefix("module.").replace("_orig_mod.", "")
+                    if name in taken:
+                        raise ValueError(
+                            f"AdamW2: params got the name '{name}' twice, it takes each once: put prefixes before them."
+                        )
+                    taken.add(name)
                     self._names[id(group["params"][number])] = name
         super().add_param_group(group)
         for number, param in enumerate(self.param_groups[-1]["params"]):
             self._names.setdefault(id(param), f"group{len(self.param_groups) - 1}.param{number}")
-        self._buffers, self._walks = {}, {}
+        self._buffers, self._walks = None, {}
 
     def __getstate__(self) -> dict[str, Any]:
         names = [[self._names.get(id(param)) for param in group["params"]] for group in self.param_groups]
@@ -161,7 +169,7 @@ class AdamW2(torch.optim.AdamW):
             pairs = zip(self.param_groups, names, strict=True)
             named = (zip(group["params"], of_group, strict=True) for group, of_group in pairs)
             self._names = {id(param): name for group in named for param, name in group if name is not None}
-            self._buffers, self._walks, self._carried = {}, {}, {}
+            self._buffers, self._walks, self._carried = None, {}, {}
         for group in self.param_groups:
             group.setdefault("tau", self._settings.tau)
         self.forget()
@@ -180,10 +188,16 @@ class AdamW2(torch.optim.AdamW):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state dict of an AdamW² or an AdamW; without vectors in it, the next step measures afresh."""
+        for saved in state_dict["param_groups"]:
+            check_harmless({key: value for key, value in saved.items() if key != "capturable"})
         taus = [group["tau"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, saved, tau in zip(self.param_groups, state_dict["param_groups"], taus, strict=True):
             group["tau"] = saved.get("tau", tau)  # the checkpoint of an AdamW has none
+            group |= {"foreach": None, "fused": None, "capturable": False}
+        for state in self.state.values():  # of a fused AdamW the count is on the device, and reading it would wait
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].cpu()
         self._take_carried()
 
     def forget(self) -> None:
@@ -214,7 +228,8 @@ class AdamW2(torch.optim.AdamW):
                 loss = closure()
         if self._is_construction_call():
             return loss
-        if not self._buffers:
+        _refuse_capture(self)
+        if self._buffers is None or self._is_laid_out_anew():
             self._read_layout()
         self._take_carried()
         if not self._guard.admits(self._stepped_buffers()):
@@ -224,6 +239,7 @@ class AdamW2(torch.optim.AdamW):
             if self._measures_gradients:
                 self._gradient_norms |= walk.gradient_norms(stepped)
             walk.begin(stepped, groups)
+            self._count(tensors)
             settled = walk.move_early()  # lines 3 to 14 in one pass, where α is proved to be within Rule 1
             for wave in walk.waiting(settled):
                 sigma_weight, sigma_update = walk.sigmas(wave)  # lines 3 to 6
@@ -263,17 +279,23 @@ class AdamW2(torch.optim.AdamW):
         state = self.state[tensor]
         if not state:
             self._allocate(tensor)
-        if self._step_in_group:
-            step = float(group["step"] + 1)
-        else:
-            # Not in place: DeepSpeed's universal checkpoint hands one step tensor to several of ZeRO-3's sub-groups.
-            state["step"] = state["step"] + 1
-            step = float(state["step"])
         if grad.stride() != tensor.stride():
             grad = torch.empty_like(tensor).copy_(grad)
+        for key in ("exp_avg", "exp_avg_sq"):  # a checkpoint's, or from before the weight became channels_last
+            if state[key].stride() != tensor.stride():
+                state[key] = torch.empty_like(tensor, dtype=state[key].dtype).copy_(state[key])
+        step = float(group["step"] if self._step_in_group else state["step"]) + 1
         beta1, beta2 = group["betas"]
         hyper = Hyper(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], step)
         return Stepped(grad, state["exp_avg"], state["exp_avg_sq"], hyper)
+
+    def _count(self, tensors: Iterable[Tensor]) -> None:
+        """Count the step of every tensor that has a gradient; no error can leave some of them counted any more."""
+        if not self._step_in_group:
+            for tensor in tensors:
+                if tensor.grad is not None:
+                    # Not in place: DeepSpeed's universal checkpoint hands one count to several of ZeRO-3's sub-groups.
+                    self.state[tensor]["step"] = self.state[tensor]["step"] + 1
 
     def _allocate(self, tensor: Tensor) -> None:
         if not self._step_in_group:
@@ -292,7 +314,7 @@ class AdamW2(torch.optim.AdamW):
 
     def _is_construction_call(self) -> bool:
         """True where an engine calls ``step`` with zero gradients while it is built; only the state is made then."""
-        if self._buffers:
+        if self._buffers is not None:
             return False
         engine = deepspeed.engine_on_stack(self)
         if engine is None or not deepspeed.is_under_construction(engine):
@@ -308,8 +330,9 @@ class AdamW2(torch.optim.AdamW):
             for tensor in group["params"]
             if tensor.requires_grad or tensor.grad is not None
         }
+        assert self._buffers is not None
         if not group_of.keys() <= self._buffers.keys():
-            first = next(iter(self._buffers.values())).shards[0].parameter.name
+            first = next((buffer.shards[0].parameter.name for buffer in self._buffers.values()), "")
             raise ValueError(
                 f"AdamW2: the engine steps a tensor that its layout does not have, beside parameter '{first}'."
             )
@@ -323,12 +346,15 @@ class AdamW2(torch.optim.AdamW):
                 buffers, groups = by_device.setdefault(buffer.tensor.device, ([], []))
                 buffers.append(buffer)
                 groups.append(group)
-        for buffers, groups in by_device.values():
-            yield self._walk(buffers, groups), [buffer.tensor for buffer in buffers], groups
+        for device, (buffers, groups) in by_device.items():
+            # Triton launches on the current device, whichever its tensors are on.
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                yield self._walk(buffers, groups), [buffer.tensor for buffer in buffers], groups
 
     def _stepped_buffers(self) -> list[Buffer]:
+        known = self._buffers or {}
         tensors = (tensor for group in self.param_groups for tensor in group["params"])
-        return [self._buffers[id(tensor)] for tensor in tensors if id(tensor) in self._buffers]
+        return [known[id(tensor)] for tensor in tensors if id(tensor) in known]
 
     def _walk(self, buffers: list[Buffer], groups: list[dict[str, Any]]) -> Walk:
         key = tuple(id(buffer.tensor) for buffer in buffers)
@@ -366,6 +392,13 @@ class AdamW2(torch.optim.AdamW):
             layout = Layout(self._plain_buffers())
         self._thresholds = Thresholds(self._settings, layout, self._auto)
         self._buffers = {id(buffer.tensor): buffer for buffer in layout.buffers}
+        self._strides = {number: buffer.tensor.stride() for number, buffer in self._buffers.items()}
+        self._walks = {}
+
+    def _is_laid_out_anew(self) -> bool:
+        """Whether a tensor's memory has another order than when the layout was read, as after ``channels_last``."""
+        buffers = (self._buffers or {}).items()
+        return any(buffer.tensor.stride() != self._strides[number] for number, buffer in buffers)
 
     def _plain_buffers(self) -> list[Buffer]:
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
@@ -378,3 +411,11 @@ class AdamW2(torch.optim.AdamW):
                 )
         shardings = shardings_of([(self._names[id(tensor)], tensor) for tensor in tensors], self._tp_group)
         return [plain_buffer(tensor, self._names[id(tensor)], shardings) for tensor in tensors]
+
+
+def _refuse_capture(optimizer: torch.optim.Optimizer) -> None:
+    """Raise RuntimeError, as torch's optimizers do, where a CUDA graph is captured: counts would freeze."""
+    # torch gave it a second name.
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+        if hasattr(optimizer, name):
+            getattr(optimizer, name)()

@@ -81,9 +81,7 @@ def check_settings(
             )
         if key not in _HARMLESS:
             raise ValueError(f"AdamW2: unknown key {key!r} got {value!r}; it takes {_OPTIONS}.")
-        taken = _HARMLESS[key]
-        if taken is not None and not any(value is option for option in taken):
-            raise ValueError(f"AdamW2: {key} got {value!r}, it takes {' or '.join(map(repr, taken))}.")
+    check_harmless(others)
     check_tau("tau", tau)
     if not isinstance(power_iters, int) or isinstance(power_iters, bool) or power_iters < 1:
         raise ValueError(f"AdamW2: power_iters got {power_iters!r}, it takes a whole number from 1 on.")
@@ -109,6 +107,14 @@ def check_settings(
         nonfinite,
         nonfinite_limit,
     )
+
+
+def check_harmless(given: Mapping[str, Any]) -> None:
+    """Raise ValueError where a key of AdamW configurations has a value that would change something."""
+    for key, value in given.items():
+        taken = _HARMLESS.get(key)
+        if taken is not None and not any(value is option for option in taken):
+            raise ValueError(f"AdamW2: {key} got {value!r}, it takes {' or '.join(map(repr, taken))}.")
 
 
 def check_adamw(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from weyl_megatron.layouts.buffers import Layout, Parameter
 from weyl_megatron.layouts.grid import Grid, grid_of, known_fused, told_fused
 from weyl_megatron.roles import io_parameters
-from weyl_megatron.rule import HIDDEN_BUDGET, IO_TAU, random_sigma, xavier_std
+from weyl_megatron.rule import HIDDEN_BUDGET, IO_TAU, SLOW_TAU, random_sigma, xavier_std
 from weyl_megatron.settings import Settings
 
 
@@ -32,6 +32,9 @@ class Thresholds:
                 "overlap_param_gather_with_optimizer_step."
             )
         self._settings = settings
+        #: Whether a matrix somewhere may have a τ above SLOW_TAU; the same on all ranks, whatever these have of it.
+        taus = [settings.tau, *(override.get("tau", 0.0) for override in settings.overrides)]
+        self.has_fast = auto or any(tau == "auto" or float(tau) > SLOW_TAU for tau in taus)
         self._io: set[str] | None = None
         parameters = layout.parameters or [shard.parameter for buffer in layout.buffers for shard in buffer.shards]
         counts = {parameter.name: self._count(parameter) for parameter in parameters}

@@ -296,7 +296,8 @@ class Walk:
             ]
             floor, tau = torch.tensor(limits, dtype=torch.float64).view(-1, 2).T.contiguous().to(self._device)
             self._limits = {taus: (tau, floor)}
-            self._has_fast = any(tau > SLOW_TAU for _, tau in limits)
+            # Where the host may not look, the size of collectives hangs on it: not on what this rank has alone.
+            self._has_fast = self._thresholds.has_fast or any(tau > SLOW_TAU for _, tau in limits)
         numbers = [[float(group["lr"]) for group in of], [float(group["weight_decay"]) for group in of]]
         both = torch.tensor(numbers, dtype=torch.float64, pin_memory=self._device.type == "cuda")
         lr, weight_decay = both.to(self._device, non_blocking=True)

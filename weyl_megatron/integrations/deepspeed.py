@@ -41,9 +41,11 @@ def engine_on_stack(optimizer: object) -> Any | None:
         return None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        candidate = frame.f_locals.get("self")
-        if isinstance(candidate, module.DeepSpeedEngine) and candidate.basic_optimizer is optimizer:
-            return candidate
+        # f_locals would keep alive what the frame's variables are now: not of the user's own training loop.
+        if frame.f_globals.get("__name__", "").startswith("deepspeed."):
+            candidate = frame.f_locals.get("self")
+            if isinstance(candidate, module.DeepSpeedEngine) and candidate.basic_optimizer is optimizer:
+                return candidate
         frame = frame.f_back
     return None
 

@@ -2,7 +2,7 @@
 
 A matrix has, per operand, a block X of a few vectors that is kept from step to step, and room for what is made of it::
 
-    kept   (b, cols)           the block between steps, in bfloat16 where there are many: iterations mend the rounding
+    kept   (b, cols)           the block between steps, in bfloat16 where there are many that no other rank shares
     x      (b, cols)           the block
     z      (b, cols), (b, b)   Z = Wᵀ Y and Yᵀ Y, where Y = W X; side by side, because they are summed together
     left   (cut rows, b)       Y of those rows that no rank holds whole
@@ -166,20 +166,24 @@ class Blocks:
             operand.shape = torch.tensor(shapes, dtype=torch.int64).view(-1, 5).to(device)
 
     def restart(self) -> None:
-        """Keep the start blocks."""
+        """Keep the start blocks, where the blocks before them lay: kernels know the addresses."""
         total = sum(
             b * matrix.cols for each in self.operands for b, matrix in zip(each.widths, self.matrices, strict=True)
         )
-        dtype = torch.bfloat16 if self.x.dtype == torch.float32 and total > _FEW else self.x.dtype
-        for operand in self.operands:
-            operand.kept, operand.working = [], []
-        for wave in self.waves:
+        has_many = self.x.dtype == torch.float32 and total > _FEW
+        for number, wave in enumerate(self.waves):
+            # Ranks that share a matrix may differ in what else they have, and not in a rounding.
+            is_spread = bool(wave and self.matrices[wave[0]].groups)
+            dtype = torch.bfloat16 if has_many and not is_spread else self.x.dtype
             for operand in self.operands:
                 starts = [start_block(self.matrices[k].name, self.matrices[k].cols, operand.widths[k]) for k in wave]
                 first = operand.x_at[wave[0]] if wave else 0
                 kept = torch.cat([start.T.flatten() for start in starts] or [torch.empty(0)])
-                operand.kept.append(kept.to(self.x.device, dtype))
-                operand.working.append(self.x[first : first + len(kept)])
+                if number < len(operand.kept):
+                    operand.kept[number].copy_(kept)
+                else:
+                    operand.kept.append(kept.to(self.x.device, dtype))
+                    operand.working.append(self.x[first : first + len(kept)])
 
     def load(self, wave: int) -> None:
         """Take a wave's blocks out and make room for its sums."""

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import torch
+
+from tests.faults.threads import Group, on_ranks, summing_groups
+from weyl_megatron.spectral.blocks import Blocks, MatrixSpec
+
+
+def test_ranks_keep_the_vectors_of_a_shared_matrix_in_one_dtype_whatever_else_they_have() -> None:
+    group = Group([0, 1])
+
+    def kept(rank: int) -> list[torch.dtype]:
+        shared = MatrixSpec("embedding", 40, 30, (group,))  # type: ignore[arg-type]
+        own = [MatrixSpec(f"layer{number}", 4, 9000) for number in range(3)] if rank else []
+        waves = [[0], list(range(1, len(own) + 1))]
+        blocks = Blocks([shared, *own], [], (4, 4), waves[: 1 + bool(own)], False, torch.device("cpu"), torch.float32)
+        return [each.dtype for each in blocks.operands[0].kept]
+
+    with summing_groups():
+        one, other = on_ranks(2, [group], kept)
+    assert one == [torch.float32] and other == [torch.float32, torch.bfloat16]
+
+
+def test_starting_again_leaves_the_vectors_where_they_were() -> None:
+    blocks = Blocks([MatrixSpec("w", 8, 5)], [], (4, 4), [[0]], False, torch.device("cpu"), torch.float32)
+    kept = blocks.operands[1].kept[0]
+    first, address = kept.clone(), kept.data_ptr()
+    kept.zero_()
+    blocks.restart()
+    assert blocks.operands[1].kept[0].data_ptr() == address and torch.equal(kept, first)
