@@ -20,6 +20,7 @@ from tests.stability.residual_worker import CONFIG, OPTIMIZER, STEPS, scaled_mod
 from tests.stability.test_blocks import CASES
 from weyl_megatron import AdamW2
 from weyl_megatron.demo.data import load_corpus, sequences, training_offsets
+from weyl_megatron.reparam import sigma_reparam
 from weyl_megatron.residual import scale_residuals
 from weyl_megatron.stability.watch import Watch
 
@@ -157,6 +158,27 @@ def is_block(matrices: Callable[[nn.Module], dict[str, Tensor]], module: nn.Modu
         return bool(matrices(module))
     except AttributeError:
         return False
+
+
+@pytest.mark.parametrize("mode", ["forward", "learned"])
+def test_torch_s_fast_path_is_scaled_as_the_slow_one(mode: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    assert scale_residuals(model, mode=mode) == 4
+    x, is_padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    expected = model(x, src_key_padding_mask=is_padding)
+    with torch.no_grad():  # torch then makes nested tensors of what is no padding
+        found = model(x, src_key_padding_mask=is_padding)
+    torch.testing.assert_close(found[~is_padding], expected[~is_padding], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["forward", "learned"])
+def test_a_converted_model_is_scaled_without_a_power_step(mode: str) -> None:
+    model = reparametrized()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    scale_residuals(model, mode=mode)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
 
 
 def test_init_leaves_the_model_s_modules_and_names_as_they_are() -> None:
@@ -327,6 +349,19 @@ class Sandwich(nn.Module):
         self.post_feedforward_layernorm = nn.LayerNorm(24)
 
 
+def swin2() -> nn.Module:
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": (2,), "num_heads": (2,)}
+    made: nn.Module = timm.models.swin_transformer_v2.SwinTransformerV2(**sizes, num_classes=5)
+    return made
+
+
+def reparametrized() -> nn.Module:
+    model = gpt()
+    sigma_reparam(model)
+    return model
+
+
 class NoMLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -348,6 +383,8 @@ def partitioned() -> nn.Module:
         (gpt, {"depth": True}, "residual: depth got True, it takes a whole number from 1 on."),
         (lambda: nn.Linear(2, 2), {}, "no Transformer block was recognised in Linear"),
         (lambda: nn.ModuleList([Sandwich()]), {}, "norms its branches before they are added"),
+        (swin2, {}, "(SwinTransformerV2Block) norms its branches before they are added"),
+        (reparametrized, {"mode": "init"}, "mode got 'init', but blocks.0's attention's output layer computes its"),
         (NoMLP, {}, "the MLP's second layer of blocks.0 (Block) was not recognised; name the layers with names="),
         (
             partitioned,

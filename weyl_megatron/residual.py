@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from weyl_megatron.stability.blocks import Block, find_blocks
 
@@ -88,15 +89,18 @@ class _Branch(NamedTuple):
 
     def tensors(self) -> Iterator[Tensor]:
         for name in ("weight", "bias"):
-            value = getattr(self.weights, name, None)
-            if isinstance(value, Tensor):
+            if parametrize.is_parametrized(self.weights, name):
+                yield self.weights.parametrizations[name].original  # type: ignore[union-attr,index]
+            elif isinstance(value := getattr(self.weights, name, None), Tensor):
                 yield value
 
 
 def _branches(block: Block) -> Iterator[_Branch]:
     """Yield the attention's and the MLP's branch of a block."""
     # Behind a norm of its own a branch has that norm's scale, whatever its last layer is multiplied by.
-    if hasattr(block.module, "post_feedforward_layernorm") or type(block.module).__name__.startswith("ResPost"):
+    kind = type(block.module).__name__.lower()
+    is_swin2 = kind.startswith("swin") and "v2" in kind
+    if hasattr(block.module, "post_feedforward_layernorm") or kind.startswith("respost") or is_swin2:
         raise ValueError(
             f"residual: {block.name} ({type(block.module).__name__}) norms its branches before they are added, "
             f"which undoes a factor; it takes blocks x + f(norm(x)) and norm(x + f(x))."
@@ -119,6 +123,11 @@ def _branches(block: Block) -> Iterator[_Branch]:
 def _check(branch: _Branch, mode: str) -> None:
     if getattr(branch.layer, _MARK, False):
         raise ValueError(f"residual: {branch.name} got a second scaling, it takes one.")
+    if mode == "init" and parametrize.is_parametrized(branch.weights, "weight"):
+        raise ValueError(
+            f"residual: mode got 'init', but {branch.name} computes its weight (σReparam); it takes 'forward' or "
+            f"'learned' then, or a scaling before the conversion."
+        )
     weight = next(branch.tensors())
     if mode != "forward" and (hasattr(weight, "ds_id") or weight.is_meta):
         where = "on the meta device" if weight.is_meta else "partitioned by ZeRO-3 already"
@@ -158,4 +167,4 @@ class _Scaling:
         if self._factor is not None:
             return output * self._factor
         scale: Tensor = getattr(layer, SCALE)
-        return output * scale.to(output.dtype)
+        return output * scale.to(output.dtype).view(())  # nested tensors, torch's fast path, take no dimension

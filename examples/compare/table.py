@@ -165,9 +165,10 @@ def document(results: Sequence[dict[str, Any]]) -> str:
 
 
 def _is_whole(comparison: Comparison, found: Sequence[Comparison]) -> bool:
-    """Whether it has every method at every rate that another cell of its task has."""
-    of_task = [other for other in found if other.cell.task == comparison.cell.task]
-    return all(key in comparison.entries for other in of_task for key in other.entries)
+    """Whether it has every run, of every method at every rate, that another cell of its task has."""
+    mine = comparison.entries
+    of_task = [entry for other in found if other.cell.task == comparison.cell.task for entry in other.entries.items()]
+    return all(key in mine and mine[key].runs >= entry.runs for key, entry in of_task)
 
 
 def _is_in(method: str, found: Sequence[Comparison]) -> bool:

@@ -1,6 +1,6 @@
 """torchrun worker: trains tests/integrations/megatron/gpt.py with σReparam and Megatron's Adam, tensor parallel.
 
-Usage: megatron_worker.py OUT.json
+Usage: megatron_worker.py OUT.json CHECKPOINT…: saves the first, and loads each into a model of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.leave import leave
 
 megatron_cpu.install()
 
-from megatron.core import parallel_state  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 
@@ -49,8 +49,28 @@ def loss_of(model: GPTModel, step: int) -> torch.Tensor:
     return losses.float().mean()
 
 
+def restored(case: dict[str, Any], path: Path) -> float:
+    """The loss of a model whose every number comes from a checkpoint."""
+    model = build(case)
+    sigma_reparam(model, exclude=("output_layer",))
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if isinstance(tensor, torch.Tensor):
+                tensor.fill_(0.5)
+    model.load_state_dict(dist_checkpointing.load(model.sharded_state_dict(metadata={}), str(path)))
+    return loss_of(model.eval(), 0).item()
+
+
+def refusal(model: GPTModel) -> str:
+    try:
+        sigma_reparam(model, match=("output_layer",))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def main() -> None:
-    out = Path(sys.argv[1])
+    out, checkpoints = Path(sys.argv[1]), [Path(path) for path in sys.argv[2:]]
     dist.init_process_group("gloo")
     case = {"tp": dist.get_world_size(), "layers": 2}
     gpt.start(case)
@@ -71,6 +91,17 @@ def main() -> None:
         name: float(torch.linalg.matrix_norm(layer.parametrizations.weight.original.detach().double(), 2))
         for name, layer in layers.items()
     }
+    found["evaluated"] = loss_of(model.eval(), 0).item()
+    if dist.get_rank() == 0:
+        checkpoints[0].mkdir()
+    dist.barrier()
+    dist_checkpointing.save(model.sharded_state_dict(metadata={}), str(checkpoints[0]))
+    found["restored"] = {path.name: restored(case, path) for path in checkpoints}
+    model.output_layer.gradient_accumulation_fusion = True
+    found["refusals"] = [refusal(model)]
+    weight, model.output_layer.weight = model.output_layer.weight, None  # as where it is tied to the embedding
+    found["refusals"].append(refusal(model))
+    model.output_layer.weight, model.output_layer.gradient_accumulation_fusion = weight, False
     fold(model)
     found["folded"] = loss_of(model, 0).item()
     if dist.get_rank() == 0:

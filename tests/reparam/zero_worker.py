@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from examples.collapse.model import GPT, GPTConfig
 from tests.leave import leave
-from weyl_megatron.reparam import sigma_reparam, sigmas
+from weyl_megatron.reparam import fold, sigma_reparam, sigmas
 
 STEPS, SAVED = 6, 3
 
@@ -57,6 +57,19 @@ def tracked(engine: Any) -> dict[str, float]:
         return sigmas(engine.module)
 
 
+def refusals(engine: Any) -> list[str]:
+    """What is said of a model that ZeRO-3 has partitioned, and of one that is made so."""
+    with deepspeed.zero.Init(config_dict_or_path=engine.config):
+        plain = torch.nn.Linear(8, 8)
+    said = []
+    for act, model in ((fold, engine.module), (sigmas, engine.module), (sigma_reparam, torch.nn.Sequential(plain))):
+        try:
+            act(model)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
@@ -68,6 +81,8 @@ def main() -> None:
         other = make(stage)
         other.load_checkpoint(str(saved))
         found["resumed"] = train(other, range(SAVED, STEPS))
+        if stage == 3:
+            found["refusals"] = refusals(engine)
         if dist.get_rank() == 0:
             (folder / f"{stage}.json").write_text(json.dumps(found))
         del engine, other
