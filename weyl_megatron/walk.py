@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from weyl_megatron.kernels import Stepped, pick
+from weyl_megatron.kernels.choice import NAMES, VARIABLE
 from weyl_megatron.layouts.buffers import Buffer, Plan, plan_of
 from weyl_megatron.rule import SLOW_TAU, clipped_rates
 from weyl_megatron.spectral import PowerIteration
@@ -85,6 +86,7 @@ class Walk:
             dtype=torch.float64 if all(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32,
         )
         self._kernel = pick(self._power.blocks, tensors, plain=is_adamw)
+        self._check_kernels()
         self._tables(waves)
         # A step that was made too early can be taken back where rounding it twice is still rounding.
         exact = torch.float32, torch.float64
@@ -96,6 +98,23 @@ class Walk:
         self._cold = True
         self._limits: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self._measured: tuple[Tensor, ...] = ()  # the columns of MatrixStats
+
+    def _check_kernels(self) -> None:
+        """Raise ValueError on a rank whose kernel is not that of the others. Collective.
+
+        Two kernels round differently, and where a rounding decides whether one more iteration is made, ranks would wait
+        for each other for ever.
+        """
+        spread = [(k, matrix.groups) for k, matrix in enumerate(self._plan.matrices) if matrix.groups]
+        number = float(NAMES.index(self._kernel.name))
+        told = torch.tensor([1.0, number], dtype=torch.float64, device=self._device).repeat(len(self._plan.matrices), 1)
+        all_reduce_spans(told.view(-1), [Span(groups, 2 * k, 2 * k + 2) for k, groups in spread])
+        for (k, _), (ranks, total) in zip(spread, told[[k for k, _ in spread]].tolist(), strict=True):
+            if total != number * ranks:
+                raise ValueError(
+                    f"AdamW2: matrix '{self.names[k]}' got a rank that steps in another kernel than "
+                    f"'{self._kernel.name}', it takes one: `weyl-megatron doctor` tells why, {VARIABLE} sets it."
+                )
 
     def _tables(self, waves: Sequence[Sequence[int]]) -> None:
         """Make the tables of everything and of every wave, of U's vectors, replicas included."""
