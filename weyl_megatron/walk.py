@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from weyl_megatron.kernels import Stepped, pick
-from weyl_megatron.kernels.choice import NAMES, VARIABLE
+from weyl_megatron.kernels.choice import VARIABLE
 from weyl_megatron.layouts.buffers import Buffer, Plan, plan_of
 from weyl_megatron.rule import SLOW_TAU, clipped_rates
 from weyl_megatron.spectral import PowerIteration
@@ -106,7 +107,7 @@ class Walk:
         for each other for ever.
         """
         spread = [(k, matrix.groups) for k, matrix in enumerate(self._plan.matrices) if matrix.groups]
-        number = float(NAMES.index(self._kernel.name))
+        number = float(zlib.crc32(self._kernel.name.encode()))
         told = torch.tensor([1.0, number], dtype=torch.float64, device=self._device).repeat(len(self._plan.matrices), 1)
         all_reduce_spans(told.view(-1), [Span(groups, 2 * k, 2 * k + 2) for k, groups in spread])
         for (k, _), (ranks, total) in zip(spread, told[[k for k, _ in spread]].tolist(), strict=True):
