@@ -290,7 +290,7 @@ class AdamW2(torch.optim.AdamW):
         return Stepped(grad, state["exp_avg"], state["exp_avg_sq"], hyper)
 
     def _count(self, tensors: Iterable[Tensor]) -> None:
-        """Count the step of every tensor that has a gradient; no error can leave some of them counted any more."""
+        """Count the step of every tensor that has a gradient, once nothing can refuse it."""
         if not self._step_in_group:
             for tensor in tensors:
                 if tensor.grad is not None:
