@@ -70,23 +70,22 @@ class SigmaReparam(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return Ŵ; in training, take a power step before."""
-        with torch.autocast(weight.device.type, enabled=False):  # which would compute products in half the digits
-            # Activation checkpointing computes a forward pass again inside backward: with the same u and v.
-            if self.training and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
-                with torch.no_grad():
-                    self.u, self.v = power_step(weight.detach().flatten(1).float(), self.v, self._group, self._dim)
-            if self._statistics_only:
-                return weight
-            sigma = self.sigma(weight)
-            is_there = sigma > _LEAST_SIGMA
-            scale = torch.where(is_there, self.gamma.float() / torch.where(is_there, sigma, 1), 0)
-            if self._group is not None:
-                scale = SharedByGroup.apply(scale, self._group)
-            return (weight.float() * scale).to(weight.dtype)
+        # Activation checkpointing computes a forward pass again inside backward: with the same u and v.
+        if self.training and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
+            with torch.no_grad():
+                self.u, self.v = power_step(weight.detach().flatten(1).float(), self.v, self._group, self._dim)
+        if self._statistics_only:
+            return weight
+        sigma = self.sigma(weight)
+        is_there = sigma > _LEAST_SIGMA
+        scale = torch.where(is_there, self.gamma.float() / torch.where(is_there, sigma, 1), 0)
+        if self._group is not None:
+            scale = SharedByGroup.apply(scale, self._group)
+        return (weight.float() * scale).to(weight.dtype)
 
     def sigma(self, weight: Tensor) -> Tensor:
         """Return uᵀ W v, the estimate of σ₁(W), a scalar in float32 with a gradient."""
-        with torch.autocast(weight.device.type, enabled=False):
+        with torch.autocast(weight.device.type, enabled=False):  # see power_step
             sigma: Tensor = self.u @ (weight.flatten(1).float() @ self.v)
         return sigma if self._group is None else SumOverGroup.apply(sigma, self._group)
 
@@ -167,7 +166,7 @@ def fold(model: nn.Module) -> list[str]:
     if not folded:
         raise ValueError(f"fold: {type(model).__name__} has no layer that sigma_reparam converted.")
     for name, layer, parametrization in folded:
-        if hasattr(layer.parametrizations.weight.original, "ds_id"):  # type: ignore[union-attr]
+        if hasattr(layer.parametrizations.weight.original, "ds_id"):
             raise ValueError(
                 f"fold: '{name}' belongs to a ZeRO-3 engine, it takes a model without one: convert another model, load "
                 f"the state dict of the engine's zero_to_fp32.py into it, and fold that."
@@ -186,7 +185,7 @@ def sigmas(model: nn.Module) -> dict[str, float]:
     """
     found = {}
     for name, layer, parametrization in _converted(model):
-        original: Any = layer.parametrizations.weight.original  # type: ignore[union-attr]
+        original = layer.parametrizations.weight.original
         if _is_partitioned(original):
             raise ValueError(f"sigmas: '{name}' is partitioned by ZeRO-3, it takes deepspeed.zero.GatheredParameters.")
         found[name] = float(parametrization.sigma(original))
@@ -213,13 +212,14 @@ def drop_norms(model: nn.Module, names: Any = None) -> int:
     dropped = 0
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if id(child) in norms and not _is_linear(child):
+            if id(child) in norms:
                 setattr(module, name, nn.Identity())
                 dropped += 1
     return dropped
 
 
-def _converted(model: nn.Module) -> Iterator[tuple[str, nn.Module, SigmaReparam]]:
+def _converted(model: nn.Module) -> Iterator[tuple[str, Any, SigmaReparam]]:
+    layer: Any  # torch does not type what a parametrized module has
     for name, layer in model.named_modules():
         if parametrize.is_parametrized(layer, "weight"):
             for parametrization in layer.parametrizations.weight:
@@ -321,7 +321,7 @@ def _gated_state_dict(layer: Any, prefix: str = "", sharded_offsets: Any = (), m
 
     sharded = _sharded_state_dict(layer, prefix, sharded_offsets, metadata)
     has_own_shards = (metadata or {}).get("singleton_local_shards", False)
+    options = (has_own_shards,) if has_own_shards else ()  # since 0.16
     for key in ("parametrizations.weight.original", "parametrizations.weight.0.u"):
-        options = (has_own_shards,) if has_own_shards else ()  # since 0.16
         sharded[prefix + key] = apply_swiglu_sharded_factory(sharded[prefix + key], sharded_offsets, *options)
     return sharded

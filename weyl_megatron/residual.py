@@ -88,10 +88,11 @@ class _Branch(NamedTuple):
     is_shared_out: bool  # whether ranks have different tokens of the output (Megatron's sequence parallelism)
 
     def tensors(self) -> Iterator[Tensor]:
+        weights: Any = self.weights  # torch does not type what a parametrized module has
         for name in ("weight", "bias"):
-            if parametrize.is_parametrized(self.weights, name):
-                yield self.weights.parametrizations[name].original  # type: ignore[union-attr,index]
-            elif isinstance(value := getattr(self.weights, name, None), Tensor):
+            if parametrize.is_parametrized(weights, name):
+                yield weights.parametrizations[name].original
+            elif isinstance(value := getattr(weights, name, None), Tensor):
                 yield value
 
 

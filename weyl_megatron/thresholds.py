@@ -32,9 +32,9 @@ class Thresholds:
                 "overlap_param_gather_with_optimizer_step."
             )
         self._settings = settings
-        #: Whether a matrix somewhere may have a τ above SLOW_TAU; the same on all ranks, whatever these have of it.
         taus = [settings.tau, *(override.get("tau", 0.0) for override in settings.overrides)]
-        self.has_fast = auto or any(tau == "auto" or float(tau) > SLOW_TAU for tau in taus)
+        #: Whether a matrix somewhere may have a τ above SLOW_TAU; the same on all ranks, whatever these have of it.
+        self.has_fast = auto or any(tau > SLOW_TAU for tau in taus)
         self._io: set[str] | None = None
         parameters = layout.parameters or [shard.parameter for buffer in layout.buffers for shard in buffer.shards]
         counts = {parameter.name: self._count(parameter) for parameter in parameters}

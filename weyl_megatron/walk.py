@@ -87,8 +87,8 @@ class Walk:
             dtype=torch.float64 if all(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32,
         )
         self._kernel = pick(self._power.blocks, tensors, plain=is_adamw)
-        self._check_kernels()
         self._tables(waves)
+        self._check_kernels()
         # A step that was made too early can be taken back where rounding it twice is still rounding.
         exact = torch.float32, torch.float64
         self._can_undo = torch.tensor(
@@ -106,14 +106,13 @@ class Walk:
         Two kernels round differently, and where a rounding decides whether one more iteration is made, ranks would wait
         for each other for ever.
         """
-        spread = [(k, matrix.groups) for k, matrix in enumerate(self._plan.matrices) if matrix.groups]
         number = float(zlib.crc32(self._kernel.name.encode()))
-        told = torch.tensor([1.0, number], dtype=torch.float64, device=self._device).repeat(len(self._plan.matrices), 1)
-        all_reduce_spans(told.view(-1), [Span(groups, 2 * k, 2 * k + 2) for k, groups in spread])
-        for (k, _), (ranks, total) in zip(spread, told[[k for k, _ in spread]].tolist(), strict=True):
+        told = torch.tensor([1.0, number], dtype=torch.float64, device=self._device).repeat(len(self.names), 1)
+        all_reduce_spans(told.view(-1), [span for _, span in self._norm_spans])
+        for name, (ranks, total) in zip(self.names, told.tolist(), strict=True):  # of a matrix of its own: 1 rank
             if total != number * ranks:
                 raise ValueError(
-                    f"AdamW2: matrix '{self.names[k]}' got a rank that steps in another kernel than "
+                    f"AdamW2: matrix '{name}' got a rank that steps in another kernel than "
                     f"'{self._kernel.name}', it takes one: `weyl-megatron doctor` tells why, {VARIABLE} sets it."
                 )
 

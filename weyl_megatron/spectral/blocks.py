@@ -151,6 +151,7 @@ class Blocks:
         self.x, self.z, self.left = (torch.zeros(length, device=device, dtype=dtype) for length in (x, z, left))
         for operand in self.operands:
             operand.share(self.x, self.z, self.left)
+        self._make_room(device)
         self.restart()
         wave_of = {k: number for number, wave in enumerate(self.waves) for k in wave}
         for operand in self.operands:
@@ -167,23 +168,10 @@ class Blocks:
 
     def restart(self) -> None:
         """Keep the start blocks, where the blocks before them lay: kernels know the addresses."""
-        total = sum(
-            b * matrix.cols for each in self.operands for b, matrix in zip(each.widths, self.matrices, strict=True)
-        )
-        has_many = self.x.dtype == torch.float32 and total > _FEW
         for number, wave in enumerate(self.waves):
-            # Ranks that share a matrix may differ in what else they have, and not in a rounding.
-            is_spread = bool(wave and self.matrices[wave[0]].groups)
-            dtype = torch.bfloat16 if has_many and not is_spread else self.x.dtype
             for operand in self.operands:
                 starts = [start_block(self.matrices[k].name, self.matrices[k].cols, operand.widths[k]) for k in wave]
-                first = operand.x_at[wave[0]] if wave else 0
-                kept = torch.cat([start.T.flatten() for start in starts] or [torch.empty(0)])
-                if number < len(operand.kept):
-                    operand.kept[number].copy_(kept)
-                else:
-                    operand.kept.append(kept.to(self.x.device, dtype))
-                    operand.working.append(self.x[first : first + len(kept)])
+                operand.kept[number].copy_(torch.cat([start.T.flatten() for start in starts] or [torch.empty(0)]))
 
     def load(self, wave: int) -> None:
         """Take a wave's blocks out and make room for its sums."""
@@ -200,6 +188,21 @@ class Blocks:
         """Keep a wave's blocks."""
         for operand in self.operands:
             operand.kept[wave].copy_(operand.working[wave])
+
+    def _make_room(self, device: torch.device) -> None:
+        """Allocate what is kept of every wave, and note where it is in ``x`` while the wave is measured."""
+        sizes = [
+            [b * matrix.cols for b, matrix in zip(each.widths, self.matrices, strict=True)] for each in self.operands
+        ]
+        has_many = self.x.dtype == torch.float32 and sum(map(sum, sizes)) > _FEW
+        for wave in self.waves:
+            # Ranks that share a matrix may differ in what else they have, and not in a rounding.
+            is_spread = bool(wave and self.matrices[wave[0]].groups)
+            dtype = torch.bfloat16 if has_many and not is_spread else self.x.dtype
+            for operand, size in zip(self.operands, sizes, strict=True):
+                first, length = operand.x_at[wave[0]] if wave else 0, sum(size[k] for k in wave)
+                operand.kept.append(torch.empty(length, device=device, dtype=dtype))
+                operand.working.append(self.x[first : first + length])
 
     def _lay_out(self, wave: Sequence[int], device: torch.device) -> tuple[int, int, int]:
         """Give every matrix of a wave its places in ``x``, ``z`` and ``left``; return how long they get."""

@@ -28,15 +28,16 @@ def power_step(
         group: the ranks that hold the other bands.
         dim: 0 where the bands are rows, 1 where they are columns.
     """
-    left = matrix @ right
-    if dim == 1:
-        left = total(left, group)
-    left = left / _length(left, group if dim == 0 else None).clamp(min=_TINY)
-    new = matrix.T @ left
-    if dim == 0:
-        new = total(new, group)
-    length = _length(new, group if dim == 1 else None)
-    return left, torch.where(length > _TINY, new / length.clamp(min=_TINY), right)
+    with torch.autocast(matrix.device.type, enabled=False):  # which would compute products in half the digits
+        left = matrix @ right
+        if dim == 1:
+            left = total(left, group)
+        left = left / _length(left, group if dim == 0 else None).clamp(min=_TINY)
+        new = matrix.T @ left
+        if dim == 0:
+            new = total(new, group)
+        length = _length(new, group if dim == 1 else None)
+        return left, torch.where(length > _TINY, new / length.clamp(min=_TINY), right)
 
 
 def total(vector: Tensor, group: ProcessGroup | None) -> Tensor:
