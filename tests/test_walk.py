@@ -16,7 +16,7 @@ from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
 def test_ranks_that_share_a_matrix_step_in_one_kernel(
     kernels: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    group = Group([0, 1])
+    group: Any = Group([0, 1])  # it stands in for a ProcessGroup
     picked = iter(range(2))
 
     def pick_other(blocks: Any, tensors: Any, plain: bool) -> Any:
@@ -29,7 +29,7 @@ def test_ranks_that_share_a_matrix_step_in_one_kernel(
         weight.grad = torch.ones(20)
         shard = Shard(Parameter("w", (8, 5), None), 20 * rank, 20 * rank + 20, 0)
         optimizer = AdamW2([weight], lr=0.1)
-        optimizer._engine_layout = lambda: Layout([Buffer(weight, (shard,), (group,))])  # type: ignore[arg-type]
+        optimizer._engine_layout = lambda: Layout([Buffer(weight, (shard,), (group,))])
         try:
             optimizer.step()
         except ValueError as error:

@@ -11,7 +11,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.faults.threads import Group
 from weyl_megatron.layouts.buffers import Parameter
 from weyl_megatron.layouts.grid import Fused, Sharding, interleaved
 
@@ -68,14 +67,14 @@ class Weight:
             return whole
         return whole.narrow(self.dim, self.cuts[tp], self.cuts[tp + 1] - self.cuts[tp])
 
-    def parameter(self, group: Group | None, tp: int) -> Parameter:
-        """Return it as tensor-parallel rank ``tp`` has it; without a group whole."""
+    def parameter(self, group: Any, tp: int) -> Parameter:
+        """Return it as tensor-parallel rank ``tp`` of a (stand-in) group has it; without a group whole."""
         fused: Fused | None = None
         labels = [str(part) for part in range(len(self.pattern))]
         if group is None or self.dim is None:
             if self.pattern:
                 fused = interleaved(self.pattern, labels, self.shape[0], 0, self.shape[0])
-            sharding = None if group is None else Sharding(group, None, (), tp)  # type: ignore[arg-type]
+            sharding = None if group is None else Sharding(group, None, (), tp)
             return Parameter(self.name, self.shape, sharding, None, fused)
         sizes = tuple(stop - start for start, stop in pairwise(self.cuts))
         shape = list(self.shape)
@@ -85,7 +84,7 @@ class Weight:
             fused = interleaved(self.pattern, labels, self.shape[0], start, stop)
             if self.dim == 1:
                 fused = fused._replace(is_band=False)
-        return Parameter(self.name, tuple(shape), Sharding(group, self.dim, sizes, tp), None, fused)  # type: ignore[arg-type]
+        return Parameter(self.name, tuple(shape), Sharding(group, self.dim, sizes, tp), None, fused)
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def test_code_is_not_loaded_from_where_others_may_write(tmp_path: Path, monkeypa
 #: The optimizer's own tests with every other kernel, and the kernels' tests with Triton's, whose interpreter takes a
 #: second where a GPU takes none. By name: the kernel, and what pytest is told.
 OTHERS = {
-    "plain torch, the optimizer": ("torch", ["tests/test_optimizer.py"]),
+    "plain torch, the optimizer": ("torch", ["tests/test_optimizer.py", "tests/test_state_dict.py"]),
     "triton, its kernels": ("triton", ["tests/kernels/test_kernels.py"]),
     "triton, the optimizer": (
         "triton",

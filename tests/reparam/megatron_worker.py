@@ -18,7 +18,7 @@ from tests.leave import leave
 
 megatron_cpu.install()
 
-from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 
@@ -106,7 +106,7 @@ def main() -> None:
     found["folded"] = loss_of(model, 0).item()
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))
-    parallel_state.destroy_model_parallel()
+    gpt.stop()
     leave()
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from tests.faults.threads import Group, on_ranks, summing_groups
@@ -7,10 +9,10 @@ from weyl_megatron.spectral.blocks import Blocks, MatrixSpec
 
 
 def test_ranks_keep_the_vectors_of_a_shared_matrix_in_one_dtype_whatever_else_they_have() -> None:
-    group = Group([0, 1])
+    group: Any = Group([0, 1])  # it stands in for a ProcessGroup
 
     def kept(rank: int) -> list[torch.dtype]:
-        shared = MatrixSpec("embedding", 40, 30, (group,))  # type: ignore[arg-type]
+        shared = MatrixSpec("embedding", 40, 30, (group,))
         own = [MatrixSpec(f"layer{number}", 4, 9000) for number in range(3)] if rank else []
         waves = [[0], list(range(1, len(own) + 1))]
         blocks = Blocks([shared, *own], [], (4, 4), waves[: 1 + bool(own)], False, torch.device("cpu"), torch.float32)

@@ -17,7 +17,6 @@ from tests.leave import leave
 
 megatron_cpu.install()
 
-from megatron.core import parallel_state  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
 
@@ -64,9 +63,9 @@ def main() -> None:
     dist.init_process_group("gloo")
     for name in sys.argv[2:]:
         values = measured(CASES[name])
-        parallel_state.destroy_model_parallel()
         if dist.get_rank() == 0:
             (folder / f"{name}.json").write_text(json.dumps(values))
+    gpt.stop()
     leave()
 
 

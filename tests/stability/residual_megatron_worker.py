@@ -17,7 +17,6 @@ from tests.leave import leave
 
 megatron_cpu.install()
 
-from megatron.core import parallel_state  # noqa: E402
 
 from tests.integrations.megatron import gpt  # noqa: E402
 from weyl_megatron.residual import scale_residuals  # noqa: E402
@@ -39,7 +38,6 @@ def measured(case: dict[str, Any], mode: str | None) -> dict[str, float]:
     gpt.backward(0, case, model)
     named = {name.rpartition(".")[2]: p for name, p in model[0].named_parameters() if "final_layernorm" in name}
     norms = {kind: float(param.main_grad.norm()) for kind, param in named.items()}
-    parallel_state.destroy_model_parallel()
     return {"branches": branches, **norms}
 
 
@@ -50,6 +48,7 @@ def main() -> None:
         values = measured(*CASES[name])
         if dist.get_rank() == dist.get_world_size() - 1:
             (folder / f"{name}.json").write_text(json.dumps(values))
+    gpt.stop()
     leave()
 
 

@@ -15,7 +15,6 @@ from tests import megatron_cpu
 
 megatron_cpu.install()
 
-from megatron.core import parallel_state  # noqa: E402
 from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402
 
 from tests.integrations.megatron import gpt  # noqa: E402
@@ -85,7 +84,7 @@ def main() -> None:
             if dist.get_rank() == 0:
                 print(f"{name}, {value}: " + ("as without that step" if all(everyone) else f"DIFFERS {everyone}"))
     sys.stdout.flush()
-    parallel_state.destroy_model_parallel()
+    gpt.stop()
     leave()
 
 

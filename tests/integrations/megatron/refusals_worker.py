@@ -13,7 +13,6 @@ from tests.leave import leave
 
 megatron_cpu.install()
 
-from megatron.core import parallel_state  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 
 from tests.integrations.megatron import gpt  # noqa: E402
@@ -62,7 +61,7 @@ def main() -> None:
     OptimizerConfig.adamw2_tau = 0.01  # what patches/ adds
     found["patched"] = said(megatron.enable)
     print(f"refusals {json.dumps(found)}", flush=True)
-    parallel_state.destroy_model_parallel()
+    gpt.stop()
     leave()
 
 

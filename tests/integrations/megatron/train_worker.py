@@ -22,7 +22,6 @@ from tests.leave import leave
 megatron_cpu.install()
 
 import megatron.core.optimizer.distrib_optimizer as distributed  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
 from megatron.core.utils import get_model_config  # noqa: E402
 
@@ -128,7 +127,7 @@ def run(act: Callable[[dict[str, Any]], dict[str, Any]], out: Path) -> None:
         if dist.get_rank() == 0:
             torch.save(result, out / f"{case['name']}.pt")
         dist.barrier()
-        parallel_state.destroy_model_parallel()
+    gpt.stop()
     leave()
 
 
