@@ -9,8 +9,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_dev
 from torch.nn.parallel import DistributedDataParallel
 
 from tests import net as nets
-from tests.leave import leave
 from weyl_megatron import AdamW2
+from weyl_megatron.integrations.leave import leave
 
 
 def ddp() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import os
@@ -32,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from examples.deepspeed.heartbeat import Heartbeat
 from examples.deepspeed.recipe import Recipe, deepspeed_config
 from examples.deepspeed.throughput import peak_flops
+from weyl_megatron.integrations.leave import leave
 from weyl_megatron.stability import Watch
 
 Batch = tuple[Tensor, Tensor]
@@ -138,8 +138,7 @@ def check(folder: Path, stage: int) -> None:
     problem += f"; there are {', '.join(others)}, too: write one's name into {folder / 'latest'}" if others else ""
     if dist.get_rank() == 0:
         fail(Path(sys.argv[0]).name, ValueError(problem))
-    end()
-    sys.exit(2)
+    leave(2)
 
 
 def _problem_of(path: Path) -> str | None:
@@ -326,13 +325,6 @@ def start(script: str) -> int:
     get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))  # the engine does so later than `check`
     deepspeed.init_distributed(verbose=False)
     return dist.get_world_size()
-
-
-def end() -> None:
-    """Leave in order: engines are cycles, and one that outlives the process group can abort the process."""
-    gc.collect()
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def fail(script: str, error: Exception) -> int:

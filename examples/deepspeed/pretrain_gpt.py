@@ -19,9 +19,10 @@ from torch import Tensor, nn
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # where `examples` is, wherever this is started
 from examples.data.tokens import Tokens
 from examples.deepspeed.gpt import GPT
-from examples.deepspeed.loop import Batch, Work, end, fail, start, train
+from examples.deepspeed.loop import Batch, Work, fail, start, train
 from examples.deepspeed.recipe import GPTRecipe, read_recipe
 from examples.deepspeed.throughput import training_flops
+from weyl_megatron.integrations.leave import leave
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,8 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flops=training_flops(lambda: GPT(recipe), lambda: torch.zeros(1, recipe.seq_length, dtype=torch.long)),
     )
     train(recipe, work, args.out, args.out if args.watch else None)
-    del work
-    end()
     return 0
 
 
@@ -80,4 +79,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # where `examples` is, wherever this is started
 from examples.data.images import open_images
 from examples.deepspeed.flatten_swin import flatten_swin_small
-from examples.deepspeed.loop import Batch, Work, end, fail, start, train
+from examples.deepspeed.loop import Batch, Work, fail, start, train
 from examples.deepspeed.recipe import ImageRecipe, check_warmup, read_recipe
 from examples.deepspeed.throughput import training_flops
+from weyl_megatron.integrations.leave import leave
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,8 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flops=training_flops(lambda: build(recipe), lambda: torch.zeros(1, 3, recipe.image_size, recipe.image_size)),
     )
     train(recipe, work, args.out, args.out if args.watch else None)
-    del work
-    end()
     return 0
 
 
@@ -145,4 +144,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -2,7 +2,7 @@
 
 accelerate launch --config_file accelerate_vit.yaml accelerate_vit.py [--epochs 20] [--lr 3e-3]
 
-Nothing of weyl_megatron is imported: DeepSpeed finds AdamW2 by the name in its JSON file.
+Nothing is imported to train with AdamW2: DeepSpeed finds it by the name in its JSON file.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from accelerate.utils import DummyOptim, DummyScheduler, set_seed
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import ViTConfig, ViTForImageClassification
+
+from weyl_megatron.integrations.leave import leave
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
@@ -88,7 +90,7 @@ def main() -> None:
     accelerator.print(f"AdamW2: {clipped} of {len(stats)} matrices clipped in the last step; the first three:")
     for name in list(stats)[:3]:
         accelerator.print(f"  {name}: {stats[name]}")
-    accelerator.end_training()
+    leave()
 
 
 if __name__ == "__main__":

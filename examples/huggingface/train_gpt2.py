@@ -2,7 +2,7 @@
 
 torchrun --nproc-per-node 2 train_gpt2.py --deepspeed ../deepspeed/zero2.json [any other TrainingArguments]
 
-Nothing of weyl_megatron is imported: DeepSpeed finds AdamW2 by the name in its JSON file.
+Nothing is imported to train with AdamW2: DeepSpeed finds it by the name in its JSON file.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Trainer, TrainingArguments, set_seed
+
+from weyl_megatron.integrations.leave import leave
 
 
 @dataclass
@@ -77,6 +79,7 @@ def main() -> None:
         stats = trainer.model_wrapped.basic_optimizer.stats()
         print(f"validation loss {loss:.4f}; {sum(s.clipped for s in stats.values())} of {len(stats)} matrices clipped")
         print(f"transformer.h.0.attn.c_attn.weight[q]: {stats['transformer.h.0.attn.c_attn.weight[q]']}")
+    leave()
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import math
 import os
 import sys
@@ -25,6 +24,7 @@ import checkpoint
 from data import Batch, Tokenizer, batches, build_datasets, check_data
 from model import build_model, check_layers, forward_step, parameter_count
 from recipe import Recipe, read_recipe
+from weyl_megatron.integrations.leave import leave
 from weyl_megatron.stability import Watch
 
 
@@ -46,9 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     _initialize(recipe)
     train(recipe, tokenizer.vocab_size, data, resume, args.save, args.watch)
-    gc.collect()  # models are cycles, and one that outlives the process group can abort the process
-    dist.barrier()
-    dist.destroy_process_group()
     return 0
 
 
@@ -207,4 +204,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

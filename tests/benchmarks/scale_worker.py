@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks.scale import OPTIONS, Counted, Groups, Spread, buffers_of, gpt, parameter_of, pieces_of
-from tests.leave import leave
 from weyl_megatron import AdamW2
+from weyl_megatron.integrations.leave import leave
 from weyl_megatron.layouts.buffers import Buffer, Layout
 
 MODEL = gpt(2, 24, 2, tokens=50, context=8)

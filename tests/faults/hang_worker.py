@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from examples.deepspeed.heartbeat import Heartbeat
-from tests.leave import leave
+from weyl_megatron.integrations.leave import leave
 
 
 def stuck() -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from tests.leave import leave
+from weyl_megatron.integrations.leave import leave
 from weyl_megatron.reference import AdamW2Reference, exact_sigma
 
 STEPS = 6

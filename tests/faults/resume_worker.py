@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.faults import runs
-from tests.leave import leave
+from weyl_megatron.integrations.leave import leave
 
 SAVED, MORE = 4, 4
 

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 
 from examples.collapse.model import GPT, GPTConfig
-from tests.leave import leave
 from weyl_megatron.demo import data
+from weyl_megatron.integrations.leave import leave
 
 BATCH, CONTEXT, SAVED_EVERY, HASHED_EVERY = 6, 32, 50, 100
 

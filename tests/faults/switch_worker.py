@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from tests.faults import runs
 from tests.faults.resume_worker import snapshot, unlike
-from tests.leave import leave
+from weyl_megatron.integrations.leave import leave
 
 ADAMW: dict[str, Any] = {"optimizer": "AdamW"}
 INFINITE: dict[str, Any] = {"params": {"tau": float("inf"), "overrides": []}}

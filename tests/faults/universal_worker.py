@@ -20,7 +20,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from tests.faults import runs
-from tests.leave import leave
+from weyl_megatron.integrations.leave import leave
 
 
 def train(case: dict[str, Any], leg: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from tests.leave import leave
+from weyl_megatron.integrations.leave import leave
 
 
 def collectives(stage: int, layers: int, lr: float) -> int:

@@ -22,7 +22,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 from tests import net as nets
 from tests.integrations.megatron_style import ToyMpu, tensor_parallel_net, whole
-from tests.leave import leave
+from weyl_megatron.integrations.leave import leave
 
 #: On gloo, DeepSpeed before 0.19 gathers into a buffer that requires grad, which torch allows under no_grad alone, and
 #: at stage 3 races on the parameters that it keeps whole: its own AdamW ends now right, now anywhere.

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
-from tests.leave import leave
+from weyl_megatron.integrations.leave import leave
 
 STEPS = 5
 

@@ -12,7 +12,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor
 
 from examples.collapse.model import GPT, GPTConfig
-from tests.leave import leave
+from weyl_megatron.integrations.leave import leave
 
 STEPS, BAD = 5, (1, 3)
 

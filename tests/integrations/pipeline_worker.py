@@ -10,7 +10,7 @@ import torch.distributed as dist
 from deepspeed.pipe import PipelineModule
 from torch import nn
 
-from tests.leave import leave
+from weyl_megatron.integrations.leave import leave
 from weyl_megatron.reference import AdamW2Reference
 
 WIDTHS = [(9, 14), (14, 9), (9, 11), (11, 5)]

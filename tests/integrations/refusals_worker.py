@@ -9,7 +9,7 @@ import deepspeed
 import torch
 
 from tests import net as nets
-from tests.leave import leave
+from weyl_megatron.integrations.leave import leave
 
 CASES: dict[str, dict[str, Any]] = {
     "unknown key": {"optimizer": {"tua": 0.01}},

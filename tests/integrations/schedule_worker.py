@@ -7,7 +7,7 @@ import json
 import deepspeed
 
 from tests import net as nets
-from tests.leave import leave
+from weyl_megatron.integrations.leave import leave
 
 SCHEDULER = {
     "type": "WarmupCosineLR",

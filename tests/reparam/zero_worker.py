@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from examples.collapse.model import GPT, GPTConfig
-from tests.leave import leave
+from weyl_megatron.integrations.leave import leave
 from weyl_megatron.reparam import fold, sigma_reparam, sigmas
 
 STEPS, SAVED = 6, 3

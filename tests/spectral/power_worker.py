@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from tests.leave import leave
+from weyl_megatron.integrations.leave import leave
 from weyl_megatron.spectral import Block, MatrixSpec, PowerIteration, Tile, tiles_of_range
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from tests import megatron_cpu
-from tests.leave import leave
+from weyl_megatron.integrations.leave import leave
 
 megatron_cpu.install()
 

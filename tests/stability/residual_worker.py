@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from examples.collapse.model import GPT, GPTConfig
-from tests.leave import leave
+from weyl_megatron.integrations.leave import leave
 from weyl_megatron.residual import scale_residuals
 
 CONFIG = GPTConfig(norm="pre", vocabulary=50, context=16, layers=3, heads=2, width=24)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.leave import leave
+from weyl_megatron.integrations.leave import leave
 from weyl_megatron.stability.sharpness import adam_preconditioner, sharpness
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from examples.collapse.model import GPT, GPTConfig
-from tests.leave import leave
+from weyl_megatron.integrations.leave import leave
 from weyl_megatron.stability.watch import Watch
 
 

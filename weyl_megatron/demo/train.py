@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import time
@@ -24,6 +23,7 @@ from weyl_megatron.demo import data
 from weyl_megatron.demo.model import GPT, GPTConfig
 from weyl_megatron.demo.recipe import RUNS, Run, deepspeed_config, schedule, sequences_per_rank
 from weyl_megatron.demo.setting import machine_facts, model_facts, text_facts, training_facts
+from weyl_megatron.integrations.leave import leave
 
 VALIDATION_WINDOWS = 512
 VALIDATION_CHUNK = 32
@@ -185,9 +185,7 @@ def main() -> None:
     log = Log(arguments.out)
     for run in RUNS:
         train(run, arguments.steps, arguments.seed, batches, log)
-    gc.collect()  # engines are cycles, and one that outlives the process group can abort the process
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

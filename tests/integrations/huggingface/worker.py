@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tests.integrations.huggingface import tiny
-from tests.leave import leave
+from weyl_megatron.integrations.leave import leave
 
 JSON = Path(__file__).parents[3] / "examples/deepspeed"
 

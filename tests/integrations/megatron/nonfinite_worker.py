@@ -19,8 +19,8 @@ from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402
 
 from tests.integrations.megatron import gpt  # noqa: E402
 from tests.integrations.megatron.train_worker import optimizer_config  # noqa: E402
-from tests.leave import leave  # noqa: E402
 from weyl_megatron.integrations import megatron  # noqa: E402
+from weyl_megatron.integrations.leave import leave  # noqa: E402
 
 STEPS, BAD = 5, (1, 3)
 POISONED = {"dense": "decoder.layers.1.mlp.linear_fc2.weight", "moe": "decoder.layers.1.mlp.experts.local_experts.0."}
