@@ -90,8 +90,8 @@ def main() -> None:
     accelerator.print(f"AdamW2: {clipped} of {len(stats)} matrices clipped in the last step; the first three:")
     for name in list(stats)[:3]:
         accelerator.print(f"  {name}: {stats[name]}")
-    leave()
 
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -79,8 +79,8 @@ def main() -> None:
         stats = trainer.model_wrapped.basic_optimizer.stats()
         print(f"validation loss {loss:.4f}; {sum(s.clipped for s in stats.values())} of {len(stats)} matrices clipped")
         print(f"transformer.h.0.attn.c_attn.weight[q]: {stats['transformer.h.0.attn.c_attn.weight[q]']}")
-    leave()
 
 
 if __name__ == "__main__":
     main()
+    leave()

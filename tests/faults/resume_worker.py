@@ -1,6 +1,6 @@
 """torchrun worker: trains, saves, goes on; then a new engine loads what was saved and goes on, too, for every case.
 
-Usage: resume_worker.py CASES.json OUT_DIR. Imports nothing of weyl_megatron: DeepSpeed finds AdamW2 by its name.
+Usage: resume_worker.py CASES.json OUT_DIR. Imports nothing to train with AdamW2: DeepSpeed finds it by its name.
 """
 
 from __future__ import annotations

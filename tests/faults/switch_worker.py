@@ -1,6 +1,6 @@
 """torchrun worker: AdamW's checkpoint into AdamW2, its checkpoint into AdamW, and again, under every ZeRO stage.
 
-Usage: switch_worker.py STAGES OUT_DIR. Imports nothing of weyl_megatron: DeepSpeed finds AdamW2 by its name.
+Usage: switch_worker.py STAGES OUT_DIR. Imports nothing to train with AdamW2: DeepSpeed finds it by its name.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Usage: universal_worker.py CASES.json OUT_DIR LEG. A leg has ``load`` (a step, whose universal checkpoint is loaded),
 ``until`` (the step up to which it trains) and ``save`` (the step at which it saves); it records the whole state at
-every step. Imports nothing of weyl_megatron: DeepSpeed finds AdamW2 by its name.
+every step. Imports nothing to train with AdamW2: DeepSpeed finds it by its name.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """torchrun worker: trains tests/net.py under DeepSpeed for every case of a list and saves what came out.
 
-Usage: deepspeed_worker.py CASES.json OUT_DIR. Imports nothing of weyl_megatron: DeepSpeed finds AdamW2 by its name.
+Usage: deepspeed_worker.py CASES.json OUT_DIR. Imports nothing to train with AdamW2: DeepSpeed finds it by its name.
 """
 
 from __future__ import annotations

@@ -185,8 +185,8 @@ def main() -> None:
     log = Log(arguments.out)
     for run in RUNS:
         train(run, arguments.steps, arguments.seed, batches, log)
-    leave()
 
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -1,6 +1,6 @@
 """torchrun worker: trains tiny Hugging Face models with the Trainer or Accelerate, for every case of a list.
 
-Usage: worker.py CASES.json OUT_DIR. Imports nothing of weyl_megatron for that: DeepSpeed finds AdamW2 by its name.
+Usage: worker.py CASES.json OUT_DIR. Imports nothing to train with AdamW2: DeepSpeed finds it by its name.
 """
 
 from __future__ import annotations
