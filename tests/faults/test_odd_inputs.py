@@ -215,6 +215,16 @@ def test_gradients_of_any_size_move_weights_as_adamw_does_where_nothing_is_clipp
 ADAMW = {key: value for key, value in OPTIONS.items() if key != "tau"}
 
 
+@pytest.mark.parametrize("columns", [7, 33], ids=str)
+def test_an_update_whose_second_moments_are_infinite_is_measured_as_the_0_that_it_is(columns: int, say: Say) -> None:
+    weight = parameter(9, columns)
+    optimizer = AdamW2([("w", weight)], **OPTIONS)
+    weight.grad = torch.full((9, columns), 3e38)
+    optimizer.step()
+    assert optimizer.stats()["w"].sigma_update == 0.0
+    say(f"gradients of 3e38 in rows of {columns}", "σ₁(U) is 0")
+
+
 @pytest.mark.parametrize("first", [1e-42, 1e-30, 1e-20, 0.0], ids=str)
 @pytest.mark.parametrize("steps", [1, 3], ids=lambda steps: f"after {steps}")
 def test_gradients_that_grow_by_thirty_decimals_at_once_are_bounded(first: float, steps: int, say: Say) -> None:

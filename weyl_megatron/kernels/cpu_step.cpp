@@ -48,12 +48,11 @@ inline vec splat(float a) { return _mm512_set1_ps(a); }
 inline vec fma(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(vec a) { return _mm512_reduce_add_ps(a); }
 inline vec root(vec a) { return _mm512_sqrt_ps(a); }
-// From 14 bits by Newton's step: the divider is busy with roots, and products wait for both. The step would make 0 · ∞
-// of an infinite b, which v is where a gradient is above 1e19.
+// From 14 bits by Newton's step: the divider is busy with roots, and products wait for both. Of an infinite b, which v
+// is where a gradient is above 1e19, r is 0; the step alone takes a finite one, for it would make 0 · ∞ of it.
 inline vec quotient(vec a, vec b) {
-    b = _mm512_min_ps(splat(3e38f), b);
     const vec r = _mm512_rcp14_ps(_mm512_max_ps(splat(1e-38f), b));
-    return a * fma(r, _mm512_fnmadd_ps(b, r, splat(1.f)), r);
+    return a * fma(r, _mm512_fnmadd_ps(_mm512_min_ps(splat(3e38f), b), r, splat(1.f)), r);
 }
 #elif defined(__AVX2__) && defined(__FMA__)
 typedef __m256 vec;
