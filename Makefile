@@ -40,7 +40,8 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/pre-commit validate-config
 
-# Every DeepSpeed that is supported, each with a torch of its time; the first pair is the oldest of both.
+# Every DeepSpeed that is supported, each with a torch of its time; the first pair is the oldest of both. numpy 2.4 refuses
+# what the interpreters of Triton before 3.7 do.
 MATRIX := 0.16.9+2.5.0 0.18.9+2.9.1
 
 # Every megatron-core likewise, beside the newest that suits PYTHON, which `make test` runs. 0.18 needs Python 3.12.
@@ -55,8 +56,8 @@ matrix-%:
 .PHONY: matrix-run
 matrix-run:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) "setuptools<81" wheel numpy torch==$(TORCH)
-	$(PIP) pytest hypothesis deepspeed==$(DEEPSPEED) -e .
+	$(PIP) "setuptools<81" wheel "numpy<2.4" torch==$(TORCH)
+	$(PIP) pytest hypothesis pyyaml deepspeed==$(DEEPSPEED) -e .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not demo and not large"
 
 megatron-0.14.0+%: MEGATRON_PYTHON = $(PYTHON)

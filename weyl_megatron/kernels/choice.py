@@ -23,6 +23,9 @@ VARIABLE = "WEYL_MEGATRON_KERNEL"
 
 NAMES = ("torch", "cpu", "triton")
 
+#: The oldest Triton under whose interpreter the kernels give what plain torch gives; 3.1 to 3.3 do not.
+_OLDEST_TRITON = (3, 5)
+
 
 class Kernel(Products, Protocol):
     """One optimizer step's arithmetic on the tiles of tables, as far as masks, uint8 ``(matrices,)``, let it.
@@ -108,7 +111,8 @@ def why_not(name: str, device: str, dtypes: Collection[torch.dtype]) -> str | No
 
             if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
                 return f"it takes tensors on a GPU, not on {device} (unless TRITON_INTERPRET=1)"
-            del triton
+            if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST_TRITON:
+                return f"it takes Triton {'.'.join(map(str, _OLDEST_TRITON))} or newer, not {triton.__version__}"
     except (ImportError, OSError, RuntimeError) as error:
         return str(error)
     return None
