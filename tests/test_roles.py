@@ -48,7 +48,7 @@ def test_the_model_s_modules_tell_what_names_do_not() -> None:
 
 
 def test_where_nothing_tells_it_says_so() -> None:
-    with pytest.raises(ValueError, match="tau got 'auto', but nothing tells which of the 1 parameters"):
+    with pytest.raises(ValueError, match="tau got 'balanced', but nothing tells which of the 1 parameters"):
         io_parameters(["group0.param0"], None, None)
 
 

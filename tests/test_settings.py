@@ -61,3 +61,41 @@ def test_an_override_that_matches_nothing_is_refused_at_the_first_step() -> None
     optimizer = AdamW2([("w", parameter)], overrides=[{"match": "v*", "exempt": True}])
     with pytest.raises(ValueError, match="match 'v\\*', which matches no parameter's name"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("word", ["balanced", "auto"])
+def test_both_spellings_of_the_budget_are_one_value_wherever_a_tau_is_given(word: str) -> None:
+    def weight(name: str) -> tuple[str, torch.nn.Parameter]:
+        return name, torch.nn.Parameter(torch.randn(6, 5, generator=torch.Generator().manual_seed(len(name))))
+
+    def stepped(**options: Any) -> dict[str, Any]:
+        groups = options.pop("groups", [{"params": [weight("embed.weight"), weight("up"), weight("down")]}])
+        optimizer = AdamW2(groups, lr=1.0, **options)
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = param.detach().sin()
+        optimizer.step()
+        return optimizer.stats()
+
+    expected = stepped(tau="auto")
+    assert len({entry.tau for entry in expected.values()}) == 2, "embeddings and hidden matrices have one τ"
+    assert stepped(tau=word) == expected
+    assert stepped(overrides=[{"match": "*", "tau": word}]) == expected
+    groups = [{"params": [weight("embed.weight"), weight("up"), weight("down")], "tau": word}]
+    assert stepped(groups=groups) == expected
+
+
+def test_a_tau_that_becomes_balanced_is_that_of_a_budget() -> None:
+    named = [("embed.weight", torch.nn.Parameter(torch.ones(4, 3))), ("up", torch.nn.Parameter(torch.eye(4)))]
+    optimizer = AdamW2([{"params": named[:1]}, {"params": named[1:], "tau": 0.3}], lr=1.0, tau="balanced")
+    for _, param in named:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert optimizer.stats()["up"].tau == pytest.approx(0.3)
+    optimizer.param_groups[1]["tau"] = "balanced"
+    optimizer.step()
+    assert optimizer.stats()["up"].tau == pytest.approx(0.144)
+    saved = optimizer.state_dict()
+    saved["param_groups"][1]["tau"] = "well"
+    with pytest.raises(ValueError, match="a parameter group's tau got 'well', it takes a number above 0"):
+        optimizer.load_state_dict(saved)

@@ -15,7 +15,7 @@ from weyl_megatron.kernels import Hyper, Stepped
 from weyl_megatron.layouts.buffers import Buffer, Layout
 from weyl_megatron.layouts.plain import plain_buffer
 from weyl_megatron.layouts.tensor_parallel import shardings_of
-from weyl_megatron.settings import check_adamw, check_harmless, check_settings, check_tau
+from weyl_megatron.settings import check_adamw, check_harmless, check_settings, read_tau
 from weyl_megatron.thresholds import Thresholds
 from weyl_megatron.walk import Carried, MatrixStats, Walk
 
@@ -49,16 +49,18 @@ class AdamW2(torch.optim.AdamW):
     Args:
         params: parameters, ``(name, parameter)`` pairs, or parameter groups; a group may have its own ``"tau"``.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``, defaults included. No warmup is needed.
-        tau: τ > 0; the paper uses 0.01 (GPT) and 0.004 (ViT, Swin). Or ``"auto"``: hidden matrices share one budget,
-            τ = 0.144 / (number of hidden matrices), embeddings, positions and head get 0.1, and σ₁(W) is taken for at
-            least that of a Xavier matrix. A small τ acts like a warmup: of about ln(α σ₁(U) / (τ σ₁(W))) / τ steps for
-            a head, of ``weyl-megatron plan``'s forecast for hidden matrices.
+        tau: τ > 0; the paper uses 0.01 (GPT) and 0.004 (ViT, Swin). Or ``"balanced"`` (``"auto"``, too, where Hugging
+            Face does not read it): hidden matrices share one budget, τ = 0.144 / (number of hidden matrices),
+            embeddings, positions and head get 0.1, and σ₁(W) is taken for at least that of a Xavier matrix. A small τ
+            acts like a warmup: of about ln(α σ₁(U) / (τ σ₁(W))) / τ steps for a head, of ``weyl-megatron plan``'s
+            forecast for hidden matrices.
         power_iters: block power iterations per step at most; half of them where more would add nothing (the first step
             makes more).
         floor_std: σ₁(W) is taken for at least that of a random matrix of this standard deviation, so that
             zero-initialised matrices move; 0 is the paper's rule, under which they stay zero for ever.
         clip_vectors: bound 1-D parameters, too.
-        io: patterns (``fnmatch``) of the names of embeddings, positions and head, for ``tau="auto"``; None: find out.
+        io: patterns (``fnmatch``) of the names of embeddings, positions and head, for ``tau="balanced"``; None: find
+            out.
         overrides: ``{"match": pattern, "tau": 0.1}``, ``{"match": pattern, "exempt": True}`` (scheduled rate),
             ``{"match": pattern, "fused": 3}`` (three stacked matrices, 1: keep whole). The last match counts.
         nonfinite: what becomes of a step with a gradient that is NaN or infinite: "skip" (on all ranks alike, logged
@@ -112,6 +114,7 @@ class AdamW2(torch.optim.AdamW):
         )
         self._guard = Guard(nonfinite, nonfinite_limit)
         self._tp_group = tp_group
+        tau = self._settings.tau
         self._auto = "auto" in [tau, *(override.get("tau") for override in self._settings.overrides)]
         self._engine_layout: Callable[[], Layout] | None = None  # set by an engine's door
         self._step_in_group = False  # set by an engine's door: the count is in param_groups, where FusedAdam has it
@@ -128,7 +131,7 @@ class AdamW2(torch.optim.AdamW):
         """Add a parameter group; ``"params"`` may be ``(name, parameter)`` pairs, and ``"tau"`` may be given."""
         group = dict(param_group)
         group.setdefault("tau", self._settings.tau)
-        check_tau("a parameter group's tau", group["tau"])
+        group["tau"] = read_tau("a parameter group's tau", group["tau"])
         check_harmless(group)
         self._auto = self._auto or group["tau"] == "auto"
         if not isinstance(group["params"], (Tensor, set)):
@@ -193,7 +196,8 @@ class AdamW2(torch.optim.AdamW):
         taus = [group["tau"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, saved, tau in zip(self.param_groups, state_dict["param_groups"], taus, strict=True):
-            group["tau"] = saved.get("tau", tau)  # the checkpoint of an AdamW has none
+            # The checkpoint of an AdamW has none.
+            group["tau"] = read_tau("a parameter group's tau", saved.get("tau", tau))
             group |= {"foreach": None, "fused": None, "capturable": False}
         for state in self.state.values():  # of a fused AdamW the count is on the device, and reading it would wait
             if isinstance(state.get("step"), Tensor):

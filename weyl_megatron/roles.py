@@ -1,4 +1,4 @@
-"""Which parameters are embeddings, positions or the head ("io"), for tau="auto"."""
+"""Which parameters are embeddings, positions or the head ("io"), for tau="balanced"."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def io_parameters(names: Iterable[str], module: nn.Module | None, patterns: Sequ
         found |= _io_of_module(module) & set(names)
     if not found:
         raise ValueError(
-            f"AdamW2: tau got 'auto', but nothing tells which of the {len(names)} parameters are embeddings or head; "
-            f"it takes model.named_parameters() in place of model.parameters(), or io=[patterns of their names] "
+            f"AdamW2: tau got 'balanced', but nothing tells which of the {len(names)} parameters are embeddings or "
+            f"head; it takes model.named_parameters() in place of model.parameters(), or io=[patterns of their names] "
             f"([] where there are none)."
         )
     return found

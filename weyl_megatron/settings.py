@@ -9,14 +9,15 @@ from math import isnan
 from numbers import Real
 from typing import Any
 
+from torch import Tensor
+
 #: Keys of AdamW configurations that change nothing here, and the values they may have (None: any).
 _HARMLESS: dict[str, tuple[Any, ...] | None] = {
     "torch_adam": None,
     "fp32_optimizer_states": (True, None),
     "adam_w_mode": (True,),
     "bias_correction": (True,),
-    "amsgrad": (False,),
-    "maximize": (False,),
+    "decoupled_weight_decay": (True,),
     "capturable": (False,),
     "differentiable": (False,),
     "foreach": None,
@@ -24,10 +25,14 @@ _HARMLESS: dict[str, tuple[Any, ...] | None] = {
 }
 
 _OPTIONS = (
-    "lr, betas, eps, weight_decay, tau, power_iters, floor_std, clip_vectors, io, overrides, nonfinite, "
+    "lr, betas, eps, weight_decay, amsgrad, maximize, tau, power_iters, floor_std, clip_vectors, io, overrides, nonfinite, "
     "nonfinite_limit, tp_group"
 )
 _OVERRIDES = {"match", "tau", "exempt", "fused"}
+
+#: The τ that needs no tuning, as it is documented and as it was called first. Hugging Face fills in, or refuses, every
+#: "auto" of a DeepSpeed JSON; in here both are "auto".
+_BALANCED = ("balanced", "auto")
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def check_settings(
         if key not in _HARMLESS:
             raise ValueError(f"AdamW2: unknown key {key!r} got {value!r}; it takes {_OPTIONS}.")
     check_harmless(others)
-    check_tau("tau", tau)
+    tau = read_tau("tau", tau)
     if not isinstance(power_iters, int) or isinstance(power_iters, bool) or power_iters < 1:
         raise ValueError(f"AdamW2: power_iters got {power_iters!r}, it takes a whole number from 1 on.")
     if not _is_number(floor_std) or not 0 <= floor_std < float("inf"):
@@ -117,19 +122,33 @@ def check_harmless(given: Mapping[str, Any]) -> None:
             raise ValueError(f"AdamW2: {key} got {value!r}, it takes {' or '.join(map(repr, taken))}.")
 
 
-def check_adamw(lr: Any, betas: Any, eps: Any, weight_decay: Any) -> None:
+def check_adamw(lr: Any, betas: Any, eps: Any, weight_decay: Any, amsgrad: Any, maximize: Any) -> None:
     """Check torch.optim.AdamW's own hyperparameters, whose types it leaves unchecked."""
     for key, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not _is_number(value) or not 0 <= value < float("inf"):
+        number = float(value) if key == "lr" and _is_scalar(value) else value
+        if not _is_number(number) or not 0 <= number < float("inf"):
             raise ValueError(f"AdamW2: {key} got {value!r}, it takes a number from 0 on.")
-    if not isinstance(betas, Sequence) or len(betas) != 2 or not all(_is_number(b) and 0 <= b < 1 for b in betas):
+    pair = betas if isinstance(betas, Sequence) and len(betas) == 2 else ()
+    numbers = list(map(float, pair)) if pair and all(map(_is_scalar, pair)) else list(pair)
+    if len(numbers) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in numbers):
         raise ValueError(f"AdamW2: betas got {betas!r}, it takes two numbers from 0 up to, but without, 1.")
+    for key, value in (("amsgrad", amsgrad), ("maximize", maximize)):
+        if not isinstance(value, bool):
+            raise ValueError(f"AdamW2: {key} got {value!r}, it takes True or False.")
 
 
-def check_tau(key: str, tau: Any) -> None:
-    """Raise ValueError where ``tau`` is neither a positive number (infinity is AdamW) nor "auto"."""
-    if tau != "auto" and (not _is_number(tau) or isnan(tau) or tau <= 0):
-        raise ValueError(f"AdamW2: {key} got {tau!r}, it takes a number above 0 (infinity is AdamW) or 'auto'.")
+def read_tau(key: str, tau: Any) -> float | str:
+    """Return a positive number (infinity is AdamW) as it is and "balanced", in either spelling, as "auto".
+
+    Raises:
+        ValueError: ``tau`` is neither.
+    """
+    if isinstance(tau, str) and tau in _BALANCED:
+        return "auto"
+    if not _is_number(tau) or isnan(tau) or tau <= 0:
+        raise ValueError(f"AdamW2: {key} got {tau!r}, it takes a number above 0 (infinity is AdamW) or 'balanced'.")
+    number: float = tau
+    return number
 
 
 def _check_overrides(overrides: Any) -> tuple[Mapping[str, Any], ...]:
@@ -144,17 +163,25 @@ def _check_overrides(overrides: Any) -> tuple[Mapping[str, Any], ...]:
             if key not in _OVERRIDES:
                 raise ValueError(f"AdamW2: overrides got the key {key!r}, it takes 'match', 'tau', 'exempt', 'fused'.")
             if key == "tau":
-                check_tau("overrides' tau", value)
+                read_tau("overrides' tau", value)
             if key == "exempt" and not isinstance(value, bool):
                 raise ValueError(f"AdamW2: overrides' exempt got {value!r}, it takes true or false.")
             if key == "fused" and not _is_split(value):
                 raise ValueError(f"AdamW2: overrides' fused got {value!r}, it takes a number of parts or their sizes.")
-    return tuple(dict(override) for override in overrides)
+    return tuple(
+        {key: read_tau(key, value) if key == "tau" else value for key, value in override.items()}
+        for override in overrides
+    )
 
 
 def _is_split(value: Any) -> bool:
     sizes = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     return len(sizes) > 0 and all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
+
+
+def _is_scalar(value: Any) -> bool:
+    """True of a tensor of one element, as torch.optim.AdamW takes rate and betas."""
+    return isinstance(value, Tensor) and value.numel() == 1
 
 
 def _is_number(value: Any) -> bool:

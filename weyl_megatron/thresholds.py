@@ -6,7 +6,7 @@ from weyl_megatron.layouts.buffers import Layout, Parameter
 from weyl_megatron.layouts.grid import Grid, grid_of, known_fused, told_fused
 from weyl_megatron.roles import io_parameters
 from weyl_megatron.rule import HIDDEN_BUDGET, IO_TAU, SLOW_TAU, random_sigma, xavier_std
-from weyl_megatron.settings import Settings
+from weyl_megatron.settings import Settings, read_tau
 
 
 class Thresholds:
@@ -17,17 +17,17 @@ class Thresholds:
     Args:
         settings: what the optimizer was told.
         layout: every parameter of the model, on this tensor-parallel rank whole.
-        auto: whether any parameter group or override uses tau="auto".
+        auto: whether any parameter group or override uses tau="balanced".
 
     Raises:
-        ValueError: an override matches nothing; or tau="auto", and nothing tells which parameters are embeddings and
-            head, or how many matrices the other ranks have.
+        ValueError: an override matches nothing; or tau="balanced", and nothing tells which parameters are embeddings
+            and head, or how many matrices the other ranks have.
     """
 
     def __init__(self, settings: Settings, layout: Layout, auto: bool) -> None:
         if layout.is_part and auto:
             raise ValueError(
-                "AdamW2: tau got 'auto', but a pipeline stage or a rank of experts does not know how many matrices "
+                "AdamW2: tau got 'balanced', but a pipeline stage or a rank of experts does not know how many matrices "
                 "the others have; it takes a number under DeepSpeed's pipeline engine and MoE, and under Megatron's "
                 "overlap_param_gather_with_optimizer_step."
             )
@@ -69,10 +69,12 @@ class Thresholds:
 
     def floor_and_tau(self, parameter: Parameter, rows: int, cols: int, tau: float | str) -> tuple[float, float]:
         """Return (floor under σ₁(W), τ) of a (rows, cols) matrix whose parameter group says ``tau``."""
-        tau = self._settings.override(parameter.name, "tau", tau)
+        tau = read_tau("a parameter group's tau", self._settings.override(parameter.name, "tau", tau))
         if tau != "auto":
             return random_sigma(rows, cols, self._settings.floor_std), float(tau)
         if self._io is None:
-            raise ValueError("AdamW2: a parameter group's tau became 'auto' after construction, it takes a number now.")
+            raise ValueError(
+                "AdamW2: a parameter group's tau became 'balanced' after construction, it takes a number now."
+            )
         share = IO_TAU if parameter.name in self._io else HIDDEN_BUDGET / self._hidden
         return random_sigma(rows, cols, xavier_std(rows, cols)), share

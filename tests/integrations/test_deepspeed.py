@@ -174,7 +174,7 @@ def test_what_is_not_understood_is_refused_in_one_sentence_that_names_it() -> No
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_pipeline_engine_follows_the_reference_and_refuses_auto(ranks: int) -> None:
     output = torchrun(Path(__file__).with_name("pipeline_worker.py"), ranks)
-    assert "pipeline follows; AdamW2: tau got 'auto', but a pipeline stage or a rank of experts does not know" in output
+    assert "pipeline follows; AdamW2: tau got 'balanced', but a pipeline stage or a rank of experts does not know" in output
 
 
 def test_the_cosine_without_warmup_of_the_readme_works_from_json_at_every_stage() -> None:
@@ -188,4 +188,4 @@ def test_the_cosine_without_warmup_of_the_readme_works_from_json_at_every_stage(
 
 def test_experts_on_their_ranks_are_matrices_of_their_own() -> None:
     output = torchrun(Path(__file__).with_name("moe_worker.py"), 2)
-    assert "moe agrees; AdamW2: tau got 'auto', but a pipeline stage or a rank of experts" in output
+    assert "moe agrees; AdamW2: tau got 'balanced', but a pipeline stage or a rank of experts" in output

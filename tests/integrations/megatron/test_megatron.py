@@ -208,7 +208,7 @@ def test_what_cannot_be_right_is_refused_in_one_sentence() -> None:
     output = torchrun(Path(__file__).with_name("refusals_worker.py"), 1)
     said = json.loads(next(line for line in output.splitlines() if "refusals {" in line).split("refusals ", 1)[1])
     expected = {
-        "tau": "AdamW2: tau got -1, it takes a number above 0 (infinity is AdamW) or 'auto'.",
+        "tau": "AdamW2: tau got -1, it takes a number above 0 (infinity is AdamW) or 'balanced'.",
         "split_fused": "AdamW2: split_fused got 'no', it takes True or False.",
         "use_precision_aware_optimizer": "AdamW2: use_precision_aware_optimizer got True, it takes False.",
         "optimizer_cpu_offload": "AdamW2: optimizer_cpu_offload got True, it takes False.",

@@ -95,9 +95,9 @@ def test_other_optimizers_get_nothing_of_ours() -> None:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ("--adamw2-tau -1", "--adamw2-tau got -1, it takes a number above 0 (infinity is AdamW) or 'auto'."),
-        ("--adamw2-tau nan", "--adamw2-tau got nan, it takes a number above 0 (infinity is AdamW) or 'auto'."),
-        ("--adamw2-tau small", "--adamw2-tau got 'small', it takes a number above 0 (infinity is AdamW) or 'auto'."),
+        ("--adamw2-tau -1", "--adamw2-tau got -1, it takes a number above 0 (infinity is AdamW) or 'balanced'."),
+        ("--adamw2-tau nan", "--adamw2-tau got nan, it takes a number above 0 (infinity is AdamW) or 'balanced'."),
+        ("--adamw2-tau small", "--adamw2-tau got 'small', it takes a number above 0 (infinity is AdamW) or 'balanced'."),
         ("--adamw2-power-iters 1.5", "--adamw2-power-iters got 1.5, it takes a whole number from 1 on."),
         ("--adamw2-floor-std -0.1", "--adamw2-floor-std got -0.1, it takes a number from 0 (no floor) on."),
         ("--adamw2-overrides [{", "--adamw2-overrides got '[{', it takes a JSON list like [{"),
@@ -296,7 +296,7 @@ def test_megatron_stops_at_a_bad_flag() -> None:
         str(HERE / "pretrain_script.py"), *SMALL.split(), "--optimizer", "adamw2", "--adamw2-tau", "0", path=CHECKOUT
     )
     assert run.returncode == 2
-    sentence = "error: --adamw2-tau got 0, it takes a number above 0 (infinity is AdamW) or 'auto'."
+    sentence = "error: --adamw2-tau got 0, it takes a number above 0 (infinity is AdamW) or 'balanced'."
     assert run.stderr.rstrip().endswith(sentence)
 
 

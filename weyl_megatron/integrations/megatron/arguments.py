@@ -51,7 +51,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "tau": {
         "type": _number,
         "metavar": "TAU",
-        "help": "Bound on the growth of a matrix's spectral norm per step, or 'auto'.",
+        "help": "Bound on the growth of a matrix's spectral norm per step, or 'balanced'.",
     },
     "power_iters": {"type": _number, "metavar": "N", "help": "Block power iterations per step."},
     "floor_std": {
@@ -60,7 +60,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "help": "sigma_1(W) counts for at least that of a random matrix of this deviation.",
     },
     "clip_vectors": {"action": "store_true", "help": "Bound gains and biases, too."},
-    "io": {"nargs": "+", "metavar": "PATTERN", "help": "Names of embeddings and head, for --adamw2-tau auto."},
+    "io": {"nargs": "+", "metavar": "PATTERN", "help": "Names of embeddings and head, for --adamw2-tau balanced."},
     "overrides": {
         "type": _json,
         "metavar": "JSON",
