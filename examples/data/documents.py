@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import lzma
 import os
+import stat
 import sysconfig
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple, cast
 
 TEXT = (".txt", ".md", ".py")
 PACKED: dict[str, Callable[..., object]] = {".gz": gzip.open, ".xz": lzma.open}
 END = 2**63 - 1  # of a file whose unpacked size is not known
+PART_BYTES = 8 * 2**20  # of input that is read, done or lost at once
+SAMPLE_BYTES = 64 * 2**20  # of text that a new tokenizer is trained on, taken evenly from all parts
 
 # A cut or damaged archive, in the words of whatever unpacks it.
 DAMAGED = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, tarfile.TarError)
+
+WIDE = "NUL at every second byte, as in UTF-16,"
+# UTF-32-LE's begins with the first of these.
+WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 
 class File(NamedTuple):
@@ -42,20 +51,34 @@ Part = tuple[Span, ...]
 
 
 def find_files(arguments: Sequence[Path]) -> list[File]:
-    """The files of the arguments and, in directories, those of a known suffix, ordered by place."""
-    found: dict[str, File] = {}
+    """The files of the arguments and, in directories, those of a known suffix by name.
+
+    ValueError: no file at all, one that is found twice, or what is no file, such as a pipe, which
+    cannot be read twice.
+    """
+    found: dict[Path, File] = {}
     for argument in arguments:
-        for path in _walk(argument) if argument.is_dir() else [argument]:
+        for path in sorted(_walk(argument), key=str) if argument.is_dir() else [argument]:
             inside = path.relative_to(argument) if path != argument else Path()
             place = (PurePosixPath(argument.resolve().name) / inside.as_posix()).as_posix()
-            if place in found:
-                raise ValueError(
-                    f"FILE takes names that differ, got {found[place].path} and {path}: give the folder above both"
-                )
-            found[place] = _file(path, place)
+            file = _file(path, place)
+            known = found.setdefault(path.resolve(), file)
+            if known is not file:
+                both = f"{known.path} and {file.path}"
+                raise ValueError(f"FILE takes each file once, got {both}, which are one")
     if not found:
         raise ValueError(f"FILE takes text, got none in {', '.join(map(str, arguments))}")
-    return [found[place] for place in sorted(found)]
+    return list(found.values())
+
+
+def order_by_place(files: Sequence[File]) -> list[File]:
+    """The files in one order, whatever that of the arguments was; ValueError: one place for two."""
+    ordered = sorted(files, key=lambda file: file.place)
+    for first, second in pairwise(ordered):
+        if first.place == second.place:
+            both = f"{first.path} and {second.path}"
+            raise ValueError(f"FILE takes names that differ, got {both}: give the folder above both")
+    return ordered
 
 
 def find_stdlib() -> list[File]:
@@ -67,29 +90,39 @@ def find_stdlib() -> list[File]:
 
 
 def _file(path: Path, place: str) -> File:
-    stat = path.stat()
-    return File(path.absolute(), place, stat.st_size, stat.st_mtime_ns)
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"FILE takes files and directories, got {path}, which is neither")
+    return File(path.absolute(), place, status.st_size, status.st_mtime_ns)
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(folder, name) for name in names if not name.startswith(".") and _is_known(name))
+
+
+def _refuse(error: OSError) -> None:
+    """os.walk leaves out the folders that it cannot read."""
+    raise error
 
 
 def _is_known(name: str) -> bool:
     inner, packed = _unpacked(name)
     suffixes = (*TEXT, ".jsonl")
-    return Path(inner).suffix in ((*suffixes, "", ".tar") if packed else suffixes)
+    return _suffix(inner) in ((*suffixes, "", ".tar") if packed else suffixes)
 
 
 def _unpacked(name: str) -> tuple[str, bool]:
     """The name without .gz or .xz, and whether it had one."""
-    path = Path(name)
-    return (path.stem, True) if path.suffix in PACKED else (name, False)
+    return (Path(name).stem, True) if _suffix(name) in PACKED else (name, False)
 
 
-def make_parts(files: Sequence[File], part_bytes: int) -> list[Part]:
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def make_parts(files: Sequence[File], part_bytes: int = PART_BYTES) -> list[Part]:
     """Neighbouring files up to `part_bytes` together; a longer .jsonl that is not packed is cut into byte ranges."""
     parts: list[Part] = []
     open_part: list[Span] = []
@@ -99,7 +132,7 @@ def make_parts(files: Sequence[File], part_bytes: int) -> list[Part]:
         if open_part and filled + file.size > part_bytes:
             parts.append(tuple(open_part))
             open_part, filled = [], 0
-        if file.path.suffix == ".jsonl" and file.size > part_bytes:
+        if _suffix(file.path.name) == ".jsonl" and file.size > part_bytes:
             starts = range(0, file.size, part_bytes)
             parts.extend((Span(file, start, min(start + part_bytes, file.size)),) for start in starts)
         else:
@@ -118,7 +151,7 @@ def documents(part: Part, separator: str | None) -> Iterator[tuple[str, str]]:
         file = span.file
         try:
             texts: Iterator[tuple[int | str, str]]
-            if _unpacked(file.path.name)[0].endswith(".jsonl"):
+            if _suffix(_unpacked(file.path.name)[0]) == ".jsonl":
                 texts = _json_lines(span)
             elif _is_tar(file.path):
                 texts = _tar_members(file)
@@ -128,9 +161,33 @@ def documents(part: Part, separator: str | None) -> Iterator[tuple[str, str]]:
         except DAMAGED as error:
             reason = str(error).rstrip(".") or type(error).__name__
             raise ValueError(f"FILE takes whole archives, got {file.path}: {reason}") from None
-        stat = file.path.stat()
-        if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
+        status = file.path.stat()
+        if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
             raise ValueError(f"FILE takes files at rest, got {file.path}, which changed meanwhile: run this again")
+
+
+def sample(parts: Sequence[Part], separator: str | None, size: int = SAMPLE_BYTES) -> Iterator[str]:
+    """The first documents of every part, so that a large corpus' tokenizer has seen all its kinds.
+
+    At most `size` bytes: what is longer than a part's share of them is cut. ValueError: the parts
+    have no text.
+    """
+    blank = True
+    for part in parts:
+        left = size // len(parts)
+        for _, text in documents(part, separator):
+            data = text.encode()
+            yield text if len(data) <= left else data[:left].decode(errors="ignore")
+            blank = False
+            left -= len(data)
+            if left <= 0:
+                break
+    if blank:
+        files = {span.file for part in parts for span in part}
+        first = min(files)
+        many = f"{len(files)} files, such as " if len(files) > 1 else ""
+        which = f"{many}{first.path}, which is {'blank' if first.size else 'empty'}"
+        raise ValueError(f"FILE takes text, got none in {which}")
 
 
 def _json_lines(span: Span) -> Iterator[tuple[int | str, str]]:
@@ -141,24 +198,35 @@ def _json_lines(span: Span) -> Iterator[tuple[int | str, str]]:
             stream.seek(offset - 1)
             offset += len(stream.readline()) - 1
         while offset < span.end and (line := stream.readline()):
-            if line.strip():
-                yield offset, _text(line, path, offset)
+            yield offset, _text(line, path, offset)
             offset += len(line)
 
 
 def _text(line: bytes, path: Path, offset: int) -> str:
+    """The "text" of a line; that of a blank one is blank."""
     try:
-        text = json.loads(line.decode("utf-8-sig"))["text"]
+        record = line.decode("utf-8-sig")
+        if not record.strip():
+            return ""
+        text = json.loads(record)["text"]
         if not isinstance(text, str):
             raise TypeError
         text.encode()  # JSON can hold halves of surrogate pairs, which no tokenizer takes
     except UnicodeError as error:
-        got = error.object[error.start : error.end]  # type: ignore[attr-defined]
-        raise ValueError(f"FILE takes UTF-8, got {got!r} in {path}:{_line(path, offset)}") from None
-    except (ValueError, KeyError, TypeError):
-        got = f"{line[:40].decode(errors='replace').strip()} in {path}:{_line(path, offset)}"
-        raise ValueError(f'FILE takes {{"text": "..."}} on each line of a .jsonl, got {got}') from None
+        raise _not_utf8(error, f"{path}:{_line(path, offset)}") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        where = f"{path}:{_line(path, offset)}"
+        if _is_wide(line):
+            raise ValueError(f"FILE takes UTF-8, got {WIDE} in {where}") from None
+        takes = 'FILE takes {"text": "..."} on each line of a .jsonl'
+        raise ValueError(f"{takes}, got {_shown(line)} in {where}") from None
     return text
+
+
+def _shown(line: bytes) -> str:
+    """The beginning of a line as what one line of a terminal can show."""
+    begin = line[:160].decode("utf-8-sig", errors="replace").strip()[:40]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in begin)
 
 
 def _line(path: Path, offset: int) -> int:
@@ -193,11 +261,28 @@ def _whole(file: File, separator: str | None) -> Iterator[tuple[int | str, str]]
 
 def _decode(data: bytes, name: str) -> str:
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        got = f"{error.object[error.start : error.end]!r} in {name}:{error.object[: error.start].count(10) + 1}"
-        raise ValueError(f"FILE takes UTF-8, got {got}") from None
+        raise _not_utf8(error, f"{name}:{error.object[: error.start].count(10) + 1}") from None
+    if len(data) % 2 == 0 and _is_wide(data):  # which can be UTF-8 by its bytes, half of them NUL
+        raise ValueError(f"FILE takes UTF-8, got {WIDE} in {name}:1")
+    return text
+
+
+def _not_utf8(error: UnicodeError, where: str) -> ValueError:
+    data = error.object  # type: ignore[attr-defined]
+    got = f"{data[error.start : error.end]!r} in {where}"  # type: ignore[attr-defined]
+    if isinstance(data, bytes) and data.startswith(WIDE_MARKS):
+        got += ", the mark of UTF-16 or UTF-32"
+    return ValueError(f"FILE takes UTF-8, got {got}")
+
+
+def _is_wide(data: bytes) -> bool:
+    """Whether this may be UTF-16 or UTF-32 without a mark, in which Latin text is half NUL."""
+    begin = data[:4096]
+    return any(2 * half.count(0) > len(half) for half in (begin[::2], begin[1::2]))
 
 
 def _open(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], PACKED[path.suffix](path, "rb") if path.suffix in PACKED else path.open("rb"))
+    packed = PACKED.get(_suffix(path.name))
+    return cast(IO[bytes], packed(path, "rb") if packed else path.open("rb"))

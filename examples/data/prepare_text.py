@@ -27,12 +27,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from examples.data.documents import File, Part, documents, find_files, find_stdlib, make_parts
+from examples.data.documents import (
+    PART_BYTES,
+    File,
+    Part,
+    find_files,
+    find_stdlib,
+    make_parts,
+    order_by_place,
+    sample,
+)
 from examples.data.shards import SPLITS, Job, part_key, read_record, tokenise, write_whole
 from examples.data.tokenizer import load_tokenizer, train_sentencepiece
 
 VERSION = 1  # of OUT/tokens.json
-SAMPLE_BYTES = 64 * 2**20  # of text that a new tokenizer is trained on, taken evenly from all parts
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if bool(args.files) == args.stdlib:
             raise ValueError("FILE takes text files or directories, or --stdlib in their place")
-        files = find_stdlib() if args.stdlib else find_files(args.files)
+        files = find_stdlib() if args.stdlib else order_by_place(find_files(args.files))
         index = prepare(
             files,
             args.out,
@@ -86,7 +94,7 @@ def prepare(
     workers: int = 1,
     valid: float = 0.01,
     separator: str | None = None,
-    part_bytes: int = 8 * 2**20,
+    part_bytes: int = PART_BYTES,
 ) -> dict[str, Any]:
     """Tokenises `files` into `out` and returns OUT/tokens.json.
 
@@ -107,13 +115,18 @@ def prepare(
         "part-mb": part_bytes / 2**20,
     }
     (out / "shards").mkdir(parents=True, exist_ok=True)
-    _check_settings(out / "settings.json", settings)
+    if (out / "settings.json").exists():
+        _check_settings(out / "settings.json", settings)
 
     parts = make_parts(files, part_bytes)
+    trained = None
     if tokenizer is None:
         tokenizer = out / "tokenizer.model"
         if not tokenizer.exists():
-            write_whole(tokenizer, train_sentencepiece(_sample(parts, separator), vocab_size))
+            trained = train_sentencepiece(sample(parts, separator), vocab_size)
+    _begin(out / "settings.json", settings)
+    if trained:
+        write_whole(tokenizer, trained)
     loaded = load_tokenizer(tokenizer)
     copy = out / ("tokenizer.json" if loaded.file.suffix == ".json" else "tokenizer.model")
     if not copy.exists():
@@ -134,6 +147,9 @@ def prepare(
         "splits": {split: _split(split, records) for split in SPLITS},
     }
     if not index["splits"]["train"]["tokens"]:
+        if held := index["splits"]["valid"]["documents"]:
+            takes = "--valid takes a share that leaves documents to train on"
+            raise ValueError(f"{takes}, got {valid}, which holds out all {held:,}")
         raise ValueError(f"FILE takes text to train on, got {len(files)} files with none")
     write_whole(out / "tokens.json", json.dumps(index, indent=1).encode())
     for path in job.folder.iterdir():  # of inputs that have changed since, and of runs that were killed
@@ -142,9 +158,14 @@ def prepare(
     return index
 
 
-def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+def _begin(path: Path, settings: dict[str, Any]) -> None:
+    """Keeps the settings, once a tokenizer has been made with them; another run may have begun."""
     if not path.exists():
         write_whole(path, json.dumps(settings).encode())
+    _check_settings(path, settings)
+
+
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     try:
         begun = dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError):
@@ -153,17 +174,6 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
         if begun.get(name) != value:
             was, got = (f"sha256 {x[:12]}" if x and name == "tokenizer" else x for x in (begun.get(name), value))
             raise ValueError(f"--{name} takes {was}, with which {path.parent} was begun, got {got}: take another --out")
-
-
-def _sample(parts: Sequence[Part], separator: str | None) -> Iterator[str]:
-    """The first documents of every part, so that a large corpus' tokenizer has seen all of its kinds."""
-    for part in parts:
-        left = SAMPLE_BYTES // len(parts)
-        for _, text in documents(part, separator):
-            yield text
-            left -= len(text)
-            if left <= 0:
-                break
 
 
 def _tokenise_missing(keyed: Sequence[tuple[str, Part]], job: Job, workers: int) -> None:
@@ -233,7 +243,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=cores, help="processes (%(default)s)")
     parser.add_argument("--valid", type=float, default=0.01, help="share of documents held out (%(default)s)")
     parser.add_argument("--separator", help="text between the documents of a text file; without it each is one")
-    parser.add_argument("--part-mb", type=float, default=8, help="input that is done or lost at once (%(default)s)")
+    default = PART_BYTES // 2**20
+    parser.add_argument(
+        "--part-mb", type=float, default=default, help="input that is done or lost at once (%(default)s)"
+    )
     return parser
 
 

@@ -94,4 +94,5 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def _share(place: str) -> float:
     """A number from 0 to 1 that is a document's own, whatever else is prepared, when and where."""
-    return int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest(), "big") / 2**64
+    name = place.encode(errors="surrogateescape")  # of a file, which need not be UTF-8
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") / 2**64

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy
-import sentencepiece
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -17,6 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from recipe import Recipe
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # where `examples` is, wherever this is started
+from examples.data.tokenizer import load_sentencepiece
+
 Batch = dict[str, Tensor]
 
 
@@ -24,17 +27,10 @@ class Tokenizer:
     """A SentencePiece model with the names that Megatron's datasets ask a tokenizer for."""
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise ValueError(f"--tokenizer takes a SentencePiece model, got {path}, which is not a file")
-        try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except RuntimeError:
-            raise ValueError(f"--tokenizer takes a SentencePiece model, got {path}, which is not one") from None
+        self.pieces = load_sentencepiece(path)
         self.vocab_size: int = self.pieces.get_piece_size()
         self.eod: int = self.pieces.eos_id()  # as Megatron-LM's GPTSentencePieceTokenizer
         self.pad: int = self.pieces.pad_id()
-        if self.eod < 0:
-            raise ValueError(f"--tokenizer takes a model with an end-of-sentence piece, got {path}, which has none")
         self.unique_identifiers: OrderedDict[str, object] = OrderedDict({"tokenizer": str(path)})
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import io
-import json
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy
-import sentencepiece
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
 
 from data import Tokenizer
+
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # where `examples` is, wherever this is started
+from examples.data.documents import documents as read
+from examples.data.documents import find_files, make_parts, sample
+from examples.data.tokenizer import train_sentencepiece
 
 # What Megatron-LM's own tool adds to a prefix: the JSON key and the level.
 SUFFIX = "_text_document"
@@ -23,13 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prepares the files of the command line; returns the exit status."""
     args = _parser().parse_args(arguments)
     try:
-        if next(documents(args.files, args.separator), None) is None:
-            raise ValueError(f"FILE takes text, got none in {', '.join(map(str, args.files))}")
+        texts = sample(make_parts(find_files(args.files)), args.separator)
+        first = next(texts)  # which says so where there is none, before anything is written
         args.prefix.parent.mkdir(parents=True, exist_ok=True)
         model = args.tokenizer
         if model is None:
+            trained = train_sentencepiece(chain([first], texts), args.vocab_size, args.model_type)
             model = args.prefix.with_name(args.prefix.name + ".model")
-            model.write_bytes(train_tokenizer(documents(args.files, args.separator), args.vocab_size, args.model_type))
+            model.write_bytes(trained)
         tokenizer = Tokenizer(model)
         prefix = str(args.prefix) + SUFFIX
         count, tokens, dtype = write_tokens(documents(args.files, args.separator), tokenizer, prefix)
@@ -42,52 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def documents(files: Sequence[Path], separator: str | None) -> Iterator[str]:
-    """Every document that is not blank: a line's "text" of a .jsonl, else a file or what `separator` cuts it into."""
-    for path in files:
-        try:
-            with path.open(encoding="utf-8", newline="") as file:
-                if path.suffix == ".jsonl":
-                    texts: Iterator[str] = (_text(line, path, number) for number, line in enumerate(file, 1))
-                else:
-                    texts = iter(file.read().split(separator) if separator else [file.read()])
-                yield from (text for text in texts if text.strip())
-        except UnicodeDecodeError as error:
-            raise ValueError(f"FILE takes UTF-8, got {path} with {error.object[error.start : error.end]!r}") from None
-
-
-def _text(line: str, path: Path, number: int) -> str:
-    try:
-        text = json.loads(line)["text"]
-        if not isinstance(text, str):
-            raise TypeError
-    except (ValueError, KeyError, TypeError):
-        got = f"{line.strip()[:40]} in {path}:{number}"
-        raise ValueError(f'FILE takes {{"text": "..."}} on each line of a .jsonl, got {got}') from None
-    return text
-
-
-def train_tokenizer(texts: Iterator[str], vocab_size: int, model_type: str) -> bytes:
-    """A SentencePiece model that gives texts back unchanged: nothing is normalized, unknown characters are bytes."""
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.splitlines() if line),
-            model_writer=model,
-            vocab_size=vocab_size,
-            model_type=model_type,
-            input_sentence_size=2_000_000,  # of a larger corpus, a sample; the trainer holds all of it in memory
-            shuffle_input_sentence=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            byte_fallback=True,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        reason = str(error).rpartition("] ")[2]
-        raise ValueError(f"--vocab-size takes a size that this text can fill, got {vocab_size}: {reason}") from None
-    return model.getvalue()
+    """Every document of the files and directories, as `examples.data.documents` reads them."""
+    for part in make_parts(find_files(files)):
+        yield from (text for _, text in read(part, separator))
 
 
 def write_tokens(texts: Iterator[str], tokenizer: Tokenizer, prefix: str) -> tuple[int, int, str]:
