@@ -38,7 +38,7 @@ def _moments(grad, exp_avg, exp_avg_sq, hyper):
 @triton.jit
 def _direction(exp_avg, exp_avg_sq, hyper):
     """U = m / (√v · scale + ε'), both bias corrections in the constants."""
-    return exp_avg / tl.maximum(tl.sqrt(exp_avg_sq) * tl.load(hyper + 3) + tl.load(hyper + 4), 1e-38)
+    return exp_avg / (tl.sqrt(exp_avg_sq) * tl.load(hyper + 3) + tl.load(hyper + 4))
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def _rows(pointers, buffer, at, inside, hyper, SOURCE: tl.constexpr):
     return tl.where(inside, _direction(exp_avg, exp_avg_sq, hyper), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["mask"])
 def products(
     tiles, units, pointers, hypers, mask, x, left, partial, sums, BACK: tl.constexpr, SOURCE: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
@@ -129,7 +129,7 @@ def products(
             tl.store(sums + unit * 3, squares)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["mask"])
 def add_partials(shapes, spans, places, mask, partial, z, LENGTH: tl.constexpr):
     """Z and YᵀY of a matrix: what its units have summed, in their order."""
     matrix = tl.load(spans + tl.program_id(0) * 3)
@@ -146,7 +146,7 @@ def add_partials(shapes, spans, places, mask, partial, z, LENGTH: tl.constexpr):
         tl.store(to, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["mask"])
 def elementwise(
     tiles, units, pointers, hypers, mask, rates, sums, MODE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
@@ -197,7 +197,7 @@ def elementwise(
             tl.store(sums + unit * 3 + 2, after)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["mask"])
 def add_sums(spans, mask, partial, sums, FIRST: tl.constexpr, LAST: tl.constexpr):
     """Columns FIRST to LAST, without the latter, of a matrix's sums: those of its units, in their order."""
     matrix = tl.load(spans + tl.program_id(0) * 3)
@@ -254,13 +254,13 @@ def _largest(a, index):
     """The largest eigenvalue of a symmetric matrix without negative ones, by squaring: exact but for near ties."""
     size = _trace(a, index)
     power = a / tl.where(size > 0, size, 1.0)
-    for _ in tl.static_range(20):
+    for _ in range(20):
         power = _product(power, power)
         power = power / tl.maximum(_trace(power, index), 1e-300)
     return tl.maximum(_trace(_product(a, power), index), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["mask", "more", "sigma", "gain"])
 def orthonormalize(
     shapes, wave, mask, more, x, z, sigma, gain, independent, BLOCK: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
