@@ -129,6 +129,28 @@ def test_without_a_compiler_it_says_what_runs_instead_and_what_mends_it(
     cpu.library.cache_clear()
 
 
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_without_what_builds_triton_s_launcher_it_says_what_runs_instead_and_what_mends_it(
+    has_gpu: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    label, prefix = ("kernel, cuda", "torch, because ") if has_gpu else ("Triton's launcher", "")
+    assert said(capsys)[label] == ("triton" if has_gpu else "can be built")
+    compiler = tmp_path / "gcc"
+    compiler.write_text("#!/bin/sh\necho 'fatal error: Python.h: No such file' >&2\nexit 1\n")
+    compiler.chmod(0o700)
+    for named, reason, mend in (
+        (tmp_path / "none", "there is no C compiler", "apt-get install gcc, or name your C compiler in CC"),
+        (compiler, f"{compiler} cannot build", "apt-get install python3-dev"),
+    ):
+        monkeypatch.setenv("CC", str(named))
+        line = said(capsys)[label]
+        assert line.startswith(prefix + reason) and line.endswith(mend)
+
+
 def test_a_kernel_that_the_environment_asks_for_is_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch.cuda import nccl
 
-from weyl_megatron.kernels.choice import VARIABLE, pick_name, why_not
+from weyl_megatron.kernels.choice import VARIABLE, pick_name, why_no_launcher, why_not
 
 #: The oldest release that works and the newest that the tests ran, as in setup.py and the README.
 _SUPPORTED = {"torch": ("2.5", "2.15"), "deepspeed": ("0.16.9", "0.19"), "megatron-core": ("0.14", "0.19")}
@@ -43,6 +43,8 @@ def examine() -> list[Line]:
     lines += [_deepspeed_door(), _deepspeed_device(), _megatron_door(), _kernel("cpu", "cpu")]
     if torch.cuda.is_available():
         lines.append(_kernel("cuda", "triton"))
+    elif _version("triton"):  # where there will be a GPU
+        lines.append(_launcher())
     lines.append(Line("", "float32 tensors; other dtypes, and τ = ∞, are stepped in plain torch"))
     unfit = [line.label for line in lines if not line.fits]
     return [*lines, Line("to mend", "; ".join(unfit) or "nothing", not unfit)]
@@ -113,8 +115,26 @@ def _kernel(device: str, fused: str) -> Line:
     reason = why_not(fused, device, {torch.float32})
     if reason is None:
         return Line(label, f"{kernel}, because {VARIABLE} says so")
-    mend = "pip install triton" if fused == "triton" else "apt-get install g++, or name your C++ compiler in CXX"
-    return Line(label, f"{kernel}, because {reason}; {mend}")
+    return Line(label, f"{kernel}, because {reason}; {_mend(fused, reason)}")
+
+
+def _launcher() -> Line:
+    reason = why_no_launcher()
+    told = "can be built" if reason is None else f"{reason}; {_mend('triton', reason)}"
+    return Line("Triton's launcher", told)
+
+
+def _mend(fused: str, reason: str) -> str:
+    """Return what makes a fused kernel run that does not, for a reason of ``why_not``."""
+    if fused == "cpu":
+        return "apt-get install g++, or name your C++ compiler in CXX"
+    if "no C compiler" in reason:
+        return "apt-get install gcc, or name your C compiler in CC"
+    if "Python.h" in reason:
+        return "apt-get install python3-dev"
+    if "cannot build" in reason:
+        return "name another C compiler in CC"
+    return "pip install --upgrade triton"
 
 
 def _version(name: str) -> str | None:

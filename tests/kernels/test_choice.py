@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -25,6 +26,7 @@ def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(choice.VARIABLE, raising=False)
     cpu.library.cache_clear()
     choice._say_once.cache_clear()
+    choice._trouble_of.cache_clear()
     yield
     cpu.library.cache_clear()
 
@@ -52,11 +54,8 @@ def test_without_a_working_compiler_the_plain_path_steps_and_says_so_once(
     compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, expected = stepped()
-    fake = tmp_path / "c++"
-    if compiler == "failing":
-        fake.write_text("#!/bin/sh\necho no such target >&2\nexit 1\n")
-        fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("CXX", str(fake))
+    failing = fake_compiler(tmp_path, "no such target", 1)
+    monkeypatch.setenv("CXX", str(failing if compiler == "failing" else tmp_path / "none"))
     cpu.library.cache_clear()
     with caplog.at_level(logging.WARNING, logger="weyl_megatron"):
         optimizer, weight = stepped()
@@ -114,10 +113,61 @@ def test_a_triton_that_is_too_old_for_the_kernels_is_left_alone(
     assert ("it takes Triton 3.5 or newer, not 3.3.1" in caplog.text) == (name == "torch")
 
 
+def fake_compiler(folder: Path, says: str, status: int) -> Path:
+    fake = folder / "gcc"
+    fake.write_text(f"#!/bin/sh\necho '{says}' >&2\nexit {status}\n")
+    fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    return fake
+
+
+def test_without_a_c_compiler_for_triton_s_launcher_plain_torch_steps_and_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in an image with no gcc: Triton would raise at its first launch, in the middle of a step."""
+    pytest.importorskip("triton")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    working = shutil.which("gcc") or shutil.which("clang")
+    assert choice.pick_name("cuda", {torch.float32}) == "triton"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with caplog.at_level(logging.WARNING, logger="weyl_megatron"):
+        assert [choice.pick_name("cuda", {torch.float32}) for _ in range(2)] == ["torch", "torch"]
+    assert len(caplog.records) == 1
+    assert "plain torch, not in the fused kernel 'triton': there is no C compiler for" in caplog.text
+    monkeypatch.setenv(choice.VARIABLE, "triton")
+    with pytest.raises(ValueError, match="got 'triton', but there is no C compiler"):
+        choice.pick_name("cuda", {torch.float32})
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which launches nothing
+    assert choice.pick_name("cuda", {torch.float32}) == "triton"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setenv("CC", str(working))
+    assert choice.pick_name("cuda", {torch.float32}) == "triton"
+    monkeypatch.setenv("CC", str(tmp_path / "gcc"))  # CC goes before the others, there or not
+    monkeypatch.setenv("PATH", str(Path(str(working)).parent))
+    assert "no C compiler" in str(choice.why_not("triton", "cuda", {torch.float32}))
+
+
+@pytest.mark.parametrize(
+    ("says", "status", "name"),
+    [("launcher.c:1:10: fatal error: Python.h: No such file", 1, "torch"), ("a warning", 0, "triton")],
+)
+def test_a_c_compiler_that_cannot_build_the_launcher_is_none(
+    says: str, status: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("CC", str(fake_compiler(tmp_path, says, status)))
+    with caplog.at_level(logging.WARNING, logger="weyl_megatron"):
+        assert choice.pick_name("cuda", {torch.float32}) == name
+    assert ("cannot build Triton's launcher" in caplog.text) == (says in caplog.text) == (status == 1)
+
+
 def test_a_gradient_or_state_of_another_dtype_is_refused() -> None:
     optimizer, weight = stepped()
     optimizer.state[weight]["exp_avg"] = optimizer.state[weight]["exp_avg"].double()
-    with pytest.raises(ValueError, match=r"a gradient or state tensor is torch.float64 on cpu, the kernel takes"):
+    with pytest.raises(
+        ValueError, match=r"'exp_avg' of parameter '\S+' is \(9, 7\), torch.float64, .* takes its parameter's"
+    ):
         optimizer.step()
 
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -113,9 +118,44 @@ def why_not(name: str, device: str, dtypes: Collection[torch.dtype]) -> str | No
                 return f"it takes tensors on a GPU, not on {device} (unless TRITON_INTERPRET=1)"
             if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST_TRITON:
                 return f"it takes Triton {'.'.join(map(str, _OLDEST_TRITON))} or newer, not {triton.__version__}"
+            if os.environ.get("TRITON_INTERPRET") != "1" and triton.knobs.build.impl is None:
+                return why_no_launcher()
     except (ImportError, OSError, RuntimeError) as error:
         return str(error)
     return None
+
+
+def why_no_launcher() -> str | None:
+    """Return why Triton cannot build what launches its kernels, or None where it can.
+
+    That is in C and includes Python's headers. Triton builds it at the first launch, in the middle of a step.
+    """
+    named = os.environ.get("CC")
+    found = next(filter(None, map(shutil.which, ["gcc", "clang"] if named is None else [named])), None)
+    if found is None:
+        return "there is no C compiler for Triton's launcher (gcc, clang, or the one that CC names)"
+    return _trouble_of(found)
+
+
+@functools.cache
+def _trouble_of(compiler: str) -> str | None:
+    """Return why a C compiler cannot build an extension of this Python, or None where it can."""
+    # As Triton does; Debian's own scheme has no headers.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    headers = sysconfig.get_paths(scheme)["include"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "launcher.c"
+        source.write_text("#include <Python.h>\n")
+        command = [compiler, str(source), "-shared", "-fPIC", f"-I{headers}", "-o", f"{folder}/launcher.so"]
+        try:
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError as error:
+            return f"{compiler} cannot build Triton's launcher: {error}"
+    if run.returncode == 0:
+        return None
+    lines = [line.strip() for line in run.stderr.splitlines() if line.strip()]
+    said = next((line for line in lines if "error" in line), " ".join(lines[:1]))
+    return f"{compiler} cannot build Triton's launcher: {said[:300]}"
 
 
 def _make(name: str, blocks: Blocks) -> Kernel:
