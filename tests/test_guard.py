@@ -2,14 +2,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.processes import torchrun
 from weyl_megatron import AdamW2
+from weyl_megatron.guard import Guard, is_finite
+from weyl_megatron.layouts.buffers import Buffer, Parameter, Shard
 
 BAD = (float("nan"), float("inf"), float("-inf"))
 
@@ -95,6 +101,78 @@ def test_large_numbers_are_finite() -> None:
     set_gradients(net, 0)
     poison(net[0].weight, 3e38)  # its square is not
     optimizer.step()
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often the host reads a tensor, for which it would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def buffer(name: str, grad: torch.Tensor | None, *groups: dist.ProcessGroup) -> Buffer:
+    tensor = nn.Parameter(torch.zeros(3) if grad is None else torch.zeros_like(grad))
+    tensor.grad = grad
+    parameter = Parameter(name, tuple(tensor.shape))
+    return Buffer(tensor, (Shard(parameter, 0, tensor.numel(), 0),), groups)
+
+
+def various() -> list[torch.Tensor]:
+    """Gradients of any dtype and layout, the largest numbers of each among them."""
+    dtypes = torch.float32, torch.float64, torch.bfloat16, torch.float16
+    grads = [torch.randn(n, 5).to(dtype) for dtype in dtypes for n in (1, 8, 300)]
+    for grad in grads:
+        grad.view(-1)[1] = torch.finfo(grad.dtype).max
+    return [*grads, torch.randn(6, 7).T[::2], torch.tensor(2.0), torch.empty(0, 4)]
+
+
+def test_the_host_reads_once_a_step_however_many_gradients_there_are() -> None:
+    """A GPU idles at each: with two for every parameter, 296 times a step of GPT-2 124M."""
+    grads = various()
+    buffers = [buffer(f"w{number}", grad) for number, grad in enumerate([*grads, None])]
+    guard = Guard("skip", None)
+    with Reads() as reads:
+        assert guard.admits(buffers)
+    assert reads.count == 1
+    grads[4].view(-1)[2] = float("nan")
+    grads[7].view(-1)[2] = float("-inf")
+    with pytest.raises(FloatingPointError, match="the gradient of w4, w7 is not finite"):
+        Guard("raise", None).admits(buffers)
+    assert not guard.admits(buffers) and guard.skipped == 1
+
+
+def test_ranks_that_share_a_matrix_agree_in_that_one_read(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        buffers = [buffer(f"w{n}", torch.randn(4, 3), dist.group.WORLD) for n in range(5)]
+        guard = Guard("skip", None)
+        with Reads() as reads:
+            assert guard.admits(buffers)
+        assert reads.count == 1
+        poison(buffers[3].tensor, float("inf"))  # type: ignore[arg-type]
+        assert not guard.admits(buffers)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("value", BAD)
+def test_one_element_is_enough(value: float, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cuda":  # as it is asked there, of tensors on the CPU
+        norms = partial(torch._foreach_norm, ord=torch.inf)
+        monkeypatch.setattr("weyl_megatron.guard._bounds", lambda alike: list(norms(alike)))
+    assert is_finite() and is_finite(torch.empty(0)) and is_finite(*various())
+    shapes = [grad.shape for grad in various() if grad.numel()]
+    for number, shape in enumerate(shapes):
+        for place in {0, shape.numel() // 2, shape.numel() - 1}:
+            grads = various()
+            grads[number][torch.unravel_index(torch.tensor(place), shape)] = value
+            assert not is_finite(*grads)
 
 
 def test_one_rank_s_nan_skips_the_step_on_all_under_deepspeed(record_property: Callable[[str, object], None]) -> None:
