@@ -281,7 +281,8 @@ def test_a_closure_s_loss_is_returned() -> None:
 def test_what_it_cannot_step_is_named() -> None:
     ugly: list[tuple[torch.Tensor, str]] = [
         (torch.ones(2, 2, dtype=torch.complex64), "complex64"),
-        (torch.ones(4, 1).expand(4, 3), "not dense"),
+        (torch.ones(4, 1).expand(4, 3), "share memory"),
+        (torch.ones(2, 2, device="meta"), "meta device"),
     ]
     for tensor, message in ugly:
         parameter = nn.Parameter(tensor)
@@ -298,17 +299,50 @@ def test_what_it_cannot_step_is_named() -> None:
     assert optimizer.state[other]["step"] == 0  # the step that was refused is not counted
 
 
-def test_a_name_that_two_parameters_have_is_refused() -> None:
+@pytest.mark.parametrize("are_groups", [True, False], ids=["in two groups", "in one"])
+def test_a_name_that_two_parameters_have_is_told_apart(are_groups: bool) -> None:
     encoder, decoder = nn.Linear(3, 2), nn.Linear(3, 2)
-    with pytest.raises(ValueError, match="params got the name 'weight' twice, it takes each once"):
-        AdamW2([*encoder.named_parameters(), *decoder.named_parameters()])
+    pairs = [list(encoder.named_parameters()), list(decoder.named_parameters())]
+    groups = [{"params": named} for named in pairs] if are_groups else [{"params": pairs[0] + pairs[1]}]
+    optimizer = AdamW2(groups)
+    for weight in (encoder.weight, decoder.weight):
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert set(optimizer.stats()) == {"weight", "group1.weight" if are_groups else "group0.weight"}
+    names = [group["param_names"] for group in optimizer.state_dict()["param_groups"]]
+    assert sum(names, []) == ["weight", "bias"] * 2  # torch's own key keeps what was given
 
 
-@pytest.mark.parametrize(("key", "value"), [("maximize", True), ("amsgrad", True), ("capturable", True)])
-def test_a_parameter_group_may_not_ask_for_what_is_not_done(key: str, value: bool) -> None:
+def test_names_that_a_group_says_are_those_of_its_parameters() -> None:
+    """As torchtitan makes groups; torch.optim.AdamW keeps the key."""
     weight = nn.Parameter(torch.ones(2, 2))
-    with pytest.raises(ValueError, match=f"AdamW2: {key} got True, it takes False"):
-        AdamW2([{"params": [("w", weight)], key: value}])
+    weight.grad = torch.ones(2, 2)
+    optimizer = AdamW2([{"params": [weight], "param_names": ["h.0.weight"]}])
+    optimizer.step()
+    assert set(optimizer.stats()) == {"h.0.weight"}
+    state = optimizer.state_dict()
+    assert state["param_groups"][0]["param_names"] == ["h.0.weight"]
+    other = AdamW2([weight])
+    other.load_state_dict(state)
+    assert other.param_groups[0]["param_names"] == ["h.0.weight"]
+
+
+REFUSED = [("capturable", True), ("differentiable", True), ("decoupled_weight_decay", False)]
+
+
+@pytest.mark.parametrize("is_late", [False, True], ids=["when it is made", "later"])
+@pytest.mark.parametrize(("key", "value"), REFUSED)
+def test_a_parameter_group_may_not_ask_for_what_is_not_done(key: str, value: bool, is_late: bool) -> None:
+    weight = nn.Parameter(torch.ones(2, 2))
+    weight.grad = torch.ones(2, 2)
+    with pytest.raises(ValueError, match=f"AdamW2: {key} got {value}, it takes {not value}"):
+        if is_late:
+            optimizer = AdamW2([("w", weight)])
+            optimizer.param_groups[0][key] = value
+            optimizer.step()
+        else:
+            AdamW2([{"params": [("w", weight)], key: value}])
+    assert torch.equal(weight, torch.ones(2, 2))
 
 
 def test_without_parameters_the_layout_is_read_once() -> None:

@@ -24,7 +24,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"weight_decay": None}, r"weight_decay got None"),
     ({"adam_w_mode": False}, r"adam_w_mode got False, it takes True"),
     ({"bias_correction": False}, r"bias_correction got False, it takes True"),
-    ({"amsgrad": True}, r"amsgrad got True, it takes False"),
+    ({"amsgrad": 1}, r"amsgrad got 1, it takes True or False"),
+    ({"differentiable": True}, r"differentiable got True, it takes False"),
+    ({"lr": torch.tensor([0.1, 0.2])}, r"lr got tensor\(\[0.1000, 0.2000\]\), it takes a number from 0 on"),
     ({"max_grad_norm": 1.0}, r"max_grad_norm got 1.0, .*'gradient_clipping'"),
     ({"floor_std": -1}, r"floor_std got -1"),
     ({"clip_vectors": 1}, r"clip_vectors got 1"),
@@ -92,7 +94,8 @@ def test_a_tau_that_becomes_balanced_is_that_of_a_budget() -> None:
         param.grad = torch.ones_like(param)
     optimizer.step()
     assert optimizer.stats()["up"].tau == pytest.approx(0.3)
-    optimizer.param_groups[1]["tau"] = "balanced"
+    assert optimizer.param_groups[0]["tau"] == "balanced"
+    optimizer.param_groups[1]["tau"] = "auto"
     optimizer.step()
     assert optimizer.stats()["up"].tau == pytest.approx(0.144)
     saved = optimizer.state_dict()

@@ -40,9 +40,8 @@ def test_of_a_checkpoint_of_adamw_what_changes_nothing_is_dropped_and_the_rest_r
     assert (group["fused"], group["foreach"], group["capturable"]) == (None, None, False)
     optimizer.step()
     assert optimizer.state[weight]["step"] == 2
-    amsgrad = torch.optim.AdamW([weight], amsgrad=True)
-    with pytest.raises(ValueError, match="AdamW2: amsgrad got True, it takes False"):
-        optimizer.load_state_dict(amsgrad.state_dict())
+    with pytest.raises(ValueError, match="AdamW2: differentiable got True, it takes False"):
+        optimizer.load_state_dict(torch.optim.AdamW([weight], differentiable=True).state_dict())
 
 
 def test_a_resumed_run_goes_on_as_the_uninterrupted_one() -> None:

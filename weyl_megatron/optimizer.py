@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from weyl_megatron.guard import Guard
-from weyl_megatron.integrations import deepspeed
-from weyl_megatron.kernels import Hyper, Stepped
+from weyl_megatron.integrations import deepspeed, deepspeed_construction, unstepped
+from weyl_megatron.kernels import Stepped
+from weyl_megatron.kernels.stepped import Form, form_of
 from weyl_megatron.layouts.buffers import Buffer, Layout
-from weyl_megatron.layouts.plain import plain_buffer
+from weyl_megatron.layouts.modules import SeenModel
+from weyl_megatron.layouts.plain import dense, plain_buffer, why_foreign
 from weyl_megatron.layouts.tensor_parallel import shardings_of
-from weyl_megatron.settings import check_adamw, check_harmless, check_settings, read_tau
+from weyl_megatron.names import ParameterNames
+from weyl_megatron.settings import BALANCED, check_adamw, check_harmless, check_settings, read_tau
+from weyl_megatron.state import check_loaded, counted, gather, new_state
 from weyl_megatron.thresholds import Thresholds
 from weyl_megatron.walk import Carried, MatrixStats, Walk
 
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["AdamW2", "MatrixStats"]
+
+_log = logging.getLogger("weyl_megatron")
 
 #: Where a state dict holds the power vectors: in its first parameter group, because formats know what is in ``state``.
 _CARRIED = "adamw2_power"
@@ -48,7 +55,8 @@ class AdamW2(torch.optim.AdamW):
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or parameter groups; a group may have its own ``"tau"``.
-        lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``, defaults included. No warmup is needed.
+        lr, betas, eps, weight_decay, amsgrad, maximize: as in ``torch.optim.AdamW``, defaults and tensors included. No
+            warmup is needed.
         tau: τ > 0; the paper uses 0.01 (GPT) and 0.004 (ViT, Swin). Or ``"balanced"`` (``"auto"``, too, where Hugging
             Face does not read it): hidden matrices share one budget, τ = 0.144 / (number of hidden matrices),
             embeddings, positions and head get 0.1, and σ₁(W) is taken for at least that of a Xavier matrix. A small τ
@@ -62,12 +70,15 @@ class AdamW2(torch.optim.AdamW):
         io: patterns (``fnmatch``) of the names of embeddings, positions and head, for ``tau="balanced"``; None: find
             out.
         overrides: ``{"match": pattern, "tau": 0.1}``, ``{"match": pattern, "exempt": True}`` (scheduled rate),
-            ``{"match": pattern, "fused": 3}`` (three stacked matrices, 1: keep whole). The last match counts.
+            ``{"match": pattern, "fused": 3}`` (three stacked matrices, 1: keep whole), ``{"match": pattern, "kind":
+            "convolution"}`` or ``"experts"`` (what a weight of three dimensions is). The last match counts.
         nonfinite: what becomes of a step with a gradient that is NaN or infinite: "skip" (on all ranks alike, logged
             with the parameter's name and counted in ``skipped_steps``), "raise", or "off", as torch.optim.AdamW. None:
             "skip" where an engine has the norm of all gradients, so that it costs nothing, else "off".
         nonfinite_limit: RuntimeError after so many skipped steps in a row; None: never.
         tp_group: the process group of tensor-parallel parameters where no engine tells it.
+        model: the module that the parameters belong to, where no engine shows it: it tells convolutions, experts and
+            embeddings, and gives names to parameters that have none. It is looked at now, and not kept.
         others: keys of AdamW configurations that change nothing (``torch_adam``, ``adam_w_mode``, …).
 
     Raises:
@@ -78,17 +89,19 @@ class AdamW2(torch.optim.AdamW):
 
     Example::
 
-        optimizer = AdamW2(model.named_parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, tau=0.01)
+        optimizer = AdamW2(model.named_parameters(), lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, model=model)
     """
 
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] | tuple[Tensor, Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
+        maximize: bool = False,
         tau: float | str = 0.01,
         power_iters: int = 2,
         floor_std: float = 1e-3,
@@ -98,9 +111,10 @@ class AdamW2(torch.optim.AdamW):
         nonfinite: str | None = None,
         nonfinite_limit: int | None = None,
         tp_group: ProcessGroup | None = None,
+        model: nn.Module | None = None,
         **others: Any,
     ) -> None:
-        check_adamw(lr, betas, eps, weight_decay)
+        check_adamw(lr, betas, eps, weight_decay, amsgrad, maximize)
         self._settings = check_settings(
             tau=tau,
             power_iters=power_iters,
@@ -115,17 +129,21 @@ class AdamW2(torch.optim.AdamW):
         self._guard = Guard(nonfinite, nonfinite_limit)
         self._tp_group = tp_group
         tau = self._settings.tau
-        self._auto = "auto" in [tau, *(override.get("tau") for override in self._settings.overrides)]
+        self._auto = BALANCED in [tau, *(override.get("tau") for override in self._settings.overrides)]
         self._engine_layout: Callable[[], Layout] | None = None  # set by an engine's door
         self._step_in_group = False  # set by an engine's door: the count is in param_groups, where FusedAdam has it
         self._measures_gradients, self._gradient_norms = False, dict[str, float]()
-        self._names: dict[int, str] = {}  # of the parameters that were given, by id
+        self._names, self._model = ParameterNames(), SeenModel(model)
+        self._has_noticed = False  # said what was guessed of the parameters
         self._buffers: dict[int, Buffer] | None = None  # the layout, by id of the tensor that is stepped; None: unread
+        self._forms: dict[int, Form] = {}  # of these tensors when the layout was read
+        self._is_plain = True  # no engine told the layout
         self._walks: dict[tuple[int, ...], Walk] = {}  # by the ids of the tensors that are stepped together
         self._carried: dict[str, Carried] = {}  # of a loaded state dict, by matrix, until its walk is there
-        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
+        self._model.check_knows(name for group in self._names.listed() for name in group)
         self.defaults["tau"] = tau
-        deepspeed.allow_under_zero(type(self))
+        deepspeed_construction.prepare(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; ``"params"`` may be ``(name, parameter)`` pairs, and ``"tau"`` may be given."""
@@ -133,66 +151,83 @@ class AdamW2(torch.optim.AdamW):
         group.setdefault("tau", self._settings.tau)
         group["tau"] = read_tau("a parameter group's tau", group["tau"])
         check_harmless(group)
-        self._auto = self._auto or group["tau"] == "auto"
-        if not isinstance(group["params"], (Tensor, set)):
-            group["params"] = list(group["params"])
-            taken = set(self._names.values())
-            for number, item in enumerate(group["params"]):
-                if isinstance(item, tuple):
-                    name, group["params"][number] = item
-                    # What DDP and torch.compile add is dropped: the start vectors belong to the model's own names.
-                    name = name.removeprefix("module.").replace("_orig_mod.", "")
-                    if name in taken:
-                        raise ValueError(
-                            f"AdamW2: params got the name '{name}' twice, it takes each once: put prefixes before them."
-                        )
-                    taken.add(name)
-                    self._names[id(group["params"][number])] = name
+        self._auto = self._auto or group["tau"] == BALANCED
+        names = _take_names(group)
         super().add_param_group(group)
-        for number, param in enumerate(self.param_groups[-1]["params"]):
-            self._names.setdefault(id(param), f"group{len(self.param_groups) - 1}.param{number}")
+        params = self.param_groups[-1]["params"]
+        self._names.add(params, names or self._model.names(params))
+        self._model.rename(params, self._names.listed()[-1])
         self._buffers, self._walks = None, {}
 
     def __getstate__(self) -> dict[str, Any]:
-        names = [[self._names.get(id(param)) for param in group["params"]] for group in self.param_groups]
-        return {**super().__getstate__(), "adamw2": (self._settings, self._auto, self._tp_group, names)}
+        own = self._settings, self._auto, self._tp_group, self._names.listed(), self._saved_vectors(), self._model.kinds
+        return {**super().__getstate__(), "adamw2": own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         own = state.pop("adamw2", None)  # of a copied or unpickled optimizer; load_state_dict comes here without
+        if own is None:
+            self._check_loaded(state)
         if self.__dict__.get("_step_in_group"):
             torch.optim.Optimizer.__setstate__(self, state)  # torch's AdamW looks for the step in the state
         else:
             super().__setstate__(state)
         if own is not None:
-            self._settings, self._auto, self._tp_group, names = own
+            self._settings, self._auto, self._tp_group, names, vectors, kinds = own
+            self._model, self._has_noticed = SeenModel(kinds=kinds), False
             self._engine_layout, self._step_in_group = None, False
             self._guard = Guard(self._settings.nonfinite, self._settings.nonfinite_limit)
             self._measures_gradients, self._gradient_norms = False, {}
-            pairs = zip(self.param_groups, names, strict=True)
-            named = (zip(group["params"], of_group, strict=True) for group, of_group in pairs)
-            self._names = {id(param): name for group in named for param, name in group if name is not None}
-            self._buffers, self._walks, self._carried = None, {}, {}
+            self._names = ParameterNames()
+            self._names.restore(self.param_groups, names)
+            self._buffers, self._forms, self._is_plain, self._walks, self._carried = None, {}, True, {}, {}
+            self.param_groups[0][_CARRIED] = vectors
+            self._take_carried()
+        else:
+            self.forget()
         for group in self.param_groups:
             group.setdefault("tau", self._settings.tau)
-        self.forget()
+
+    def _check_loaded(self, loaded: dict[str, Any]) -> None:
+        """Raise ValueError where a state that is being loaded cannot be that of the parameters."""
+        names = self._names.known()
+        for number, group in enumerate(loaded["param_groups"]):
+            for position, param in enumerate(group["params"]):
+                name = names.get(id(param), f"group{number}.param{position}")
+                has_step = not self.__dict__.get("_step_in_group")
+                check_loaded(param, loaded["state"].get(param, {}), name, has_step=has_step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's, whose first parameter group also carries the power vectors: a run resumes exactly."""
         state = super().state_dict()
-        carried = [
+        if vectors := self._saved_vectors():
+            state["param_groups"][0][_CARRIED] = vectors
+        return state
+
+    def _saved_vectors(self) -> list[dict[str, Any]]:
+        """Return what the next step takes from the last one, or took from a state dict and did not use yet."""
+        saved = [
             {**of_walk, "step": self._steps_done(walk)}
             for walk in self._walks.values()
             if (of_walk := walk.carried()) is not None
         ]
-        if carried:
-            state["param_groups"][0][_CARRIED] = carried
-        return state
+        for name, one in self._carried.items():
+            bounds = [bound.view(1) for bound in one.bounds]
+            saved.append({"matrices": [name], "blocks": [one.blocks], "bounds": bounds, "step": one.step})
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state dict of an AdamW² or an AdamW; without vectors in it, the next step measures afresh."""
-        for saved in state_dict["param_groups"]:
-            check_harmless({key: value for key, value in saved.items() if key != "capturable"})
+        ours, saved_groups = self.param_groups, state_dict["param_groups"]
+        sizes = [[len(group["params"]) for group in groups] for groups in (saved_groups, ours)]
+        if sizes[0] != sizes[1] and not self._optimizer_load_state_dict_pre_hooks:  # which may mend that
+            raise ValueError(
+                f"AdamW2: load_state_dict got parameter groups of {sizes[0]} parameters, it takes {sizes[1]}, as "
+                f"many as the optimizer has."
+            )
+        for saved in saved_groups:
+            moot = "capturable", "decoupled_weight_decay"  # torch's AdamW passes over them, too
+            check_harmless({key: value for key, value in saved.items() if key not in moot})
         taus = [group["tau"] for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, saved, tau in zip(self.param_groups, state_dict["param_groups"], taus, strict=True):
@@ -238,18 +273,22 @@ class AdamW2(torch.optim.AdamW):
         self._take_carried()
         if not self._guard.admits(self._stepped_buffers()):
             return loss
-        for walk, tensors, groups in self._stepped_together():
-            stepped = [self._stepped(tensor, group) for tensor, group in zip(tensors, groups, strict=True)]
-            if self._measures_gradients:
-                self._gradient_norms |= walk.gradient_norms(stepped)
-            walk.begin(stepped, groups)
-            self._count(tensors)
-            settled = walk.move_early()  # lines 3 to 14 in one pass, where α is proved to be within Rule 1
-            for wave in walk.waiting(settled):
-                sigma_weight, sigma_update = walk.sigmas(wave)  # lines 3 to 6
-                rates = walk.rates(sigma_weight, sigma_update)  # lines 7 to 9
-                walk.move(wave, rates)  # lines 10 to 14
-            walk.end(settled)
+        for turn in self._turns():  # whose tensors are all checked before the first of them moves
+            walk = turn.walk
+            with _on_device(turn.weights[0].device):
+                if self._measures_gradients:
+                    self._gradient_norms |= walk.gradient_norms(turn.stepped)
+                walk.begin(turn.weights, turn.stepped, turn.groups)
+                self._count(walk.tensors)
+                settled = walk.move_early()  # lines 3 to 14 in one pass, where α is proved to be within Rule 1
+                for wave in walk.waiting(settled):
+                    sigma_weight, sigma_update = walk.sigmas(wave)  # lines 3 to 6
+                    rates = walk.rates(sigma_weight, sigma_update)  # lines 7 to 9
+                    walk.move(wave, rates)  # lines 10 to 14
+                walk.end(settled)
+                for tensor, weight in zip(walk.tensors, turn.weights, strict=True):
+                    if weight is not tensor and tensor.grad is not None:  # it was stepped as a dense copy
+                        tensor.copy_(weight)
         if self._step_in_group:
             for group in self.param_groups:
                 group["step"] += 1
@@ -273,25 +312,13 @@ class AdamW2(torch.optim.AdamW):
         self._measures_gradients = False
         return self._gradient_norms
 
-    def _stepped(self, tensor: Tensor, group: dict[str, Any]) -> Stepped | None:
-        """Return G, M and V of one tensor (lines 1 and 2); None where it has no gradient."""
-        grad = tensor.grad
-        if grad is None:
+    def _stepped(self, tensor: Tensor, weight: Tensor, group: dict[str, Any], name: str) -> Stepped | None:
+        """Return G, M and V of one tensor (lines 1 and 2), checked; None where it has no gradient."""
+        if tensor.grad is None:
             return None
-        if grad.is_sparse:
-            raise ValueError("AdamW2: a parameter got a sparse gradient, it takes dense ones.")
-        state = self.state[tensor]
-        if not state:
-            self._allocate(tensor)
-        if grad.stride() != tensor.stride():
-            grad = torch.empty_like(tensor).copy_(grad)
-        for key in ("exp_avg", "exp_avg_sq"):  # a checkpoint's, or from before the weight became channels_last
-            if state[key].stride() != tensor.stride():
-                state[key] = torch.empty_like(tensor, dtype=state[key].dtype).copy_(state[key])
-        step = float(group["step"] if self._step_in_group else state["step"]) + 1
-        beta1, beta2 = group["betas"]
-        hyper = Hyper(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], step)
-        return Stepped(grad, state["exp_avg"], state["exp_avg_sq"], hyper)
+        if not self.state[tensor]:
+            self.state[tensor] |= new_state(tensor, group, has_step=not self._step_in_group)
+        return gather(weight, tensor.grad, self.state[tensor], group, name)
 
     def _count(self, tensors: Iterable[Tensor]) -> None:
         """Count the step of every tensor that has a gradient, once nothing can refuse it."""
@@ -299,22 +326,14 @@ class AdamW2(torch.optim.AdamW):
             for tensor in tensors:
                 if tensor.grad is not None:
                     # Not in place: DeepSpeed's universal checkpoint hands one count to several of ZeRO-3's sub-groups.
-                    self.state[tensor]["step"] = self.state[tensor]["step"] + 1
-
-    def _allocate(self, tensor: Tensor) -> None:
-        if not self._step_in_group:
-            self.state[tensor]["step"] = torch.tensor(0.0, dtype=torch.get_default_dtype())
-        self.state[tensor] |= {
-            "exp_avg": torch.zeros_like(tensor, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(tensor, memory_format=torch.preserve_format),
-        }
+                    self.state[tensor]["step"] = counted(self.state[tensor]["step"])
 
     def _allocate_all(self) -> None:
         """Make the state of every tensor that has none yet, as it is before the first step."""
         for group in self.param_groups:
             for tensor in group["params"]:
                 if not self.state[tensor]:
-                    self._allocate(tensor)
+                    self.state[tensor] |= new_state(tensor, group, has_step=not self._step_in_group)
 
     def _is_construction_call(self) -> bool:
         """True where an engine calls ``step`` with zero gradients while it is built; only the state is made then."""
@@ -326,34 +345,43 @@ class AdamW2(torch.optim.AdamW):
         self._allocate_all()
         return True
 
-    def _stepped_together(self) -> Iterator[tuple[Walk, list[Tensor], list[dict[str, Any]]]]:
-        """Yield, per device, the tensors of this step with their walk and their parameter groups."""
+    def _turns(self) -> list[_Turn]:
+        """Return, per device, what this step is made of, every tensor of it checked."""
         group_of = {
             id(tensor): group
             for group in self.param_groups
             for tensor in group["params"]
             if tensor.requires_grad or tensor.grad is not None
         }
-        assert self._buffers is not None
-        if not group_of.keys() <= self._buffers.keys():
-            first = next((buffer.shards[0].parameter.name for buffer in self._buffers.values()), "")
+        known = self._buffers or {}
+        if not self._is_plain and not group_of.keys() <= known.keys():
+            first = next((buffer.shards[0].parameter.name for buffer in known.values()), "")
             raise ValueError(
                 f"AdamW2: the engine steps a tensor that its layout does not have, beside parameter '{first}'."
             )
+        for group in self.param_groups:
+            check_harmless(group)
         # In the layout's order, which ranks share that hold, and list, different pieces.
         by_device: dict[torch.device, tuple[list[Buffer], list[dict[str, Any]]]] = {}
-        for number, buffer in self._buffers.items():
-            group = group_of.get(number)
-            if group is None and buffer.param_group is not None:
-                group = self.param_groups[buffer.param_group]
-            if group is not None:
+        for number, buffer in known.items():
+            of_buffer = group_of.get(number)
+            if of_buffer is None and buffer.param_group is not None:
+                of_buffer = self.param_groups[buffer.param_group]
+            if of_buffer is not None:
                 buffers, groups = by_device.setdefault(buffer.tensor.device, ([], []))
                 buffers.append(buffer)
-                groups.append(group)
+                groups.append(of_buffer)
+        turns = []
         for device, (buffers, groups) in by_device.items():
-            # Triton launches on the current device, whichever its tensors are on.
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                yield self._walk(buffers, groups), [buffer.tensor for buffer in buffers], groups
+            with _on_device(device):
+                walk = self._walk(buffers, groups)
+                weights = [dense(buffer.tensor) for buffer in buffers] if self._is_plain else walk.tensors
+                stepped = [
+                    self._stepped(buffer.tensor, weight, group, buffer.name)
+                    for buffer, weight, group in zip(buffers, weights, groups, strict=True)
+                ]
+            turns.append(_Turn(walk, weights, stepped, groups))
+        return turns
 
     def _stepped_buffers(self) -> list[Buffer]:
         known = self._buffers or {}
@@ -362,11 +390,13 @@ class AdamW2(torch.optim.AdamW):
 
     def _walk(self, buffers: list[Buffer], groups: list[dict[str, Any]]) -> Walk:
         key = tuple(id(buffer.tensor) for buffer in buffers)
-        if key not in self._walks:
+        is_amsgrad = any(group["amsgrad"] for group in groups)
+        if key not in self._walks or self._walks[key].is_amsgrad != is_amsgrad:
             # It takes the place of older walks over some of these tensors, from before others were frozen or unfrozen.
             self._walks = {other: walk for other, walk in self._walks.items() if not set(other) & set(key)}
             is_adamw = not self._settings.overrides and all(group["tau"] == float("inf") for group in groups)
-            self._walks[key] = Walk(buffers, self._thresholds, self._settings.power_iters, is_adamw=is_adamw)
+            iters = self._settings.power_iters
+            self._walks[key] = Walk(buffers, self._thresholds, iters, is_adamw=is_adamw, is_amsgrad=is_amsgrad)
         walk = self._walks[key]
         if self._carried:
             carried = {name: self._carried.pop(name) for name in walk.names if name in self._carried}
@@ -386,6 +416,7 @@ class AdamW2(torch.optim.AdamW):
 
         Under ZeRO-1 and 2 ``param_groups`` holds one group at a time, but the layout read is that of all groups.
         """
+        unstepped.note_stepped(self)
         engine = deepspeed.engine_on_stack(self)
         if self._engine_layout is not None:
             layout = self._engine_layout()
@@ -393,33 +424,75 @@ class AdamW2(torch.optim.AdamW):
             layout = deepspeed.read_layout(engine)
             deepspeed.tell_norm(engine, self._guard)
         else:
-            layout = Layout(self._plain_buffers())
+            layout = Layout(self._plain_buffers(), self._model.kinds)
+        self._is_plain = self._engine_layout is None and engine is None
         self._thresholds = Thresholds(self._settings, layout, self._auto)
+        self._notice()
         self._buffers = {id(buffer.tensor): buffer for buffer in layout.buffers}
-        self._strides = {number: buffer.tensor.stride() for number, buffer in self._buffers.items()}
+        self._forms = {number: form_of(buffer.tensor) for number, buffer in self._buffers.items()}
         self._walks = {}
 
+    def _notice(self) -> None:
+        """Log, once, what was guessed of the parameters, where a τ hangs on it."""
+        is_adamw = not self._settings.overrides and all(group["tau"] == float("inf") for group in self.param_groups)
+        if not (self._has_noticed or is_adamw):
+            for sentence in self._thresholds.notices():
+                self._has_noticed = True
+                _log.warning(sentence)
+
     def _is_laid_out_anew(self) -> bool:
-        """Whether a tensor's memory has another order than when the layout was read, as after ``channels_last``."""
-        buffers = (self._buffers or {}).items()
-        return any(buffer.tensor.stride() != self._strides[number] for number, buffer in buffers)
+        """Whether a tensor came, or has another shape, dtype, device or memory order than when the layout was read."""
+        known = self._buffers or {}
+        if any(form_of(buffer.tensor) != self._forms[number] for number, buffer in known.items()):
+            return True
+        tensors = (tensor for group in self.param_groups for tensor in group["params"])
+        return self._is_plain and any(id(tensor) not in known and tensor.grad is not None for tensor in tensors)
 
     def _plain_buffers(self) -> list[Buffer]:
-        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
-        for tensor in tensors:
-            if id(tensor) not in self._names:
-                raise ValueError(
-                    f"AdamW2: an engine replaced parameter '{next(iter(self._names.values()))}' or one beside it by a "
-                    f"tensor of shape {tuple(tensor.shape)}, whose layout AdamW2 does not understand; it takes plain "
-                    f"parameters, DDP, and the engines of DeepSpeed and Megatron."
-                )
-        shardings = shardings_of([(self._names[id(tensor)], tensor) for tensor in tensors], self._tp_group)
-        return [plain_buffer(tensor, self._names[id(tensor)], shardings) for tensor in tensors]
+        names = self._names.resolve(self.param_groups)
+        # What torch cannot step either may be in the groups as long as it has no gradient.
+        tensors = [
+            tensor
+            for group in self.param_groups
+            for tensor in group["params"]
+            if tensor.grad is not None or why_foreign(tensor) is None
+        ]
+        shardings = shardings_of([(names[id(tensor)], tensor) for tensor in tensors], self._tp_group)
+        kinds = self._model.kinds
+        return [plain_buffer(t, names[id(t)], shardings, kinds.get(names[id(t)])) for t in tensors]
+
+
+class _Turn(NamedTuple):
+    """What is stepped together on one device: a weight that is not dense as a dense copy, G, M and V, the groups."""
+
+    walk: Walk
+    weights: list[Tensor]
+    stepped: list[Stepped | None]
+    groups: list[dict[str, Any]]
+
+
+def _on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whichever its tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _take_names(group: dict[str, Any]) -> list[str] | None:
+    """Put tensors in the place of a group's ``(name, parameter)`` pairs and return the names; None: it has none."""
+    if isinstance(group["params"], (Tensor, set)):
+        return None  # torch has a sentence for a set
+    items = group["params"] = list(group["params"])
+    if not any(isinstance(item, tuple) for item in items):
+        names = group.get("param_names")
+        return list(names) if isinstance(names, Sequence) and len(names) == len(items) else None
+    if not all(isinstance(item, tuple) for item in items):
+        raise ValueError("AdamW2: params got some parameters with names and some without, it takes one or the other.")
+    group["params"], group["param_names"] = [item[1] for item in items], [item[0] for item in items]
+    return list(group["param_names"])
 
 
 def _refuse_capture(optimizer: torch.optim.Optimizer) -> None:
     """Raise RuntimeError, as torch's optimizers do, where a CUDA graph is captured: counts would freeze."""
-    # torch gave it a second name.
-    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):  # the old name warns
         if hasattr(optimizer, name):
             getattr(optimizer, name)()
+            return

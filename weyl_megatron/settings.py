@@ -25,14 +25,18 @@ _HARMLESS: dict[str, tuple[Any, ...] | None] = {
 }
 
 _OPTIONS = (
-    "lr, betas, eps, weight_decay, amsgrad, maximize, tau, power_iters, floor_std, clip_vectors, io, overrides, nonfinite, "
-    "nonfinite_limit, tp_group"
+    "lr, betas, eps, weight_decay, amsgrad, maximize, tau, power_iters, floor_std, clip_vectors, io, overrides, "
+    "nonfinite, nonfinite_limit, tp_group, model"
 )
-_OVERRIDES = {"match", "tau", "exempt", "fused"}
+_OVERRIDES = {"match", "tau", "exempt", "fused", "kind"}
+_KINDS = ("convolution", "experts")
 
-#: The τ that needs no tuning, as it is documented and as it was called first. Hugging Face fills in, or refuses, every
-#: "auto" of a DeepSpeed JSON; in here both are "auto".
-_BALANCED = ("balanced", "auto")
+#: The τ that needs no tuning: hidden matrices share a budget.
+BALANCED = "balanced"
+
+#: Its spellings, of which the second stays for those who have it: Hugging Face fills in, or refuses, every "auto" that
+#: it finds in a DeepSpeed JSON.
+_SPELLINGS = (BALANCED, "auto")
 
 
 @dataclass(frozen=True)
@@ -138,13 +142,13 @@ def check_adamw(lr: Any, betas: Any, eps: Any, weight_decay: Any, amsgrad: Any, 
 
 
 def read_tau(key: str, tau: Any) -> float | str:
-    """Return a positive number (infinity is AdamW) as it is and "balanced", in either spelling, as "auto".
+    """Return a positive number (infinity is AdamW) as it is, and either spelling of "balanced" as that.
 
     Raises:
         ValueError: ``tau`` is neither.
     """
-    if isinstance(tau, str) and tau in _BALANCED:
-        return "auto"
+    if isinstance(tau, str) and tau in _SPELLINGS:
+        return BALANCED
     if not _is_number(tau) or isnan(tau) or tau <= 0:
         raise ValueError(f"AdamW2: {key} got {tau!r}, it takes a number above 0 (infinity is AdamW) or 'balanced'.")
     number: float = tau
@@ -161,13 +165,17 @@ def _check_overrides(overrides: Any) -> tuple[Mapping[str, Any], ...]:
             )
         for key, value in override.items():
             if key not in _OVERRIDES:
-                raise ValueError(f"AdamW2: overrides got the key {key!r}, it takes 'match', 'tau', 'exempt', 'fused'.")
+                raise ValueError(
+                    f"AdamW2: overrides got the key {key!r}, it takes 'match', 'tau', 'exempt', 'fused', 'kind'."
+                )
             if key == "tau":
                 read_tau("overrides' tau", value)
             if key == "exempt" and not isinstance(value, bool):
                 raise ValueError(f"AdamW2: overrides' exempt got {value!r}, it takes true or false.")
             if key == "fused" and not _is_split(value):
                 raise ValueError(f"AdamW2: overrides' fused got {value!r}, it takes a number of parts or their sizes.")
+            if key == "kind" and value not in _KINDS:
+                raise ValueError(f"AdamW2: overrides' kind got {value!r}, it takes 'convolution' or 'experts'.")
     return tuple(
         {key: read_tau(key, value) if key == "tau" else value for key, value in override.items()}
         for override in overrides

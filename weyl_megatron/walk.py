@@ -65,13 +65,21 @@ class Walk:
         thresholds: τ and the floor of every matrix.
         power_iters: block power iterations of a matrix that is measured.
         is_adamw: whether every τ is infinite.
+        is_amsgrad: whether any of them divides by the largest V so far.
     """
 
     def __init__(
-        self, buffers: Sequence[Buffer], thresholds: Thresholds, power_iters: int, *, is_adamw: bool = False
+        self,
+        buffers: Sequence[Buffer],
+        thresholds: Thresholds,
+        power_iters: int,
+        *,
+        is_adamw: bool = False,
+        is_amsgrad: bool = False,
     ) -> None:
         tensors = [buffer.tensor for buffer in buffers]
         self.tensors, self._thresholds, self._iters = tensors, thresholds, power_iters
+        self.is_amsgrad = is_amsgrad
         self._plan = plan_of(buffers, thresholds.grid)
         self.names = [matrix.name for matrix in self._plan.matrices]
         self._device = tensors[0].device
@@ -86,7 +94,7 @@ class Walk:
             device=self._device,
             dtype=torch.float64 if all(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32,
         )
-        self._kernel = pick(self._power.blocks, tensors, plain=is_adamw)
+        self._kernel = pick(self._power.blocks, tensors, plain=is_adamw or is_amsgrad)
         self._tables(waves)
         self._check_kernels()
         # A step that was made too early can be taken back where rounding it twice is still rounding.
@@ -131,9 +139,11 @@ class Walk:
         self._square_spans = [Span(groups, k, k + 1) for k, groups in spread]
         self._is_spread = [bool(wave and plan.matrices[wave[0]].groups) for wave in waves]
 
-    def begin(self, stepped: Sequence[Stepped | None], groups: Sequence[dict[str, Any]]) -> None:
-        """Take the gradients and moments of a step, and the parameter group, of every tensor."""
-        self._kernel.bind(self.tensors, stepped)
+    def begin(
+        self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None], groups: Sequence[dict[str, Any]]
+    ) -> None:
+        """Take the weights, gradients and moments of a step, and the parameter group, of every tensor."""
+        self._kernel.bind(weights, stepped)
         self._lr, self._weight_decay, self._tau, self._floor = self._schedule(groups)
         self._sums = torch.zeros(len(self._lr), 3, dtype=torch.float64, device=self._device)
 

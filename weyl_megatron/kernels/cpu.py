@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weyl_megatron.kernels.stepped import Hyper, Stepped, check_tensors
+from weyl_megatron.kernels.stepped import Hyper, Stepped
 from weyl_megatron.spectral.blocks import Blocks, Table
 from weyl_megatron.spectral.ritz import INDEPENDENT, SETTLED
 
@@ -32,6 +33,9 @@ _FLAGS = (
     *("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
+
+#: Set this to flags that the compiler gets, too, for a library of its own: `make asan` builds it with sanitizers.
+FLAGS = "WEYL_MEGATRON_CXXFLAGS"
 
 #: Rows of ``_hyper``: the struct Hyper, ten floats and two doubles.
 _HYPER_BYTES = 56
@@ -64,7 +68,6 @@ class CpuKernel:
                 hypers += bytes(_HYPER_BYTES)
                 continue
             tensors = weight, one.grad, one.exp_avg, one.exp_avg_sq
-            check_tensors(tensors, self._blocks.x.device)
             addresses += [tensor.data_ptr() for tensor in tensors]
             if one.hyper not in cache:
                 cache[one.hyper] = _hyper(one.hyper)
@@ -189,13 +192,14 @@ def _table(table: Table) -> tuple[Tensor, int]:
 
 def _hyper(hyper: Hyper) -> bytes:
     """Return the struct Hyper of cpu_step.cpp."""
-    correction1, root = hyper.correction1, hyper.correction2**0.5
+    lr, beta1, beta2, eps, weight_decay, correction1, correction2 = hyper.numbers()
+    root = correction2**0.5
     floats = [
-        *(1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, root, hyper.eps),
-        *(1 - hyper.lr * hyper.weight_decay, -(hyper.lr / correction1)),
-        *(correction1 / root, 1 / float(torch.tensor(root)), hyper.eps * correction1),
+        *(1 - beta1, beta2, 1 - beta2, root, eps),
+        *(1 - lr * weight_decay, -(lr / correction1)),
+        *(correction1 / root, 1 / float(torch.tensor(root, dtype=torch.float32)), eps * correction1),
     ]
-    return bytes((ctypes.c_float * 10)(*floats)) + bytes((ctypes.c_double * 2)(hyper.weight_decay, correction1))
+    return bytes((ctypes.c_float * 10)(*floats)) + bytes((ctypes.c_double * 2)(weight_decay, correction1))
 
 
 @functools.cache
@@ -208,7 +212,7 @@ def library() -> ctypes.CDLL:
     compiler = find_compiler()
     if compiler is None:
         raise OSError("there is no C++ compiler (c++, g++, clang++, or the one that CXX names)")
-    flags = [*_FLAGS, *_machine_flags()]
+    flags = [*_FLAGS, *_machine_flags(), *shlex.split(os.environ.get(FLAGS, ""))]
     key = hashlib.sha256(_SOURCE.read_bytes() + " ".join([compiler, *flags, _cpu()]).encode()).hexdigest()[:16]
     folder = cache_folder()
     path = folder / f"cpu_step-{key}.so"

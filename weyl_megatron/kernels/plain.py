@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,10 +31,7 @@ class PlainKernel:
 
     def bind(self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None]) -> None:
         self._weights = [flat(weight) for weight in weights]
-        self._stepped = [
-            None if one is None else Stepped(flat(one.grad), flat(one.exp_avg), flat(one.exp_avg_sq), one.hyper)
-            for one in stepped
-        ]
+        self._stepped = [None if one is None else _flat(one) for one in stepped]
         pieces = partial(_weights_of, self._weights), partial(_updates_of, self._weights, self._stepped)
         products = TorchProducts(self._blocks, pieces)
         self.multiply, self.multiply_back = products.multiply, products.multiply_back
@@ -46,36 +44,39 @@ class PlainKernel:
     def step(self, table: Table, mask: Tensor, sums: Tensor) -> None:
         for tile, stepped, is_measured in self._chosen(table, mask, rest=True):
             hyper, k = stepped.hyper, tile.matrix
-            for _, weight, grad, exp_avg, exp_avg_sq in _bands(self._weights, tile, stepped):
-                adamw_moments(grad, exp_avg, exp_avg_sq, hyper)
+            for band in _bands(self._weights, tile, stepped):
+                adamw_moments(band.grad, band.exp_avg, band.exp_avg_sq, band.largest, hyper)
                 if is_measured:
-                    sums[k, 0] += _squares(adamw_direction(exp_avg, exp_avg_sq, hyper))
-                    sums[k, 1] += _squares(weight)
-                adamw_move(weight, exp_avg, exp_avg_sq, hyper, hyper.lr)
+                    sums[k, 0] += _squares(adamw_direction(band.exp_avg, band.second, hyper))
+                    sums[k, 1] += _squares(band.weight)
+                adamw_move(band.weight, band.exp_avg, band.second, hyper, hyper.lr)
                 if is_measured:
-                    sums[k, 2] += _squares(weight)
+                    sums[k, 2] += _squares(band.weight)
 
     def moments(self, table: Table, mask: Tensor, sums: Tensor) -> None:
         for tile, stepped, is_measured in self._chosen(table, mask):
-            for row, _, grad, exp_avg, exp_avg_sq in _bands(self._weights, tile, stepped):
-                adamw_moments(grad, exp_avg, exp_avg_sq, stepped.hyper)
+            for band in _bands(self._weights, tile, stepped):
+                adamw_moments(band.grad, band.exp_avg, band.exp_avg_sq, band.largest, stepped.hyper)
                 if is_measured:
-                    update = adamw_direction(exp_avg, exp_avg_sq, stepped.hyper)
+                    update = adamw_direction(band.exp_avg, band.second, stepped.hyper)
                     sums[tile.matrix, 0] += _squares(update)
-                    multiply_band(self._blocks.operands[1], tile, row, update)
+                    multiply_band(self._blocks.operands[1], tile, band.row, update)
 
     def undo(self, table: Table, mask: Tensor) -> None:
         for tile, stepped, _ in self._chosen(table, mask):
-            for _, weight, _, exp_avg, exp_avg_sq in _bands(self._weights, tile, stepped):
-                adamw_undo(weight, exp_avg, exp_avg_sq, stepped.hyper, stepped.hyper.lr)
+            for band in _bands(self._weights, tile, stepped):
+                adamw_undo(band.weight, band.exp_avg, band.second, stepped.hyper, stepped.hyper.lr)
 
     def move(self, table: Table, mask: Tensor, rates: Tensor, sums: Tensor) -> None:
         rate_of = rates.tolist()
         for tile, stepped, is_measured in self._chosen(table, mask):
-            for _, weight, _, exp_avg, exp_avg_sq in _bands(self._weights, tile, stepped):
-                adamw_move(weight, exp_avg, exp_avg_sq, stepped.hyper, rate_of[tile.matrix])
+            lr, rate = stepped.hyper.lr, rate_of[tile.matrix]
+            if isinstance(lr, Tensor) and rate == float(lr):
+                rate = lr  # which torch's AdamW rounds in another way than a number
+            for band in _bands(self._weights, tile, stepped):
+                adamw_move(band.weight, band.exp_avg, band.second, stepped.hyper, rate)
                 if is_measured:
-                    sums[tile.matrix, 2] += _squares(weight)
+                    sums[tile.matrix, 2] += _squares(band.weight)
 
     def _chosen(self, table: Table, mask: Tensor, *, rest: bool = False) -> Iterator[tuple[Tile, Stepped, bool]]:
         """Yield the tiles of a mask that have gradients, and whether they are measured here."""
@@ -97,18 +98,45 @@ def _updates_of(
 ) -> Iterator[tuple[int, Tensor]]:
     stepped = all_stepped[tile.buffer]
     if stepped is not None:
-        for row, _, _, exp_avg, exp_avg_sq in _bands(weights, tile, stepped):
-            yield row, adamw_direction(exp_avg, exp_avg_sq, stepped.hyper)
+        for band in _bands(weights, tile, stepped):
+            yield band.row, adamw_direction(band.exp_avg, band.second, stepped.hyper)
 
 
-def _bands(
-    weights: Sequence[Tensor], tile: Tile, stepped: Stepped
-) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
-    """Yield a tile's first row and W, G, M and V of it and of the rows that follow, band by band."""
+class _Band(NamedTuple):
+    """Rows of a tile: the first one's number, and W, G, M and V of them, ``(rows, cols)`` each."""
+
+    row: int
+    weight: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    largest: Tensor | None  # the largest V so far, where it counts (amsgrad)
+
+    @property
+    def second(self) -> Tensor:
+        """What the denominator is made of."""
+        return self.exp_avg_sq if self.largest is None else self.largest
+
+
+def _bands(weights: Sequence[Tensor], tile: Tile, stepped: Stepped) -> Iterator[_Band]:
+    """Yield a tile band by band."""
     tensors = weights[tile.buffer], stepped.grad, stepped.exp_avg, stepped.exp_avg_sq
+    largest = stepped.max_exp_avg_sq
     for row, rows in _rows(tile):
         weight, grad, exp_avg, exp_avg_sq = (rows_of(tensor, tile, row, rows) for tensor in tensors)
-        yield row, weight, grad, exp_avg, exp_avg_sq
+        of_rows = None if largest is None else rows_of(largest, tile, row, rows)
+        yield _Band(row, weight, grad, exp_avg, exp_avg_sq, of_rows)
+
+
+def _flat(stepped: Stepped) -> Stepped:
+    largest = stepped.max_exp_avg_sq
+    return Stepped(
+        flat(stepped.grad),
+        flat(stepped.exp_avg),
+        flat(stepped.exp_avg_sq),
+        stepped.hyper,
+        None if largest is None else flat(largest),
+    )
 
 
 def _rows(tile: Tile) -> Iterator[tuple[int, int]]:

@@ -1,8 +1,7 @@
-"""What a kernel is given of one tensor in one step."""
+"""What a kernel is given of one tensor in one step, and what has to be so before it goes by addresses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -12,24 +11,46 @@ from weyl_megatron.layouts.plain import storage_order
 
 
 class Hyper(NamedTuple):
-    """The hyperparameters of one tensor's parameter group at step t."""
+    """The hyperparameters of one tensor's parameter group at step t.
+
+    Rate and betas may be tensors of one element, as torch.optim.AdamW takes them; plain torch then
+    rounds as it does there.
+    """
+
+    lr: float | Tensor
+    beta1: float | Tensor
+    beta2: float | Tensor
+    eps: float
+    weight_decay: float
+    step: float
+
+    @property
+    def correction1(self) -> float | Tensor:
+        """1 − β₁ᵗ."""
+        return 1.0 - self.beta1**self.step
+
+    @property
+    def correction2(self) -> float | Tensor:
+        """1 − β₂ᵗ."""
+        return 1.0 - self.beta2**self.step
+
+    def numbers(self) -> Numbers:
+        """Return rate, betas and corrections as numbers, for a compiled kernel."""
+        lr, beta1, beta2 = float(self.lr), float(self.beta1), float(self.beta2)
+        corrections = 1.0 - beta1**self.step, 1.0 - beta2**self.step
+        return Numbers(lr, beta1, beta2, self.eps, self.weight_decay, *corrections)
+
+
+class Numbers(NamedTuple):
+    """Hyperparameters without tensors."""
 
     lr: float
     beta1: float
     beta2: float
     eps: float
     weight_decay: float
-    step: float
-
-    @property
-    def correction1(self) -> float:
-        """1 − β₁ᵗ."""
-        return 1.0 - float(self.beta1**self.step)
-
-    @property
-    def correction2(self) -> float:
-        """1 − β₂ᵗ."""
-        return 1.0 - float(self.beta2**self.step)
+    correction1: float
+    correction2: float
 
 
 class Stepped(NamedTuple):
@@ -39,6 +60,7 @@ class Stepped(NamedTuple):
     exp_avg: Tensor
     exp_avg_sq: Tensor
     hyper: Hyper
+    max_exp_avg_sq: Tensor | None = None  # the largest V so far, which takes its place (amsgrad)
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -46,11 +68,41 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.detach().permute(storage_order(tensor)).view(-1)
 
 
-def check_tensors(tensors: Iterable[Tensor], device: torch.device) -> None:
-    """Raise ValueError where a compiled kernel, which goes by addresses, would read other numbers than it should."""
-    for tensor in tensors:
-        if tensor.dtype != torch.float32 or tensor.device != device:
-            raise ValueError(
-                f"AdamW2: a gradient or state tensor is {tensor.dtype} on {tensor.device}, the kernel takes "
-                f"torch.float32 on {device}, like its parameter."
-            )
+class Form(NamedTuple):
+    """What of W, G, M and V has to be alike before a kernel is handed their addresses."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    stride: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{tuple(self.shape)}, {self.dtype}, on {self.device}"
+
+
+def form_of(tensor: Tensor) -> Form:
+    """Return the form of a tensor."""
+    return Form(tensor.shape, tensor.dtype, tensor.device, tensor.stride())
+
+
+def check_form(tensor: Tensor, form: Form, what: str) -> None:
+    """Raise ValueError where a tensor is of another form than the weight it belongs to, or has no memory.
+
+    Args:
+        tensor: a gradient or moment.
+        form: the weight's.
+        what: the tensor and its parameter, for the sentence.
+    """
+    if (tensor.shape, tensor.dtype, tensor.device, tensor.stride()) != form:
+        raise ValueError(f"AdamW2: {what} is {form_of(tensor)}, it takes its parameter's {form}.")
+    check_memory(tensor, what)
+
+
+def check_memory(tensor: Tensor, what: str) -> None:
+    """Raise ValueError where a dense tensor's storage is shorter than its elements, as after ``resize_(0)``."""
+    end = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
+    if tensor.numel() and tensor.untyped_storage().nbytes() < end:
+        raise ValueError(
+            f"AdamW2: {what} of shape {tuple(tensor.shape)} got a storage of "
+            f"{tensor.untyped_storage().nbytes()} bytes, it takes {end}."
+        )

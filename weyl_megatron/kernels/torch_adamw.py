@@ -10,32 +10,38 @@ from torch import Tensor
 from weyl_megatron.kernels.stepped import Hyper
 
 
-def adamw_moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Hyper) -> None:
-    """M ← β₁M + (1 − β₁)G and V ← β₂V + (1 − β₂)G², in place."""
-    exp_avg.lerp_(grad, 1 - hyper.beta1)
-    exp_avg_sq.mul_(hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)
+def adamw_moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, largest: Tensor | None, hyper: Hyper) -> None:
+    """M ← β₁M + (1 − β₁)G and V ← β₂V + (1 − β₂)G², in place; ``largest``, if any, grows to V (amsgrad)."""
+    beta1 = hyper.beta1.to(grad.device, grad.dtype) if isinstance(hyper.beta1, Tensor) else hyper.beta1
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)  # type: ignore[arg-type]
+    if largest is not None:
+        # Not torch.maximum into itself: rows of a tile overlap nothing, but torch cannot see that.
+        largest.copy_(largest.maximum(exp_avg_sq))
 
 
-def adamw_direction(exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Hyper) -> Tensor:
-    """Return U = M̂ / (√V̂ + ε), both corrections in the denominator's constants."""
+def adamw_direction(exp_avg: Tensor, second: Tensor, hyper: Hyper) -> Tensor:
+    """Return U = M̂ / (√V̂ + ε), both corrections in the denominator's constants; ``second`` is V, or its largest."""
     correction = hyper.correction1
-    return exp_avg / exp_avg_sq.sqrt().mul_(correction / hyper.correction2**0.5).add_(hyper.eps * correction)
+    return exp_avg / second.sqrt().mul_(correction / hyper.correction2**0.5).add_(hyper.eps * correction)
 
 
-def adamw_move(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Hyper, rate: float) -> None:
+def adamw_move(param: Tensor, exp_avg: Tensor, second: Tensor, hyper: Hyper, rate: float | Tensor) -> None:
     """W ← W − α_W λ W − α_W U at the rate α_W, in place."""
     if hyper.weight_decay != 0:
         param.mul_(1 - rate * hyper.weight_decay)
-    param.addcdiv_(exp_avg, _denominator(exp_avg_sq, hyper), value=-(rate / hyper.correction1))
+    size = -(rate / hyper.correction1)
+    param.addcdiv_(exp_avg, _denominator(second, hyper), value=size)  # type: ignore[arg-type]
 
 
-def adamw_undo(param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Hyper, rate: float) -> None:
+def adamw_undo(param: Tensor, exp_avg: Tensor, second: Tensor, hyper: Hyper, rate: float | Tensor) -> None:
     """Take :func:`adamw_move` back, up to the rounding of one more step."""
-    param.addcdiv_(exp_avg, _denominator(exp_avg_sq, hyper), value=rate / hyper.correction1)
+    size = rate / hyper.correction1
+    param.addcdiv_(exp_avg, _denominator(second, hyper), value=size)  # type: ignore[arg-type]
     if hyper.weight_decay != 0:
         param.div_(1 - rate * hyper.weight_decay)
 
 
-def _denominator(exp_avg_sq: Tensor, hyper: Hyper) -> Tensor:
-    denominator: Tensor = exp_avg_sq.sqrt() / hyper.correction2**0.5
+def _denominator(second: Tensor, hyper: Hyper) -> Tensor:
+    denominator: Tensor = second.sqrt() / hyper.correction2**0.5
     return denominator.add_(hyper.eps)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from weyl_megatron.kernels import triton_ops as ops
-from weyl_megatron.kernels.stepped import Hyper, Stepped, check_tensors
+from weyl_megatron.kernels.stepped import Hyper, Stepped
 from weyl_megatron.spectral.blocks import Blocks, Table
 from weyl_megatron.spectral.power import BLOCK
 from weyl_megatron.spectral.ritz import INDEPENDENT
@@ -56,7 +56,6 @@ class TritonKernel:
         pointers, hypers = [], []
         for weight, one in zip(weights, stepped, strict=True):
             tensors = (weight,) if one is None else (weight, one.grad, one.exp_avg, one.exp_avg_sq)
-            check_tensors(tensors, device)
             pointers.append([tensor.data_ptr() for tensor in tensors] + [0] * (4 - len(tensors)))
             hypers.append([0.0] * 12 if one is None else _hyper(one.hyper))
         self._pointers = _upload(torch.tensor(pointers, dtype=torch.int64), device)
@@ -179,10 +178,11 @@ def _cut(table: Table, blocks: Blocks, elementwise: bool) -> _Units:
 
 def _hyper(hyper: Hyper) -> list[float]:
     """Return a row of the hyperparameters as triton_ops.py reads it."""
-    correction1, root = hyper.correction1, hyper.correction2**0.5
+    lr, beta1, beta2, eps, weight_decay, correction1, correction2 = hyper.numbers()
+    root = correction2**0.5
     return [
-        *(1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2, correction1 / root, hyper.eps * correction1),
-        *(hyper.lr, hyper.weight_decay, correction1, root, hyper.eps, 0.0, 0.0),
+        *(1 - beta1, beta2, 1 - beta2, correction1 / root, eps * correction1),
+        *(lr, weight_decay, correction1, root, eps, 0.0, 0.0),
     ]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from weyl_megatron.layouts.grid import Fused, Grid, Sharding
+from weyl_megatron.layouts.grid import Fused, Grid, Kind, Sharding
 from weyl_megatron.spectral.blocks import MatrixSpec
 from weyl_megatron.spectral.tiles import Tile, range_rectangles, tiles_of_range
 
@@ -19,6 +20,32 @@ if TYPE_CHECKING:
 #: Elements to a row of what is no matrix.
 _LINE = 4096
 
+#: Modules that torch puts around a model's own: torch.compile, activation checkpointing, FSDP1.
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+
+def model_name(name: str) -> str:
+    """Return the name that the model itself has for a parameter or module, without what wrappers add to it.
+
+    Start vectors, overrides and statistics go by it, so a model that is compiled, or that DDP holds,
+    keeps its own names.
+    """
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while len(parts) > 1 and parts[0] == "module":  # DDP and the engines
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def model_names(names: Iterable[str]) -> dict[str, str]:
+    """Return what :func:`model_name` makes of every name of one model.
+
+    Where it would make one name of several, as of a model that calls a layer of its own ``module``,
+    these stay as they are.
+    """
+    shorter = {name: model_name(name) for name in names}
+    counts = Counter(shorter.values())
+    return {name: short if counts[short] == 1 else name for name, short in shorter.items()}
+
 
 class Parameter(NamedTuple):
     """A parameter of the model as this rank's tensor-parallel share of it."""
@@ -28,6 +55,8 @@ class Parameter(NamedTuple):
     sharding: Sharding | None = None
     tied: Sharding | None = None  # the pipeline stages that each keep a copy
     fused: Fused | None = None  # what the engine knows of its parts
+    kind: Kind | None = None  # what it is to its module, where that is seen
+    order: tuple[int, ...] | None = None  # its dimensions as they lie in memory, the slowest first; None: in order
 
     @property
     def spreads(self) -> tuple[Sharding, ...]:
@@ -45,6 +74,8 @@ class Parameter(NamedTuple):
     @property
     def is_vector(self) -> bool:
         """True of gains, biases and class tokens: one dimension, or three and more of which only one counts."""
+        if self.kind is not None and self.kind.form == "vector":
+            return True
         return len(self.shape) < 2 or (len(self.shape) > 2 and sum(extent > 1 for extent in self.shape) < 2)
 
 
@@ -71,6 +102,11 @@ class Buffer:
     groups: tuple[ProcessGroup, ...] = ()
     param_group: int | None = None
 
+    @property
+    def name(self) -> str:
+        """What sentences call it: its first parameter."""
+        return self.shards[0].parameter.name if self.shards else ""
+
 
 class Layout(NamedTuple):
     """What an engine tells, once, at the first step: every buffer that it will ever step, in an order all ranks share.
@@ -80,7 +116,7 @@ class Layout(NamedTuple):
     """
 
     buffers: list[Buffer]
-    module: nn.Module | None = None
+    kinds: Mapping[str, Kind] | None = None  # of the model's parameters, frozen ones too, where modules are seen
     parameters: list[Parameter] | None = None  # all of the model's, where other optimizers step some of them
     gather: Callable[[Any], list[Any]] | None = None
     is_part: bool = False

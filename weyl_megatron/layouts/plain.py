@@ -4,46 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from weyl_megatron.layouts.buffers import Buffer, Parameter, Shard
-from weyl_megatron.layouts.grid import Sharding
+from weyl_megatron.layouts.grid import Kind, Sharding
 
 
-def plain_buffer(tensor: Tensor, name: str, shardings: Mapping[int, Sharding]) -> Buffer:
-    """Return the buffer of one parameter that the optimizer steps as it is.
+def plain_buffer(tensor: Tensor, name: str, shardings: Mapping[int, Sharding], kind: Kind | None = None) -> Buffer:
+    """Return the buffer of one parameter that the optimizer steps as it is; ``kind`` is what it is to its module.
 
     Raises:
         ValueError: the parameter's storage is not understood (FSDP, DTensor, sparse, complex, overlapping).
     """
-    _reject_foreign(tensor, name)
-    physical = tensor.permute(storage_order(tensor))
-    if not physical.is_contiguous():
-        raise ValueError(f"AdamW2: parameter '{name}' is not dense in memory; it takes one that is (.contiguous()).")
-    parameter = Parameter(name, tuple(physical.shape), shardings.get(id(tensor)))
+    if reason := why_foreign(tensor):
+        raise ValueError(f"AdamW2: parameter '{name}' {reason}.")
+    order = None if tensor.is_contiguous() or not is_dense(tensor) else tuple(storage_order(tensor))
+    parameter = Parameter(name, tuple(tensor.shape), shardings.get(id(tensor)), kind=kind, order=order)
     return Buffer(tensor, (Shard(parameter, 0, tensor.numel(), 0),))
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """Return a tensor whose elements fill a range of memory, in any order: itself, or else a contiguous copy."""
+    return tensor if is_dense(tensor) else tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's elements fill a range of memory, in any order of dimensions."""
+    return tensor.is_contiguous() or tensor.permute(storage_order(tensor)).is_contiguous()
 
 
 def storage_order(tensor: Tensor) -> list[int]:
     """Return the dimensions in the order in which they lie in memory, the slowest first.
 
-    A channels-last convolution (out, kernel, in) has the same singular values as (out, in, kernel): its columns are
-    only permuted. The order of equal strides is kept, so a contiguous tensor's is 0, 1, 2, …
+    The order of equal strides is kept, so a contiguous tensor's is 0, 1, 2, …
     """
     if tensor.is_contiguous():
         return list(range(tensor.dim()))
     return sorted(range(tensor.dim()), key=lambda dim: tensor.stride(dim), reverse=True)
 
 
-def _reject_foreign(tensor: Tensor, name: str) -> None:
-    """Raise one sentence for a parameter that an engine has cut up in a way that is not understood here."""
+def why_foreign(tensor: Tensor) -> str | None:
+    """Return why a parameter cannot be stepped as it is, as the end of a sentence; None: it can."""
     kinds = {base.__name__ for base in type(tensor).__mro__}
     if "FlatParameter" in kinds or getattr(tensor, "_fsdp_flattened", False):
-        raise ValueError(f"AdamW2: parameter '{name}' is flattened by FSDP1, whose layout AdamW2 does not understand.")
+        return "is flattened by FSDP1, whose layout AdamW2 does not understand"
     if "DTensor" in kinds:
-        raise ValueError(
-            f"AdamW2: parameter '{name}' is a DTensor (FSDP2 or torch tensor parallelism), whose layout AdamW2 does "
-            f"not understand."
-        )
-    if tensor.is_complex() or tensor.is_sparse or not tensor.is_floating_point():
-        raise ValueError(f"AdamW2: parameter '{name}' is {tensor.dtype}, {tensor.layout}; it takes dense real floats.")
+        return "is a DTensor (FSDP2 or torch tensor parallelism), whose layout AdamW2 does not understand"
+    if tensor.is_complex() or tensor.layout != torch.strided or not tensor.is_floating_point():
+        return f"is {tensor.dtype}, {tensor.layout}; it takes dense real floats"
+    if tensor.is_meta:
+        return "is on the meta device, it takes one with memory"
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return "has elements that share memory (expand), it takes one without (.contiguous())"
+    return None

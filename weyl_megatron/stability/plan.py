@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from statistics import median
 from typing import NamedTuple
@@ -13,8 +14,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from weyl_megatron.layouts.buffers import Layout, Parameter
+from weyl_megatron.layouts.grid import Kind
+from weyl_megatron.layouts.modules import kinds_of
 from weyl_megatron.roles import io_parameters
-from weyl_megatron.settings import check_settings, check_tau
+from weyl_megatron.settings import BALANCED, check_settings, read_tau
 from weyl_megatron.spectral import MatrixSpec, PowerIteration, tiles_of_range
 from weyl_megatron.stability.forecast import Case, Row, Schedule, follow, kind_of
 from weyl_megatron.stability.plan_models import load
@@ -23,7 +26,7 @@ from weyl_megatron.thresholds import Thresholds
 __all__ = ["TAUS", "Row", "plan", "run", "suggest"]
 
 #: What is planned for where no τ is named.
-TAUS: tuple[float | str, ...] = (0.001, 0.003, 0.004, 0.01, 0.02, 0.05, "auto")
+TAUS: tuple[float | str, ...] = (0.001, 0.003, 0.004, 0.01, 0.02, 0.05, BALANCED)
 
 #: The paper's τ, and the most hidden matrices that it was tried with: 40 blocks of ViT-g, six in each.
 _PAPER_TEXT, _PAPER_IMAGES, _PAPER_HIDDEN = 0.01, 0.004, 240
@@ -31,7 +34,8 @@ _PAPER_TEXT, _PAPER_IMAGES, _PAPER_HIDDEN = 0.01, 0.004, 240
 #: A head that is clipped for more than this share of a run is held back.
 _HELD_BACK = 0.2
 
-#: "auto" is not suggested where it leaves hidden matrices less of the schedule's rate than in the runs it was tried in.
+#: "balanced" is not suggested where it leaves hidden matrices less of the schedule's rate than in the runs it was
+#: tried in.
 _AUTO_LEAVES = 0.1
 
 #: AdamW2's defaults.
@@ -63,22 +67,23 @@ def plan(
     Args:
         named: (name, parameter), whole; read once and not kept, so that they may be made one at a time.
         lr: α, the schedule's highest.
-        taus: numbers and "auto".
+        taus: numbers and "balanced".
         steps: of a cosine from ``lr`` to ``min_lr``; None: the rate stays.
         warmup: steps of a linear warmup before it.
         min_lr: None: a tenth of ``lr``.
-        module: tells "auto" the embeddings and the head where names do not.
+        module: tells what each parameter is: convolutions and experts, embeddings and the head.
 
     Raises:
-        ValueError: a number that is none, no matrix among the parameters, or "auto" where nothing tells the head.
+        ValueError: a number that is none, no matrix among the parameters, or "balanced" where nothing tells the head.
     """
-    _check(lr, taus, steps, warmup)
+    taus = _check(lr, taus, steps, warmup)
     end = lr / 10 if min_lr is None else min_lr
-    return _forecast(_measured(named), Schedule(lr, end, steps, warmup), taus, module)
+    owned = {} if module is None else kinds_of(module)
+    return _forecast(_measured(named, owned), Schedule(lr, end, steps, warmup), taus, owned)
 
 
 def _forecast(
-    matrices: Sequence[_Matrix], schedule: Schedule, taus: Sequence[float | str], module: nn.Module | None
+    matrices: Sequence[_Matrix], schedule: Schedule, taus: Sequence[float | str], owned: Mapping[str, Kind]
 ) -> list[Row]:
     if not matrices:
         raise ValueError("plan: the model has no matrix, it takes one with 2-D parameters.")
@@ -86,10 +91,10 @@ def _forecast(
         if not math.isfinite(matrix.sigma):
             raise ValueError(f"plan: σ₁ of '{matrix.name}' is {matrix.sigma}, it takes finite weights.")
     parameters = {matrix.parameter.name: matrix.parameter for matrix in matrices}
-    thresholds = Thresholds(_SETTINGS, Layout([], module, list(parameters.values())), "auto" in taus)
+    thresholds = Thresholds(_SETTINGS, Layout([], owned, list(parameters.values())), BALANCED in taus)
     try:
-        io = io_parameters(parameters, module, None)
-    except ValueError:  # nothing tells; with "auto" that was raised above
+        io = io_parameters(parameters, owned, None)
+    except ValueError:  # nothing tells; with "balanced" that was raised above
         io = set()
     kinds = [kind_of(matrix.name) for matrix in matrices]
     is_text = "embedding" in kinds
@@ -108,11 +113,11 @@ def _forecast(
     return follow(cases, schedule)
 
 
-def _measured(named: Iterable[tuple[str, Tensor]]) -> list[_Matrix]:
+def _measured(named: Iterable[tuple[str, Tensor]], owned: Mapping[str, Kind]) -> list[_Matrix]:
     """Return every matrix of the parameters with its σ₁, by the optimizer's own power iteration from a cold start."""
     found = []
     for name, tensor in named:
-        parameter = Parameter(name, tuple(tensor.shape))
+        parameter = Parameter(name, tuple(tensor.shape), kind=owned.get(name))
         grid = None
         if tensor.is_floating_point() and tensor.numel():
             grid = Thresholds(_SETTINGS, Layout([], None, [parameter]), False).grid(parameter)
@@ -126,64 +131,68 @@ def _measured(named: Iterable[tuple[str, Tensor]]) -> list[_Matrix]:
     return found
 
 
-def _check(lr: float, taus: Sequence[float | str], steps: int | None, warmup: int) -> None:
+def _check(lr: float, taus: Sequence[float | str], steps: int | None, warmup: int) -> list[float | str]:
+    """Return every τ as the optimizer knows it."""
     if not 0 < lr < math.inf:
         raise ValueError(f"plan: lr got {lr!r}, it takes a number above 0.")
     if not taus:
-        raise ValueError("plan: taus got none, it takes numbers above 0 and 'auto'.")
-    for tau in taus:
-        check_tau("plan's tau", tau)
-        if tau == math.inf:
-            raise ValueError("plan: tau got inf, which is AdamW and bounds nothing; it takes a number.")
+        raise ValueError("plan: taus got none, it takes numbers above 0 and 'balanced'.")
+    read = [read_tau("plan's tau", tau) for tau in taus]
+    if math.inf in read:
+        raise ValueError("plan: tau got inf, which is AdamW and bounds nothing; it takes a number.")
     if steps is not None and steps < 1:
         raise ValueError(f"plan: steps got {steps}, it takes 1 or more.")
     if not 0 <= warmup < (steps or math.inf):
         raise ValueError(f"plan: warmup got {warmup}, it takes 0 or more and less than steps ({steps}).")
+    return read
 
 
 def suggest(rows: Sequence[Row], steps: int | None = None) -> tuple[float | str, str]:
-    """Return τ, the paper's or "auto", and the reason in a sentence.
+    """Return τ, the paper's or "balanced", and the reason in a sentence.
 
     Args:
-        rows: of a plan that has the paper's τ (.01, and .004 for images) and, if it can, "auto".
+        rows: of a plan that has the paper's τ (.01, and .004 for images) and, if it can, "balanced".
         steps: of the run, where they are known.
     """
     kinds = {row.kind for row in rows}
     is_text = bool(kinds & {"embedding", "tied head"})
     is_image = "patch embedding" in kinds
     paper = _PAPER_IMAGES if is_image and not is_text else _PAPER_TEXT
-    of_paper, of_auto = ([row for row in rows if row.asked == asked] for asked in (paper, "auto"))
+    of_paper, of_balanced = ([row for row in rows if row.asked == asked] for asked in (paper, BALANCED))
     hidden = sum(row.count for row in of_paper if row.is_hidden)
     whose = "ViT and Swin" if paper == _PAPER_IMAGES else "GPT"
-    if not of_auto:
-        return paper, f"it is the paper's for {whose}, and nothing tells the embeddings and the head that auto asks for"
-    left = _median([(row.rate_settled, row.count) for row in of_auto if row.is_hidden])
+    if not of_balanced:
+        asks = "nothing tells the embeddings and the head that balanced asks for"
+        return paper, f"it is the paper's for {whose}, and {asks}"
+    left = _median([(row.rate_settled, row.count) for row in of_balanced if row.is_hidden])
     if left < _AUTO_LEAVES:
         deep = (
             f" with {hidden} hidden matrices, which is more than it was tried with," if hidden > _PAPER_HIDDEN else ""
         )
         return paper, (
-            f"it is the paper's for {whose},{deep} and auto would leave hidden matrices {left:.1%} of the rate, less "
-            f"than it was tried with"
+            f"it is the paper's for {whose},{deep} and balanced would leave hidden matrices {left:.1%} of the "
+            f"rate, less than it was tried with"
         )
     if not (is_text or is_image):
-        return "auto", "the model has neither a token nor a patch embedding by name, so that the paper has no τ for it"
+        nothing = "the model has neither a token nor a patch embedding by name"
+        return BALANCED, f"{nothing}, so that the paper has no τ for it"
     zero = sum(row.count for row in of_paper if row.is_hidden and row.sigma_weight < row.floor)
     if zero:
-        return "auto", f"{zero} hidden matrices start at or near zero, and auto takes σ₁(W) for a Xavier matrix's there"
+        start = f"{zero} hidden matrices start at or near zero"
+        return BALANCED, f"{start}, and balanced takes σ₁(W) for a Xavier matrix's there"
     if hidden > _PAPER_HIDDEN:
-        share = next(row.tau for row in of_auto if row.is_hidden)
-        return "auto", (
+        share = next(row.tau for row in of_balanced if row.is_hidden)
+        return BALANCED, (
             f"{hidden} hidden matrices are more than the {_PAPER_HIDDEN} of the paper's deepest model; "
-            f"auto shares its budget out among them, τ = {share:.2g} each"
+            f"balanced shares its budget out among them, τ = {share:.2g} each"
         )
-    heads = [[row for row in some if row.kind in ("head", "tied head")] for some in (of_paper, of_auto)]
+    heads = [[row for row in some if row.kind in ("head", "tied head")] for some in (of_paper, of_balanced)]
     if steps is not None and all(heads):
         # How a language model's head grows is measured; how soon others are free is only bounded.
         late, soon = (some[0].typical if is_text else some[0].earliest for some in heads)
         paper_says = f"at the paper's τ = {paper:g} the head would be clipped for {_of(late, steps, is_text)} steps"
         if (late is None or late > _HELD_BACK * steps) and late != soon:
-            return "auto", f"{paper_says}, with auto for {_of(soon, steps, is_text)}"
+            return BALANCED, f"{paper_says}, with balanced for {_of(soon, steps, is_text)}"
         return paper, f"it is the paper's for {whose}, and {paper_says}"
     return paper, f"it is the paper's for {whose}; --steps tells whether the run is long enough for it"
 
@@ -208,16 +217,17 @@ def run(arguments: argparse.Namespace) -> int:
     lr, steps, warmup = (getattr(source, name) if value is None else value for name, value in given.items())
     least = source.min_lr if arguments.lr is None and source.min_lr is not None else lr / 10
     shown = list(dict.fromkeys(asked or [*TAUS, *([] if source.tau is None else [source.tau])]))
-    taus = list(dict.fromkeys([*shown, _PAPER_TEXT, _PAPER_IMAGES, "auto"]))
-    _check(lr, taus, steps, warmup)
-    matrices, schedule = _measured(source.named), Schedule(lr, least, steps, warmup)
+    taus = list(dict.fromkeys([*shown, _PAPER_TEXT, _PAPER_IMAGES, BALANCED]))
+    taus = _check(lr, taus, steps, warmup)
+    owned = {} if source.module is None else kinds_of(source.module)
+    matrices, schedule = _measured(source.named, owned), Schedule(lr, least, steps, warmup)
     try:
-        rows = _forecast(matrices, schedule, taus, source.module)
+        rows = _forecast(matrices, schedule, taus, owned)
     except ValueError as error:
-        if "auto" in asked or "nothing tells which" not in str(error):
+        if BALANCED in asked or "nothing tells which" not in str(error):
             raise
-        shown, taus = ([tau for tau in some if tau != "auto"] for some in (shown, taus))
-        rows = _forecast(matrices, schedule, taus, source.module)
+        shown, taus = ([tau for tau in some if tau != BALANCED] for some in (shown, taus))
+        rows = _forecast(matrices, schedule, taus, owned)
     tau, reason = suggest(rows, steps)
     printed = [row for row in rows if row.asked in shown]
     print("\n".join([f"{source.label}, {_words(schedule)}", "", *_table(printed, schedule), ""]))
@@ -234,10 +244,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _number(text: str) -> float | str:
-    try:
-        return "auto" if text == "auto" else float(text)
-    except ValueError:
-        raise ValueError(f"plan: --tau got {text!r}, it takes a number above 0 or auto.") from None
+    with suppress(ValueError):
+        return float(text)
+    with suppress(ValueError):
+        return read_tau("plan's tau", text)
+    raise ValueError(f"plan: --tau got {text!r}, it takes a number above 0 or balanced.")
 
 
 def _words(schedule: Schedule) -> str:
