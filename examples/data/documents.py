@@ -25,7 +25,7 @@ SAMPLE_BYTES = 64 * 2**20  # of text that a new tokenizer is trained on, taken e
 # A cut or damaged archive, in the words of whatever unpacks it.
 DAMAGED = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, tarfile.TarError)
 
-WIDE = "NUL at every second byte, as in UTF-16,"
+WIDE = ", as in UTF-16 or UTF-32"
 # UTF-32-LE's begins with the first of these.
 WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
@@ -217,7 +217,7 @@ def _text(line: bytes, path: Path, offset: int) -> str:
     except (ValueError, KeyError, TypeError, RecursionError):
         where = f"{path}:{_line(path, offset)}"
         if _is_wide(line):
-            raise ValueError(f"FILE takes UTF-8, got {WIDE} in {where}") from None
+            raise ValueError(f"FILE takes UTF-8, got {bytes(1)!r} in {where}{WIDE}") from None
         takes = 'FILE takes {"text": "..."} on each line of a .jsonl'
         raise ValueError(f"{takes}, got {_shown(line)} in {where}") from None
     return text
@@ -265,22 +265,22 @@ def _decode(data: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         raise _not_utf8(error, f"{name}:{error.object[: error.start].count(10) + 1}") from None
     if len(data) % 2 == 0 and _is_wide(data):  # which can be UTF-8 by its bytes, half of them NUL
-        raise ValueError(f"FILE takes UTF-8, got {WIDE} in {name}:1")
+        raise ValueError(f"FILE takes UTF-8, got {bytes(1)!r} in {name}:1{WIDE}")
     return text
 
 
 def _not_utf8(error: UnicodeError, where: str) -> ValueError:
     data = error.object  # type: ignore[attr-defined]
-    got = f"{data[error.start : error.end]!r} in {where}"  # type: ignore[attr-defined]
-    if isinstance(data, bytes) and data.startswith(WIDE_MARKS):
-        got += ", the mark of UTF-16 or UTF-32"
-    return ValueError(f"FILE takes UTF-8, got {got}")
+    got = data[error.start : error.end]  # type: ignore[attr-defined]
+    wide = WIDE if isinstance(data, bytes) and _is_wide(data) else ""
+    return ValueError(f"FILE takes UTF-8, got {got!r} in {where}{wide}")
 
 
 def _is_wide(data: bytes) -> bool:
-    """Whether this may be UTF-16 or UTF-32 without a mark, in which Latin text is half NUL."""
+    """Whether this is UTF-16 or UTF-32: by its mark or, as Latin text is half NUL in it, by that."""
     begin = data[:4096]
-    return any(2 * half.count(0) > len(half) for half in (begin[::2], begin[1::2]))
+    halves = (begin[::2], begin[1::2])
+    return begin.startswith(WIDE_MARKS) or any(2 * half.count(0) > len(half) for half in halves)
 
 
 def _open(path: Path) -> IO[bytes]:

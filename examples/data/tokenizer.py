@@ -164,4 +164,5 @@ def _reason(message: str, characters: int) -> str:
         return f"its {characters:,} characters fill {most[1]} pieces at most"
     if least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return f"its characters and all bytes take {least[1]} pieces alone"
-    return " ".join(message.split())
+    words = " ".join(message.split()).removeprefix("INTERNAL: ").rstrip(". ")
+    return f"SentencePiece makes no pieces of its {characters:,} characters, {words}"
