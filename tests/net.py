@@ -56,9 +56,32 @@ class MixedNet(nn.Module):
         return nn.functional.cross_entropy(self.head(x[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
-def make_net(mixed: bool = False) -> Net | MixedNet:
+class ModulesNet(nn.Module):
+    """Weights that their modules alone tell: experts of a convolution's shape, convolutions, attention, gates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, WIDTH)
+        self.conv = nn.Conv1d(WIDTH, 17, 3, padding=1)
+        self.grouped = nn.Conv1d(17, 17 * 2, 5, padding=2, groups=17)
+        self.spread = nn.ConvTranspose1d(17 * 2, WIDTH, 3, padding=1, groups=2)
+        self.experts = nn.Parameter(torch.randn(WIDTH, 5, 3) * 0.2)
+        self.attention = nn.MultiheadAttention(WIDTH, 2, bias=False, batch_first=True)  # k's bias has no gradient
+        self.gru = nn.GRU(WIDTH, 7, batch_first=True)
+        self.head = nn.Linear(7, VOCAB, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        x = x + self.spread(self.grouped(torch.tanh(self.conv(x.transpose(1, 2))))).transpose(1, 2)
+        x = x + torch.einsum("btw,wio->btw", x, self.experts).tanh()
+        x = self.gru(x + self.attention(x, x, x, need_weights=False)[0])[0]
+        return nn.functional.cross_entropy(self.head(x[:, :-1]).flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def make_net(mixed: bool | str = False) -> Net | MixedNet | ModulesNet:
+    """Return the network; ``mixed`` is True for the one of several kinds, "modules" for the one of most."""
     torch.manual_seed(0)
-    return MixedNet() if mixed else Net()
+    return ModulesNet() if mixed == "modules" else MixedNet() if mixed else Net()
 
 
 def parameter_groups(net: nn.Module) -> list[dict[str, object]]:
@@ -80,7 +103,7 @@ def one_process(
     data_parallel: int,
     dtype: torch.dtype = torch.float32,
     skip: Callable[[int], bool] = lambda step: False,
-    mixed: bool = False,
+    mixed: bool | str = False,
     options: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Train with the reference on the same global batches; return the fp32 weights and the last step's rates.
@@ -94,7 +117,8 @@ def one_process(
     groups = [(d, [(n, p) for n, p in masters.items() if decay[n] == d]) for d in dict.fromkeys(decay.values())]
     reference, whole = [], None
     if mixed or options:
-        whole = AdamW2([{"params": named, "weight_decay": d} for d, named in groups], **{**OPTIONS, **(options or {})})
+        given = {**OPTIONS, **(options or {}), "model": net if mixed == "modules" else None}
+        whole = AdamW2([{"params": named, "weight_decay": d} for d, named in groups], **given)
     else:
         reference = [AdamW2Reference(named, **{**OPTIONS, "weight_decay": d}, sigma=BlockPower) for d, named in groups]
     rates: dict[str, float] = {}

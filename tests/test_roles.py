@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import pytest
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
+from weyl_megatron.layouts.grid import Kind
+from weyl_megatron.reparam import sigma_reparam
 from weyl_megatron.roles import io_parameters
 
 
@@ -57,3 +60,41 @@ def test_patterns_tell_and_must_match() -> None:
     assert io_parameters(["a.weight"], None, []) == set()
     with pytest.raises(ValueError, match="io got the pattern 'z', which matches no parameter"):
         io_parameters(["a.weight"], None, ["z"])
+
+
+class Frozen(Tied):
+    """LoRA beside frozen weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lora_A, self.lora_B = nn.Linear(3, 2, bias=False), nn.Linear(2, 3, bias=False)
+
+
+def test_a_model_whose_embeddings_are_frozen_has_none_that_are_stepped() -> None:
+    adapters = ["lora_A.weight", "lora_B.weight", "layer.weight"]
+    assert io_parameters(adapters, Frozen(), None) == set()
+    with pytest.raises(ValueError, match="nothing tells"):
+        io_parameters(adapters, None, None)
+
+
+def test_adapters_alone_are_no_embeddings_and_no_head() -> None:
+    names = ["0.lora_A.weight", "0.lora_B.weight", "0.scale"]
+    assert io_parameters(names[:2], None, None) == set()
+    assert io_parameters(names, {"0.scale": Kind("vector")}, None) == set()
+    with pytest.raises(ValueError, match="nothing tells which of the 3 parameters"):
+        io_parameters(names, {"0.scale": Kind("matrix")}, None)
+
+
+def test_parametrized_embeddings_and_heads_are_what_they_were() -> None:
+    net = Tied()
+    sigma_reparam(net)
+    weight_norm(net.words)
+    names = [name for name, _ in net.named_parameters()]
+    found = io_parameters(names, net, None)
+    assert {"words.parametrizations.weight.original1", "out.parametrizations.weight.original"} <= found
+    assert not any(name.startswith("layer") for name in found)
+
+
+def test_a_bag_of_embeddings_is_one() -> None:
+    net = nn.ModuleDict({"bag": nn.EmbeddingBag(5, 3), "layer": nn.Linear(3, 3)})
+    assert io_parameters([name for name, _ in net.named_parameters()], net, None) == {"bag.weight"}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
+
+from weyl_megatron.layouts.grid import Kind
+from weyl_megatron.layouts.modules import adapter_partner, kinds_of
 
 #: Path components that name an embedding, a table of positions, a patch embedding or an output head.
 _IO_NAME = re.compile(
@@ -16,15 +19,23 @@ _IO_NAME = re.compile(
 )
 
 
-def io_parameters(names: Iterable[str], module: nn.Module | None, patterns: Sequence[str] | None) -> set[str]:
+def io_parameters(
+    names: Iterable[str], model: nn.Module | Mapping[str, Kind] | None, patterns: Sequence[str] | None
+) -> set[str]:
     """Return the names of the parameters that are embeddings, positions or head.
 
     Told by ``patterns`` where given (an empty list: there are none). Otherwise embeddings are the ``nn.Embedding``
-    modules of ``module`` and what is tied to them, the head is what a Hugging Face model calls its output embeddings,
+    modules of ``model`` and what is tied to them, the head is what a Hugging Face model calls its output embeddings,
     and both are what well-known names say.
 
+    Args:
+        names: of the parameters that are stepped.
+        model: the model, or what :func:`kinds_of` says of all of its parameters; None: it is not seen.
+        patterns: of names, ``fnmatch``.
+
     Raises:
-        ValueError: nothing tells; or a pattern matches no name.
+        ValueError: nothing tells; or a pattern matches no name. A model that is seen tells by what it keeps frozen,
+            too, and by adapters, where nothing but them is stepped.
     """
     names = list(names)
     if patterns is not None:
@@ -32,20 +43,24 @@ def io_parameters(names: Iterable[str], module: nn.Module | None, patterns: Sequ
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(f"AdamW2: io got the pattern {pattern!r}, which matches no parameter's name.")
         return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
-    found = {name for name in names if _IO_NAME.search(name)}
-    if module is not None:
-        found |= _io_of_module(module) & set(names)
-    if not found:
+    kinds = kinds_of(model) if isinstance(model, nn.Module) else model or {}
+    known = {name for name, kind in kinds.items() if kind.role in ("embedding", "head") or is_io_name(name)}
+    found = {name for name in names if name in known or is_io_name(name)}
+    is_adapted = bool(names) and all(_is_adapter(name, kinds.get(name)) for name in names)
+    if not (found or known or is_adapted):
         raise ValueError(
             f"AdamW2: tau got 'balanced', but nothing tells which of the {len(names)} parameters are embeddings or "
-            f"head; it takes model.named_parameters() in place of model.parameters(), or io=[patterns of their names] "
-            f"([] where there are none)."
+            f"head; it takes model.named_parameters() in place of model.parameters(), model=model, or io=[patterns of "
+            f"their names] ([] where there are none)."
         )
     return found
 
 
-def _io_of_module(module: nn.Module) -> set[str]:
-    tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    head = getattr(module, "get_output_embeddings", lambda: None)()
-    tables |= {id(head.weight)} if head is not None else set()
-    return {name for name, param in module.named_parameters(remove_duplicate=False) if id(param) in tables}
+def is_io_name(name: str) -> bool:
+    """Whether a well-known name says that a parameter is an embedding, a table of positions or a head."""
+    return _IO_NAME.search(name) is not None
+
+
+def _is_adapter(name: str, kind: Kind | None) -> bool:
+    """Whether a parameter is part of an adapter: a factor, or a vector beside factors."""
+    return adapter_partner(name) is not None or (kind is not None and kind.form == "vector")

@@ -2,11 +2,48 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch.distributed as dist
+
 from weyl_megatron.layouts.buffers import Layout, Parameter
-from weyl_megatron.layouts.grid import Grid, grid_of, known_fused, told_fused
-from weyl_megatron.roles import io_parameters
+from weyl_megatron.layouts.grid import (
+    Fused,
+    Grid,
+    Kind,
+    grid_of,
+    guessed_form,
+    known_fused,
+    looks_fused,
+    stacked_parts,
+    told_fused,
+)
+from weyl_megatron.layouts.modules import kind_by_name
+from weyl_megatron.roles import io_parameters, is_io_name
 from weyl_megatron.rule import HIDDEN_BUDGET, IO_TAU, SLOW_TAU, random_sigma, xavier_std
-from weyl_megatron.settings import Settings, read_tau
+from weyl_megatron.settings import BALANCED, Settings, read_tau
+
+#: What :class:`weyl_megatron.names.ParameterNames` calls parameters that have no name.
+_PLACE = re.compile(r"group\d+\.param\d+\+*$")
+
+#: How many parameters a notice names.
+_NAMED = 4
+
+#: What a notice says that weights were taken for, and how to tell it.
+_READINGS = {
+    "experts": ("stacks of experts, one matrix (m, n) each, by their shapes", "model=model or "),
+    "convolution": ("convolutions, one matrix (out, in·kernel) each, by their shapes", "model=model or "),
+    "doubtful experts": ("stacks of experts in spite of their shapes, as their modules are no convolutions", ""),
+}
+
+
+class _Known(NamedTuple):
+    """What all ranks tell each other of a parameter."""
+
+    matrices: int | None  # how many, where it is stepped
+    kind: Kind | None
 
 
 class Thresholds:
@@ -32,45 +69,108 @@ class Thresholds:
                 "overlap_param_gather_with_optimizer_step."
             )
         self._settings = settings
+        self._is_part = layout.is_part or layout.gather is not None
         taus = [settings.tau, *(override.get("tau", 0.0) for override in settings.overrides)]
         #: Whether a matrix somewhere may have a τ above SLOW_TAU; the same on all ranks, whatever these have of it.
         self.has_fast = auto or any(tau > SLOW_TAU for tau in taus)
         self._io: set[str] | None = None
         parameters = layout.parameters or [shard.parameter for buffer in layout.buffers for shard in buffer.shards]
-        counts = {parameter.name: self._count(parameter) for parameter in parameters}
+        #: Weights whose form was not told, by name: their shapes and what they were taken for.
+        self._guesses: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._unsplit: dict[str, tuple[int, ...]] = {}  # without a name, whole, and of q, k and v's shape
+        known = {name: _Known(None, kind) for name, kind in (layout.kinds or {}).items()}
+        known |= {parameter.name: _Known(self._count(parameter), parameter.kind) for parameter in parameters}
         if layout.gather is not None and (auto or settings.overrides):
-            counts = {name: count for theirs in layout.gather(counts) for name, count in theirs.items()}
+            known = {name: entry for theirs in layout.gather(known) for name, entry in theirs.items()}
+        counts = {name: entry.matrices for name, entry in known.items() if entry.matrices is not None}
         if not layout.is_part:  # else a pattern may be meant for parameters that other ranks have
             settings.check_matches(list(counts))
         if auto:
-            self._io = io_parameters(counts, layout.module, settings.io)
+            kinds = {name: Kind("vector") for name, count in counts.items() if count == 0}
+            kinds |= {name: entry.kind for name, entry in known.items() if entry.kind is not None}
+            self._io = io_parameters(counts, kinds, settings.io)
             self._hidden = sum(count for name, count in counts.items() if name not in self._io)
 
+    def notices(self) -> Iterator[str]:
+        """Yield a sentence for each thing that was guessed, and how to tell it; on one rank where all have the same."""
+        if not self._is_part and dist.is_initialized() and dist.get_rank() > 0:
+            return
+        for reading, (text, shown) in _READINGS.items():
+            found = {name: shape for name, (shape, guess) in self._guesses.items() if guess == reading}
+            if found:
+                yield (
+                    f"AdamW2: taken for {text}: {_listed(found)}; {shown}overrides=[{{'match': pattern, 'kind': "
+                    f"'convolution' or 'experts'}}] tells what they are."
+                )
+        if self._unsplit:
+            yield (
+                f"AdamW2: {_listed(self._unsplit)} may be q, k and v in one weight, but without names nothing is "
+                f"split, and each is one matrix; model.named_parameters() in place of model.parameters() or "
+                f"model=model gives names."
+            )
+
     def _count(self, parameter: Parameter) -> int:
+        """Return how many matrices share a budget: the groups of a convolution are blocks of one."""
         grid = self.grid(parameter)
-        return 0 if grid is None else len(grid.matrices)
+        if grid is None:
+            return 0
+        kind = self._kind(parameter)
+        is_grouped = kind is not None and kind.groups > 1 and self._settings.override(parameter.name, "fused") is None
+        return 1 if is_grouped else len(grid.matrices)
+
+    def _kind(self, parameter: Parameter) -> Kind | None:
+        """Return what a parameter is: as told, else to its module, else by its name."""
+        kind = parameter.kind or kind_by_name(parameter.name, parameter.shape)
+        told = self._settings.override(parameter.name, "kind")
+        if told is None or len(parameter.shape) < 3 or (kind is not None and kind.form == told):
+            return kind
+        return Kind(told) if kind is None else kind._replace(form=told, groups=1, parts=())
 
     def grid(self, parameter: Parameter) -> Grid | None:
         """Return which matrices a parameter holds, or None where it takes the scheduled rate."""
         if self._settings.override(parameter.name, "exempt", False):
             return None
-        if parameter.is_vector and not (self._settings.clip_vectors and len(parameter.shape) == 1):
+        kind = self._kind(parameter)
+        is_vector = parameter.is_vector or (kind is not None and kind.form == "vector")
+        if is_vector and not (self._settings.clip_vectors and len(parameter.shape) == 1):
             return None
         told = self._settings.override(parameter.name, "fused")
-        if told is None:
-            fused = parameter.fused or known_fused(parameter.name, parameter.whole_shape)
-        else:
-            fused = None if told == 1 else told_fused(parameter.name, parameter.whole_shape, told)
+        fused = self._fused(parameter, kind, told)
+        if told == 1 and kind is not None:
+            kind = kind._replace(groups=1)
         try:
-            grid = grid_of(parameter.shape, sharding=parameter.sharding, fused=fused)
+            grid = grid_of(parameter.shape, sharding=parameter.sharding, fused=fused, kind=kind, order=parameter.order)
         except ValueError as error:
             raise ValueError(f"AdamW2: parameter '{parameter.name}': {error}.") from None
-        return grid if any(matrix.rows * matrix.cols for matrix in grid.matrices) else None
+        if not any(matrix.rows * matrix.cols for matrix in grid.matrices):
+            return None
+        self._note(parameter, told is not None)
+        return grid
+
+    def _fused(self, parameter: Parameter, kind: Kind | None, told: object) -> Fused | None:
+        shape = parameter.whole_shape
+        if told is not None:
+            return None if told == 1 else told_fused(parameter.name, shape, told, kind, parameter.order)
+        parts = None if kind is None else stacked_parts(kind, shape)
+        return parameter.fused or parts or known_fused(parameter.name, shape)
+
+    def _note(self, parameter: Parameter, is_split_told: bool) -> None:
+        """Remember what nothing told."""
+        shape = parameter.whole_shape
+        if _PLACE.search(parameter.name) and looks_fused(shape) and not is_split_told and parameter.kind is None:
+            self._unsplit[parameter.name] = shape
+        if len(shape) != 3 or self._settings.override(parameter.name, "kind") is not None:
+            return
+        guess = guessed_form(shape)
+        if parameter.kind is None and not is_io_name(parameter.name):
+            self._guesses[parameter.name] = shape, guess
+        elif parameter.kind is not None and parameter.kind.form == "experts" != guess:
+            self._guesses[parameter.name] = shape, "doubtful experts"
 
     def floor_and_tau(self, parameter: Parameter, rows: int, cols: int, tau: float | str) -> tuple[float, float]:
         """Return (floor under σ₁(W), τ) of a (rows, cols) matrix whose parameter group says ``tau``."""
         tau = read_tau("a parameter group's tau", self._settings.override(parameter.name, "tau", tau))
-        if tau != "auto":
+        if tau != BALANCED:
             return random_sigma(rows, cols, self._settings.floor_std), float(tau)
         if self._io is None:
             raise ValueError(
@@ -78,3 +178,9 @@ class Thresholds:
             )
         share = IO_TAU if parameter.name in self._io else HIDDEN_BUDGET / self._hidden
         return random_sigma(rows, cols, xavier_std(rows, cols)), share
+
+
+def _listed(shapes: dict[str, tuple[int, ...]]) -> str:
+    first = [f"'{name}' {shape}" for name, shape in list(shapes.items())[:_NAMED]]
+    more = len(shapes) - len(first)
+    return ", ".join(first) + (f" and {more} more" if more else "")

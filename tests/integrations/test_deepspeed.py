@@ -45,6 +45,8 @@ def cases_of(world: int) -> list[dict[str, Any]]:
         cases.append({"stage": stage, "dtype": dtype, "offload": offload, "round_robin": stage in (1, 2)})
     for stage in (0, 1, 2, 3):
         cases.append({"stage": stage, "dtype": "fp32", "mixed": True, "label": "mixed"})
+    if world == 3:
+        cases += [{"stage": stage, "dtype": "fp32", "mixed": "modules", "label": "modules"} for stage in (2, 3)]
     # DeepSpeed gives this combination to BF16_Optimizer instead of its ZeRO-1 optimizer.
     cases.append({"stage": 1, "dtype": "bf16", "grad_dtype": "fp32", "label": "bf16-optimizer"})
     cases.append({"stage": 3, "dtype": "fp32", "zero_init": True, "label": "zero-init"})
@@ -130,7 +132,11 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 @pytest.mark.parametrize(("world", "case"), ALL)
 def test_stats_are_the_same_on_every_rank(result: dict[str, Any], world: int, case: dict[str, Any]) -> None:
     names = {name for name, weight in result["weights"].items() if weight.ndim >= 2}
-    if case.get("mixed"):
+    if case.get("mixed") == "modules":
+        split = {"experts": range(nets.WIDTH), "spread.weight": range(2), "attention.in_proj_weight": "qkv"}
+        split |= {"gru.weight_ih_l0": "rzn", "gru.weight_hh_l0": "rzn"}
+        names = names - split.keys() | {f"{name}[{part}]" for name, parts in split.items() for part in parts}
+    elif case.get("mixed"):
         names = names - {"c_attn.weight", "experts"} | {f"c_attn.weight[{x}]" for x in "qkv"}
         names |= {f"experts[{number}]" for number in range(3)}
     assert set(result["stats"][0]) == names
@@ -157,24 +163,62 @@ def test_collectives_per_step_are_the_same_for_3_and_for_49_layers() -> None:
     assert table == {f"ZeRO-{stage}, {state}": expected[state] for stage in (1, 2, 3) for state in expected}
 
 
-def test_what_is_not_understood_is_refused_in_one_sentence_that_names_it() -> None:
+@pytest.fixture(scope="module")
+def refusals() -> dict[str, Any]:
     output = torchrun(Path(__file__).with_name("refusals_worker.py"), 1)
-    said = json.loads(next(line for line in output.splitlines() if "refusals {" in line).split("refusals ", 1)[1])
+    lines = [line for line in output.splitlines() if line.startswith(("refusals {", "modes {"))]
+    return {kind: json.loads(said) for kind, said in (line.split(" ", 1) for line in lines)}
+
+
+def test_what_is_not_understood_is_refused_in_one_sentence_that_names_it(refusals: dict[str, Any]) -> None:
+    said = refusals["refusals"]
     expected = {
         "unknown key": "unknown key 'tua' got 0.01",
         "max_grad_norm": "'max_grad_norm' is not supported",  # DeepSpeed's own sentence comes first
         "adam_w_mode": "adam_w_mode got False, it takes True",
-        "moved weights": "DeepSpeed ZeRO's partition does not hold the weights of parameter 'head.weight'",
+        "moved weights": "stepped: ValueError: AdamW2: DeepSpeed ZeRO's partition does not hold the weights of",
         "unknown wrapper": "DeepSpeed's ZeroOptimizerOfTheFuture gives out parameter 'embed.weight'",
+        "another layout": "built: ValueError: AdamW2: DeepSpeed ZeRO's partition does not hold the weights of",
     }
     for name, sentence in expected.items():
         assert sentence in said[name], (name, said[name])
 
 
+@pytest.mark.parametrize("by", ["json", "client", "callable"])
+def test_no_mode_of_deepspeed_steps_an_adam_of_its_own_in_its_place(refusals: dict[str, Any], by: str) -> None:
+    """As in Accelerate #3255: with offload another optimizer was trained, or DeepSpeed asked for its own."""
+    said = {name: ways[by] for name, ways in refusals["modes"].items()}
+    masters = "bf16.bf16_master_weights_and_grads got True, it takes False, or True with bf16_optimizer_states"
+    refused = {
+        "zenflow": "zero_optimization.zenflow got a configuration, it takes none",
+        "zenflow 3": "zero_optimization.zenflow got a configuration, it takes none",
+        "superoffload": "offload_optimizer.super_offload got True, it takes False",
+        "superoffload alone": "offload_optimizer.super_offload got True, it takes False",
+        "ratio": "offload_optimizer.ratio got 0.3, it takes 1.0",
+        "nvme": "offload_optimizer.device got 'nvme', it takes 'cpu' or 'none'.",
+        "bf16 masters": masters,
+        "bf16 masters 3": masters,
+        "bf16 states": masters,
+        "bf16 masters alone": masters,
+        "fp16 masters": "fp16.fp16_master_weights_and_grads got True, it takes False",
+    }
+    if by != "json":  # where DeepSpeed does not ask
+        refused["forced"] = "zero_force_ds_cpu_optimizer got True, it takes False"
+    for name, sentence in refused.items():
+        if DEEPSPEED < (0, 19) and name not in said:
+            continue
+        assert said.pop(name).startswith(f"built: ValueError: AdamW2: {sentence}"), name
+    assert said == dict.fromkeys(said, "AdamW2 made {1} steps")
+    assert {"offload 1", "offload 2", "offload 3"} <= said.keys()
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_pipeline_engine_follows_the_reference_and_refuses_auto(ranks: int) -> None:
     output = torchrun(Path(__file__).with_name("pipeline_worker.py"), ranks)
-    assert "pipeline follows; AdamW2: tau got 'balanced', but a pipeline stage or a rank of experts does not know" in output
+    assert (
+        "pipeline follows; AdamW2: tau got 'balanced', but a pipeline stage or a rank of experts does not know"
+        in output
+    )
 
 
 def test_the_cosine_without_warmup_of_the_readme_works_from_json_at_every_stage() -> None:

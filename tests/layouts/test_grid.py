@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ from weyl_megatron.layouts.buffers import Parameter
 from weyl_megatron.layouts.grid import (
     Fused,
     Grid,
+    Kind,
     Sharding,
     grid_of,
     interleaved,
     known_fused,
+    plain_name,
     stacked,
     told_fused,
 )
@@ -127,3 +130,54 @@ def test_bands_of_an_interleaved_weight_make_up_its_matrices(pattern: list[int],
 def test_a_parametrized_weight_is_fused_as_the_plain_one_is() -> None:
     plain = known_fused("h.0.attn.c_attn.weight", (12, 4))
     assert plain is not None and plain == known_fused("h.0.attn.c_attn.parametrizations.weight.original", (12, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("attn.parametrizations.in_proj_weight.original", "attn.in_proj_weight"),
+        ("h.0.c_attn.parametrizations.weight.original1", "h.0.c_attn.weight"),
+        ("parametrizations.weight.original", "weight"),
+        ("h.0.c_attn.weight_v", "h.0.c_attn.weight"),
+        ("h.0.c_attn.weight_orig", "h.0.c_attn.weight"),
+        ("base.h.0.c_attn.base_layer.weight", "base.h.0.c_attn.weight"),
+        ("base.c_attn.modules_to_save.default.weight", "base.c_attn.weight"),
+        ("h.0.c_attn.weight", "h.0.c_attn.weight"),
+    ],
+)
+def test_what_computes_a_weight_does_not_change_its_name(name: str, plain: str) -> None:
+    assert plain_name(name) == plain
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_bands_of_a_weight_that_lies_transposed_make_up_its_matrices(dim: int, axis: int) -> None:
+    weight, sizes = torch.randn(6, 4), (4, 2) if dim == 0 else (1, 3)
+    fused = stacked(axis, (2, weight.shape[axis] - 2), ("0", "1"))
+    total: list[Any] = [0.0, 0.0]
+    for rank, band in enumerate(weight.split(sizes, dim)):
+        sharding = Sharding(None, dim, sizes, rank)  # type: ignore[arg-type]
+        grid = grid_of(band.shape, sharding=sharding, fused=fused, order=(1, 0))
+        for number, matrix in enumerate(rebuild(grid, band.T.contiguous())):
+            total[number] = total[number] + matrix
+    expected = [weight] if axis == dim else weight.split(fused.sizes, axis)
+    assert all(torch.equal(found, matrix.T) for found, matrix in zip(total, expected, strict=False))
+
+
+@given(shape=st.lists(st.integers(1, 4), min_size=3, max_size=5), data=st.data())
+def test_every_element_of_a_weight_is_in_one_place_of_one_matrix(shape: list[int], data: st.DataObject) -> None:
+    order = data.draw(st.permutations(range(len(shape))))
+    form = data.draw(st.sampled_from(["experts", "convolution", "matrix", None]))
+    groups = data.draw(st.sampled_from([g for g in range(1, shape[0] + 1) if shape[0] % g == 0]))
+    kind = None if form is None else Kind(form, groups=groups if form == "convolution" else 1)
+    grid = grid_of(shape, kind=kind, order=order)
+    places = {
+        (block.grid_row + row, block.grid_col + col): (block.matrix, block.row + row, block.col + col)
+        for block in grid.blocks
+        for row in range(block.rows)
+        for col in range(block.cols)
+    }
+    assert len(places) == len(set(places.values())) == prod(shape)
+    assert all(0 <= row * grid.width + col < prod(shape) and col < grid.width for row, col in places)
+    assert sum(matrix.rows * matrix.cols for matrix in grid.matrices) == prod(shape)
+    assert all(row < grid.matrices[m].rows and col < grid.matrices[m].cols for m, row, col in places.values())

@@ -6,8 +6,10 @@ piece takes; only which elements share a row and which a column has to be right.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -90,6 +92,32 @@ class Grid(NamedTuple):
     matrices: tuple[MatrixShape, ...]
 
 
+class Kind(NamedTuple):
+    """What a parameter is to the module that owns it, or to the user who says so.
+
+    The matrix of a grouped convolution is block-diagonal. Its ``groups`` are matrices of their own, bands of the first
+    dimension: of the outputs in ``nn.ConvNd``, of the inputs in ``nn.ConvTransposeNd``.
+    """
+
+    form: str  # "vector" (scheduled rate), "matrix", "convolution" (rows: the first dimension) or "experts"
+    groups: int = 1
+    parts: tuple[str, ...] = ()  # labels of what it stacks along ``axis`` of each matrix, all of one size
+    axis: int = 0
+    role: str | None = None  # "embedding", "head" or "adapter"
+    partner: str | None = None  # the other factor of an adapter's product, by its parameter's name
+
+
+def guessed_form(shape: Sequence[int]) -> str:
+    """Return what a weight of three dimensions or more is taken for where only its shape is known.
+
+    A convolution has more filters than taps, (out, in/groups, taps), and a depthwise one a single input per filter; a
+    stack of experts has fewer experts than each has columns, (experts, m, n). What has more than three dimensions is
+    a convolution.
+    """
+    is_stack = len(shape) == 3 and shape[0] <= shape[2] and (shape[1] > 1 or shape[0] == 1)
+    return "experts" if is_stack else "convolution"
+
+
 #: Stacked fused weights that are split without being told, by name: the label of each part, all parts of one size.
 #: Weights that interleave their parts per head (BLOOM, GPT-NeoX) are not stacked and are left whole.
 KNOWN_FUSED: Mapping[str, tuple[str, ...]] = {
@@ -99,10 +127,21 @@ KNOWN_FUSED: Mapping[str, tuple[str, ...]] = {
     "*.gate_up_proj.weight": ("gate", "up"),  # Phi-3, GLM
 }
 
+#: What torch's parametrizations, the older weight_norm and pruning make of a weight's name, but for weight_norm's
+#: lengths, and what PEFT adds to the path of a layer.
+_REWRITTEN = re.compile(
+    r"(^|\.)parametrizations\.(\w+)\.original1?$|(?<=weight)_(?:orig|v)$|\.base_layer(?=\.)|\.modules_to_save\.\w+(?=\.)"
+)
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a weight has without parametrizations, weight_norm, pruning and PEFT."""
+    return _REWRITTEN.sub(lambda found: (found[1] or "") + (found[2] or ""), name)
+
 
 def known_fused(name: str, shape: Sequence[int]) -> Fused | None:
     """Return how the weight of a well-known name is fused, or None where name or shape do not say so."""
-    name = name.replace(".parametrizations.weight.original", ".weight")  # torch's parametrizations, σReparam among them
+    name = plain_name(name)
     for pattern, labels in KNOWN_FUSED.items():
         if len(shape) == 2 and fnmatchcase(name, pattern):
             parts = len(labels)
@@ -115,76 +154,195 @@ def known_fused(name: str, shape: Sequence[int]) -> Fused | None:
     return None
 
 
-def told_fused(name: str, shape: Sequence[int], option: Any) -> Fused:
+def stacked_parts(kind: Kind, shape: Sequence[int]) -> Fused | None:
+    """Return the split of a whole weight whose kind says that it stacks parts; None: it does not."""
+    dim = kind.axis + (len(shape) - 2 if kind.form == "experts" else 0)
+    if not kind.parts or shape[dim] % len(kind.parts):
+        return None
+    return stacked(kind.axis, (shape[dim] // len(kind.parts),) * len(kind.parts), kind.parts)
+
+
+def looks_fused(shape: Sequence[int]) -> bool:
+    """Whether a weight without a name may stack q, k and v: one side is three times the other."""
+    return len(shape) == 2 and min(shape) > 1 and max(shape) == 3 * min(shape)
+
+
+def told_fused(
+    name: str, shape: Sequence[int], option: Any, kind: Kind | None = None, order: Sequence[int] | None = None
+) -> Fused:
     """Return the split that an override asks for: a number of equal parts, or their sizes along one axis.
+
+    Of experts (experts, m, n) that is an axis of each expert's matrix, of a convolution its first dimension or its
+    second. ``kind`` and ``order`` are those of :func:`grid_of`.
 
     Raises:
         ValueError: no axis of ``shape`` divides as asked.
     """
+    is_stack = _form(shape, kind) == "experts"
+    dims = [] if len(shape) < 2 else [len(shape) - 2, len(shape) - 1] if is_stack else [0, 1]
     if isinstance(option, int):
-        axis = next((axis for axis in range(2) if len(shape) == 2 and shape[axis] % option == 0), None)
-        sizes = () if axis is None else (shape[axis] // option,) * option
+        axis = next((axis for axis, dim in enumerate(dims) if shape[dim] % option == 0), None)
+        sizes = () if axis is None else (shape[dims[axis]] // option,) * option
     else:
         sizes = tuple(int(size) for size in option)
-        axis = next((axis for axis in range(2) if len(shape) == 2 and shape[axis] == sum(sizes)), None)
+        axis = next((axis for axis, dim in enumerate(dims) if shape[dim] == sum(sizes)), None)
     if axis is None:
         raise ValueError(
             f"overrides: 'fused' of parameter '{name}' got {option!r}, but it takes a number of parts that divides, "
             f"or sizes that add up to, a dimension of its shape {tuple(shape)}."
         )
-    return stacked(axis, sizes, [str(part) for part in range(len(sizes))])
+    labels = [str(part) for part in range(len(sizes))]
+    if axis == 0 or is_stack:
+        return stacked(axis, sizes, labels)
+    # Columns are numbered as they lie in memory: each element of the dimension has all that lies inside it.
+    columns = [dim for dim in order or range(len(shape)) if dim > 0]
+    inner = prod(shape[dim] for dim in columns[columns.index(1) + 1 :])
+    total = prod(shape[1:])
+    return interleaved([size * inner for size in sizes], labels, total, 0, total)._replace(axis=1, is_band=False)
 
 
-def grid_of(shape: Sequence[int], *, sharding: Sharding | None = None, fused: Fused | None = None) -> Grid:
-    """Return the grid of a parameter of local ``shape``: how its elements, row-major, make up matrices.
+def grid_of(
+    shape: Sequence[int],
+    *,
+    sharding: Sharding | None = None,
+    fused: Fused | None = None,
+    kind: Kind | None = None,
+    order: Sequence[int] | None = None,
+) -> Grid:
+    """Return the grid of a parameter of local ``shape``: how its elements, as they lie in memory, make up matrices.
 
-    ========================  =======================================================
-    shape                     matrices
-    ========================  =======================================================
-    ``(n,)``                  one ``(1, n)``
-    ``(m, n)``                one, or one per part where ``fused``
-    ``(experts, m, n)``       one ``(m, n)`` per expert
-    ``(out, in, *kernel)``    one ``(out, in·kernel)`` (convolutions, 4 dimensions or more)
-    ========================  =======================================================
+    ==============================  ====================================================
+    shape                           matrices
+    ==============================  ====================================================
+    ``(n,)``                        one ``(1, n)``
+    ``(m, n)``                      one
+    ``(experts, m, n)``             one ``(m, n)`` per expert
+    ``(out, in/groups, *kernel)``   one ``(out/groups, in/groups·kernel)`` per group
+    ==============================  ====================================================
+
+    Where ``fused`` each of these is one per part.
+
+    Args:
+        shape: of the weight on this rank.
+        sharding: its tensor parallelism.
+        fused: the parts of each of its matrices; a convolution's groups are not looked at then.
+        kind: what it is; None: see :func:`guessed_form`.
+        order: its dimensions as they lie in memory, the slowest first; None: in order.
 
     Raises:
         ValueError: tensor parallelism of a parameter that is neither a vector nor a 2-D matrix.
     """
     if sharding is not None and sharding.dim is None:
         sharding = None
-    if len(shape) == 3:
-        if sharding is not None:
-            raise ValueError(f"a tensor-parallel parameter of shape {tuple(shape)} is not understood")
-        experts, rows, cols = shape
-        blocks = tuple(Block(e, e * rows, 0, rows, cols, 0, 0) for e in range(experts))
-        return Grid(cols, blocks, tuple(MatrixShape(f"[{e}]", rows, cols) for e in range(experts)))
-    if len(shape) > 3 and sharding is not None:
+    if len(shape) > 2 and sharding is not None:
         raise ValueError(f"a tensor-parallel parameter of shape {tuple(shape)} is not understood")
-    rows, cols = (1, shape[0]) if len(shape) == 1 else (shape[0], prod(shape[1:]))
-    axis = None if sharding is None else (1 if len(shape) == 1 else sharding.dim)
-    if fused is not None and (fused.is_band or axis != fused.axis):
-        return _fused_grid(rows, cols, fused, sharding)
-    full, at = _spread(sharding)
-    if axis == 0:
-        return Grid(cols, (Block(0, 0, 0, rows, cols, at, 0),), (MatrixShape("", full, cols),))
-    if axis == 1:
-        return Grid(cols, (Block(0, 0, 0, rows, cols, 0, at),), (MatrixShape("", rows, full),))
-    return Grid(cols, (Block(0, 0, 0, rows, cols, 0, 0),), (MatrixShape("", rows, cols),))
+    band = None if sharding is None else (1 if len(shape) == 1 else sharding.dim)  # the axis that ranks share out
+    if fused is not None and band == fused.axis and not fused.is_band:
+        fused = None  # a stack that tensor parallelism cuts along itself is kept whole
+    form, groups = _form(shape, kind), 1 if kind is None or fused is not None else kind.groups
+    axes = _axes(shape, form, groups)
+    lying = [axis for dim in order or range(len(shape)) for axis in axes[dim]]
+    if lying[-1].label == "row":  # it is the transposed matrix that lies row by row
+        lying = [axis._replace(label=_TRANSPOSED[axis.label]) for axis in lying]
+        band = None if band is None else 1 - band
+        fused = None if fused is None else fused._replace(axis=1 - fused.axis)
+    width, blocks = _rectangles(lying)
+    size = {label: prod(axis.size for axis in lying if axis.label == label) for label in _TRANSPOSED}
+    if fused is not None:
+        blocks = [piece for block in blocks for piece in _parted(block, fused)]
+    if sharding is not None and (fused is None or band != fused.axis):
+        size["row" if band == 0 else "col"] = sum(sharding.sizes)
+        at = sum(sharding.sizes[: sharding.rank])
+        row, col = (at, 0) if band == 0 else (0, at)
+        blocks = [block._replace(row=block.row + row, col=block.col + col) for block in blocks]
+    suffixes = [f"[{number}]" for number in range(size["stack"])] if form == "experts" or groups > 1 else [""]
+    matrices = [MatrixShape(suffix, size["row"], size["col"]) for suffix in suffixes]
+    if fused is not None:
+        matrices = [part for matrix in matrices for part in _part_shapes(matrix, fused)]
+    return Grid(width, tuple(blocks), tuple(matrices))
 
 
-def _fused_grid(rows: int, cols: int, fused: Fused, sharding: Sharding | None) -> Grid:
-    """The grid of several matrices along ``fused.axis``, whose other axis may be sharded."""
-    full, at = (0, 0) if fused.is_band else _spread(sharding)
-    if fused.axis == 0:
-        blocks = [Block(part, begin, 0, size, cols, there, at) for part, begin, size, there in fused.pieces]
-        shapes = [(size, full or cols) for size in fused.sizes]
-    else:
-        blocks = [Block(part, 0, begin, rows, size, at, there) for part, begin, size, there in fused.pieces]
-        shapes = [(full or rows, size) for size in fused.sizes]
-    named = zip(fused.labels, shapes, strict=True)
-    return Grid(cols, tuple(blocks), tuple(MatrixShape(f"[{label}]", *shape) for label, shape in named))
+class _Axis(NamedTuple):
+    label: str  # "stack" of matrices, "row" or "col"
+    size: int
+    stride: int  # how many matrices, rows or columns on the next place along it is
 
 
-def _spread(sharding: Sharding | None) -> tuple[int, int]:
-    """Return (full extent, where this rank's band begins) along the sharded dimension; zeros where there is none."""
-    return (0, 0) if sharding is None else (sum(sharding.sizes), sum(sharding.sizes[: sharding.rank]))
+_TRANSPOSED = {"stack": "stack", "row": "col", "col": "row"}
+
+
+def _form(shape: Sequence[int], kind: Kind | None) -> str:
+    if len(shape) < 3:
+        return "matrix"
+    return guessed_form(shape) if kind is None or kind.form == "vector" else kind.form
+
+
+def _axes(shape: Sequence[int], form: str, groups: int) -> list[list[_Axis]]:
+    """Return what each dimension is; strides of rows and columns are left to :func:`_rectangles`."""
+    if form == "experts":
+        stack = shape[:-2]
+        dims = [[_Axis("stack", size, prod(stack[dim + 1 :]))] for dim, size in enumerate(stack)]
+        return [*dims, [_Axis("row", shape[-2], 0)], [_Axis("col", shape[-1], 0)]]
+    columns = [[_Axis("col", size, 0)] for size in (shape if len(shape) == 1 else shape[1:])]
+    if len(shape) == 1:
+        return columns
+    return [[_Axis("stack", groups, 1), _Axis("row", shape[0] // groups, 0)], *columns]
+
+
+def _rectangles(axes: Sequence[_Axis]) -> tuple[int, list[Block]]:
+    """Return the width of the grid of ``axes``, the slowest first, and the rectangles in it that are in one matrix.
+
+    A matrix is one rectangle where its columns are the innermost axes and its rows the next; in memory of another
+    order, it is one for each place along what lies before and between them.
+    """
+    strides = {"row": 1, "col": 1}
+    numbered: list[_Axis] = []
+    for axis in reversed(axes):
+        if axis.label != "stack":
+            axis = axis._replace(stride=strides[axis.label])
+            strides[axis.label] *= axis.size
+        if axis.size != 1:
+            numbered.insert(0, axis)
+    stop = max((number + 1 for number, axis in enumerate(numbered) if axis.label == "row"), default=0)
+    start = stop
+    while start and numbered[start - 1].label == "row":
+        start -= 1
+    end = len(numbered)
+    while end > stop and numbered[end - 1].label == "col":
+        end -= 1
+    rows, cols = (prod(axis.size for axis in run) for run in (numbered[start:stop], numbered[end:]))
+    blocks = []
+    for line, above in enumerate(_places(numbered[:start])):
+        for column, beside in enumerate(_places(numbered[stop:end])):
+            matrix, row, col = (a + b for a, b in zip(above, beside, strict=True))
+            blocks.append(Block(matrix, line * rows, column * cols, rows, cols, row, col))
+    return prod(axis.size for axis in numbered[stop:]), blocks
+
+
+def _places(axes: Sequence[_Axis]) -> Iterator[tuple[int, int, int]]:
+    """Yield (matrix, row, column) of every place along ``axes``, in the order of memory."""
+    for place in product(*(range(axis.size) for axis in axes)):
+        at = {"stack": 0, "row": 0, "col": 0}
+        for index, axis in zip(place, axes, strict=True):
+            at[axis.label] += index * axis.stride
+        yield at["stack"], at["row"], at["col"]
+
+
+def _parted(block: Block, fused: Fused) -> Iterator[Block]:
+    """Yield the pieces of a rectangle that lie in each part."""
+    first, extent = (block.row, block.rows) if fused.axis == 0 else (block.col, block.cols)
+    for part, begin, length, at in fused.pieces:
+        low, high = max(first, begin), min(first + extent, begin + length)
+        if low < high:
+            matrix = block.matrix * len(fused.labels) + part
+            if fused.axis == 0:
+                there = {"grid_row": block.grid_row + low - first, "rows": high - low, "row": at + low - begin}
+            else:
+                there = {"grid_col": block.grid_col + low - first, "cols": high - low, "col": at + low - begin}
+            yield block._replace(matrix=matrix, **there)
+
+
+def _part_shapes(matrix: MatrixShape, fused: Fused) -> Iterator[MatrixShape]:
+    for label, length in zip(fused.labels, fused.sizes, strict=True):
+        rows, cols = (length, matrix.cols) if fused.axis == 0 else (matrix.rows, length)
+        yield MatrixShape(f"{matrix.suffix}[{label}]", rows, cols)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
 from weyl_megatron.layouts.grid import Sharding
 from weyl_megatron.layouts.megatron_modules import fused_weights, global_names
+from weyl_megatron.layouts.modules import kinds_of
 from weyl_megatron.layouts.tensor_parallel import shardings_of
 
 if TYPE_CHECKING:
@@ -119,11 +120,12 @@ def _parameters(model: Sequence[nn.Module], groups: Groups, split_fused: bool) -
         **shardings_of([(names[n], p) for n, p in params.items() if n in experts], groups.expert_tensor),
     }
     fused = fused_weights(model, shardings) if split_fused else {}
+    kinds = {name: kind for chunk in model for name, kind in kinds_of(chunk, names).items()}
     described = {}
     for number, p in params.items():
         tied = _tied(p, groups.embedding)
-        name = names[number] if tied is None else _TIED_NAME
-        described[number] = Parameter(name, tuple(p.shape), shardings.get(number), tied, fused.get(number))
+        name, kind = names[number] if tied is None else _TIED_NAME, kinds.get(names[number])
+        described[number] = Parameter(name, tuple(p.shape), shardings.get(number), tied, fused.get(number), kind)
     return described
 
 

@@ -29,6 +29,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from weyl_megatron.settings import BALANCED
+
 #: Steps, from 1, at which r was read off; in between it follows a power of the step, afterwards it stays.
 _STEPS = (1, 6, 21, 101, 301)
 
@@ -99,7 +101,7 @@ class Row:
     sigma_weight: float  #: σ₁(W), the median
     floor: float  #: what σ₁(W) is taken for at least
     asked: float | str  #: τ as it was asked for
-    tau: float  #: τ of these matrices: a number where "auto" was asked
+    tau: float  #: τ of these matrices: a number where "balanced" was asked
     sigma_update: tuple[float, float, float]  #: σ₁(U) at the first step: its bounds, and the typical value in between
     rate_first: float  #: α_W / α_t at the first step, typical
     rate_settled: float  #: α_W / α_t at step 100 (or the last), typical
@@ -113,7 +115,7 @@ class Row:
 
 def kind_of(name: str) -> str:
     """Return the kind of a matrix by its name, as ``h.0.attn.c_attn.weight[q]``; "other" where that says nothing."""
-    name = re.sub(r"\[\d+\]$", "", name)  # of experts
+    name = re.sub(r"(\[\d+\])+$", "", name)  # of experts
     return next((kind for kind, pattern in _KINDS if pattern.search(name)), "other")
 
 
@@ -141,7 +143,7 @@ class Case(NamedTuple):
     def grows(self) -> bool:
         """Whether W grows as fast as it may: where U keeps its direction, or where W is nothing but updates."""
         keeps = self.is_text and self.kind in ("head", "tied head")
-        return keeps or (self.asked != "auto" and self.sigma < self.floor)
+        return keeps or (self.asked != BALANCED and self.sigma < self.floor)
 
 
 class Schedule(NamedTuple):
