@@ -113,8 +113,9 @@ def _non_finite_anywhere(tensors: Iterable[Tensor], device: torch.device) -> Ten
             alike[tensor.device, tensor.dtype].append(tensor)
     if not alike:
         return torch.zeros((), dtype=torch.bool, device=device)
-    finite = [torch.stack(_bounds(each)).isfinite().all().to(device) for each in alike.values()]
-    return torch.stack(finite).all().logical_not()
+    finite = [torch.stack(_bounds(each)).isfinite().all() for each in alike.values()]
+    waits = device.type == "cpu"  # or it would read what is not there yet
+    return torch.stack([one.to(device, non_blocking=not waits) for one in finite]).all().logical_not()
 
 
 def _bounds(tensors: list[Tensor]) -> list[Tensor]:

@@ -9,7 +9,9 @@ from math import isnan
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.optim import AdamW
 
 #: Keys of AdamW configurations that change nothing here, and the values they may have (None: any).
 _HARMLESS: dict[str, tuple[Any, ...] | None] = {
@@ -126,19 +128,41 @@ def check_harmless(given: Mapping[str, Any]) -> None:
             raise ValueError(f"AdamW2: {key} got {value!r}, it takes {' or '.join(map(repr, taken))}.")
 
 
-def check_adamw(lr: Any, betas: Any, eps: Any, weight_decay: Any, amsgrad: Any, maximize: Any) -> None:
-    """Check torch.optim.AdamW's own hyperparameters, whose types it leaves unchecked."""
+def check_adamw(
+    lr: Any, betas: Any, eps: Any, weight_decay: Any, amsgrad: Any, maximize: Any, foreach: Any = None
+) -> None:
+    """Check torch.optim.AdamW's own hyperparameters, whose types it leaves unchecked.
+
+    Raises:
+        ValueError: a sentence of ours, with torch's in brackets, where it has one: callers may look for that.
+    """
     for key, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         number = float(value) if key == "lr" and _is_scalar(value) else value
         if not _is_number(number) or not 0 <= number < float("inf"):
-            raise ValueError(f"AdamW2: {key} got {value!r}, it takes a number from 0 on.")
+            raise _refusal(f"{key} got {value!r}, it takes a number from 0 on", **{key: value})
     pair = betas if isinstance(betas, Sequence) and len(betas) == 2 else ()
     numbers = list(map(float, pair)) if pair and all(map(_is_scalar, pair)) else list(pair)
     if len(numbers) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in numbers):
-        raise ValueError(f"AdamW2: betas got {betas!r}, it takes two numbers from 0 up to, but without, 1.")
+        raise _refusal(f"betas got {betas!r}, it takes two numbers from 0 up to, but without, 1", betas=betas)
+    for key, value in (("lr", lr), ("betas", betas)):
+        if foreach and (isinstance(value, Tensor) or (key == "betas" and isinstance(value[0], Tensor))):
+            raise _refusal(
+                f"foreach got {foreach!r}, where {key} is {value!r} it takes False", foreach=True, **{key: value}
+            )
     for key, value in (("amsgrad", amsgrad), ("maximize", maximize)):
         if not isinstance(value, bool):
             raise ValueError(f"AdamW2: {key} got {value!r}, it takes True or False.")
+
+
+def _refusal(sentence: str, **given: Any) -> ValueError:
+    """Return the error that says ``sentence``, and what torch.optim.AdamW says of the same arguments."""
+    try:
+        AdamW([torch.zeros(1)], **given)
+    except ValueError as error:
+        sentence += f" (torch.optim.AdamW: {error})"
+    except Exception:
+        pass  # of Python's operators, which say nothing of the argument
+    return ValueError(f"AdamW2: {sentence}.")
 
 
 def read_tau(key: str, tau: Any) -> float | str:

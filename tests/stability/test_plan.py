@@ -113,7 +113,7 @@ def test_a_small_rate_is_never_clipped_and_a_warmup_takes_the_clip_s_place() -> 
     assert (warmed.typical, warmed.rate_first) == (0, 1.0)
 
 
-def test_auto_s_thresholds_are_the_optimizer_s() -> None:
+def test_balanced_thresholds_are_the_optimizer_s() -> None:
     matrices = [(name, torch.randn(8, 8)) for name in ("wte.weight", "h.0.q.weight", "h.0.k.weight", "lm_head.weight")]
     rows = plan(matrices, 1e-3, taus=["auto"])
     assert [(row.kind, row.tau, row.is_hidden) for row in rows] == [
@@ -134,20 +134,20 @@ def test_suggestions_follow_from_the_numbers() -> None:
 
     assert suggested(gpt, None)[0] == 0.01
     tau, reason = suggested(gpt, 300)
-    assert tau == "auto" and "the head would be clipped for about" in reason
+    assert tau == "balanced" and "the head would be clipped for about" in reason
     assert suggested(gpt, 100_000)[0] == 0.01
     zeros = [(name, torch.zeros_like(p) if "proj" in name else p) for name, p in gpt]
     assert suggested(zeros, None) == (
-        "auto",
-        "5 hidden matrices start at or near zero, and auto takes σ₁(W) for a Xavier matrix's there",
+        "balanced",
+        "5 hidden matrices start at or near zero, and balanced takes σ₁(W) for a Xavier matrix's there",
     )
     deep = [*gpt, *((f"h.{n}.attn.q.weight", torch.eye(64)) for n in range(5, 300))]
     assert suggested(deep, None, 1e-4)[1].startswith("325 hidden matrices are more than the 240")
     tau, reason = suggested(deep, None)
-    assert tau == 0.01 and "which is more than it was tried with, and auto would leave hidden matrices" in reason
+    assert tau == 0.01 and "which is more than it was tried with, and balanced would leave hidden matrices" in reason
     image = [("patch_embed.proj.weight", torch.randn(8, 3, 2, 2)), ("blocks.0.attn.qkv.weight", torch.randn(24, 8))]
     assert suggested(image, None)[0] == 0.004
-    assert suggested([("a.weight", torch.randn(4, 4)), ("head.weight", torch.randn(4, 4))], None)[0] == "auto"
+    assert suggested([("a.weight", torch.randn(4, 4)), ("head.weight", torch.randn(4, 4))], None)[0] == "balanced"
 
 
 @pytest.mark.parametrize(
@@ -187,10 +187,10 @@ def test_a_recipe_brings_its_schedule_and_json_has_the_rows(tmp_path: Path, caps
     recipe = ROOT / "examples" / "megatron" / "recipes" / "tiny.yaml"
     assert run(arguments(recipe, tau=["0.01", "auto"], json=tmp_path / "plan.json")) == 0
     printed = capsys.readouterr().out
-    assert "rate 0.005, cosine to 0.0005 in 100 steps" in printed and "Suggested: τ = auto, because" in printed
+    assert "rate 0.005, cosine to 0.0005 in 100 steps" in printed and "Suggested: τ = balanced, because" in printed
     content = json.loads((tmp_path / "plan.json").read_text())
     assert {row["kind"] for row in content["rows"]} == {"tied head", "positions", "q", "k", "v", "o", "w1", "w2"}
-    assert {row["asked"] for row in content["rows"]} == {0.01, "auto"}
+    assert {row["asked"] for row in content["rows"]} == {0.01, "balanced"}
 
 
 def test_a_checkpoint_s_tied_weights_count_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

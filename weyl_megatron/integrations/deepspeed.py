@@ -19,11 +19,15 @@ import torch
 from torch import Tensor
 
 from weyl_megatron.guard import Guard, is_finite
-from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter
+from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, model_name, model_names
 from weyl_megatron.layouts.grid import Sharding
+from weyl_megatron.layouts.modules import kinds_of
 from weyl_megatron.layouts.plain import plain_buffer
 from weyl_megatron.layouts.tensor_parallel import shardings_of
-from weyl_megatron.layouts.zero import flat_partition_buffers, master_copy_buffers, zero3_buffers
+from weyl_megatron.layouts.zero import Masters, flat_partition_buffers, master_copy_buffers, zero3_buffers
+
+#: What each engine's fp32 partitions held when it was built.
+_masters: weakref.WeakKeyDictionary[Any, Masters] = weakref.WeakKeyDictionary()
 
 
 def allow_under_zero(optimizer: type) -> None:
@@ -36,18 +40,24 @@ def allow_under_zero(optimizer: type) -> None:
 
 def engine_on_stack(optimizer: object) -> Any | None:
     """Return the DeepSpeedEngine that is stepping, or being built around, ``optimizer``; None where there is none."""
+    return next((engine for engine in _engines_on_stack() if engine.basic_optimizer is optimizer), None)
+
+
+def engine_being_built() -> Any | None:
+    """Return the DeepSpeedEngine that is being built and has no optimizer yet; None where there is none."""
+    return next((engine for engine in _engines_on_stack() if engine.basic_optimizer is None), None)
+
+
+def _engines_on_stack() -> Iterator[Any]:
     module = sys.modules.get("deepspeed.runtime.engine")
-    if module is None:
-        return None
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    frame: FrameType | None = None if module is None else sys._getframe()
+    while module is not None and frame is not None:
         # f_locals would keep alive what the frame's variables are now: not of the user's own training loop.
         if frame.f_globals.get("__name__", "").startswith("deepspeed."):
             candidate = frame.f_locals.get("self")
-            if isinstance(candidate, module.DeepSpeedEngine) and candidate.basic_optimizer is optimizer:
-                return candidate
+            if isinstance(candidate, module.DeepSpeedEngine):
+                yield candidate
         frame = frame.f_back
-    return None
 
 
 def is_under_construction(engine: Any) -> bool:
@@ -61,33 +71,42 @@ def is_under_construction(engine: Any) -> bool:
 def read_layout(engine: Any) -> Layout:
     """Return the layout of everything that the engine's optimizer wrapper gives to the optimizer.
 
-    Collective over the tensor-parallel group.
+    Collective over the tensor-parallel group. Called first when the engine has just been built, while its masters hold
+    the weights of the model: a layout that is not understood is found then.
 
     Raises:
         ValueError: the wrapper, or an option of it, is one whose layout is not understood.
     """
     wrapper = engine.optimizer
-    named = list(engine.module.named_parameters(remove_duplicate=True))
+    given = dict(engine.module.named_parameters(remove_duplicate=True))
+    named = [(name, given[whole]) for whole, name in model_names(given).items()]
     names = {id(param): name for name, param in named}
-    for param, name in engine.param_names.items():
-        names.setdefault(id(param), name)
+    for param, whole in engine.param_names.items():
+        names.setdefault(id(param), model_name(whole))
     owners = {id(param): type(m).__name__ for m in engine.module.modules() for param in m.parameters(recurse=False)}
     shardings = shardings_of(named, _tensor_parallel_group(engine), owners)
 
+    kinds = kinds_of(engine.module, names)
+
     def describe(param: Tensor) -> Parameter:
         name = names.get(id(param), "<a parameter that the engine's model does not have>")
-        return Parameter(name, tuple(getattr(param, "ds_shape", param.shape)), shardings.get(id(param)))
+        shape = tuple(getattr(param, "ds_shape", param.shape))
+        return Parameter(name, shape, shardings.get(id(param)), kind=kinds.get(name))
 
-    buffers = list(_buffers(engine, wrapper, describe, names, shardings))
-    return Layout(buffers, engine.module, is_part=bool(engine.pipeline_parallelism or engine.has_moe_layers))
+    masters = _masters.setdefault(engine, Masters())
+    buffers = list(_buffers(engine, wrapper, describe, names, shardings, masters))
+    return Layout(buffers, kinds, is_part=bool(engine.pipeline_parallelism or engine.has_moe_layers))
 
 
 def tell_norm(engine: Any, guard: Guard) -> None:
     """Let ``guard`` read the norm of all gradients where the engine's wrapper has it before it steps.
 
     A norm that is not finite would also make the engine's clipping write NaN into every gradient, after which nobody
-    could say whose it was. Where the wrapper itself skips such steps, the guard counts and names them.
+    could say whose it was. Where the wrapper itself skips such steps, the guard counts and names them. A configuration
+    whose ``bf16.check_grad_overflow`` is false goes before the guard's default.
     """
+    if not guard.is_told and _ignores_overflow(engine):
+        return
     wrapper, find = engine.optimizer, weakref.ref(engine)
 
     def norm() -> float | None:
@@ -110,6 +129,8 @@ def tell_norm(engine: Any, guard: Guard) -> None:
     if not type(wrapper).__name__.startswith("DeepSpeedZeroOptimizer"):
         return
     clip, update_scale = wrapper.unscale_and_clip_grads, wrapper._update_scale
+    if hasattr(clip, "adamw2"):  # the layout was read anew
+        return
 
     @functools.wraps(clip)
     def clip_by_a_number(grads: Any, total_norm: Any) -> Any:
@@ -122,7 +143,15 @@ def tell_norm(engine: Any, guard: Guard) -> None:
             guard.refuse(_non_finite_names(engine, wrapper), number())
         return update_scale(has_overflow)
 
+    clip_by_a_number.adamw2 = True  # type: ignore[attr-defined]
     wrapper.unscale_and_clip_grads, wrapper._update_scale = clip_by_a_number, tell_and_update
+
+
+def _ignores_overflow(engine: Any) -> bool:
+    """Whether the configuration itself says that a step on gradients that are not finite is to be made."""
+    bf16 = getattr(engine._config, "bfloat16_config", None)
+    is_given = "check_grad_overflow" in getattr(bf16, "model_fields_set", ())
+    return engine.bfloat16_enabled() and is_given and not bf16.check_grad_overflow  # type: ignore[union-attr]
 
 
 def _clip_what_is_finite(engine: Any) -> None:
@@ -130,7 +159,7 @@ def _clip_what_is_finite(engine: Any) -> None:
 
     @functools.wraps(clip)
     def clip_if_finite() -> None:
-        if all(is_finite(param.grad) for param in engine.module.parameters() if param.grad is not None):
+        if is_finite(*(param.grad for param in engine.module.parameters() if param.grad is not None)):
             clip()
 
     engine.clip_fp32_gradients = clip_if_finite
@@ -138,7 +167,8 @@ def _clip_what_is_finite(engine: Any) -> None:
 
 def _non_finite_names(engine: Any, wrapper: Any) -> list[str]:
     """Return the parameters of whose reduced gradients this rank has pieces that are not finite."""
-    names = {id(param): name for name, param in engine.module.named_parameters(remove_duplicate=True)}
+    given = dict(engine.module.named_parameters(remove_duplicate=True))
+    names = {id(given[whole]): name for whole, name in model_names(given).items()}
     params = wrapper.fp16_groups if hasattr(wrapper, "fp16_groups") else wrapper.params_in_partition
     found = [
         names.get(id(param), "a parameter of no name")
@@ -150,27 +180,37 @@ def _non_finite_names(engine: Any, wrapper: Any) -> list[str]:
 
 
 def _buffers(
-    engine: Any, wrapper: Any, describe: Any, names: dict[int, str], shardings: dict[int, Sharding]
+    engine: Any,
+    wrapper: Any,
+    describe: Any,
+    names: dict[int, str],
+    shardings: dict[int, Sharding],
+    masters: Masters,
 ) -> Iterator[Buffer]:
     kind = type(wrapper).__name__
     if wrapper is engine.basic_optimizer:
         for group in wrapper.param_groups:
             for param in group["params"]:
-                yield plain_buffer(param, describe(param).name, shardings)
+                described = describe(param)
+                yield plain_buffer(param, described.name, shardings, described.kind)
     elif kind == "FP16_UnfusedOptimizer":
-        yield from master_copy_buffers(wrapper.fp16_groups, wrapper.fp32_groups, describe)
+        yield from master_copy_buffers(wrapper.fp16_groups, wrapper.fp32_groups, describe, masters)
     elif kind == "BF16_Optimizer":
         yield from flat_partition_buffers(
-            wrapper.bf16_groups, wrapper.fp32_groups_flat_partition, wrapper.real_dp_process_group, describe
+            wrapper.bf16_groups, wrapper.fp32_groups_flat_partition, wrapper.real_dp_process_group, describe, masters
         )
     elif kind == "DeepSpeedZeroOptimizer":
         yield from flat_partition_buffers(
-            wrapper.bit16_groups, wrapper.single_partition_of_fp32_groups, wrapper.real_dp_process_group, describe
+            wrapper.bit16_groups,
+            wrapper.single_partition_of_fp32_groups,
+            wrapper.real_dp_process_group,
+            describe,
+            masters,
         )
     elif kind == "DeepSpeedZeroOptimizer_Stage3":
         if wrapper.swap_optimizer:
             raise ValueError("AdamW2: offload_optimizer.device got 'nvme', it takes 'cpu' or 'none'.")
-        yield from zero3_buffers(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, describe)
+        yield from zero3_buffers(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, describe, masters)
     else:
         first = next(iter(names.values()), "")
         raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from weyl_megatron.layouts.buffers import model_names
 from weyl_megatron.layouts.grid import Fused, Sharding, interleaved
 
 
@@ -22,13 +23,14 @@ def global_names(model: Sequence[nn.Module], expert_rank: int) -> dict[int, str]
     names: dict[int, str] = {}
     for number, chunk in enumerate(model):
         renamed = dict(_renamed(chunk, expert_rank))
+        numbered: dict[str, Tensor] = {}
         for local, param in chunk.named_parameters():
             parts = local.split(".")
             whole = [renamed.get(".".join(parts[: end + 1]), part) for end, part in enumerate(parts)]
-            while whole[0] == "module":  # the wrappers'
-                whole.pop(0)
-            name = ".".join(whole)
-            names[id(param)] = f"chunk{number}.{name}" if name in names.values() else name
+            numbered[".".join(whole)] = param
+        taken = set(names.values())
+        for whole_name, name in model_names(numbered).items():
+            names[id(numbered[whole_name])] = f"chunk{number}.{name}" if name in taken else name
     return names
 
 

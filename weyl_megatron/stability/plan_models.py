@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from weyl_megatron.layouts.buffers import model_names
+from weyl_megatron.settings import read_tau
+
 #: Above so many parameters a Hugging Face model is initialised a block at a time.
 _LARGE = 1_000_000_000
 
@@ -162,7 +165,7 @@ def _recipe(path: Path) -> Source:
         context, steps = int(values.get("seq_length", 1024)), int(values["train_steps"])
         lr, least = float(values["lr"]), float(values.get("min_lr", 0.0))
         warmup, tau = int(values.get("lr_warmup_steps", 0)), values.get("tau", 0.01)
-        tau = tau if tau == "auto" else float(tau)
+        tau = read_tau("tau", tau) if isinstance(tau, str) and tau.isalpha() else float(tau)
     except (TypeError, ValueError) as error:
         raise ValueError(f"plan: {path} has a value that is no number: {error}.") from None
     if min(layers, width, context, steps) < 1:
@@ -219,17 +222,17 @@ def _checkpoint(path: Path) -> Source:
 def _once(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors that lie in different memory: of tied weights the first."""
     found: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
-    for name, tensor in state.items():
-        if isinstance(tensor, Tensor):
-            name = name.removeprefix("module.").replace("_orig_mod.", "")
-            found.setdefault((tensor.data_ptr(), tensor.shape) if tensor.numel() else (name,), (name, tensor))
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    for key, name in model_names(tensors).items():
+        tensor = tensors[key]
+        found.setdefault((tensor.data_ptr(), tensor.shape) if tensor.numel() else (name,), (name, tensor))
     return dict(found.values())
 
 
 def _safetensors(safetensors: Any, path: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                yield name, file.get_tensor(name)
+            for given, name in model_names(file.keys()).items():
+                yield name, file.get_tensor(given)
     except safetensors.SafetensorError as error:
         raise ValueError(f"plan: {path} is no safetensors file: {error}") from None

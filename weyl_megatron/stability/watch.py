@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from weyl_megatron.layouts.buffers import model_name
 from weyl_megatron.optimizer import AdamW2, MatrixStats
 from weyl_megatron.stability.attention import classify_numbers
 from weyl_megatron.stability.blocks import Block, find_blocks
@@ -364,7 +365,6 @@ def _matrix_name(block: Block, role: str, known: Mapping[str, float]) -> str | N
         return None
     path = next((path for path, module in block.module.named_modules() if module is weight.owner), "")
     prefix = re.sub(r"\d+$", str(block.number), block.name) if hasattr(block.attention, "linear_qkv") else block.name
-    while prefix.startswith("module."):
-        prefix = prefix.removeprefix("module.")
     whole = ".".join(part for part in (prefix, path, weight.attribute) if part)
-    return next((name for name in (f"{whole}[{role}]", whole) if name in known), None)
+    names = (model_name(whole), whole)  # the second where the first would be another weight's, too
+    return next((name for one in names for name in (f"{one}[{role}]", one) if name in known), None)
