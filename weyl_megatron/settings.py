@@ -144,8 +144,8 @@ def check_adamw(
     numbers = list(map(float, pair)) if pair and all(map(_is_scalar, pair)) else list(pair)
     if len(numbers) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in numbers):
         raise _refusal(f"betas got {betas!r}, it takes two numbers from 0 up to, but without, 1", betas=betas)
-    for key, value in (("lr", lr), ("betas", betas)):
-        if foreach and (isinstance(value, Tensor) or (key == "betas" and isinstance(value[0], Tensor))):
+    for key, value, first in (("lr", lr, lr), ("betas", betas, betas[0])):
+        if foreach and isinstance(first, Tensor):
             raise _refusal(
                 f"foreach got {foreach!r}, where {key} is {value!r} it takes False", foreach=True, **{key: value}
             )

@@ -10,15 +10,20 @@ from torch import Tensor
 from weyl_megatron.layouts.buffers import Buffer, Parameter, Shard
 from weyl_megatron.layouts.grid import Kind, Sharding
 
+#: Of torch's fused AdamW, the only one that says it; who catches that finds it in ours.
+_FUSED_ON_META = "`fused=True` requires all the params to be floating point Tensors of supported devices"
+
 
 def plain_buffer(tensor: Tensor, name: str, shardings: Mapping[int, Sharding], kind: Kind | None = None) -> Buffer:
     """Return the buffer of one parameter that the optimizer steps as it is; ``kind`` is what it is to its module.
 
     Raises:
         ValueError: the parameter's storage is not understood (FSDP, DTensor, sparse, complex, overlapping).
+        RuntimeError: it is on the meta device, as torch's fused AdamW raises.
     """
     if reason := why_foreign(tensor):
-        raise ValueError(f"AdamW2: parameter '{name}' {reason}.")
+        kind_of_error = RuntimeError if tensor.is_meta else ValueError
+        raise kind_of_error(f"AdamW2: parameter '{name}' {reason}.")
     order = None if tensor.is_contiguous() or not is_dense(tensor) else tuple(storage_order(tensor))
     parameter = Parameter(name, tuple(tensor.shape), shardings.get(id(tensor)), kind=kind, order=order)
     return Buffer(tensor, (Shard(parameter, 0, tensor.numel(), 0),))
@@ -54,7 +59,7 @@ def why_foreign(tensor: Tensor) -> str | None:
     if tensor.is_complex() or tensor.layout != torch.strided or not tensor.is_floating_point():
         return f"is {tensor.dtype}, {tensor.layout}; it takes dense real floats"
     if tensor.is_meta:
-        return "is on the meta device, it takes one with memory"
+        return f"is on the meta device, it takes one with memory (torch.optim.AdamW: {_FUSED_ON_META})"
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
         return "has elements that share memory (expand), it takes one without (.contiguous())"
     return None
