@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.test_optimizer import train
 from weyl_megatron import AdamW2
-from weyl_megatron.optimizer import _CARRIED
+from weyl_megatron.saved import KEY
 
 
 def test_checkpoints_travel_from_adamw_and_back() -> None:
@@ -83,11 +83,11 @@ def test_a_run_that_is_set_back_goes_on_as_it_went_on(is_new: bool) -> None:
     optimizer.load_state_dict(saved)
     found, found_after = steps(range(4, 9))
     assert torch.equal(found, went_on)
-    (carried,), (found_carried,) = (state["param_groups"][0][_CARRIED] for state in (after, found_after))
+    (carried,), (found_carried,) = (state["param_groups"][0][KEY] for state in (after, found_after))
     vectors = [block for of_matrix in carried["blocks"] for block in of_matrix]
     found_vectors = [block for of_matrix in found_carried["blocks"] for block in of_matrix]
     assert all(map(torch.equal, vectors, found_vectors))
-    assert not torch.equal(vectors[0], saved["param_groups"][0][_CARRIED][0]["blocks"][0][0])
+    assert not torch.equal(vectors[0], saved["param_groups"][0][KEY][0]["blocks"][0][0])
 
 
 def test_what_was_forgotten_is_measured_afresh_and_then_carried() -> None:
@@ -98,7 +98,7 @@ def test_what_was_forgotten_is_measured_afresh_and_then_carried() -> None:
     def vectors() -> torch.Tensor:
         weight.grad = torch.randn(20, 12)
         optimizer.step()
-        block: torch.Tensor = optimizer.state_dict()["param_groups"][0][_CARRIED][0]["blocks"][0][1]
+        block: torch.Tensor = optimizer.state_dict()["param_groups"][0][KEY][0]["blocks"][0][1]
         return block.clone()
 
     vectors()

@@ -101,3 +101,26 @@ class ParameterNames:
             params = group["params"]
             padded = [*names, *[None] * len(params)][: len(params)]
             self.add(params, padded)
+
+
+def take_names(group: dict[str, Any]) -> list[str] | None:
+    """Put tensors in the place of a group's ``(name, parameter)`` pairs and return the names; None: it has none.
+
+    As in torch 2.6 and newer, ``group["param_names"]`` keeps them.
+
+    Raises:
+        ValueError: some parameters have names and others have none.
+    """
+    if isinstance(group["params"], (Tensor, set)):
+        return None  # torch has a sentence for a set
+    items = group["params"] = list(group["params"])
+    if not any(isinstance(item, tuple) for item in items):
+        names = group.get("param_names")
+        return list(names) if isinstance(names, Sequence) and len(names) == len(items) else None
+    if not all(isinstance(item, tuple) for item in items):
+        raise ValueError(
+            "AdamW2: params got some parameters with names and some without, it takes one or the other "
+            "(torch.optim.AdamW: all optimizer params should be with/without names. Some param names are missing)."
+        )
+    group["params"], group["param_names"] = [item[1] for item in items], [item[0] for item in items]
+    return list(group["param_names"])

@@ -18,11 +18,12 @@ from weyl_megatron.layouts.buffers import Buffer, Layout
 from weyl_megatron.layouts.modules import SeenModel
 from weyl_megatron.layouts.plain import dense, plain_buffer, why_foreign
 from weyl_megatron.layouts.tensor_parallel import shardings_of
-from weyl_megatron.names import ParameterNames
+from weyl_megatron.names import ParameterNames, take_names
+from weyl_megatron.saved import KEY, SavedVectors
 from weyl_megatron.settings import BALANCED, check_adamw, check_harmless, check_settings, read_tau
 from weyl_megatron.state import check_loaded, counted, gather, new_state
 from weyl_megatron.thresholds import Thresholds
-from weyl_megatron.walk import Carried, MatrixStats, Walk
+from weyl_megatron.walk import MatrixStats, Walk
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["AdamW2", "MatrixStats"]
 
 _log = logging.getLogger("weyl_megatron")
-
-#: Where a state dict holds the power vectors: in its first parameter group, because formats know what is in ``state``.
-_CARRIED = "adamw2_power"
 
 
 class AdamW2(torch.optim.AdamW):
@@ -114,7 +112,7 @@ class AdamW2(torch.optim.AdamW):
         model: nn.Module | None = None,
         **others: Any,
     ) -> None:
-        check_adamw(lr, betas, eps, weight_decay, amsgrad, maximize)
+        check_adamw(lr, betas, eps, weight_decay, amsgrad, maximize, others.get("foreach"))
         self._settings = check_settings(
             tau=tau,
             power_iters=power_iters,
@@ -139,7 +137,7 @@ class AdamW2(torch.optim.AdamW):
         self._forms: dict[int, Form] = {}  # of these tensors when the layout was read
         self._is_plain = True  # no engine told the layout
         self._walks: dict[tuple[int, ...], Walk] = {}  # by the ids of the tensors that are stepped together
-        self._carried: dict[str, Carried] = {}  # of a loaded state dict, by matrix, until its walk is there
+        self._saved = SavedVectors()  # of a loaded state dict, until their walk is there
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
         self._model.check_knows(name for group in self._names.listed() for name in group)
         self.defaults["tau"] = tau
@@ -152,7 +150,7 @@ class AdamW2(torch.optim.AdamW):
         group["tau"] = read_tau("a parameter group's tau", group["tau"])
         check_harmless(group)
         self._auto = self._auto or group["tau"] == BALANCED
-        names = _take_names(group)
+        names = take_names(group)
         super().add_param_group(group)
         params = self.param_groups[-1]["params"]
         self._names.add(params, names or self._model.names(params))
@@ -180,9 +178,9 @@ class AdamW2(torch.optim.AdamW):
             self._measures_gradients, self._gradient_norms = False, {}
             self._names = ParameterNames()
             self._names.restore(self.param_groups, names)
-            self._buffers, self._forms, self._is_plain, self._walks, self._carried = None, {}, True, {}, {}
-            self.param_groups[0][_CARRIED] = vectors
-            self._take_carried()
+            self._buffers, self._forms, self._is_plain, self._walks = None, {}, True, {}
+            self._saved = SavedVectors()
+            self._saved.take([{KEY: vectors}])
         else:
             self.forget()
         for group in self.param_groups:
@@ -201,20 +199,11 @@ class AdamW2(torch.optim.AdamW):
         """Return torch's, whose first parameter group also carries the power vectors: a run resumes exactly."""
         state = super().state_dict()
         if vectors := self._saved_vectors():
-            state["param_groups"][0][_CARRIED] = vectors
+            state["param_groups"][0][KEY] = vectors
         return state
 
     def _saved_vectors(self) -> list[dict[str, Any]]:
-        """Return what the next step takes from the last one, or took from a state dict and did not use yet."""
-        saved = [
-            {**of_walk, "step": self._steps_done(walk)}
-            for walk in self._walks.values()
-            if (of_walk := walk.carried()) is not None
-        ]
-        for name, one in self._carried.items():
-            bounds = [bound.view(1) for bound in one.bounds]
-            saved.append({"matrices": [name], "blocks": [one.blocks], "bounds": bounds, "step": one.step})
-        return saved
+        return self._saved.records((walk, self._steps_done(walk)) for walk in self._walks.values())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state dict of an AdamW² or an AdamW; without vectors in it, the next step measures afresh."""
@@ -235,29 +224,28 @@ class AdamW2(torch.optim.AdamW):
             group["tau"] = read_tau("a parameter group's tau", saved.get("tau", tau))
             group |= {"foreach": None, "fused": None, "capturable": False}
         for state in self.state.values():  # of a fused AdamW the count is on the device, and reading it would wait
-            if isinstance(state.get("step"), Tensor):
+            if isinstance(state, dict) and isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].cpu()
-        self._take_carried()
+        self._take_saved()
 
     def forget(self) -> None:
         """Have the next step measure afresh, with the iterations of a first step; call it on every rank, or on none."""
-        self._carried = {}
+        self._saved.clear()
+        self._forget_walks()
+
+    def _forget_walks(self) -> None:
         for walk in self._walks.values():
             walk.forget()
 
-    def _take_carried(self) -> None:
-        """Take out of the parameter groups what a state dict carried for the walks to come.
+    def _take_saved(self) -> None:
+        """Take out of the parameter groups what a state dict left there for the walks to come.
 
         DeepSpeed's universal checkpoint puts it there with no call of :meth:`load_state_dict`, at ZeRO-3 in all groups.
         """
-        carried = [one for group in self.param_groups for one in group.pop(_CARRIED, ())]
-        if carried:
-            self.forget()
-        for one in carried:
-            bounds = map(list, zip(*one["bounds"], strict=True))
-            for name, *of_matrix in zip(one["matrices"], one["blocks"], bounds, strict=True):
-                self._carried[name] = Carried(one["step"], *of_matrix)
+        if self._saved.take(self.param_groups):
+            self._forget_walks()
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # traced it would take minutes to compile
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Make one step (Algorithm 1); return what ``closure`` returned."""
@@ -270,7 +258,7 @@ class AdamW2(torch.optim.AdamW):
         _refuse_capture(self)
         if self._buffers is None or self._is_laid_out_anew():
             self._read_layout()
-        self._take_carried()
+        self._take_saved()
         if not self._guard.admits(self._stepped_buffers()):
             return loss
         for turn in self._turns():  # whose tensors are all checked before the first of them moves
@@ -391,18 +379,15 @@ class AdamW2(torch.optim.AdamW):
     def _walk(self, buffers: list[Buffer], groups: list[dict[str, Any]]) -> Walk:
         key = tuple(id(buffer.tensor) for buffer in buffers)
         is_amsgrad = any(group["amsgrad"] for group in groups)
-        if key not in self._walks or self._walks[key].is_amsgrad != is_amsgrad:
+        is_adamw = not self._settings.overrides and all(group["tau"] == float("inf") for group in groups)
+        walk = self._walks.get(key)
+        if walk is None or (walk.is_adamw, walk.is_amsgrad) != (is_adamw, is_amsgrad):
             # It takes the place of older walks over some of these tensors, from before others were frozen or unfrozen.
             self._walks = {other: walk for other, walk in self._walks.items() if not set(other) & set(key)}
-            is_adamw = not self._settings.overrides and all(group["tau"] == float("inf") for group in groups)
             iters = self._settings.power_iters
-            self._walks[key] = Walk(buffers, self._thresholds, iters, is_adamw=is_adamw, is_amsgrad=is_amsgrad)
-        walk = self._walks[key]
-        if self._carried:
-            carried = {name: self._carried.pop(name) for name in walk.names if name in self._carried}
-            # Another optimizer, which does not know them, may have passed the vectors on in its own checkpoints.
-            if {one.step for one in carried.values()} == {self._steps_done(walk)}:
-                walk.carry_on(carried)
+            walk = Walk(buffers, self._thresholds, iters, is_adamw=is_adamw, is_amsgrad=is_amsgrad)
+            self._walks[key] = walk
+        self._saved.give(walk, self._steps_done(walk))
         return walk
 
     def _steps_done(self, walk: Walk) -> float:
@@ -474,20 +459,6 @@ class _Turn(NamedTuple):
 def _on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device, whichever its tensors are on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _take_names(group: dict[str, Any]) -> list[str] | None:
-    """Put tensors in the place of a group's ``(name, parameter)`` pairs and return the names; None: it has none."""
-    if isinstance(group["params"], (Tensor, set)):
-        return None  # torch has a sentence for a set
-    items = group["params"] = list(group["params"])
-    if not any(isinstance(item, tuple) for item in items):
-        names = group.get("param_names")
-        return list(names) if isinstance(names, Sequence) and len(names) == len(items) else None
-    if not all(isinstance(item, tuple) for item in items):
-        raise ValueError("AdamW2: params got some parameters with names and some without, it takes one or the other.")
-    group["params"], group["param_names"] = [item[1] for item in items], [item[0] for item in items]
-    return list(group["param_names"])
 
 
 def _refuse_capture(optimizer: torch.optim.Optimizer) -> None:

@@ -67,8 +67,9 @@ def gather(weight: Tensor, grad: Tensor, state: dict[str, Any], group: Mapping[s
             )
         state[key] = _fitting(moment, weight, form, f"'{key}'", name)
     step = state.get("step", group.get("step"))
-    if step is None:
-        raise ValueError(f"AdamW2: the state of parameter '{name}' holds no 'step', it takes one.")
+    if step is None or (isinstance(step, Tensor) and step.numel() != 1):
+        got = "none" if step is None else f"one of shape {tuple(step.shape)}"
+        raise ValueError(f"AdamW2: 'step' of parameter '{name}' got {got}, it takes a number.")
     lr, beta1, beta2 = map(_scalar, (group["lr"], *group["betas"]))
     hyper = Hyper(lr, beta1, beta2, group["eps"], group["weight_decay"], float(step) + 1)
     largest = state[_LARGEST] if group["amsgrad"] else None
@@ -97,8 +98,7 @@ def check_loaded(tensor: Tensor, state: Mapping[str, Any], name: str, *, has_ste
 
 def _fitting(tensor: Tensor, weight: Tensor, form: Form, what: str, name: str) -> Tensor:
     """Return ``tensor`` in the memory order of ``weight``; raise ValueError where it is not of its form."""
-    if (tensor.shape, tensor.dtype, tensor.device, tensor.stride()) == form:
-        check_memory(tensor, what)
-        return tensor
     check_form(tensor, form._replace(stride=tensor.stride()), f"{what} of parameter '{name}'")
+    if tensor.stride() == form.stride:
+        return tensor
     return torch.empty_like(weight, requires_grad=False).copy_(tensor)

@@ -79,7 +79,7 @@ class Walk:
     ) -> None:
         tensors = [buffer.tensor for buffer in buffers]
         self.tensors, self._thresholds, self._iters = tensors, thresholds, power_iters
-        self.is_amsgrad = is_amsgrad
+        self.is_amsgrad, self.is_adamw = is_amsgrad, is_adamw
         self._plan = plan_of(buffers, thresholds.grid)
         self.names = [matrix.name for matrix in self._plan.matrices]
         self._device = tensors[0].device
@@ -107,6 +107,8 @@ class Walk:
         self._cold = True
         self._limits: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
         self._measured: tuple[Tensor, ...] = ()  # the columns of MatrixStats
+        self._present: tuple[bool, ...] = ()  # of each matrix: whether it has a gradient here
+        self._has_gradient = torch.empty(0, dtype=torch.bool, device=self._device)  # the same
 
     def _check_kernels(self) -> None:
         """Raise ValueError on a rank whose kernel is not that of the others. Collective.
@@ -145,6 +147,10 @@ class Walk:
         """Take the weights, gradients and moments of a step, and the parameter group, of every tensor."""
         self._kernel.bind(weights, stepped)
         self._lr, self._weight_decay, self._tau, self._floor = self._schedule(groups)
+        present = tuple(stepped[number] is not None for number in self._plan.buffer_of)
+        if present != self._present:
+            self._present = present
+            self._has_gradient = torch.tensor(present, dtype=torch.bool, device=self._device)
         self._sums = torch.zeros(len(self._lr), 3, dtype=torch.float64, device=self._device)
 
     def gradient_norms(self, stepped: Sequence[Stepped | None]) -> dict[str, float]:
@@ -172,12 +178,14 @@ class Walk:
             self._kernel.step(self._rest, expected.byte(), sums)
             return expected
         self._kernel.step(self._everything, expected.byte(), sums)
-        norms = torch.stack([sums[:, 0], certificate.are_others(sums[:, 1])], dim=1)
+        are_others = certificate.are_others(sums[:, 1]) & self._has_gradient  # else they were not looked at
+        norms = torch.stack([sums[:, 0], are_others], dim=1)
         # Not all spans: another rank of a group may have nothing else that is expected, and would not be here.
         chosen = expected.tolist() if self._on_host else [True] * len(expected)
         all_reduce_spans(norms.view(-1), [span for k, span in self._norm_spans if chosen[k]])
         sums[:, 0] = norms[:, 0]
-        settled = expected & certificate.settles(lr, limit, norms[:, 0].sqrt()) & (norms[:, 1] == 0)
+        is_inactive = certificate.settles(lr, limit, norms[:, 0].sqrt()) & (norms[:, 1] == 0)
+        settled = expected & (is_inactive | self._tau.isinf())
         failed = expected & ~settled
         if not (self._on_host and not failed.any()):
             self._kernel.undo(self._everything, failed.byte())
@@ -271,7 +279,7 @@ class Walk:
         upper = torch.where(settled | ~(sigma_update > 0), norm, sigma_update)
         self._measured = lower, upper, rates, rates < self._lr, self._tau, settled
         certificate.measured(~settled, sigma_weight)
-        certificate.moved(rates, rates * self._weight_decay, norm, self._sums[:, 2].clone())
+        certificate.moved(rates, rates * self._weight_decay, norm, self._sums[:, 2].clone(), self._has_gradient)
         self._cold = False
         self._kernel.release()
 
@@ -287,8 +295,8 @@ class Walk:
         self.certificate.forget()
 
     def carried(self) -> dict[str, Any] | None:
-        """Return what the next step takes from the last ones, as a checkpoint holds it; None before the first."""
-        if self._cold:
+        """Return what the next step takes from the last ones, as a checkpoint holds it; None: nothing."""
+        if self._cold or self.is_adamw:
             return None
         return {"matrices": self.names, "blocks": self._blocks(), "bounds": self.certificate.carried()}
 
@@ -319,6 +327,8 @@ class Walk:
         of = [groups[number] for number in self._plan.buffer_of]
         taus = tuple(group["tau"] for group in groups)
         if taus not in self._limits:
+            if any(tau == float("inf") for before in self._limits for tau in before):
+                self.forget()  # where τ is infinite, nothing is checked of what the certificate says
             limits = [
                 self._thresholds.floor_and_tau(parameter, matrix.rows, matrix.cols, group["tau"])
                 for parameter, matrix, group in zip(self._plan.parameters, self._plan.matrices, of, strict=True)

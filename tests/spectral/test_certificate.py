@@ -121,8 +121,8 @@ def test_no_adversary_gets_a_step_skipped_that_exact_arithmetic_would_clip(
 def test_the_attack_breaks_a_bound_that_forgets_what_was_applied(monkeypatch: pytest.MonkeyPatch) -> None:
     moved = Certificate.moved
 
-    def forgetful(self: Certificate, rates: Tensor, decay: Tensor, norm: Tensor, squares: Tensor) -> None:
-        moved(self, torch.zeros_like(rates), decay, norm, squares)
+    def forgetful(self: Certificate, rates: Tensor, *others: Tensor) -> None:
+        moved(self, torch.zeros_like(rates), *others)
 
     monkeypatch.setattr(Certificate, "moved", forgetful)
     run = Run((6, 5), seed=0, tau=0.5, decay=0.0)

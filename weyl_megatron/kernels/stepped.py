@@ -99,10 +99,14 @@ def check_form(tensor: Tensor, form: Form, what: str) -> None:
 
 
 def check_memory(tensor: Tensor, what: str) -> None:
-    """Raise ValueError where a dense tensor's storage is shorter than its elements, as after ``resize_(0)``."""
-    end = (tensor.storage_offset() + tensor.numel()) * tensor.itemsize
-    if tensor.numel() and tensor.untyped_storage().nbytes() < end:
+    """Raise ValueError where a tensor's storage ends before its last element, as after ``resize_(0)``."""
+    held = tensor.untyped_storage().nbytes()
+    if tensor.is_contiguous():
+        last = tensor.numel() - 1
+    else:
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + last + 1) * tensor.itemsize
+    if held < end and tensor.numel():
         raise ValueError(
-            f"AdamW2: {what} of shape {tuple(tensor.shape)} got a storage of "
-            f"{tensor.untyped_storage().nbytes()} bytes, it takes {end}."
+            f"AdamW2: {what} of shape {tuple(tensor.shape)} got a storage of {held} bytes, it takes {end}."
         )

@@ -94,8 +94,16 @@ class Certificate:
         self.lower = torch.where(mask, lower, self.lower)
         self.age = torch.where(mask, 0, self.age + 1)
 
-    def moved(self, rates: Tensor, decay: Tensor, norm: Tensor, squares: Tensor) -> None:
-        """Follow a step at ``rates``; ``decay`` is α_W λ, ``squares`` is Σ w² of this rank's pieces after it."""
+    def moved(self, rates: Tensor, decay: Tensor, norm: Tensor, squares: Tensor, mask: Tensor) -> None:
+        """Follow a step at ``rates``.
+
+        Args:
+            rates: α_W of every matrix.
+            decay: α_W λ.
+            norm: ‖U‖_F.
+            squares: Σ w² of this rank's pieces after it.
+            mask: the matrices that this rank moved; of the others ``squares`` knows nothing.
+        """
         lower = ((1 - decay) * self.lower - rates * norm * (1 + SLACK)) * self._kept
         self.lower = torch.nan_to_num(lower, nan=0.0).clamp(min=0)
-        self.norm, self._squares = norm, squares
+        self.norm, self._squares = norm, torch.where(mask, squares, self._squares)
