@@ -49,6 +49,7 @@ setup(
             "ruff>=0.17.6",  # lint and format
             "pre-commit>=4.7",  # both before a commit
             "numpy>=2.2",  # torch warns on every import without it
+            "expecttest>=0.3",  # torch's test modules, which hold its optimizer suite's inputs, import it
             "transformers>=5.23",  # models that `Watch` and `weyl-megatron plan` have to recognise
             "timm>=1.0.31",  # likewise
             "accelerate>=1.15",  # Hugging Face's Trainer takes it; a test trains through both

@@ -129,13 +129,26 @@ def check_harmless(given: Mapping[str, Any]) -> None:
 
 
 def check_adamw(
-    lr: Any, betas: Any, eps: Any, weight_decay: Any, amsgrad: Any, maximize: Any, foreach: Any = None
+    lr: Any,
+    betas: Any,
+    eps: Any,
+    weight_decay: Any,
+    amsgrad: Any,
+    maximize: Any,
+    others: Mapping[str, Any],
 ) -> None:
-    """Check torch.optim.AdamW's own hyperparameters, whose types it leaves unchecked.
+    """Check torch.optim.AdamW's own hyperparameters, whose types it leaves unchecked, and its flags in ``others``.
 
     Raises:
         ValueError: a sentence of ours, with torch's in brackets, where it has one: callers may look for that.
+        RuntimeError: likewise, of ``foreach`` beside ``fused``.
     """
+    foreach = others.get("foreach")
+    if foreach and others.get("fused"):
+        raise RuntimeError(
+            "AdamW2: foreach got True beside fused=True, it takes one of them "
+            "(torch.optim.AdamW: `fused` and `foreach` cannot be `True` together)."
+        )
     for key, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         number = float(value) if key == "lr" and _is_scalar(value) else value
         if not _is_number(number) or not 0 <= number < float("inf"):
