@@ -112,7 +112,7 @@ class AdamW2(torch.optim.AdamW):
         model: nn.Module | None = None,
         **others: Any,
     ) -> None:
-        check_adamw(lr, betas, eps, weight_decay, amsgrad, maximize, others.get("foreach"))
+        check_adamw(lr, betas, eps, weight_decay, amsgrad, maximize, others)
         self._settings = check_settings(
             tau=tau,
             power_iters=power_iters,
