@@ -34,11 +34,23 @@ CASES: list[dict[str, Any]] = [
     {"by": "trainer", "model": "vit", "stage": 1, "config": "file"},
     {"by": "trainer", "model": "vit", "stage": 3, "config": "dict"},
     {"by": "trainer", "model": "gpt2", "stage": 2, "config": "no optimizer"},
+    {"by": "trainer", "model": "gpt2", "stage": 2, "config": "no optimizer", "offload": True},
+    {"by": "trainer", "model": "vit", "stage": 3, "config": "no optimizer", "offload": True},
+    {"by": "trainer", "model": "gpt2", "stage": 1, "config": "dict", "tau": "balanced"},
     {"by": "accelerate", "model": "vit", "stage": 2},
     {"by": "accelerate", "model": "gpt2", "stage": 3},
+    {"by": "accelerate", "model": "gpt2", "stage": 1, "config": "no optimizer", "offload": True},
+    {"by": "accelerate", "model": "gpt2", "stage": 2, "config": "no optimizer", "tau": "auto"},
+    {"by": "accelerate", "model": "gpt2", "stage": 3, "config": "no optimizer", "offload": True},
+    {"by": "accelerate", "model": "gpt2", "stage": 2, "tau": "balanced"},
 ]
-for case in CASES:
+
+#: An optimizer that the Trainer drops under DeepSpeed.
+IGNORED: dict[str, Any] = {"by": "trainer", "model": "gpt2", "stage": 2, "config": "ignored optimizer"}
+
+for case in (*CASES, IGNORED):
     words = [case["by"], case["model"], f"zero{case['stage']}", case.get("config", "")]
+    words += ["offload" if case.get("offload") else "", case.get("tau", "")]
     case["name"] = "-".join(filter(None, words)).replace(" ", "-")
 
 
@@ -51,13 +63,17 @@ def cases(**wanted: str) -> pytest.MarkDecorator:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case runs in one launch: starting costs more than training."""
     folder = tmp_path_factory.mktemp("huggingface")
-    (folder / "cases.json").write_text(json.dumps(CASES))
+    (folder / "cases.json").write_text(json.dumps([*CASES, IGNORED]))
     torchrun(ROOT / "tests/integrations/huggingface/worker.py", tiny.WORLD, str(folder / "cases.json"), str(folder))
     return folder
 
 
 @pytest.fixture
 def result(runs: Path, case: dict[str, Any]) -> dict[str, Any]:
+    return load(runs, case)
+
+
+def load(runs: Path, case: dict[str, Any]) -> dict[str, Any]:
     loaded: dict[str, Any] = torch.load(runs / f"{case['name']}.pt", weights_only=False)
     assert "error" not in loaded, loaded["error"]
     return loaded
@@ -76,8 +92,8 @@ def farthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 @cases()
 def test_ten_steps_follow_one_process(runs: Path, result: dict[str, Any], case: dict[str, Any]) -> None:
-    groups = case.get("config") == "no optimizer"
-    expected, stats = tiny.one_process(case["model"], result["rates"], groups)
+    groups = case.get("config") == "no optimizer" and case["by"] == "trainer"
+    expected, stats = tiny.one_process(case["model"], result["rates"], groups, case.get("tau", tiny.TAU))
     assert farthest(weights(runs / case["name"] / "trained", case["model"]), expected) < 1e-5
     start = tiny.make(case["model"]).state_dict()
     assert min(float((expected[name] - start[name]).norm()) for name in expected if "k_proj.bias" not in name) > 0.001
@@ -102,10 +118,12 @@ def test_what_is_auto_in_the_json_arrives(result: dict[str, Any], case: dict[str
     assert result["accumulation"] == tiny.ACCUMULATION
     assert result["clipping"] == tiny.CLIP
     assert '"auto"' not in json.dumps(result["filled"])
-    decay = [tiny.DECAY, 0.0] if case.get("config") == "no optimizer" else [tiny.DECAY]
+    has_groups = case.get("config") == "no optimizer" and case["by"] == "trainer"
+    decay = [tiny.DECAY, 0.0] if has_groups else [tiny.DECAY]
     assert [group["weight_decay"] for group in result["groups"]] == decay
     for group in result["groups"]:
-        assert (tuple(group["betas"]), group["eps"], group["tau"]) == (tiny.BETAS, tiny.EPS, tiny.TAU)
+        tau = "balanced" if "tau" in case else tiny.TAU
+        assert (tuple(group["betas"]), group["eps"], group["tau"]) == (tiny.BETAS, tiny.EPS, tau)
 
 
 @cases()
@@ -115,6 +133,21 @@ def test_there_is_no_warmup(result: dict[str, Any], case: dict[str, Any]) -> Non
         return
     assert result["filled"]["scheduler"]["params"]["total_num_steps"] == tiny.STEPS
     assert result["rates"] == pytest.approx([tiny.no_warmup(step) for step in range(tiny.STEPS)])
+
+
+@cases()
+def test_nothing_is_said_of_an_optimizer_that_is_stepped(result: dict[str, Any], case: dict[str, Any]) -> None:
+    assert result["said"] == []
+
+
+def test_an_optimizer_that_the_trainer_drops_is_named_with_what_steps_in_its_place(runs: Path) -> None:
+    result = load(runs, IGNORED)
+    assert result["optimizer"] == "torch.optim.adamw.AdamW"
+    assert len(result["said"]) == 1
+    assert result["said"][0].startswith(
+        "AdamW2: an AdamW2 was made for parameters of this model, but DeepSpeedEngine does not step it: its first step "
+        "was that of torch.optim.adamw.AdamW."
+    )
 
 
 @cases()

@@ -89,7 +89,9 @@ def decays(name: str) -> bool:
     return "bias" not in name and "ln_" not in name and "layernorm" not in name
 
 
-def one_process(kind: str, rates: Sequence[float], groups: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def one_process(
+    kind: str, rates: Sequence[float], groups: bool, tau: float | str = TAU
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Train in one process with AdamW2 on whole parameters; return the weights and the last step's statistics."""
     model = make(kind)
     named = list(model.named_parameters())
@@ -97,7 +99,7 @@ def one_process(kind: str, rates: Sequence[float], groups: bool) -> tuple[dict[s
     if groups:
         parts = [{"params": [(n, p) for n, p in named if decays(n)]}]
         parts += [{"params": [(n, p) for n, p in named if not decays(n)], "weight_decay": 0.0}]
-    optimizer = AdamW2(parts, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, tau=TAU)
+    optimizer = AdamW2(parts, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, tau=tau)
     rows = samples(kind)
     a_step = len(rows) // STEPS
     for step, rate in enumerate(rates):

@@ -6,6 +6,7 @@ Usage: worker.py CASES.json OUT_DIR. Imports nothing to train with AdamW2: DeepS
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import traceback
 from pathlib import Path
@@ -23,6 +24,24 @@ from tests.integrations.huggingface import tiny
 from weyl_megatron.integrations.leave import leave
 
 JSON = Path(__file__).parents[3] / "examples/deepspeed"
+
+
+class Said(logging.Handler):
+    """Keeps what AdamW2 logs as errors."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+    def take(self) -> list[str]:
+        taken, self.lines = self.lines, []
+        return taken
+
+
+SAID = Said()
 
 
 class Rates(TrainerCallback):
@@ -53,12 +72,7 @@ def train(
 ) -> dict[str, Any]:
     config: Any = str(JSON / f"zero{case['stage']}.json")
     if case["config"] != "file":
-        config = json.loads(Path(config).read_text())
-    options: dict[str, Any] = {}
-    if case["config"] == "no optimizer":
-        del config["optimizer"], config["scheduler"]
-        kwargs = {"lr": tiny.LR, "betas": tiny.BETAS, "eps": tiny.EPS, "tau": tiny.TAU}
-        options["optimizer_cls_and_kwargs"] = (torch.optim.AdamW2, kwargs)
+        config = changed(json.loads(Path(config).read_text()), case)
     args = TrainingArguments(
         output_dir=str(out),
         deepspeed=config,
@@ -80,9 +94,16 @@ def train(
         report_to="none",
         disable_tqdm=True,
     )
+    model = type(tiny.make(case["model"])).from_pretrained(start)  # within zero.Init at stage 3
+    options: dict[str, Any] = {}
+    kwargs = {"lr": tiny.LR, "betas": tiny.BETAS, "eps": tiny.EPS, "tau": case.get("tau", tiny.TAU)}
+    if case["config"] == "no optimizer":
+        options["optimizer_cls_and_kwargs"] = (torch.optim.AdamW2, kwargs)
+    if case["config"] == "ignored optimizer":
+        options["optimizers"] = (torch.optim.AdamW2(model.named_parameters(), **kwargs), None)
     rates = Rates()
     trainer = Trainer(
-        model=type(tiny.make(case["model"])).from_pretrained(start),  # within zero.Init at stage 3
+        model=model,
         args=args,
         train_dataset=tiny.samples(case["model"]),
         data_collator=tiny.collate,
@@ -97,15 +118,33 @@ def train(
     return facts(trainer.model_wrapped, filled, rates.seen, losses)
 
 
+def changed(config: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
+    if "optimizer" in case.get("config", ""):  # there is another one, or none
+        del config["optimizer"], config["scheduler"]
+    elif "tau" in case:
+        config["optimizer"]["params"]["tau"] = case["tau"]
+    if case.get("offload"):
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    return config
+
+
 def with_accelerate(case: dict[str, Any], start: Path, out: Path) -> dict[str, Any]:
     plugin = DeepSpeedPlugin(hf_ds_config=str(JSON / f"zero{case['stage']}.json"))
-    plugin.deepspeed_config["optimizer"]["params"] |= {"betas": tiny.BETAS, "eps": tiny.EPS}
+    config = changed(plugin.deepspeed_config, case)
+    options = {"betas": tiny.BETAS, "eps": tiny.EPS}
     accelerator = Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=tiny.ACCUMULATION)
     model = type(tiny.make(case["model"])).from_pretrained(start)
     loader = DataLoader(tiny.samples(case["model"]), tiny.MICRO, collate_fn=tiny.collate)
-    optimizer = DummyOptim(model.parameters(), lr=tiny.LR, weight_decay=tiny.DECAY)
-    scheduler = DummyScheduler(optimizer, total_num_steps=len(loader) // tiny.ACCUMULATION)
-    engine, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    scheduler = None
+    if case.get("config") == "no optimizer":
+        options |= {"lr": tiny.LR, "weight_decay": tiny.DECAY, "tau": case.get("tau", tiny.TAU)}
+        own = torch.optim.AdamW2(model.named_parameters(), **options)
+        engine, optimizer, loader = accelerator.prepare(model, own, loader)
+    else:
+        config["optimizer"]["params"] |= options
+        optimizer = DummyOptim(model.parameters(), lr=tiny.LR, weight_decay=tiny.DECAY)
+        scheduler = DummyScheduler(optimizer, total_num_steps=len(loader) // tiny.ACCUMULATION)
+        engine, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
     rates, losses = Rates(), []
     for number, batch in enumerate(loader):
         if number % tiny.ACCUMULATION == 0:
@@ -114,19 +153,21 @@ def with_accelerate(case: dict[str, Any], start: Path, out: Path) -> dict[str, A
             loss = engine(**batch).loss
             accelerator.backward(loss)
             optimizer.step()
-            scheduler.step()
+            if scheduler is not None:
+                scheduler.step()
             optimizer.zero_grad()
         losses.append(float(accelerator.reduce(loss.detach(), "mean")))
     state = accelerator.get_state_dict(engine)
     if accelerator.is_main_process:
         accelerator.unwrap_model(engine).save_pretrained(out / "trained", state_dict=state)
-    return facts(engine, plugin.deepspeed_config, rates.seen, losses)
+    return facts(engine, config, rates.seen, losses)
 
 
 def facts(engine: Any, filled: dict[str, Any], rates: list[float], losses: list[float]) -> dict[str, Any]:
     optimizer = engine.basic_optimizer
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, {name: tuple(entry) for name, entry in optimizer.stats().items()})
+    stats = getattr(optimizer, "stats", dict)()
+    dist.all_gather_object(everyone, {name: tuple(entry) for name, entry in stats.items()})
     return {
         "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__name__}",
         "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
@@ -138,6 +179,7 @@ def facts(engine: Any, filled: dict[str, Any], rates: list[float], losses: list[
         "rates": rates,
         "losses": losses,
         "stats": everyone,
+        "said": SAID.take(),
     }
 
 
@@ -148,6 +190,7 @@ def main() -> None:
         if state.is_main_process:
             tiny.make(kind).save_pretrained(out / kind)
     state.wait_for_everyone()
+    logging.getLogger("weyl_megatron").addHandler(SAID)
     for case in cases:
         set_seed(0)
         try:
