@@ -8,8 +8,9 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from weyl_megatron.layouts.adapters import is_adapter_name
 from weyl_megatron.layouts.grid import Kind
-from weyl_megatron.layouts.modules import adapter_partner, kinds_of
+from weyl_megatron.layouts.modules import kinds_of
 
 #: Path components that name an embedding, a table of positions, a patch embedding or an output head.
 _IO_NAME = re.compile(
@@ -34,8 +35,8 @@ def io_parameters(
         patterns: of names, ``fnmatch``.
 
     Raises:
-        ValueError: nothing tells; or a pattern matches no name. A model that is seen tells by what it keeps frozen,
-            too, and by adapters, where nothing but them is stepped.
+        ValueError: nothing tells; or a pattern matches no name. A model that keeps matrices frozen has embeddings and
+            head among them, and where nothing but adapters is stepped, there are none.
     """
     names = list(names)
     if patterns is not None:
@@ -44,10 +45,12 @@ def io_parameters(
                 raise ValueError(f"AdamW2: io got the pattern {pattern!r}, which matches no parameter's name.")
         return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
     kinds = kinds_of(model) if isinstance(model, nn.Module) else model or {}
-    known = {name for name, kind in kinds.items() if kind.role in ("embedding", "head") or is_io_name(name)}
-    found = {name for name in names if name in known or is_io_name(name)}
-    is_adapted = bool(names) and all(_is_adapter(name, kinds.get(name)) for name in names)
-    if not (found or known or is_adapted):
+    adapters = {name for name in {*names, *kinds} if _is_adapter(name, kinds.get(name))}
+    io = {name for name in {*names, *kinds} - adapters if _is_io(name, kinds.get(name))}
+    found = io & set(names)
+    is_partly_frozen = any(kind.form != "vector" for name, kind in kinds.items() if name not in set(names))
+    is_adapted = bool(names) and all(name in adapters or _is_vector(kinds.get(name)) for name in names)
+    if not (io or is_partly_frozen or is_adapted):
         raise ValueError(
             f"AdamW2: tau got 'balanced', but nothing tells which of the {len(names)} parameters are embeddings or "
             f"head; it takes model.named_parameters() in place of model.parameters(), model=model, or io=[patterns of "
@@ -61,6 +64,16 @@ def is_io_name(name: str) -> bool:
     return _IO_NAME.search(name) is not None
 
 
+def _is_io(name: str, kind: Kind | None) -> bool:
+    """Whether a parameter is one: to its module, by its name, or as what PEFT trains in full beside adapters."""
+    is_seen = kind is not None and kind.role in ("embedding", "head")
+    return is_seen or is_io_name(name) or ".modules_to_save." in name
+
+
 def _is_adapter(name: str, kind: Kind | None) -> bool:
-    """Whether a parameter is part of an adapter: a factor, or a vector beside factors."""
-    return adapter_partner(name) is not None or (kind is not None and kind.form == "vector")
+    """Whether a parameter is part of an adapter, which is a hidden matrix also where it changes the head."""
+    return is_adapter_name(name) or (kind is not None and kind.role == "adapter")
+
+
+def _is_vector(kind: Kind | None) -> bool:
+    return kind is not None and kind.form == "vector"

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from weyl_megatron.layouts.adapters import low_rank_pairs
 from weyl_megatron.layouts.buffers import Layout, Parameter
 from weyl_megatron.layouts.grid import (
     Fused,
@@ -78,6 +79,9 @@ class Thresholds:
         #: Weights whose form was not told, by name: their shapes and what they were taken for.
         self._guesses: dict[str, tuple[tuple[int, ...], str]] = {}
         self._unsplit: dict[str, tuple[int, ...]] = {}  # without a name, whole, and of q, k and v's shape
+        sees_all = not layout.kinds and not self._is_part  # ranks that have other parameters would see other pairs
+        self._pairs = _pairs_by_shape(layout) if sees_all else {}
+        self._paired = {p.name: p.whole_shape for p in parameters if p.name in self._pairs}
         known = {name: _Known(None, kind) for name, kind in (layout.kinds or {}).items()}
         known |= {parameter.name: _Known(self._count(parameter), parameter.kind) for parameter in parameters}
         if layout.gather is not None and (auto or settings.overrides):
@@ -102,6 +106,11 @@ class Thresholds:
                     f"AdamW2: taken for {text}: {_listed(found)}; {shown}overrides=[{{'match': pattern, 'kind': "
                     f"'convolution' or 'experts'}}] tells what they are."
                 )
+        if self._pairs:
+            yield (
+                f"AdamW2: taken for an adapter's factors, by shape: {_listed(self._paired)}; "
+                f"model=model tells what they are."
+            )
         if self._unsplit:
             yield (
                 f"AdamW2: {_listed(self._unsplit)} may be q, k and v in one weight, but without names nothing is "
@@ -121,6 +130,8 @@ class Thresholds:
     def _kind(self, parameter: Parameter) -> Kind | None:
         """Return what a parameter is: as told, else to its module, else by its name."""
         kind = parameter.kind or kind_by_name(parameter.name, parameter.shape)
+        if kind is None and parameter.name in self._pairs:
+            kind = Kind("matrix", role="adapter", partner=self._pairs[parameter.name])
         told = self._settings.override(parameter.name, "kind")
         if told is None or len(parameter.shape) < 3 or (kind is not None and kind.form == told):
             return kind
@@ -171,13 +182,36 @@ class Thresholds:
         """Return (floor under σ₁(W), τ) of a (rows, cols) matrix whose parameter group says ``tau``."""
         tau = read_tau("a parameter group's tau", self._settings.override(parameter.name, "tau", tau))
         if tau != BALANCED:
-            return random_sigma(rows, cols, self._settings.floor_std), float(tau)
+            return self._floor(parameter, rows, cols), float(tau)
         if self._io is None:
             raise ValueError(
                 "AdamW2: a parameter group's tau became 'balanced' after construction, it takes a number now."
             )
         share = IO_TAU if parameter.name in self._io else HIDDEN_BUDGET / self._hidden
         return random_sigma(rows, cols, xavier_std(rows, cols)), share
+
+    def _floor(self, parameter: Parameter, rows: int, cols: int) -> float:
+        """Return the floor where τ is a number: low, but for an adapter's factors, one of which is 0 at the start.
+
+        Rule 1 would have it grow by τ of itself. Xavier's σ₁ stands for the frozen weight's, which quantisation and
+        engines hide: benchmarks/adapters.py has the others that were tried.
+        """
+        std, kind = self._settings.floor_std, self._kind(parameter)
+        if std > 0 and kind is not None and kind.role == "adapter":
+            std = max(std, xavier_std(rows, cols))
+        return random_sigma(rows, cols, std)
+
+
+def _pairs_by_shape(layout: Layout) -> dict[str, str]:
+    """Return the factors among whole parameters of which nothing is known but shapes."""
+    trained, is_partly_frozen = dict[str, tuple[int, ...]](), False
+    for buffer in layout.buffers:
+        for shard in buffer.shards:
+            if buffer.tensor.requires_grad:
+                trained[shard.parameter.name] = shard.parameter.whole_shape
+            is_partly_frozen |= not buffer.tensor.requires_grad and len(shard.parameter.shape) > 1
+    known = {name for name, shape in trained.items() if is_io_name(name) or kind_by_name(name, shape) is not None}
+    return low_rank_pairs(trained, known, is_partly_frozen=is_partly_frozen)
 
 
 def _listed(shapes: dict[str, tuple[int, ...]]) -> str:

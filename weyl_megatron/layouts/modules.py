@@ -1,4 +1,4 @@
-"""What a parameter is to the module that owns it: which matrices a weight of any shape holds, and what they are for."""
+"""What a parameter is to the module that owns it: which matrices it holds, and what they are for."""
 
 from __future__ import annotations
 
@@ -12,34 +12,24 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
+from weyl_megatron.layouts.adapters import (
+    adapter_partner,
+    is_adapter_name,
+    is_no_matrix,
+    low_rank_pairs,
+    peft_parameters,
+)
 from weyl_megatron.layouts.buffers import model_names
 from weyl_megatron.layouts.grid import Kind, guessed_form
 
 _VECTOR, _MATRIX, _STACK = Kind("vector"), Kind("matrix"), Kind("experts")
 
-#: Gates that a recurrent weight stacks, each with a nonlinearity of its own, by how often it has its module's hidden
-#: size and what the class is called.
+#: The gates that a recurrent weight stacks, each with a nonlinearity of its own, by the module's mode.
 _GATES = {"LSTM": ("i", "f", "g", "o"), "GRU": ("r", "z", "n")}
 
 #: Convolutions and norms that are no subclasses of torch's.
 _CONVOLUTION = re.compile(r"[Cc]onv(?![a-z])|[Cc]onvolution")
 _NORM = re.compile(r"Norm(\dd)?$")
-
-#: The two factors of an adapter's product, as parts of their names: PEFT, loralib, torchtune, kohya and LyCORIS.
-_FACTORS = (
-    ("lora_A", "lora_B"),
-    ("lora_a", "lora_b"),
-    ("lora_embedding_A", "lora_embedding_B"),
-    ("lora_down", "lora_up"),
-    ("hada_w1_a", "hada_w1_b"),
-    ("hada_w2_a", "hada_w2_b"),
-    ("lokr_w1_a", "lokr_w1_b"),
-    ("lokr_w2_a", "lokr_w2_b"),
-)
-_PARTNERS = {**dict(_FACTORS), **{second: first for first, second in _FACTORS}}
-
-#: What adapters scale by, whatever its shape: DoRA's lengths, VeRA's and IA³'s scales, AdaLoRA's singular values.
-_SCALE = re.compile(r"(^|\.)(lora_magnitude_vector|vera_lambda_[bd]|ia3_l|lora_E)(\.|$)")
 
 #: The lengths of weight_norm, (out, 1): torch's parametrization and the older function.
 _LENGTH = re.compile(r"(^|\.)(parametrizations\.\w+\.original0|weight\w*_g)$")
@@ -49,46 +39,52 @@ _PARAMETRIZED = re.compile(r"^(?P<path>(?:.*\.)?)parametrizations\.(?P<leaf>\w+)
 
 
 def kinds_of(model: nn.Module, names: Mapping[int, str] | None = None) -> dict[str, Kind]:
-    """Return what every parameter of ``model``, frozen ones too, is to the module that owns it, by name.
+    """Return what every parameter of ``model``, frozen ones too, is to its owner, by name.
 
-    ==============================================  ===================================================================
-    module                                          matrices of its weight
-    ==============================================  ===================================================================
-    ``nn.Conv1d``, ``2d``, ``3d``                   (out/groups, in/groups·kernel), one per group
-    ``nn.ConvTranspose1d``, ``2d``, ``3d``          (in/groups, out/groups·kernel), one per group
-    depthwise: a group has one channel in or out    one, of the first dimension by all others
-    ``nn.MultiheadAttention``                       in_proj_weight: q, k, v
-    ``nn.LSTM``, ``nn.GRU`` and their cells         one per gate
-    ``nn.Bilinear``                                 (out, in1·in2), linear in the outer product; (in1, in2) for one out
-    norms, weight_norm's lengths, biases of experts none: scheduled rate, whatever the shape
-    (experts, m, n) in any other module             (m, n), one per expert; gate and up apart where the module says
-                                                    that it stacks them (Hugging Face's experts)
-    four dimensions or more in any other module     one, of the first dimension by all others
-    ==============================================  ===================================================================
+    =======================================  ======================================================
+    owner                                    matrices of its weight
+    =======================================  ======================================================
+    ``nn.Conv1d``, ``2d``, ``3d``            (out/groups, in/groups·kernel), one per group
+    ``nn.ConvTranspose1d``, ``2d``, ``3d``   (in/groups, out/groups·kernel), one per group
+    depthwise: a group of one channel        one, of the first dimension by all others
+    ``nn.MultiheadAttention``                q, k and v of in_proj_weight
+    ``nn.LSTM``, ``nn.GRU``, their cells     one per gate
+    ``nn.Bilinear``                          (out, in1·in2), linear in the outer product; for one
+                                             output (in1, in2)
+    norms, weight_norm's lengths, experts'   none, whatever their shape: scheduled rate
+    biases
+    any other, of (experts, m, n)            (m, n), one per expert; gate and up apart where the
+                                             module says that it stacks them (Hugging Face)
+    any other, of four dimensions or more    one, of the first dimension by all others
+    =======================================  ======================================================
 
-    A group of one channel is a row of taps. Hundreds of them would be measured one by one, and take a share of
-    "auto"'s budget each; σ₁ of all rows together is at least that of the longest, which is the layer's.
+    A group of one channel, in or out, is a row of taps: hundreds of rows would be measured one by
+    one, and each take a share of "balanced"'s budget. σ₁ of all rows together is at least that of
+    the longest, which is the layer's.
 
     Parametrizations, weight_norm and pruning leave the owner what it is. ``model`` is not kept.
 
     Args:
         model: any module; under ZeRO-3 its parameters may be away.
-        names: what parameters go by, by ``id``; None: their names in ``model``, without wrappers' parts.
+        names: what parameters go by, by ``id``; None: their names in ``model``, without what
+            wrappers add.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     shorter = model_names(named)
     owners = dict(model.named_modules(remove_duplicate=False))
     head = _head_parameters(model)
+    adapters = _adapters(model, {name: p for name, p in named.items() if not isinstance(p, UninitializedParameter)})
     found: dict[int, Kind] = {}
     for name, param in named.items():
         if isinstance(param, UninitializedParameter):
             continue
         kind = _kind(name, param, owners)
-        partner = adapter_partner(name)
-        if partner is not None:
-            other = named.get(partner)
-            partner = None if other is None else shorter[partner] if names is None else names.get(id(other))
-            kind = kind._replace(role="adapter", partner=partner)
+        if name in adapters:
+            whole = adapters[name] or ""
+            other = named.get(whole)
+            partner = None if other is None else shorter[whole] if names is None else names.get(id(other))
+            is_scale = partner is None and len(_shape(param)) == 2 and 1 in _shape(param)
+            kind = kind._replace(form="vector" if is_scale else kind.form, role="adapter", partner=partner)
         elif id(param) in head and kind.role is None:
             kind = kind._replace(role="head")
         known = found.get(id(param))
@@ -140,26 +136,33 @@ class SeenModel:
 
 def kind_by_name(name: str, shape: tuple[int, ...]) -> Kind | None:
     """Return what a well-known name says where no module is seen: adapters, and what they and weight_norm scale by."""
-    if _SCALE.search(name) or (_LENGTH.search(name) and sum(extent > 1 for extent in shape) < 2):
+    if is_no_matrix(name):
         return _VECTOR
-    partner = adapter_partner(name)
-    if partner is None:
+    if _LENGTH.search(name) and sum(extent > 1 for extent in shape) < 2:
+        return _VECTOR
+    if not is_adapter_name(name):
         return None
-    return Kind("matrix" if len(shape) < 3 else guessed_form(shape), role="adapter", partner=partner)
+    return Kind("matrix" if len(shape) < 3 else guessed_form(shape), role="adapter", partner=adapter_partner(name))
 
 
-def adapter_partner(name: str) -> str | None:
-    """Return the name that the other factor of an adapter's product has; None: ``name`` is of no factor."""
-    parts = name.split(".")
-    for number, part in enumerate(parts):
-        if part in _PARTNERS:
-            return ".".join([*parts[:number], _PARTNERS[part], *parts[number + 1 :]])
-    return None
+def _adapters(model: nn.Module, named: Mapping[str, Tensor]) -> dict[str, str | None]:
+    """Return the names of a model's adapters, each with its partner's: as libraries call and PEFT lists them, or pairs
+    of low rank beside what is frozen.
+    """
+    known = {name for name in named if is_adapter_name(name)} | (peft_parameters(model) & named.keys())
+    trained = {name: _shape(param) for name, param in named.items() if param.requires_grad}
+    is_partly_frozen = any(len(_shape(p)) > 1 and not p.requires_grad for p in named.values())
+    pairs = low_rank_pairs(trained, known, is_partly_frozen=is_partly_frozen)
+    return {name: adapter_partner(name) for name in known} | pairs
+
+
+def _shape(param: Tensor) -> tuple[int, ...]:
+    return tuple(getattr(param, "ds_shape", param.shape))  # ZeRO-3's parameters are empty while they are away
 
 
 def _kind(name: str, param: Tensor, owners: Mapping[str, nn.Module]) -> Kind:
-    shape = tuple(getattr(param, "ds_shape", param.shape))  # ZeRO-3's parameters are empty while they are away
-    if len(shape) < 2 or _SCALE.search(name):
+    shape = _shape(param)
+    if len(shape) < 2 or is_no_matrix(name):
         return _VECTOR
     if _LENGTH.search(name) and sum(extent > 1 for extent in shape) < 2:
         return _VECTOR
@@ -232,6 +235,6 @@ def _head_parameters(model: nn.Module) -> set[int]:
 
 def _matrices(module: nn.Module) -> Iterator[Tensor]:
     for name, param in module.named_parameters():
-        is_known = adapter_partner(name) is None and not isinstance(param, UninitializedParameter)
+        is_known = not is_adapter_name(name) and not isinstance(param, UninitializedParameter)
         if is_known and len(getattr(param, "ds_shape", param.shape)) > 1:
             yield param
