@@ -71,3 +71,10 @@ def test_a_tensor_parallel_convolution_is_refused(parameter: Parameter) -> None:
     settings = check_settings(tau=0.01, overrides=(), **OPTIONS)
     with pytest.raises(ValueError, match=rf"'{parameter.name}': a tensor-parallel parameter of shape \(6, 4, 3\)"):
         Thresholds(settings, Layout([], parameters=[parameter._replace(sharding=sharding)]), auto=False)
+
+
+def test_biases_beside_adapters_are_no_reason_to_ask_for_embeddings() -> None:
+    shapes = {"q.lora_A.weight": (2, 4), "q.lora_B.weight": (4, 2), "q.bias": (4,)}
+    settings = check_settings(tau="balanced", overrides=(), **OPTIONS)
+    parameters = [Parameter(name, shape) for name, shape in shapes.items()]
+    assert Thresholds(settings, Layout([], parameters=parameters), auto=True)._hidden == 2

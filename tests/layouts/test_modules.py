@@ -329,3 +329,27 @@ def test_experts_in_any_memory_order_are_the_same_matrices(shape: list[int], dat
         expected = [part for expert in expected for part in expert.chunk(fused, axis)]
     for found, matrix in zip(matrices, expected, strict=True):
         assert torch.equal(found, matrix) or torch.equal(found.T, matrix)
+
+
+def test_a_tied_weight_is_an_embedding_whichever_owner_comes_first() -> None:
+    net = nn.ModuleDict({"out": nn.Linear(4, 7, bias=False), "words": nn.Embedding(7, 4)})
+    net["out"].weight = net["words"].weight
+    assert {name: kind.role for name, kind in kinds_of(net).items()} == {
+        "out.weight": "embedding",
+        "words.weight": "embedding",
+    }
+
+
+def test_a_hugging_face_head_is_known_whatever_it_is_called() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decode = nn.Linear(4, 7)
+
+        def get_output_embeddings(self) -> nn.Module:
+            return self.decode
+
+    assert {name: kind.role for name, kind in kinds_of(Model()).items()} == {
+        "decode.weight": "head",
+        "decode.bias": None,
+    }

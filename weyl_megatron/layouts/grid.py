@@ -95,8 +95,8 @@ class Grid(NamedTuple):
 class Kind(NamedTuple):
     """What a parameter is to the module that owns it, or to the user who says so.
 
-    The matrix of a grouped convolution is block-diagonal. Its ``groups`` are matrices of their own, bands of the first
-    dimension: of the outputs in ``nn.ConvNd``, of the inputs in ``nn.ConvTransposeNd``.
+    The matrix of a grouped convolution is block-diagonal. Its ``groups`` are matrices of their own,
+    bands of the first dimension: outputs in ``nn.ConvNd``, inputs in ``nn.ConvTransposeNd``.
     """
 
     form: str  # "vector" (scheduled rate), "matrix", "convolution" (rows: the first dimension) or "experts"
@@ -108,11 +108,11 @@ class Kind(NamedTuple):
 
 
 def guessed_form(shape: Sequence[int]) -> str:
-    """Return what a weight of three dimensions or more is taken for where only its shape is known.
+    """Return what a weight of three dimensions or more is taken for by its shape alone.
 
-    A convolution has more filters than taps, (out, in/groups, taps), and a depthwise one a single input per filter; a
-    stack of experts has fewer experts than each has columns, (experts, m, n). What has more than three dimensions is
-    a convolution.
+    A convolution has more filters than taps, (out, in/groups, taps), a depthwise one has a single
+    input per filter; a stack has no more experts than each has columns, (experts, m, n). What has
+    more than three dimensions is a convolution.
     """
     is_stack = len(shape) == 3 and shape[0] <= shape[2] and (shape[1] > 1 or shape[0] == 1)
     return "experts" if is_stack else "convolution"
