@@ -181,6 +181,8 @@ def test_one_rank_s_nan_skips_the_step_on_all_under_deepspeed(record_property: C
     lines = said.splitlines()
     results = [line for line in lines if "step" in line and line.startswith("zero")]
     assert len(results) == 18 and all(line.endswith(": as without that step") for line in results), said
+    expected = {"zero1": 0, "zero2": 0, "zero3": 2}
+    assert {f"{stage} without a check: as AdamW, {count} skipped" for stage, count in expected.items()} <= set(lines)
     named = [
         line for line in lines if "is skipped, number 1 in a row: the gradient of blocks.0.attn.q.weight is" in line
     ]

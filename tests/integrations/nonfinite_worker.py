@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import deepspeed
@@ -23,8 +24,11 @@ def tokens(step: int) -> tuple[Tensor, Tensor]:
     return text[:, :-1], text[:, 1:]
 
 
-def run(config: dict[str, Any], value: float | None) -> list[Tensor]:
-    """Train; on the steps in BAD, put ``value`` into a gradient on rank 1, or leave them out where it is None."""
+def run(config: dict[str, Any], value: float | None, skipped: int = len(BAD)) -> list[Tensor]:
+    """Train; on the steps in BAD, put ``value`` into a gradient on rank 1, or leave them out where it is None.
+
+    So many steps as ``skipped`` says are not made then.
+    """
     torch.manual_seed(0)
     model = GPT(GPTConfig(layers=1, context=16, width=32))
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
@@ -46,7 +50,8 @@ def run(config: dict[str, Any], value: float | None) -> list[Tensor]:
         engine.backward(loss)
         engine.step()
     ours = engine.basic_optimizer
-    assert ours.skipped_steps == (0 if value is None else len(BAD)), ours.skipped_steps
+    count = getattr(ours, "skipped_steps", skipped)
+    assert count == (0 if value is None else skipped), count
     found = []
     for one in model.parameters():
         if isinstance(engine.optimizer, type(ours)):
@@ -76,6 +81,29 @@ CASES = {
 }
 
 
+#: DeepSpeed's own key: steps are made, whatever the gradients hold.
+OFF = {"bf16": {"enabled": True, "check_grad_overflow": False}}
+
+
+def check_that_the_engine_s_key_wins(stage: int) -> str:
+    """Compare what becomes of NaN, where the configuration itself asks for no check, with DeepSpeed's AdamW."""
+    theirs = config_of(stage, **OFF)
+    theirs["optimizer"] = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
+    expected = run(theirs, float("nan"))
+    unbounded, clipped, told = (config_of(stage, **OFF) for _ in range(3))
+    for config, options in (unbounded, {"tau": math.inf}), (clipped, {}), (told, {"nonfinite": "skip"}):
+        config["optimizer"]["params"] = {"lr": 0.01, "tau": 0.05, **options}
+    # ZeRO-3 has its check all the same, under AdamW as well.
+    skipped = 0 if any(one.isnan().any() for one in expected) else len(BAD)
+    found = run(unbounded, float("nan"), skipped)
+    same = all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(found, expected, strict=True))
+    bounded = run(clipped, float("nan"), skipped)
+    # A matrix has one σ₁(U): one NaN in it reaches all of the matrix.
+    same &= all(bool((a.isnan() >= b.isnan()).all()) for a, b in zip(bounded, expected, strict=True))
+    assert not any(one.isnan().any() for one in run(told, float("nan")))
+    return f"as AdamW, {skipped} skipped" if same else "DIFFERS"
+
+
 def main() -> None:
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     logging.basicConfig(level=logging.WARNING)
@@ -88,6 +116,11 @@ def main() -> None:
             dist.all_gather_object(everyone, same)
             if dist.get_rank() == 0:
                 print(f"{name}, {value}: " + ("as without that step" if all(everyone) else f"DIFFERS {everyone}"))
+    for stage in (1, 2, 3):  # without ZeRO DeepSpeed always skips
+        everyone = [None, None]
+        dist.all_gather_object(everyone, check_that_the_engine_s_key_wins(stage))
+        if dist.get_rank() == 0:
+            print(f"zero{stage} without a check: {' and '.join(sorted(set(everyone)))}")
     leave()
 
 

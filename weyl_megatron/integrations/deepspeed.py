@@ -105,8 +105,7 @@ def tell_norm(engine: Any, guard: Guard) -> None:
     could say whose it was. Where the wrapper itself skips such steps, the guard counts and names them. A configuration
     whose ``bf16.check_grad_overflow`` is false goes before the guard's default.
     """
-    if not guard.is_told and _ignores_overflow(engine):
-        return
+    is_engine_s = not guard.is_told and _ignores_overflow(engine)
     wrapper, find = engine.optimizer, weakref.ref(engine)
 
     def norm() -> float | None:
@@ -125,11 +124,11 @@ def tell_norm(engine: Any, guard: Guard) -> None:
         return
     if not hasattr(wrapper, "_global_grad_norm"):
         return
-    guard.norm = norm
+    guard.norm = None if is_engine_s else norm
     if not type(wrapper).__name__.startswith("DeepSpeedZeroOptimizer"):
         return
     clip, update_scale = wrapper.unscale_and_clip_grads, wrapper._update_scale
-    if hasattr(clip, "adamw2"):  # the layout was read anew
+    if hasattr(update_scale, "adamw2"):  # the layout was read anew
         return
 
     @functools.wraps(clip)
@@ -143,8 +142,9 @@ def tell_norm(engine: Any, guard: Guard) -> None:
             guard.refuse(_non_finite_names(engine, wrapper), number())
         return update_scale(has_overflow)
 
-    clip_by_a_number.adamw2 = True  # type: ignore[attr-defined]
-    wrapper.unscale_and_clip_grads, wrapper._update_scale = clip_by_a_number, tell_and_update
+    tell_and_update.adamw2 = True  # type: ignore[attr-defined]
+    wrapper.unscale_and_clip_grads = clip if is_engine_s else clip_by_a_number
+    wrapper._update_scale = tell_and_update
 
 
 def _ignores_overflow(engine: Any) -> bool:
@@ -156,12 +156,15 @@ def _ignores_overflow(engine: Any) -> bool:
 
 def _clip_what_is_finite(engine: Any) -> None:
     clip = engine.clip_fp32_gradients
+    if hasattr(clip, "adamw2"):
+        return
 
     @functools.wraps(clip)
     def clip_if_finite() -> None:
         if is_finite(*(param.grad for param in engine.module.parameters() if param.grad is not None)):
             clip()
 
+    clip_if_finite.adamw2 = True  # type: ignore[attr-defined]
     engine.clip_fp32_gradients = clip_if_finite
 
 
