@@ -90,6 +90,38 @@ def test_a_run_that_is_set_back_goes_on_as_it_went_on(is_new: bool) -> None:
     assert not torch.equal(vectors[0], saved["param_groups"][0][KEY][0]["blocks"][0][0])
 
 
+@pytest.mark.parametrize("is_copied", [False, True], ids=["", "by a copy"])
+@pytest.mark.parametrize("is_saved_named", [False, True], ids=["saved without", "saved with"])
+def test_names_are_no_part_of_a_resume(is_saved_named: bool, is_copied: bool) -> None:
+    """torch matches state by position: a run saved with names is resumed without, and the reverse."""
+
+    def built(weights: list[nn.Parameter], is_named: bool) -> AdamW2:
+        given = [("matrix", weights[0]), ("experts", weights[1])] if is_named else weights
+        return AdamW2(given, lr=0.05)
+
+    def run(stop: int | None) -> tuple[list[torch.Tensor], dict[str, Any]]:
+        torch.manual_seed(0)
+        weights = [nn.Parameter(torch.randn(20, 12)), nn.Parameter(torch.randn(2, 8, 12))]
+        optimizer = built(weights, is_saved_named)
+        for step in range(12):
+            if step == stop:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = built(weights, not is_saved_named)
+                optimizer.load_state_dict(state)
+                if is_copied:
+                    weights, optimizer = copy.deepcopy((weights, optimizer))
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape)
+            optimizer.step()
+        return [weight.detach() for weight in weights], optimizer.state_dict()
+
+    (found, found_state), (expected, expected_state) = run(stop=6), run(stop=None)
+    assert all(map(torch.equal, found, expected))
+    # The file goes on having the names that it had.
+    saved, other = (state["param_groups"][0][KEY][0]["matrices"] for state in (found_state, expected_state))
+    assert saved == other
+
+
 def test_what_was_forgotten_is_measured_afresh_and_then_carried() -> None:
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(20, 12))

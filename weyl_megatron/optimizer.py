@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -158,7 +158,8 @@ class AdamW2(torch.optim.AdamW):
         self._buffers, self._walks = None, {}
 
     def __getstate__(self) -> dict[str, Any]:
-        own = self._settings, self._auto, self._tp_group, self._names.listed(), self._saved_vectors(), self._model.kinds
+        saved = self._saved.with_walks(self._walks_and_steps())
+        own = self._settings, self._auto, self._tp_group, self._names.listed(), saved, self._model.kinds
         return {**super().__getstate__(), "adamw2": own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -171,7 +172,7 @@ class AdamW2(torch.optim.AdamW):
         else:
             super().__setstate__(state)
         if own is not None:
-            self._settings, self._auto, self._tp_group, names, vectors, kinds = own
+            self._settings, self._auto, self._tp_group, names, self._saved, kinds = own
             self._model, self._has_noticed = SeenModel(kinds=kinds), False
             self._engine_layout, self._step_in_group = None, False
             self._guard = Guard(self._settings.nonfinite, self._settings.nonfinite_limit)
@@ -179,8 +180,6 @@ class AdamW2(torch.optim.AdamW):
             self._names = ParameterNames()
             self._names.restore(self.param_groups, names)
             self._buffers, self._forms, self._is_plain, self._walks = None, {}, True, {}
-            self._saved = SavedVectors()
-            self._saved.take([{KEY: vectors}])
         else:
             self.forget()
         for group in self.param_groups:
@@ -198,12 +197,14 @@ class AdamW2(torch.optim.AdamW):
     def state_dict(self) -> dict[str, Any]:
         """Return torch's, whose first parameter group also carries the power vectors: a run resumes exactly."""
         state = super().state_dict()
-        if vectors := self._saved_vectors():
-            state["param_groups"][0][KEY] = vectors
+        if vectors := self._saved.records(self._walks_and_steps()):
+            for group, written in zip(self.param_groups, state["param_groups"], strict=True):
+                if group is self.param_groups[0]:  # which may be there twice, and is written alike then
+                    written[KEY] = vectors
         return state
 
-    def _saved_vectors(self) -> list[dict[str, Any]]:
-        return self._saved.records((walk, self._steps_done(walk)) for walk in self._walks.values())
+    def _walks_and_steps(self) -> Iterator[tuple[Walk, float]]:
+        return ((walk, self._steps_done(walk)) for walk in self._walks.values())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state dict of an AdamW² or an AdamW; without vectors in it, the next step measures afresh."""
@@ -218,6 +219,7 @@ class AdamW2(torch.optim.AdamW):
             moot = "capturable", "decoupled_weight_decay"  # torch's AdamW passes over them, too
             check_harmless({key: value for key, value in saved.items() if key not in moot})
         taus = [group["tau"] for group in self.param_groups]
+        were_named = ["param_names" in group for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, saved, tau in zip(self.param_groups, state_dict["param_groups"], taus, strict=True):
             # The checkpoint of an AdamW has none.
@@ -226,7 +228,19 @@ class AdamW2(torch.optim.AdamW):
         for state in self.state.values():  # of a fused AdamW the count is on the device, and reading it would wait
             if isinstance(state, dict) and isinstance(state.get("step"), Tensor):
                 state["step"] = state["step"].cpu()
+        self._match_names(were_named, state_dict["param_groups"])
         self._take_saved()
+
+    def _match_names(self, were_named: list[bool], saved_groups: Sequence[Mapping[str, Any]]) -> None:
+        """Match the parameters by their places, where either we or a loaded state dict have no names for them."""
+        if were_named == ["param_names" in saved for saved in saved_groups]:
+            self._saved.match([], [])
+            return
+        names = ParameterNames()
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            params = group["params"]
+            names.add(params, [*saved.get("param_names", ()), *[None] * len(params)][: len(params)])
+        self._saved.match(self._names.listed(), names.listed())
 
     def forget(self) -> None:
         """Have the next step measure afresh, with the iterations of a first step; call it on every rank, or on none."""

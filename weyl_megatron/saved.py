@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -14,20 +14,40 @@ KEY = "adamw2_power"
 
 
 class SavedVectors:
-    """What a state dict brought of matrices that have not been stepped since, by the matrix's name."""
+    """What a state dict brought of matrices that have not been stepped since, by the matrix's name.
+
+    In a file a parameter may have another name than here: see :meth:`match`.
+    """
 
     def __init__(self) -> None:
         self._pending: dict[str, Carried] = {}
+        self._written: dict[str, str] = {}  # the parameter's name in files, where it is not ours
+
+    def match(self, ours: Sequence[Sequence[str]], saved: Sequence[Sequence[str]]) -> None:
+        """Read, and write, each of our parameters by the name of the one at its place in the saved groups.
+
+        As torch matches all other state, so that what was saved without names is found with them, and the reverse.
+        """
+        pairs = (pair for groups in zip(ours, saved, strict=False) for pair in zip(*groups, strict=False))
+        self._written = {name: written for name, written in pairs if name != written}
+
+    def with_walks(self, walks: Iterable[tuple[Walk, float]]) -> SavedVectors:
+        """Return what a copy of the optimizer takes on, which has no walks yet; ``walks`` as in :meth:`records`."""
+        copied = SavedVectors()
+        copied._written = dict(self._written)
+        copied.take([{KEY: self.records(walks)}])
+        return copied
 
     def take(self, groups: Iterable[MutableMapping[str, Any]]) -> bool:
         """Take out of parameter groups what a state dict left there; return whether anything was."""
         records = [record for group in groups for record in group.pop(KEY, ())]
         if records:
             self.clear()
+        names = {written: name for name, written in self._written.items()}
         for record in records:
             bounds = map(list, zip(*record["bounds"], strict=True))
             for name, *of_matrix in zip(record["matrices"], record["blocks"], bounds, strict=True):
-                self._pending[name] = Carried(record["step"], *of_matrix)
+                self._pending[_renamed(name, names)] = Carried(record["step"], *of_matrix)
         return bool(records)
 
     def clear(self) -> None:
@@ -56,7 +76,15 @@ class SavedVectors:
         for steps in sorted({one.step for one in self._pending.values() if one.step >= done}):
             pending = {name: one for name, one in self._pending.items() if one.step == steps}
             found.append({**_columns(list(pending), list(pending.values())), "step": steps})
+        for record in found:
+            record["matrices"] = [_renamed(name, self._written) for name in record["matrices"]]
         return found
+
+
+def _renamed(matrix: str, names: Mapping[str, str]) -> str:
+    """Return a matrix's name with its parameter's, which is all before a bracket, replaced."""
+    parameter, bracket, part = matrix.partition("[")
+    return names.get(parameter, parameter) + bracket + part
 
 
 def _columns(names: list[str], saved: Sequence[Carried]) -> dict[str, Any]:
