@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Files of tests that run beside each other; one of them may start four processes, which wait for each other a lot.
 JOBS ?= 2
 
-.PHONY: demo test test-large lint faults properties soak test-matrix clean
+.PHONY: demo test test-large lint faults properties asan kernels soak test-matrix clean
 
 demo: $(VENV)/.demo
 	$(BIN)/weyl-megatron demo
@@ -30,6 +30,21 @@ faults: $(VENV)/.dev
 # Ten times as many drawn layouts as `make test`.
 properties: $(VENV)/.dev
 	WEYL_MEGATRON_EXAMPLES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults/test_properties.py
+
+# The C++ kernel under AddressSanitizer and UBSan: its own tests, and the optimizer's, which call it.
+ASAN_TESTS := tests/kernels tests/test_optimizer.py tests/test_state_dict.py
+
+asan: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.sanitizers -q -n $(JOBS) --dist loadfile $(ASAN_TESTS) \
+		-k "not every_kernel_passes and not others_may_write"
+
+# Triton's kernels for an A100 and an H100, which need not be there.
+kernels: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.compile_kernels --arch 80 90
+
+# Twenty thousand drawn days of a user, a thousand of which `make test` draws.
+day: $(VENV)/.dev
+	WEYL_MEGATRON_EXAMPLES=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rA tests/day
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m tests.faults.soak

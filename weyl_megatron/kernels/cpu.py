@@ -34,7 +34,7 @@ _FLAGS = (
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
 )
 
-#: Set this to flags that the compiler gets, too, for a library of its own: `make asan` builds it with sanitizers.
+#: The compiler takes the flags in this, too, for a library of its own; `make asan` sets it.
 FLAGS = "WEYL_MEGATRON_CXXFLAGS"
 
 #: Rows of ``_hyper``: the struct Hyper, ten floats and two doubles.
@@ -209,6 +209,15 @@ def library() -> ctypes.CDLL:
     Raises:
         OSError: there is no compiler, or it cannot compile the kernel.
     """
+    return ctypes.CDLL(str(build()))
+
+
+def build() -> Path:
+    """Return the file of the compiled kernel; compile it if this machine has not yet.
+
+    Raises:
+        OSError: there is no compiler, or it cannot compile the kernel.
+    """
     compiler = find_compiler()
     if compiler is None:
         raise OSError("there is no C++ compiler (c++, g++, clang++, or the one that CXX names)")
@@ -225,7 +234,7 @@ def library() -> ctypes.CDLL:
             if run.returncode != 0:
                 raise OSError(f"{compiler} failed: {run.stderr.strip()[-500:]}")
             built.replace(path)
-    return ctypes.CDLL(str(path))
+    return path
 
 
 def find_compiler() -> str | None:

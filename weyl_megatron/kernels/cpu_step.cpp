@@ -225,7 +225,7 @@ float multiply_rows(bool is_back, const Tile &tile, int64_t row, const Hyper &hy
     float y[R][MOST], squares;
     const float *formed[R];
     for (int r = 0; r < R; r++) formed[r] = rows[r].read(source);
-    float *left = arena.left + tile.left + row * B;
+    float *left = tile.left < 0 ? nullptr : arena.left + tile.left + row * B;  // there may be none of it
     if (is_back) {
         squares = source == WEIGHTS ? 0 : forward<source, R, 0>(hyper, rows, nullptr, 0, tile.cols, y, ahead);
         for (int r = 0; r < R; r++)
