@@ -184,6 +184,39 @@ def test_what_is_not_understood_is_refused_in_one_sentence_that_names_it(refusal
         assert sentence in said[name], (name, said[name])
 
 
+@pytest.fixture(scope="module")
+def named() -> dict[str, Any]:
+    output = torchrun(Path(__file__).with_name("names_worker.py"), 1)
+    found: dict[str, Any] = json.loads(next(line[6:] for line in output.splitlines() if line.startswith("names {")))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["compiled", "compiled in place", "layer compiled", "checkpointed"])
+def test_a_wrapped_model_has_the_names_and_the_rates_of_the_model(named: dict[str, Any], kind: str) -> None:
+    """As in pytorch #96960: an override by name did not match what torch.compile had put "_orig_mod." before."""
+    runs = {case: stats for case, stats in named.items() if case.startswith(f"{kind}, ")}
+    assert len(runs) >= 6
+    for case, stats in runs.items():
+        assert stats == named[case.replace(kind, "plain", 1)], case
+    assert runs[f"{kind}, ZeRO-1, overrides"]["up.weight"][0] == 0.5
+    assert "head.weight" not in runs[f"{kind}, ZeRO-1, overrides"]
+
+
+def test_two_parameters_of_one_model_keep_two_names(named: dict[str, Any]) -> None:
+    assert named["odd"] == ["down.weight", "embed.weight", "head.weight", "module.up.weight", "up.weight"]
+
+
+def test_an_optimizer_that_was_made_before_deepspeed_was_imported_is_taken(named: dict[str, Any]) -> None:
+    assert named["early"] == [2, []]
+
+
+def test_an_optimizer_that_was_made_and_is_not_stepped_is_told_once_with_what_is(named: dict[str, Any]) -> None:
+    said = "AdamW2: an AdamW2 was made for parameters of this model, but DeepSpeedEngine does not step it: its first "
+    assert len(named["ignored"]) == 1
+    assert named["ignored"][0].startswith(f"{said}step was that of torch.optim.sgd.SGD.")
+    assert named["made anew"] == []
+
+
 @pytest.mark.parametrize("by", ["json", "client", "callable"])
 def test_no_mode_of_deepspeed_steps_an_adam_of_its_own_in_its_place(refusals: dict[str, Any], by: str) -> None:
     """As in Accelerate #3255: with offload another optimizer was trained, or DeepSpeed asked for its own."""
