@@ -302,9 +302,11 @@ def _cut() -> tuple[AdamW2, list[nn.Parameter]]:
     return optimizer, pieces
 
 
-def _last_line(error: Exception) -> str:
-    """Return the line of a compiler's message that says what is wrong."""
-    lines = [text.strip() for text in str(error).splitlines() if text.strip()]
+def _last_line(error: BaseException) -> str:
+    """Return the line of a compiler's message that says what is wrong, where it went wrong first."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [text.strip() for text in str(error).splitlines() if text.strip(" ^")]
     return f"{type(error).__name__}: {lines[-1] if lines else ''}".replace("|", "/")
 
 
