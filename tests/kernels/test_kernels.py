@@ -227,6 +227,22 @@ def test_a_value_that_is_not_finite_is_not_a_number_and_harms_no_other() -> None
     assert fused.blocks.operands[0].block(0).isfinite().all(), "the next step could not recover"
 
 
+@pytest.mark.parametrize(
+    ("m", "v"),
+    [(0.0, 0.0), (0.1, float("inf")), (1e-20, 0.0), (0.1, float("nan")), (float("nan"), 1.0)],
+    ids=str,
+)
+def test_an_update_of_moments_that_are_zero_infinite_or_no_number_is_plain_torch_s(m: float, v: float) -> None:
+    case = Case([(20, 37)], [], 0, 0)
+    case.first[0][5:200], case.second[0][5:200] = m, v  # in vector registers and at the ends of rows
+    fused, plain = case.copy("fused"), case.copy("plain")
+    for each in (fused, plain):
+        each.kernel.multiply(1, each.blocks.operands[1].whole[0], case.mask)
+    assert torch.equal(fused.blocks.z.isnan(), plain.blocks.z.isnan())
+    assert near(fused.blocks.z.nan_to_num(), plain.blocks.z.nan_to_num())
+    assert bool(plain.blocks.z.isnan().any()) == (m != m or v != v)
+
+
 def train(kernel: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[nn.Module, AdamW2]:
     monkeypatch.setenv(VARIABLE, kernel)
     net = nets.make_net(mixed=not IS_SLOW)
