@@ -48,6 +48,20 @@ def main() -> None:
         changed = config()
         setattr(changed, key, value)
         found[key] = said(lambda changed=changed: get_megatron_optimizer(changed, model))  # type: ignore[misc]
+    # As a user writes it, the constructor itself would say that it takes adam alone.
+    for key in ("use_precision_aware_optimizer", "optimizer_cpu_offload"):
+        found[f"{key} at once"] = said(
+            lambda key=key: OptimizerConfig(optimizer="adamw2", use_distributed_optimizer=True, **{key: True})  # type: ignore[misc]
+        )
+    # Of 0.19, which cuts weights further than tensor parallelism does: its configuration, and its mark on a parameter.
+    for key in ("gtp_weight_remat_size", "expert_gtp_weight_remat_size"):
+        setattr(model[0].config, key, 2)
+        found[key] = said(lambda: get_megatron_optimizer(config(), model))
+        setattr(model[0].config, key, 1)
+    cut = next(p for p in model[0].parameters() if p.dim() == 2)
+    cut.is_gtp_weight_remat = True
+    found["is_gtp_weight_remat"] = said(lambda: get_megatron_optimizer(config(), model))
+    cut.is_gtp_weight_remat = False
     model[0].ddp_config.use_megatron_fsdp = True
     found["use_megatron_fsdp"] = said(lambda: megatron._refuse(config(), model))
     model[0].ddp_config.use_megatron_fsdp = False

@@ -30,7 +30,7 @@ ONE_PROCESS: list[dict[str, Any]] = [
     {"name": "one"},
     {"name": "one-distopt-beside-fused-adam", "dist_opt": True, "fused_adam": True},
     {"name": "one-moe", "moe": True},
-    {"name": "one-auto", "options": {"tau": "auto"}},
+    {"name": "one-auto", "options": {"tau": "balanced"}},
     {"name": "one-whole", "options": {"split_fused": False}},
     {"name": "adam-without-the-door", "optimizer": "adam", "enable": False},
     {"name": "adam-beside-the-door", "optimizer": "adam"},
@@ -212,6 +212,14 @@ def test_what_cannot_be_right_is_refused_in_one_sentence() -> None:
         "split_fused": "AdamW2: split_fused got 'no', it takes True or False.",
         "use_precision_aware_optimizer": "AdamW2: use_precision_aware_optimizer got True, it takes False.",
         "optimizer_cpu_offload": "AdamW2: optimizer_cpu_offload got True, it takes False.",
+        "use_precision_aware_optimizer at once": "AdamW2: use_precision_aware_optimizer got True, it takes False.",
+        "optimizer_cpu_offload at once": "AdamW2: optimizer_cpu_offload got True, it takes False.",
+        "gtp_weight_remat_size": "AdamW2: gtp_weight_remat_size got 2, it takes 1: as many weight shards as "
+        "tensor-parallel ranks.",
+        "expert_gtp_weight_remat_size": "AdamW2: expert_gtp_weight_remat_size got 2, it takes 1: as many weight shards "
+        "as tensor-parallel ranks.",
+        "is_gtp_weight_remat": "AdamW2: parameter 'embedding.word_embeddings.weight' is cut into weight shards (GTP), "
+        "whose layout AdamW2 does not understand; it takes as many weight shards as tensor-parallel ranks.",
         "decoupled_weight_decay": "AdamW2: decoupled_weight_decay got False, it takes True.",
         "use_megatron_fsdp": "AdamW2: use_megatron_fsdp got True, it takes False.",
         "torch FSDP2": "AdamW2: the model is wrapped in TorchFullyShardedDataParallel, whose layout AdamW2 does not "

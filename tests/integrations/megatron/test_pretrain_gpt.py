@@ -77,7 +77,8 @@ def test_every_flag_arrives() -> None:
         "nonfinite_limit": 3,
         "split_fused": False,
     }
-    assert parse("--optimizer", "adamw2", "--adamw2-tau", "auto").adamw2_tau == "auto"
+    for word in ("balanced", "auto"):
+        assert parse("--optimizer", "adamw2", "--adamw2-tau", word).adamw2_tau == word
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,7 +98,10 @@ def test_other_optimizers_get_nothing_of_ours() -> None:
     [
         ("--adamw2-tau -1", "--adamw2-tau got -1, it takes a number above 0 (infinity is AdamW) or 'balanced'."),
         ("--adamw2-tau nan", "--adamw2-tau got nan, it takes a number above 0 (infinity is AdamW) or 'balanced'."),
-        ("--adamw2-tau small", "--adamw2-tau got 'small', it takes a number above 0 (infinity is AdamW) or 'balanced'."),
+        (
+            "--adamw2-tau small",
+            "--adamw2-tau got 'small', it takes a number above 0 (infinity is AdamW) or 'balanced'.",
+        ),
         ("--adamw2-power-iters 1.5", "--adamw2-power-iters got 1.5, it takes a whole number from 1 on."),
         ("--adamw2-floor-std -0.1", "--adamw2-floor-std got -0.1, it takes a number from 0 (no floor) on."),
         ("--adamw2-overrides [{", "--adamw2-overrides got '[{', it takes a JSON list like [{"),
@@ -198,7 +202,21 @@ def test_what_no_adamw2_can_do_is_refused(megatron: StandIn, flag: str) -> None:
     setattr(args, flag, True)
     with pytest.raises(SystemExit, match=f"--{flag.replace('_', '-')} cannot be used with --optimizer adamw2"):
         megatron.initialize.validate_args(args, {})
-    assert megatron.enabled == []
+    assert megatron.enabled == [] and megatron.seen == []  # Megatron itself has not said a word
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("", 2), ("expert_", 1)])
+def test_more_weight_shards_than_tensor_parallel_ranks_are_refused(megatron: StandIn, kind: str, ranks: int) -> None:
+    """Megatron-core 0.19 cuts weights further than tensor parallelism does, and each slice would be a matrix."""
+    arguments.install()
+    args = parse("--optimizer", "adamw2")
+    args.tensor_model_parallel_size, args.expert_tensor_parallel_size = 2, 1
+    setattr(args, f"{kind}tensor_parallel_num_weight_shards", 4)
+    sentence = f"tensor-parallel-num-weight-shards got 4, but with --optimizer adamw2 it takes {ranks}, the number"
+    with pytest.raises(SystemExit, match=sentence):
+        megatron.initialize.validate_args(args, {})
+    setattr(args, f"{kind}tensor_parallel_num_weight_shards", ranks)
+    assert megatron.initialize.validate_args(args, {}) is args
 
 
 # The command.

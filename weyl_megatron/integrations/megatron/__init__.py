@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from weyl_megatron.layouts.buffers import model_name
 from weyl_megatron.layouts.megatron import Groups, read_layout
 from weyl_megatron.optimizer import AdamW2
 from weyl_megatron.settings import check_settings
@@ -161,6 +162,7 @@ def _install() -> None:
         )
     if hasattr(build, "adamw2"):
         return
+    _check_configurations(factory.OptimizerConfig)
     signature = inspect.signature(build)
 
     @functools.wraps(build)
@@ -198,6 +200,19 @@ def _install() -> None:
             return factory.get_megatron_optimizer(**given, **kept)
 
     factory._get_megatron_emerging_optimizer = emerging_or_adamw2
+
+
+def _check_configurations(kind: type) -> None:
+    """Have a configuration that asks for AdamW2 refused in our words, before Megatron says that it takes adam alone."""
+    complete = kind.__post_init__  # type: ignore[attr-defined]
+
+    @functools.wraps(complete)
+    def check_and_complete(config: Any) -> None:
+        if config.optimizer == NAME:
+            _refuse(config, [])
+        complete(config)
+
+    kind.__post_init__ = check_and_complete  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -320,6 +335,21 @@ def _refuse(config: Any, model: Sequence[Any]) -> None:
             raise ValueError(
                 f"AdamW2: the model is wrapped in {type(chunk).__name__}, whose layout AdamW2 does not understand; it "
                 f"takes Megatron's DistributedDataParallel."
+            )
+        _refuse_weight_shards(chunk)
+
+
+def _refuse_weight_shards(chunk: nn.Module) -> None:
+    """Raise one sentence where weights are sharded beyond tensor parallelism, as from 0.19 on (GTP)."""
+    for key in ("gtp_weight_remat_size", "expert_gtp_weight_remat_size"):
+        size = getattr(getattr(chunk, "config", None), key, None)
+        if size not in (None, 1):
+            raise ValueError(f"AdamW2: {key} got {size!r}, it takes 1: as many weight shards as tensor-parallel ranks.")
+    for name, param in chunk.named_parameters():
+        if getattr(param, "is_gtp_weight_remat", False):
+            raise ValueError(
+                f"AdamW2: parameter '{model_name(name)}' is cut into weight shards (GTP), whose layout AdamW2 does not "
+                f"understand; it takes as many weight shards as tensor-parallel ranks."
             )
 
 

@@ -185,14 +185,10 @@ def _validating(validate: Callable[..., Any]) -> Callable[..., Any]:
     def validate_args(args: argparse.Namespace, *others: Any, **kwargs: Any) -> Any:
         if args.optimizer != NAME:
             return validate(args, *others, **kwargs)
+        _exclude(args)  # before Megatron says that something else is missing
         with _named(args, "adam"):  # AdamW2 has Adam's state, and Megatron is to take the paths that it takes for Adam
             validated = validate(args, *others, **kwargs)
-        for excluded in _EXCLUDED:
-            if getattr(args, excluded, False):
-                raise SystemExit(
-                    f"--{excluded.replace('_', '-')} cannot be used with --optimizer {NAME}, "
-                    f"which takes Megatron's DDP with or without --use-distributed-optimizer."
-                )
+        _exclude(args)
         try:
             enable(**options_of(args))
         except ValueError as error:  # this megatron-core is one that enable() does not know
@@ -200,6 +196,24 @@ def _validating(validate: Callable[..., Any]) -> Callable[..., Any]:
         return validated
 
     return validate_args
+
+
+def _exclude(args: argparse.Namespace) -> None:
+    """Stop with one sentence where a flag is set under which no optimizer of ours can be right."""
+    for excluded in _EXCLUDED:
+        if getattr(args, excluded, False):
+            raise SystemExit(
+                f"--{excluded.replace('_', '-')} cannot be used with --optimizer {NAME}, "
+                f"which takes Megatron's DDP with or without --use-distributed-optimizer."
+            )
+    ranks = getattr(args, "tensor_model_parallel_size", None) or 1
+    for kind, size in ("", ranks), ("expert_", getattr(args, "expert_tensor_parallel_size", None) or ranks):
+        shards = getattr(args, f"{kind}tensor_parallel_num_weight_shards", None)
+        if shards not in (None, size):
+            raise SystemExit(
+                f"--{kind.replace('_', '-')}tensor-parallel-num-weight-shards got {shards}, but with --optimizer "
+                f"{NAME} it takes {size}, the number of tensor-parallel ranks."
+            )
 
 
 def _configuring(configure: Callable[..., Any]) -> Callable[..., Any]:
