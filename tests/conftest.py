@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+
+def _modules() -> list[str]:
+    """Return the names of the package's modules, without importing one."""
+    root = Path(__file__).parents[1]
+    paths = (path.relative_to(root).with_suffix("") for path in (root / "weyl_megatron").rglob("*.py"))
+    return [".".join(path.parts).removesuffix(".__init__") for path in paths]
+
+
+# A warning that is of our doing is an error, here (pyproject.toml) and in the processes that tests start.
+os.environ["PYTHONWARNINGS"] = ",".join(
+    [*filter(None, [os.environ.get("PYTHONWARNINGS")]), *(f"error:::{module}" for module in _modules())]
+)
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")

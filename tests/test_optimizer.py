@@ -345,6 +345,18 @@ def test_a_parameter_group_may_not_ask_for_what_is_not_done(key: str, value: boo
     assert torch.equal(weight, torch.ones(2, 2))
 
 
+@pytest.mark.parametrize("key", ["lr", "eps", "weight_decay", "betas"])
+@pytest.mark.parametrize("tau", [0.01, INFINITE])
+def test_a_hyperparameter_that_becomes_no_number_is_refused_before_anything_moves(key: str, tau: float) -> None:
+    weight = nn.Parameter(torch.ones(2, 2))
+    weight.grad = torch.ones(2, 2)
+    optimizer = AdamW2([("w", weight)], tau=tau)
+    optimizer.param_groups[0][key] = ("0.9", "0.99") if key == "betas" else "0.1"
+    with pytest.raises(ValueError, match=f"a parameter group's {key} got .*, it takes numbers"):
+        optimizer.step()
+    assert torch.equal(weight, torch.ones(2, 2))
+
+
 def test_without_parameters_the_layout_is_read_once() -> None:
     reads = []
     optimizer = AdamW2([{"params": []}, {"params": []}])  # Megatron's stages without experts have such a one

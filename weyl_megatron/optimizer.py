@@ -20,7 +20,7 @@ from weyl_megatron.layouts.plain import dense, plain_buffer, why_foreign
 from weyl_megatron.layouts.tensor_parallel import shardings_of
 from weyl_megatron.names import ParameterNames, take_names
 from weyl_megatron.saved import KEY, SavedVectors
-from weyl_megatron.settings import BALANCED, check_adamw, check_harmless, check_settings, read_tau
+from weyl_megatron.settings import BALANCED, check_adamw, check_group, check_harmless, check_settings, read_tau
 from weyl_megatron.state import check_loaded, counted, gather, new_state
 from weyl_megatron.thresholds import Thresholds
 from weyl_megatron.walk import MatrixStats, Walk
@@ -362,7 +362,7 @@ class AdamW2(torch.optim.AdamW):
                 f"AdamW2: the engine steps a tensor that its layout does not have, beside parameter '{first}'."
             )
         for group in self.param_groups:
-            check_harmless(group)
+            check_group(group)
         # In the layout's order, which ranks share that hold, and list, different pieces.
         by_device: dict[torch.device, tuple[list[Buffer], list[dict[str, Any]]]] = {}
         for number, buffer in known.items():

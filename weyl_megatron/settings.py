@@ -128,6 +128,18 @@ def check_harmless(given: Mapping[str, Any]) -> None:
             raise ValueError(f"AdamW2: {key} got {value!r}, it takes {' or '.join(map(repr, taken))}.")
 
 
+def check_group(group: Mapping[str, Any]) -> None:
+    """Check what may have become of a parameter group since it was made.
+
+    Raises:
+        ValueError: a hyperparameter is no number, or a flag asks for what is not done.
+    """
+    check_harmless(group)
+    for key, values in (("betas", group["betas"]), *((key, (group[key],)) for key in ("lr", "eps", "weight_decay"))):
+        if not all(_is_number(value) or _is_scalar(value) for value in values):
+            raise ValueError(f"AdamW2: a parameter group's {key} got {group[key]!r}, it takes numbers.")
+
+
 def check_adamw(
     lr: Any,
     betas: Any,
