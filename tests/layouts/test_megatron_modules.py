@@ -44,8 +44,23 @@ def test_layers_are_numbered_over_all_stages_whatever_wraps_the_model() -> None:
     ]
 
 
+def test_compiled_layers_and_models_keep_their_names() -> None:
+    stage = Stage(5, 6)
+    expected = names(Wrapped(stage))
+    assert names(Wrapped(torch.compile(stage, backend="eager"))) == expected
+    assert names(torch.compile(Wrapped(stage), backend="eager")) == expected
+    stage.layers[1] = torch.compile(stage.layers[1], backend="eager")
+    assert names(Wrapped(stage)) == expected
+
+
 def test_names_that_two_chunks_share_are_told_apart() -> None:
     assert names(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)) == ["weight", "chunk1.weight"]
+
+
+def test_two_parameters_of_one_chunk_keep_two_names() -> None:
+    odd = Wrapped(nn.Linear(2, 2, bias=False))
+    odd.register_parameter("weight", nn.Parameter(torch.ones(2)))
+    assert sorted(names(odd)) == ["module.weight", "weight"]
 
 
 def test_experts_are_numbered_over_all_ranks() -> None:
