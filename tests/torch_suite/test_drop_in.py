@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections import Counter
 from fnmatch import fnmatchcase
+from typing import Any
 
 import pytest
 import torch
@@ -94,3 +95,23 @@ def test_sparse_gradients_are_refused_as_by_adamw() -> None:
         weight.grad = torch.sparse_coo_tensor([[1]], row, (5, 2), check_invariants=True)
         with pytest.raises((RuntimeError, ValueError), match="sparse"):
             optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"foreach": True, "fused": True},
+        {"foreach": True, "lr": torch.tensor(0.1)},
+        {"foreach": True, "betas": (torch.tensor(0.9), torch.tensor(0.99))},
+        {"betas": (0.9, torch.tensor(0.99))},
+        {"eps": -1.0},
+    ],
+    ids=str,
+)
+def test_arguments_that_adamw_refuses_have_its_error_in_ours(flags: dict[str, Any]) -> None:
+    weight = torch.nn.Parameter(torch.randn(5, 2))
+    with pytest.raises((RuntimeError, ValueError)) as theirs:
+        torch.optim.AdamW([weight], **flags)
+    with pytest.raises(theirs.type, match=r"^AdamW2: ") as ours:
+        AdamW2([weight], **flags)
+    assert str(theirs.value).rstrip(".") in str(ours.value)
