@@ -85,7 +85,11 @@ ABOVE_ZERO = number("a number above 0", lambda x: x > 0)
 POSITIVE = number("a number above 0", lambda x: 0 < x < math.inf)
 NOT_NEGATIVE = number("a number of 0 or more", lambda x: 0 <= x < math.inf)
 SHARE = number("a number from 0 up to but not 1", lambda x: 0 <= x < 1)
-TAU = Takes("a number above 0 or auto", lambda value: value if value == "auto" else ABOVE_ZERO.convert(value))
+#: "auto" is what "balanced" was called first.
+TAU = Takes(
+    "a number above 0 or balanced",
+    lambda value: "balanced" if value in ("balanced", "auto") else ABOVE_ZERO.convert(value),
+)
 BETAS = pair("two numbers from 0 up to but not 1", lambda first, second: 0 <= first < 1 and 0 <= second < 1)
 SWITCH = choice(True, False)
 

@@ -124,7 +124,9 @@ METHODS = {
     ),
     "adamw2": Method("AdamW², τ = 0.01", "the paper's τ for GPT", "#0f8a78", partial(adamw2, 0.01)),
     "adamw2-slow": Method("AdamW², τ = 0.004", "the paper's τ for ViT", "#3b9fd8", partial(adamw2, 0.004)),
-    "adamw2-auto": Method("AdamW², τ = auto", "one budget for the hidden matrices", "#5b4bd6", partial(adamw2, "auto")),
+    "adamw2-auto": Method(
+        "AdamW², τ = balanced", "one budget for the hidden matrices", "#5b4bd6", partial(adamw2, "balanced")
+    ),
     "sigma-reparam": Method("σReparam", "W replaced by γ W/σ₁(W), γ learned; AdamW", "#d946a0", convert=reparametrize),
     "residual": Method("1/√L residuals", "every residual branch times 1/√L; AdamW", "#e08a1e", convert=scale),
     "qk-norm": Method("QK-norm", "LayerNorm on the queries and keys of each head; AdamW", "#65a30d",

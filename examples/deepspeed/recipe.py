@@ -119,7 +119,7 @@ def check_warmup(recipe: Recipe, steps: int) -> None:
 def deepspeed_config(recipe: Recipe, steps: int, world_size: int, log_every: int = 1_000_000) -> dict[str, Any]:
     """Return the recipe's JSON file with every "auto" filled in, as Hugging Face's Trainer does.
 
-    What the file says itself stays; the name of the optimizer and its τ are the recipe's. "tau": "auto" is a value.
+    What the file says itself stays; the name of the optimizer and its τ are the recipe's.
     """
     path = Path(recipe.deepspeed)
     path = path if path.is_file() else HERE / recipe.deepspeed
@@ -167,7 +167,7 @@ def _filled(value: Any, fill: dict[str, Any], path: Path) -> Any:
         return value
     filled = {}
     for name, entry in value.items():
-        if entry == "auto" and name != "tau":
+        if entry == "auto":
             if name not in fill:
                 raise ValueError(f'{path} takes "auto" for {", ".join(fill)}; got it for "{name}"')
             entry = fill[name]

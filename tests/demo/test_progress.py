@@ -30,8 +30,8 @@ def test_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     log(tmp_path, "adamw2", json.dumps({"event": "end", "validation_loss": 2.25, "elapsed": 10.0}) + "\n")
     progress.update()
     first, last = stream.getvalue().splitlines()
-    assert first == "AdamW², τ = 0.01  step  50/100  loss 2.500  clipped  2/39 matrices  0:35 left"
-    assert last == "AdamW², τ = 0.01  validation loss 2.250  in 10 s"
+    assert first == "AdamW², τ = 0.01      step  50/100  loss 2.500  clipped  2/39 matrices  0:35 left"
+    assert last == "AdamW², τ = 0.01      validation loss 2.250  in 10 s"
 
 
 def test_one_live_line_in_a_terminal(tmp_path: Path) -> None:

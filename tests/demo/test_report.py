@@ -75,7 +75,7 @@ def test_the_change_is_the_optimizer_alone(html: str) -> None:
     removed = re.findall(r"<del>- +(.*?)</del>", html)
     added = re.findall(r"<ins>\+ +(.*?)</ins>", html)
     assert removed == ['"type": "AdamW",']
-    assert added == ['"type": "AdamW2",', '"tau": "auto",']
+    assert added == ['"type": "AdamW2",', '"tau": "balanced",']
 
 
 def test_a_claim_that_fails_is_the_headline(tmp_path: Path) -> None:

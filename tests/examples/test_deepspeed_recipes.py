@@ -99,7 +99,7 @@ def test_every_auto_of_the_json_files_is_filled(stage: int) -> None:
     assert config["zero_optimization"]["stage"] == stage
     assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (24, 3)
     kind, params = config["optimizer"]["type"], config["optimizer"]["params"]
-    assert kind == "AdamW2" and params.pop("tau") == "auto"  # which is a value of τ
+    assert kind == "AdamW2" and params.pop("tau") == "balanced"
     assert '"auto"' not in json.dumps(config)
     assert params == {"lr": 5e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
     schedule = config["scheduler"]["params"]
@@ -119,7 +119,7 @@ def test_adamw_with_a_warmup_is_two_keys_away() -> None:
     ("override", "sentence"),
     [
         ("optimizer=Adam2", "optimizer takes AdamW2 or AdamW, got 'Adam2'"),
-        ("tau=0", "tau takes a number above 0 or auto, got 0"),
+        ("tau=0", "tau takes a number above 0 or balanced, got 0"),
         ("global_batch_size=10", "global_batch_size takes a multiple of micro_batch_size × ranks = 4 × 2, got 10"),
         ("num_attention_heads=3", "num_attention_heads takes a divisor of hidden_size 64, got 3"),
         ("min_lr=1", "min_lr takes at most lr 0.005, got 1.0"),

@@ -29,7 +29,7 @@ def test_parameters_are_what_the_name_says(name: str) -> None:
 
 def test_overrides_are_put_over_the_file() -> None:
     recipe = recipes.read_recipe(RECIPES / "tiny.yaml", ["tau=auto", "lr=6e-3", "betas=[0.8, 0.9]"], 4)
-    assert (recipe.tau, recipe.lr, recipe.betas) == ("auto", 6e-3, (0.8, 0.9))
+    assert (recipe.tau, recipe.lr, recipe.betas) == ("balanced", 6e-3, (0.8, 0.9))
     assert recipe.data_parallel(4) == 2 and recipe.micro_batches(4) == 1
 
 
@@ -38,8 +38,8 @@ def test_overrides_are_put_over_the_file() -> None:
     [
         ("taus=1", "takes the keys num_layers, "),
         ("tau", "--set takes key=value, got 'tau'"),
-        ("tau=-1", "tau takes a number above 0 or auto, got -1"),
-        ("tau=always", "tau takes a number above 0 or auto, got 'always'"),
+        ("tau=-1", "tau takes a number above 0 or balanced, got -1"),
+        ("tau=always", "tau takes a number above 0 or balanced, got 'always'"),
         ("lr=nan", "lr takes a number above 0, got 'nan'"),
         ("lr=true", "lr takes a number above 0, got True"),
         ("num_layers=2.0", "num_layers takes an integer of 1 or more, got 2.0"),

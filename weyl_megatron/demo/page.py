@@ -79,7 +79,7 @@ runs below the dashed schedule is a matrix being clipped; where they meet, the s
 <div class="legend">$depths</div>
 <h3>τ = 0.01: one threshold for all matrices</h3>
 <div class="card grid">$rates_paper</div>
-<h3>τ = auto: the hidden matrices share a budget, embeddings and head have their own</h3>
+<h3>τ = balanced: the hidden matrices share a budget, embeddings and head have their own</h3>
 <div class="card grid">$rates_auto</div>
 
 <h2>Attention entropy</h2>

@@ -34,7 +34,7 @@ def _params(**more: Any) -> dict[str, Any]:
 ADAMW_ALONE = Run("adamw", "AdamW, no warmup", {"type": "AdamW", "params": _params()})
 ADAMW_WARMUP = Run("adamw-warmup", "AdamW, warmup", {"type": "AdamW", "params": _params()}, warmup=True)
 ADAMW2 = Run("adamw2", "AdamW², τ = 0.01", {"type": "AdamW2", "params": _params(tau=0.01)})
-ADAMW2_AUTO = Run("adamw2-auto", "AdamW², τ = auto", {"type": "AdamW2", "params": _params(tau="auto")})
+ADAMW2_AUTO = Run("adamw2-auto", "AdamW², τ = balanced", {"type": "AdamW2", "params": _params(tau="balanced")})
 
 RUNS = (ADAMW_ALONE, ADAMW_WARMUP, ADAMW2, ADAMW2_AUTO)
 

@@ -75,7 +75,7 @@ def takeaway(results: Results) -> str:
     return (
         f"Without warmup, AdamW ends at {alone:.2f} nats per byte, where a model that ignores all context can get "
         f"to {results.unigram_entropy:.2f}. AdamW², without warmup too, trains the same model on the same batches to "
-        f"{results.loss(ADAMW2):.2f} with τ = 0.01 and to {results.loss(ADAMW2_AUTO):.2f} with τ = auto. "
+        f"{results.loss(ADAMW2):.2f} with τ = 0.01 and to {results.loss(ADAMW2_AUTO):.2f} with τ = balanced. "
         f"AdamW with a warmup over {warmup_steps(steps)} of its {steps} steps ends at {warmup:.2f}."
     )
 
@@ -229,7 +229,7 @@ def table_row(results: Results, result: RunResult) -> str:
 
 
 def change(results: Results) -> str:
-    """The DeepSpeed configurations of AdamW and of AdamW² with τ = auto, as a diff."""
+    """The DeepSpeed configurations of AdamW and of AdamW² with τ = balanced, as a diff."""
     before, after = (printed(results.runs[run.name].config) for run in (ADAMW_ALONE, ADAMW2_AUTO))
     element = {"-": "del", "+": "ins", " ": "span"}
     marked = (line for line in difflib.ndiff(before, after) if line[0] in element)

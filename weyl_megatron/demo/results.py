@@ -88,7 +88,7 @@ def claims(results: Results) -> list[Claim]:
             paper <= warmup + TOLERANCE and paper < unigram,
         ),
         Claim(
-            f"AdamW² with τ = auto and no warmup trains to no worse than AdamW with warmup: "
+            f"AdamW² with τ = balanced and no warmup trains to no worse than AdamW with warmup: "
             f"{auto:.3f} against {warmup:.3f}",
             auto <= warmup and auto < unigram,
         ),
