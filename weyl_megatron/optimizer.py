@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from weyl_megatron.guard import Guard
 from weyl_megatron.integrations import deepspeed, deepspeed_construction, unstepped
 from weyl_megatron.kernels import Stepped
-from weyl_megatron.kernels.stepped import Form, form_of
+from weyl_megatron.kernels.stepped import Form, check_form, extent_of, form_of
 from weyl_megatron.layouts.buffers import Buffer, Layout
 from weyl_megatron.layouts.modules import SeenModel
-from weyl_megatron.layouts.plain import dense, plain_buffer, why_foreign
+from weyl_megatron.layouts.plain import dense, is_frozen, plain_buffer, why_foreign
 from weyl_megatron.layouts.tensor_parallel import shardings_of
 from weyl_megatron.names import ParameterNames, take_names
 from weyl_megatron.saved import KEY, SavedVectors
@@ -135,6 +135,7 @@ class AdamW2(torch.optim.AdamW):
         self._has_noticed = False  # said what was guessed of the parameters
         self._buffers: dict[int, Buffer] | None = None  # the layout, by id of the tensor that is stepped; None: unread
         self._forms: dict[int, Form] = {}  # of these tensors when the layout was read
+        self._extents: dict[int, int] = {}  # in memory, of these forms
         self._is_plain = True  # no engine told the layout
         self._walks: dict[tuple[int, ...], Walk] = {}  # by the ids of the tensors that are stepped together
         self._saved = SavedVectors()  # of a loaded state dict, until their walk is there
@@ -179,7 +180,7 @@ class AdamW2(torch.optim.AdamW):
             self._measures_gradients, self._gradient_norms = False, {}
             self._names = ParameterNames()
             self._names.restore(self.param_groups, names)
-            self._buffers, self._forms, self._is_plain, self._walks = None, {}, True, {}
+            self._buffers, self._forms, self._extents, self._is_plain, self._walks = None, {}, {}, True, {}
         else:
             self.forget()
         for group in self.param_groups:
@@ -314,13 +315,21 @@ class AdamW2(torch.optim.AdamW):
         self._measures_gradients = False
         return self._gradient_norms
 
-    def _stepped(self, tensor: Tensor, weight: Tensor, group: dict[str, Any], name: str) -> Stepped | None:
-        """Return G, M and V of one tensor (lines 1 and 2), checked; None where it has no gradient."""
+    def _weight(self, buffer: Buffer) -> Tensor:
+        """Return what a buffer holds, checked, as a dense tensor."""
+        tensor, number = buffer.tensor, id(buffer.tensor)
+        check_form(tensor, self._forms[number], self._extents[number], "the weight", buffer.name)
+        return dense(tensor) if self._is_plain else tensor
+
+    def _stepped(self, buffer: Buffer, weight: Tensor, group: dict[str, Any]) -> Stepped | None:
+        """Return G, M and V of one buffer (lines 1 and 2), checked; None where it has no gradient."""
+        tensor = buffer.tensor
         if tensor.grad is None:
             return None
         if not self.state[tensor]:
             self.state[tensor] |= new_state(tensor, group, has_step=not self._step_in_group)
-        return gather(weight, tensor.grad, self.state[tensor], group, name)
+        form = self._forms[id(tensor)] if weight is tensor else form_of(weight)
+        return gather(weight, form, tensor.grad, self.state[tensor], group, buffer.name)
 
     def _count(self, tensors: Iterable[Tensor]) -> None:
         """Count the step of every tensor that has a gradient, once nothing can refuse it."""
@@ -377,9 +386,9 @@ class AdamW2(torch.optim.AdamW):
         for device, (buffers, groups) in by_device.items():
             with _on_device(device):
                 walk = self._walk(buffers, groups)
-                weights = [dense(buffer.tensor) for buffer in buffers] if self._is_plain else walk.tensors
+                weights = [self._weight(buffer) for buffer in buffers]
                 stepped = [
-                    self._stepped(buffer.tensor, weight, group, buffer.name)
+                    self._stepped(buffer, weight, group)
                     for buffer, weight, group in zip(buffers, weights, groups, strict=True)
                 ]
             turns.append(_Turn(walk, weights, stepped, groups))
@@ -429,6 +438,7 @@ class AdamW2(torch.optim.AdamW):
         self._notice()
         self._buffers = {id(buffer.tensor): buffer for buffer in layout.buffers}
         self._forms = {number: form_of(buffer.tensor) for number, buffer in self._buffers.items()}
+        self._extents = {number: extent_of(form) for number, form in self._forms.items()}
         self._walks = {}
 
     def _notice(self) -> None:
@@ -444,8 +454,12 @@ class AdamW2(torch.optim.AdamW):
         known = self._buffers or {}
         if any(form_of(buffer.tensor) != self._forms[number] for number, buffer in known.items()):
             return True
+        if not self._is_plain:
+            return False
+        if self._auto and any(is_frozen(b.tensor) != b.shards[0].parameter.is_frozen for b in known.values()):
+            return True  # others share the budget
         tensors = (tensor for group in self.param_groups for tensor in group["params"])
-        return self._is_plain and any(id(tensor) not in known and tensor.grad is not None for tensor in tensors)
+        return any(id(tensor) not in known and tensor.grad is not None for tensor in tensors)
 
     def _plain_buffers(self) -> list[Buffer]:
         names = self._names.resolve(self.param_groups)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from weyl_megatron.kernels import Hyper, Stepped
-from weyl_megatron.kernels.stepped import Form, check_form, check_memory, form_of
+from weyl_megatron.kernels.stepped import Form, check_form, extent_of
 
 #: The moments in a parameter's state, and what amsgrad adds.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -34,7 +34,9 @@ def _count(step: float) -> Tensor:
     return torch.tensor(step, dtype=torch.float64 if is_double else torch.float32, device="cpu")
 
 
-def gather(weight: Tensor, grad: Tensor, state: dict[str, Any], group: Mapping[str, Any], name: str) -> Stepped:
+def gather(
+    weight: Tensor, form: Form, grad: Tensor, state: dict[str, Any], group: Mapping[str, Any], name: str
+) -> Stepped:
     """Return G, M and V of one weight (Algorithm 1, lines 1 and 2), of its form and in its memory order.
 
     Moments in another order, of a checkpoint or from before the weight became channels_last, are
@@ -42,6 +44,7 @@ def gather(weight: Tensor, grad: Tensor, state: dict[str, Any], group: Mapping[s
 
     Args:
         weight: dense, of any order of dimensions in memory.
+        form: its form.
         grad: its gradient.
         state: its state, allocated.
         group: its parameter group; ``group["step"]`` counts where ``state`` has no step.
@@ -52,8 +55,6 @@ def gather(weight: Tensor, grad: Tensor, state: dict[str, Any], group: Mapping[s
     """
     if grad.is_sparse:
         raise ValueError(f"AdamW2: parameter '{name}' got a sparse gradient, it takes dense ones.")
-    form = form_of(weight)
-    check_memory(weight, f"parameter '{name}'")
     grad = _fitting(grad, weight, form, "the gradient", name)
     if group["maximize"]:
         grad = -grad
@@ -98,7 +99,10 @@ def check_loaded(tensor: Tensor, state: Mapping[str, Any], name: str, *, has_ste
 
 def _fitting(tensor: Tensor, weight: Tensor, form: Form, what: str, name: str) -> Tensor:
     """Return ``tensor`` in the memory order of ``weight``; raise ValueError where it is not of its form."""
-    check_form(tensor, form._replace(stride=tensor.stride()), f"{what} of parameter '{name}'")
-    if tensor.stride() == form.stride:
+    stride = tensor.stride()
+    if stride == form.stride:
+        check_form(tensor, form, tensor.numel(), what, name)
         return tensor
+    other = form._replace(stride=stride)
+    check_form(tensor, other, extent_of(other), what, name)
     return torch.empty_like(weight, requires_grad=False).copy_(tensor)

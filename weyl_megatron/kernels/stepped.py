@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import mul
 from typing import NamedTuple
 
 import torch
@@ -85,28 +86,30 @@ def form_of(tensor: Tensor) -> Form:
     return Form(tensor.shape, tensor.dtype, tensor.device, tensor.stride())
 
 
-def check_form(tensor: Tensor, form: Form, what: str) -> None:
-    """Raise ValueError where a tensor is of another form than the weight it belongs to, or has no memory.
+def extent_of(form: Form) -> int:
+    """Return from the first to behind the last of a tensor's elements in memory, in elements."""
+    steps = (size - 1 for size in form.shape)
+    return 0 if 0 in form.shape else 1 + sum(map(mul, steps, form.stride))
+
+
+def check_form(tensor: Tensor, form: Form, extent: int, what: str, name: str) -> None:
+    """Check that a kernel may go by a tensor's address: its form is ``form``, and its storage reaches to its end.
 
     Args:
-        tensor: a gradient or moment.
-        form: the weight's.
-        what: the tensor and its parameter, for the sentence.
+        tensor: W, G, M or V.
+        form: as the layout knows it.
+        extent: of that form.
+        what: W, G, M or V, for the sentence.
+        name: of the parameter, likewise.
+
+    Raises:
+        ValueError: it is of another form, or without memory.
     """
     if (tensor.shape, tensor.dtype, tensor.device, tensor.stride()) != form:
-        raise ValueError(f"AdamW2: {what} is {form_of(tensor)}, it takes its parameter's {form}.")
-    check_memory(tensor, what)
-
-
-def check_memory(tensor: Tensor, what: str) -> None:
-    """Raise ValueError where a tensor's storage ends before its last element, as after ``resize_(0)``."""
-    held = tensor.untyped_storage().nbytes()
-    if tensor.is_contiguous():
-        last = tensor.numel() - 1
-    else:
-        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    end = (tensor.storage_offset() + last + 1) * tensor.itemsize
-    if held < end and tensor.numel():
+        raise ValueError(f"AdamW2: {what} of parameter '{name}' is {form_of(tensor)}, it takes its parameter's {form}.")
+    held, end = tensor.untyped_storage().nbytes(), (tensor.storage_offset() + extent) * tensor.itemsize
+    if held < end and extent:
         raise ValueError(
-            f"AdamW2: {what} of shape {tuple(tensor.shape)} got a storage of {held} bytes, it takes {end}."
+            f"AdamW2: {what} of parameter '{name}', of shape {tuple(tensor.shape)}, got a storage of {held} bytes, "
+            f"it takes {end}."
         )
