@@ -52,6 +52,7 @@ setup(
             "expecttest>=0.3",  # torch's test modules, which hold its optimizer suite's inputs, import it
             "transformers>=5.23",  # models that `Watch` and `weyl-megatron plan` have to recognise
             "timm>=1.0.31",  # likewise
+            "peft>=0.21",  # adapters that have to learn; a test trains them under DeepSpeed
             "accelerate>=1.15",  # Hugging Face's Trainer takes it; a test trains through both
             "safetensors>=0.8",  # a checkpoint that `plan` reads
             "tensorboard>=2.21",  # a sink of `Watch`

@@ -19,6 +19,9 @@ _IO_NAME = re.compile(
     r"unembed(ding)?)(\.|$)"
 )
 
+#: What PEFT trains in full beside adapters: copies of modules, heads as a rule, and rows of an embedding.
+_IN_FULL = re.compile(r"\.(modules_to_save|trainable_tokens_delta)\.")
+
 
 def io_parameters(
     names: Iterable[str], model: nn.Module | Mapping[str, Kind] | None, patterns: Sequence[str] | None
@@ -67,7 +70,7 @@ def is_io_name(name: str) -> bool:
 def _is_io(name: str, kind: Kind | None) -> bool:
     """Whether a parameter is one: to its module, by its name, or as what PEFT trains in full beside adapters."""
     is_seen = kind is not None and kind.role in ("embedding", "head")
-    return is_seen or is_io_name(name) or ".modules_to_save." in name
+    return is_seen or is_io_name(name) or _IN_FULL.search(name) is not None
 
 
 def _is_adapter(name: str, kind: Kind | None) -> bool:

@@ -93,7 +93,8 @@ class Thresholds:
             kinds = {name: Kind("vector") for name, count in counts.items() if count == 0}
             kinds |= {name: entry.kind for name, entry in known.items() if entry.kind is not None}
             self._io = io_parameters(counts, kinds, settings.io)
-            self._hidden = sum(count for name, count in counts.items() if name not in self._io)
+            frozen = {parameter.name for parameter in parameters if parameter.is_frozen}
+            self._hidden = sum(count for name, count in counts.items() if name not in self._io | frozen)
 
     def notices(self) -> Iterator[str]:
         """Yield a sentence for each thing that was guessed, and how to tell it; on one rank where all have the same."""
@@ -204,12 +205,9 @@ class Thresholds:
 
 def _pairs_by_shape(layout: Layout) -> dict[str, str]:
     """Return the factors among whole parameters of which nothing is known but shapes."""
-    trained, is_partly_frozen = dict[str, tuple[int, ...]](), False
-    for buffer in layout.buffers:
-        for shard in buffer.shards:
-            if buffer.tensor.requires_grad:
-                trained[shard.parameter.name] = shard.parameter.whole_shape
-            is_partly_frozen |= not buffer.tensor.requires_grad and len(shard.parameter.shape) > 1
+    parameters = [shard.parameter for buffer in layout.buffers for shard in buffer.shards]
+    trained = {p.name: p.whole_shape for p in parameters if not p.is_frozen}
+    is_partly_frozen = any(p.is_frozen and len(p.shape) > 1 for p in parameters)
     known = {name for name, shape in trained.items() if is_io_name(name) or kind_by_name(name, shape) is not None}
     return low_rank_pairs(trained, known, is_partly_frozen=is_partly_frozen)
 

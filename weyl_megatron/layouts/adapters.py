@@ -42,6 +42,9 @@ _NO_MATRIX = re.compile(
     r"randlora_(lambda|gamma)|vblora_logits_[AB]|\w+_router)(\.|$)"
 )
 
+#: What PEFT lists beside adapters: copies of modules, and rows of an embedding.
+_NO_ADAPTERS = ("modules_to_save", "trainable_tokens_delta", "token_adapter.trainable_tokens_delta")
+
 #: How many times thinner than both outer sides a factor is, at least, where shapes alone tell: A (r, in) before
 #: B (out, r); and the other way round, in which an MLP lists its own two, up to 8 times.
 _THIN, _THIN_TURNED = 4, 9
@@ -71,7 +74,7 @@ def peft_parameters(model: nn.Module) -> set[str]:
     for path, module in model.named_modules(remove_duplicate=False):
         listed = getattr(module, "adapter_layer_names", ())
         for attribute in listed if isinstance(listed, (tuple, list)) else ():
-            held = getattr(module, attribute, None)
+            held = None if attribute in _NO_ADAPTERS else getattr(module, attribute, None)
             prefix = f"{path}.{attribute}" if path else attribute
             if isinstance(held, nn.Parameter):
                 found.add(prefix)

@@ -57,6 +57,7 @@ class Parameter(NamedTuple):
     fused: Fused | None = None  # what the engine knows of its parts
     kind: Kind | None = None  # what it is to its module, where that is seen
     order: tuple[int, ...] | None = None  # its dimensions as they lie in memory, the slowest first; None: in order
+    is_frozen: bool = False  # in a parameter group, and not stepped
 
     @property
     def spreads(self) -> tuple[Sharding, ...]:

@@ -20,7 +20,7 @@ from weyl_megatron.layouts.adapters import (
     peft_parameters,
 )
 from weyl_megatron.layouts.buffers import model_names
-from weyl_megatron.layouts.grid import Kind, guessed_form
+from weyl_megatron.layouts.grid import Kind
 
 _VECTOR, _MATRIX, _STACK = Kind("vector"), Kind("matrix"), Kind("experts")
 
@@ -142,7 +142,8 @@ def kind_by_name(name: str, shape: tuple[int, ...]) -> Kind | None:
         return _VECTOR
     if not is_adapter_name(name):
         return None
-    return Kind("matrix" if len(shape) < 3 else guessed_form(shape), role="adapter", partner=adapter_partner(name))
+    form = "matrix" if len(shape) < 3 else "convolution"
+    return Kind(form, role="adapter", partner=adapter_partner(name))
 
 
 def _adapters(model: nn.Module, named: Mapping[str, Tensor]) -> dict[str, str | None]:

@@ -25,8 +25,14 @@ def plain_buffer(tensor: Tensor, name: str, shardings: Mapping[int, Sharding], k
         kind_of_error = RuntimeError if tensor.is_meta else ValueError
         raise kind_of_error(f"AdamW2: parameter '{name}' {reason}.")
     order = None if tensor.is_contiguous() or not is_dense(tensor) else tuple(storage_order(tensor))
-    parameter = Parameter(name, tuple(tensor.shape), shardings.get(id(tensor)), kind=kind, order=order)
+    sharding, frozen = shardings.get(id(tensor)), is_frozen(tensor)
+    parameter = Parameter(name, tuple(tensor.shape), sharding, kind=kind, order=order, is_frozen=frozen)
     return Buffer(tensor, (Shard(parameter, 0, tensor.numel(), 0),))
+
+
+def is_frozen(tensor: Tensor) -> bool:
+    """Whether a parameter of a group is not stepped."""
+    return not tensor.requires_grad and tensor.grad is None
 
 
 def dense(tensor: Tensor) -> Tensor:
