@@ -32,7 +32,7 @@ properties: $(VENV)/.dev
 	WEYL_MEGATRON_EXAMPLES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults/test_properties.py
 
 # The C++ kernel under AddressSanitizer and UBSan: its own tests, and the optimizer's, which call it.
-ASAN_TESTS := tests/kernels tests/test_optimizer.py tests/test_state_dict.py
+ASAN_TESTS := tests/kernels tests/test_optimizer.py tests/test_state_dict.py tests/test_state.py
 
 asan: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.sanitizers -q -n $(JOBS) --dist loadfile $(ASAN_TESTS) \

@@ -417,7 +417,8 @@ class AdamW2(torch.optim.AdamW):
         if self._step_in_group:
             return float(self.param_groups[0]["step"])
         steps = (self.state[tensor]["step"] for tensor in walk.tensors if self.state.get(tensor))
-        return float(next(steps, 0.0))
+        first = next(steps, 0.0)
+        return float("nan") if isinstance(first, Tensor) and first.numel() != 1 else float(first)
 
     def _read_layout(self) -> None:
         """Find out what lies where in the tensors that are stepped, at the first step, when engines are done with them.
