@@ -21,7 +21,7 @@ test-large: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -s -m large
 
 # What a run may meet, and what becomes of it, as a table; docs/faults.md is the last one.
-FAULTS := tests/faults tests/test_guard.py tests/integrations/megatron/test_nonfinite.py \
+FAULTS := tests/faults tests/day tests/test_guard.py tests/integrations/megatron/test_nonfinite.py \
 	tests/integrations/megatron/test_checkpoints.py
 
 faults: $(VENV)/.dev
