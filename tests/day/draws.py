@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from tests.day import actions
+from tests.day import actions, model_actions
 from tests.day.actions import Action
+from tests.day.forms import DATA, DTYPES, GRADS, STATE
 from tests.day.play import Day
+from tests.day.state_dicts import EDITS
 from tests.day.worlds import PIECES
 
 numbers = st.integers(0, 5)
@@ -47,7 +49,7 @@ steps = st.one_of(
     st.builds(
         actions.StepByHand,
         seeds,
-        st.sampled_from([form for form in actions.GRADS if form != "sparse"]),
+        st.sampled_from([form for form in GRADS if form != "sparse"]),
         st.integers(1, 2),
     ),
 )
@@ -59,20 +61,20 @@ gentle = st.one_of(
     st.builds(
         actions.Load, st.sampled_from(["own", "saved", "AdamW's", "AdamW2's"]), st.sampled_from(_FITTING), numbers
     ),
-    st.builds(actions.LoadModel, flags),
-    st.builds(actions.SetData, numbers, st.sampled_from(_SAME_SHAPE), flags),
-    st.builds(actions.Replace, numbers, flags, st.sampled_from(_SAME_SHAPE)),
+    st.builds(model_actions.LoadModel, flags),
+    st.builds(model_actions.SetData, numbers, st.sampled_from(_SAME_SHAPE), flags),
+    st.builds(model_actions.Replace, numbers, flags, st.sampled_from(_SAME_SHAPE)),
     st.builds(actions.AddGroup, st.sampled_from(_SHAPES), st.sampled_from([None, 0.1])),
     st.builds(actions.AddFrozen, st.sampled_from(["uint8", "int64", "bool", "complex64", "float32", "float16"])),
-    st.builds(actions.Freeze, numbers, flags, flags),
-    st.builds(actions.To, st.sampled_from(["float32", "float64", "bfloat16"])),
-    st.builds(actions.ChannelsLast, flags),
+    st.builds(model_actions.Freeze, numbers, flags, flags),
+    st.builds(model_actions.To, st.sampled_from(["float32", "float64", "bfloat16"])),
+    st.builds(model_actions.ChannelsLast, flags),
     st.builds(actions.Copy, st.sampled_from(["deepcopy", "pickle", "file"])),
     st.builds(actions.NewOptimizer),
     _set(_OPTIONS),
-    st.builds(actions.Swap, flags),
-    st.builds(actions.Prune, numbers, flags),
-    st.builds(actions.WeightNorm, numbers, st.sampled_from(["old", "new", "removed"]), flags),
+    st.builds(model_actions.Swap, flags),
+    st.builds(model_actions.Prune, numbers, flags),
+    st.builds(model_actions.WeightNorm, numbers, st.sampled_from(["old", "new", "removed"]), flags),
     st.builds(
         actions.EditState,
         numbers,
@@ -87,16 +89,16 @@ gentle = st.one_of(
 
 #: After many of these it raises, at once or in the next step.
 rough = st.one_of(
-    st.builds(actions.Load, st.sampled_from(["own", "AdamW's", "AdamW2's"]), _one_of(actions.EDITS), numbers),
-    st.builds(actions.SetData, numbers, _one_of(actions.DATA), flags),
-    st.builds(actions.Replace, numbers, flags, _one_of(actions.DATA)),
+    st.builds(actions.Load, st.sampled_from(["own", "AdamW's", "AdamW2's"]), _one_of(EDITS), numbers),
+    st.builds(model_actions.SetData, numbers, _one_of(DATA), flags),
+    st.builds(model_actions.Replace, numbers, flags, _one_of(DATA)),
     st.builds(actions.AddGroup, st.just((3,)), st.none(), st.none() | numbers, flags),
     _set(_OTHER_OPTIONS),
-    st.builds(actions.To, st.sampled_from(list(actions.DTYPES)), flags),
-    st.builds(actions.EditState, numbers, st.sampled_from(["exp_avg", "exp_avg_sq", ""]), _one_of(actions.STATE)),
+    st.builds(model_actions.To, st.sampled_from(list(DTYPES)), flags),
+    st.builds(actions.EditState, numbers, st.sampled_from(["exp_avg", "exp_avg_sq", ""]), _one_of(STATE)),
     st.builds(actions.EditStep, numbers, st.sampled_from(["int", "float", "vector"])),
     st.builds(actions.ClearState, numbers, st.sampled_from(["exp_avg", "exp_avg_sq", "step"])),
-    st.builds(actions.GradOfDtype, numbers, st.sampled_from(list(actions.DTYPES))),
+    st.builds(actions.GradOfDtype, numbers, st.sampled_from(list(DTYPES))),
     st.builds(actions.StepByHand, seeds, st.just("sparse")),
 )
 
@@ -104,9 +106,9 @@ rough = st.one_of(
 _ROWS = ("more rows", "many more rows", "fewer rows")
 misfits = st.one_of(
     st.builds(actions.Load, st.sampled_from(["own", "AdamW's"]), st.sampled_from(_ROWS), numbers),
-    st.builds(actions.SetData, numbers, st.sampled_from(_ROWS), flags),
+    st.builds(model_actions.SetData, numbers, st.sampled_from(_ROWS), flags),
     st.builds(actions.EditState, numbers, st.sampled_from(["exp_avg", "exp_avg_sq", ""]), st.sampled_from(_ROWS)),
-    st.builds(actions.Replace, numbers, st.just(True), st.sampled_from(_ROWS)),
+    st.builds(model_actions.Replace, numbers, st.just(True), st.sampled_from(_ROWS)),
 )
 
 _pieces = st.lists(_one_of(PIECES), min_size=1, max_size=4).map(tuple)
