@@ -203,3 +203,35 @@ def test_what_is_frozen_takes_no_part_of_the_budget_until_it_is_trained() -> Non
         stats = optimizer.stats()
         assert len(stats) == shares
         assert [entry.tau for entry in stats.values()] == pytest.approx([0.144 / shares] * shares)
+
+
+def test_the_budget_leaves_an_adapter_the_paper_s_tau_however_many_there_are() -> None:
+    for pairs, tau in ((2, 0.144 / 4), (40, 0.01)):
+        named = [
+            (f"h.{number}.q.lora_{factor}.weight", nn.Parameter(torch.randn(shape)))
+            for number in range(pairs)
+            for factor, shape in (("A", (2, 8)), ("B", (8, 2)))
+        ]
+        optimizer = AdamW2(named, tau="balanced")
+        for _, param in named:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+        assert {entry.tau for entry in optimizer.stats().values()} == {tau}
+
+
+@pytest.mark.parametrize(("floor_std", "grows"), [(1e-3, True), (0.0, False)])
+def test_output_projections_that_are_0_at_the_start_move(floor_std: float, grows: bool) -> None:
+    """As in DiT and ControlNet, whose branches are 0 then. Each step adds τ of the floor, then of σ₁."""
+    torch.manual_seed(0)
+    net = Layers()
+    goal = wanted(net)
+    nn.init.zeros_(net.down.weight)
+    optimizer = AdamW2(net.named_parameters(), lr=1e-2, floor_std=floor_std, weight_decay=0.0)
+    for _ in range(150):
+        x = torch.randn(64, WIDTH)
+        optimizer.zero_grad()
+        functional.mse_loss(net(x), goal(x).detach()).backward()
+        optimizer.step()
+    sigma = float(torch.linalg.matrix_norm(net.down.weight.detach(), 2))
+    floor = random_sigma(WIDTH, HIDDEN, floor_std)
+    assert sigma > floor if grows else sigma == 0

@@ -63,7 +63,8 @@ class AdamW2(torch.optim.AdamW):
         power_iters: block power iterations per step at most; half of them where more would add nothing (the first step
             makes more).
         floor_std: σ₁(W) is taken for at least that of a random matrix of this standard deviation, so that
-            zero-initialised matrices move; 0 is the paper's rule, under which they stay zero for ever.
+            zero-initialised matrices move; 0 is the paper's rule, under which they stay zero for ever. Unless it is 0,
+            an adapter's factors (LoRA's A and B) are taken for at least a Xavier matrix.
         clip_vectors: bound 1-D parameters, too.
         io: patterns (``fnmatch``) of the names of embeddings, positions and head, for ``tau="balanced"``; None: find
             out.

@@ -13,6 +13,10 @@ HIDDEN_BUDGET = 0.144
 #: τ of embeddings, positions and the head under tau="auto".
 IO_TAU = 0.1
 
+#: The least τ of an adapter's factor under tau="balanced": a share of the budget among hundreds of factors, each beside
+#: a frozen weight, would not let them learn (docs/adapters.md).
+ADAPTER_TAU = 0.01
+
 #: Up to this τ a weight changes so slowly that half the iterations of an update find its σ₁ as well.
 SLOW_TAU = 0.05
 

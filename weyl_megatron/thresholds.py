@@ -23,7 +23,7 @@ from weyl_megatron.layouts.grid import (
 )
 from weyl_megatron.layouts.modules import kind_by_name
 from weyl_megatron.roles import io_parameters, is_io_name
-from weyl_megatron.rule import HIDDEN_BUDGET, IO_TAU, SLOW_TAU, random_sigma, xavier_std
+from weyl_megatron.rule import ADAPTER_TAU, HIDDEN_BUDGET, IO_TAU, SLOW_TAU, random_sigma, xavier_std
 from weyl_megatron.settings import BALANCED, Settings, read_tau
 
 #: What :class:`weyl_megatron.names.ParameterNames` calls parameters that have no name.
@@ -189,6 +189,8 @@ class Thresholds:
                 "AdamW2: a parameter group's tau became 'balanced' after construction, it takes a number now."
             )
         share = IO_TAU if parameter.name in self._io else HIDDEN_BUDGET / self._hidden
+        if self._is_adapter(parameter):
+            share = max(share, ADAPTER_TAU)
         return random_sigma(rows, cols, xavier_std(rows, cols)), share
 
     def _floor(self, parameter: Parameter, rows: int, cols: int) -> float:
@@ -197,10 +199,14 @@ class Thresholds:
         Rule 1 would have it grow by τ of itself. Xavier's σ₁ stands for the frozen weight's, which quantisation and
         engines hide: benchmarks/adapters.py has the others that were tried.
         """
-        std, kind = self._settings.floor_std, self._kind(parameter)
-        if std > 0 and kind is not None and kind.role == "adapter":
+        std = self._settings.floor_std
+        if std > 0 and self._is_adapter(parameter):
             std = max(std, xavier_std(rows, cols))
         return random_sigma(rows, cols, std)
+
+    def _is_adapter(self, parameter: Parameter) -> bool:
+        kind = self._kind(parameter)
+        return kind is not None and kind.role == "adapter"
 
 
 def _pairs_by_shape(layout: Layout) -> dict[str, str]:
