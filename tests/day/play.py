@@ -63,7 +63,10 @@ def _act(worlds: list[World], action: Action, verdict: Verdict) -> bool:
     before = [[param.detach().clone() for param in world.params] for world in worlds]
     if isinstance(action, Load):
         for world in worlds:
-            world.current = copy.deepcopy(world.optimizer.state_dict())
+            try:
+                world.current = copy.deepcopy(world.optimizer.state_dict())
+            except Exception as failed:
+                raise Wrong(f"[{world.kind}] no state dict: {type(failed).__name__}: {failed}") from None
     error = _raised(theirs, action)
     refusals: list[BaseException] = []
     wrongs: list[str] = []
@@ -92,7 +95,7 @@ def _act(worlds: list[World], action: Action, verdict: Verdict) -> bool:
         return False
     if error is not None:
         verdict.refused += 1
-        if not action.is_whole:
+        if not action.is_whole or isinstance(error, KeyError):  # which torch raises halfway through loading
             return False
     for world, old in zip(ours, before[1:], strict=True):
         try:
