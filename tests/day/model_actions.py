@@ -168,6 +168,8 @@ class WeightNorm(Action):
         else:
             remove_weight_norm(module)
         new = [(name, param) for name, param in world.net.named_parameters() if id(param) not in known]
+        for _, param in new:  # the old way leaves them in the memory of the weight that the optimizer still has
+            param.data = world.copied(param.data)
         if self.adds and new:
             group = {"params": new if world.named else [param for _, param in new]}
             world.optimizer.add_param_group(group)
