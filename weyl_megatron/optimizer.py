@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -440,7 +441,10 @@ class AdamW2(torch.optim.AdamW):
         self._notice()
         self._buffers = {id(buffer.tensor): buffer for buffer in layout.buffers}
         self._forms = {number: form_of(buffer.tensor) for number, buffer in self._buffers.items()}
-        self._extents = {number: extent_of(form) for number, form in self._forms.items()}
+        # Of an engine's tensors kernels take all elements in a row; of others a copy is made where they do not lie so.
+        self._extents = {
+            number: extent_of(form) if self._is_plain else prod(form.shape) for number, form in self._forms.items()
+        }
         self._walks = {}
 
     def _notice(self) -> None:

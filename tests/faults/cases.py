@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from weyl_megatron.layouts.buffers import Parameter
-from weyl_megatron.layouts.grid import Fused, Sharding, interleaved
+from weyl_megatron.layouts.grid import Fused, Sharding, guessed_form, interleaved
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,12 @@ def cases(draw: st.DrawFn) -> Case:
         {"lr": draw(st.sampled_from([0.05, 1e-3, 1.0])), "weight_decay": decay, "tau": draw(tau)}
         for decay in (0.1, 0.0)
     )
-    told = [{"match": weight.name, "fused": 2} for weight in drawn if weight.kind == "told"]
+    told: list[dict[str, Any]] = [{"match": weight.name, "fused": 2} for weight in drawn if weight.kind == "told"]
+    told += [  # no name tells, and of some shapes a convolution is more likely
+        {"match": weight.name, "kind": "experts"}
+        for weight in drawn
+        if weight.kind == "stack" and guessed_form(weight.shape) != "experts"
+    ]
     return Case(
         *(drawn, tp, dp, layout, tuple(sorted(draw(st.lists(SHARE, min_size=dp - 1, max_size=dp - 1))))),
         *(draw(st.integers(0, 2)), tuple(draw(st.lists(st.sampled_from(GRADIENTS), min_size=1, max_size=4)))),

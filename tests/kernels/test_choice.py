@@ -67,6 +67,20 @@ def test_without_a_working_compiler_the_plain_path_steps_and_says_so_once(
     assert torch.allclose(weight, expected, rtol=1e-5, atol=1e-6)  # roundings of two steps
 
 
+def test_a_c_compiler_that_cxx_names_builds_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PEFT's BOFT leaves the environment where it cannot build its extension: CC and CXX are "gcc"."""
+    if shutil.which("gcc") is None:
+        pytest.skip("there is no gcc")
+    monkeypatch.setenv("CXX", "gcc")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    cpu.library.cache_clear()
+    try:
+        assert kernel_of(stepped()[0]) == "cpu"
+        assert list(tmp_path.rglob("cpu_step-*.so"))
+    finally:
+        cpu.library.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_dtype_that_the_kernel_does_not_take_is_stepped_by_the_plain_path(
     dtype: torch.dtype, caplog: pytest.LogCaptureFixture

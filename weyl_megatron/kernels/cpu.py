@@ -12,6 +12,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -221,7 +222,7 @@ def build() -> Path:
     compiler = find_compiler()
     if compiler is None:
         raise OSError("there is no C++ compiler (c++, g++, clang++, or the one that CXX names)")
-    flags = [*_FLAGS, *_machine_flags(), *shlex.split(os.environ.get(FLAGS, ""))]
+    flags = [*_FLAGS, *_machine_flags(), *_library_flags(compiler), *shlex.split(os.environ.get(FLAGS, ""))]
     key = hashlib.sha256(_SOURCE.read_bytes() + " ".join([compiler, *flags, _cpu()]).encode()).hexdigest()[:16]
     folder = cache_folder()
     path = folder / f"cpu_step-{key}.so"
@@ -229,7 +230,7 @@ def build() -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             built = Path(temporary) / path.name
             run = subprocess.run(
-                [compiler, *flags, str(_SOURCE), "-o", str(built)], capture_output=True, text=True, check=False
+                [compiler, str(_SOURCE), *flags, "-o", str(built)], capture_output=True, text=True, check=False
             )
             if run.returncode != 0:
                 raise OSError(f"{compiler} failed: {run.stderr.strip()[-500:]}")
@@ -256,6 +257,12 @@ def cache_folder() -> Path:
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise OSError(f"{folder} can be written by others than this user")
     return folder
+
+
+def _library_flags(compiler: str) -> list[str]:
+    """Return what links C++'s library where ``CXX`` names a C compiler, as PEFT's BOFT leaves it behind."""
+    is_for_c = re.fullmatch(r"(.*-)?(gcc|cc|clang)(-[\d.]+)?", Path(compiler).name) is not None
+    return ["-lstdc++"] if is_for_c and platform.system() == "Linux" else []
 
 
 def _machine_flags() -> list[str]:

@@ -68,7 +68,7 @@ def interleaved(pattern: Sequence[int], labels: Sequence[str], rows: int, start:
         rows: of the whole weight, a multiple of the period.
         start, stop: the band that this rank holds; may begin and end anywhere in the pattern.
     """
-    period = sum(pattern)
+    period = max(1, sum(pattern))  # of a weight without columns it is 0
     pieces = []
     for repeat in range(start // period, -(-stop // period)):
         begin = repeat * period
