@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.models import MODELS
 from weyl_megatron import AdamW2
-from weyl_megatron.kernels.stepped import check_form, extent_of, form_of
+from weyl_megatron.kernels.stepped import check_form, check_memory, extent_of, form_of, has_form
 
 
 def milliseconds(run: Callable[[], object], rounds: int) -> float:
@@ -43,8 +43,9 @@ def measure(shape: str, rounds: int) -> tuple[float, float]:
     def check() -> None:
         for param, form, extent, name in known:
             state = optimizer.state[param]
-            assert form_of(param) == form and param.grad is not None  # what tells that a layout is to be read anew
-            for tensor in (param, param.grad, state["exp_avg"], state["exp_avg_sq"]):
+            assert has_form(param, form) and param.grad is not None  # or the layout is read anew
+            check_memory(param, extent, "", name)
+            for tensor in (param.grad, state["exp_avg"], state["exp_avg_sq"]):
                 check_form(tensor, form, extent, "", name)
 
     return milliseconds(check, rounds), milliseconds(optimizer.step, rounds)

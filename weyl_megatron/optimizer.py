@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from weyl_megatron.guard import Guard
 from weyl_megatron.integrations import deepspeed, deepspeed_construction, unstepped
 from weyl_megatron.kernels import Stepped
-from weyl_megatron.kernels.stepped import Form, check_form, extent_of, form_of
+from weyl_megatron.kernels.stepped import Form, check_memory, extent_of, form_of, has_form
 from weyl_megatron.layouts.buffers import Buffer, Layout
 from weyl_megatron.layouts.modules import SeenModel
 from weyl_megatron.layouts.plain import dense, is_frozen, plain_buffer, why_foreign
@@ -320,7 +320,7 @@ class AdamW2(torch.optim.AdamW):
     def _weight(self, buffer: Buffer) -> Tensor:
         """Return what a buffer holds, checked, as a dense tensor."""
         tensor, number = buffer.tensor, id(buffer.tensor)
-        check_form(tensor, self._forms[number], self._extents[number], "the weight", buffer.name)
+        check_memory(tensor, self._extents[number], "the weight", buffer.name)  # its form was read in this step
         return dense(tensor) if self._is_plain else tensor
 
     def _stepped(self, buffer: Buffer, weight: Tensor, group: dict[str, Any]) -> Stepped | None:
@@ -458,7 +458,7 @@ class AdamW2(torch.optim.AdamW):
     def _is_laid_out_anew(self) -> bool:
         """Whether a tensor came, or has another shape, dtype, device or memory order than when the layout was read."""
         known = self._buffers or {}
-        if any(form_of(buffer.tensor) != self._forms[number] for number, buffer in known.items()):
+        if not all(has_form(buffer.tensor, self._forms[number]) for number, buffer in known.items()):
             return True
         if not self._is_plain:
             return False

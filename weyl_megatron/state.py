@@ -99,10 +99,9 @@ def check_loaded(tensor: Tensor, state: Mapping[str, Any], name: str, *, has_ste
 
 def _fitting(tensor: Tensor, weight: Tensor, form: Form, what: str, name: str) -> Tensor:
     """Return ``tensor`` in the memory order of ``weight``; raise ValueError where it is not of its form."""
-    stride = tensor.stride()
-    if stride == form.stride:
+    if tensor.stride() == form.stride:
         check_form(tensor, form, tensor.numel(), what, name)
         return tensor
-    other = form._replace(stride=stride)
+    other = form._replace(stride=tensor.stride())
     check_form(tensor, other, extent_of(other), what, name)
     return torch.empty_like(weight, requires_grad=False).copy_(tensor)

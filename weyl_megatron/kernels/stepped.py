@@ -92,14 +92,19 @@ def extent_of(form: Form) -> int:
     return 0 if 0 in form.shape else 1 + sum(map(mul, steps, form.stride))
 
 
+def has_form(tensor: Tensor, form: Form) -> bool:
+    """Whether a tensor is of a form."""
+    return (tensor.shape, tensor.dtype, tensor.device, tensor.stride()) == form
+
+
 def check_form(tensor: Tensor, form: Form, extent: int, what: str, name: str) -> None:
     """Check that a kernel may go by a tensor's address: its form is ``form``, and its storage reaches to its end.
 
     Args:
-        tensor: W, G, M or V.
-        form: as the layout knows it.
+        tensor: G, M or V.
+        form: the weight's, as the layout knows it.
         extent: of that form.
-        what: W, G, M or V, for the sentence.
+        what: G, M or V, for the sentence.
         name: of the parameter, likewise.
 
     Raises:
@@ -107,7 +112,13 @@ def check_form(tensor: Tensor, form: Form, extent: int, what: str, name: str) ->
     """
     if (tensor.shape, tensor.dtype, tensor.device, tensor.stride()) != form:
         raise ValueError(f"AdamW2: {what} of parameter '{name}' is {form_of(tensor)}, it takes its parameter's {form}.")
-    held, end = tensor.untyped_storage().nbytes(), (tensor.storage_offset() + extent) * tensor.itemsize
+    check_memory(tensor, extent, what, name)
+
+
+def check_memory(tensor: Tensor, extent: int, what: str, name: str) -> None:
+    """Raise ValueError where a tensor's storage ends before its ``extent`` elements do, as after ``resize_(0)``."""
+    end = (tensor.storage_offset() + extent) * tensor.itemsize
+    held = tensor.untyped_storage().nbytes()
     if held < end and extent:
         raise ValueError(
             f"AdamW2: {what} of parameter '{name}', of shape {tuple(tensor.shape)}, got a storage of {held} bytes, "
