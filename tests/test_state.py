@@ -63,6 +63,17 @@ def test_a_state_of_another_shape_is_refused_when_it_is_loaded(shape: tuple[int,
     assert optimizer.state[weight]["step"] == 1 and not torch.equal(weight, before)
 
 
+def test_a_state_whose_count_is_gone_is_written_and_not_stepped() -> None:
+    weight = nn.Parameter(torch.ones(2, 2))
+    weight.grad = torch.ones(2, 2)
+    optimizer = AdamW2([("w", weight)])
+    optimizer.step()
+    del optimizer.state[weight]["step"]
+    assert set(optimizer.state_dict()["state"][0]) == {"exp_avg", "exp_avg_sq"}
+    with pytest.raises(ValueError, match="'step' of parameter 'w' got none, it takes a number"):
+        optimizer.step()
+
+
 def test_a_state_dict_of_another_number_of_parameters_is_refused() -> None:
     one, two = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
     saved = torch.optim.AdamW([one]).state_dict()

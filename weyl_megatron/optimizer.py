@@ -418,9 +418,10 @@ class AdamW2(torch.optim.AdamW):
     def _steps_done(self, walk: Walk) -> float:
         if self._step_in_group:
             return float(self.param_groups[0]["step"])
-        steps = (self.state[tensor]["step"] for tensor in walk.tensors if self.state.get(tensor))
+        steps = (self.state[tensor].get("step") for tensor in walk.tensors if self.state.get(tensor))
         first = next(steps, 0.0)
-        return float("nan") if isinstance(first, Tensor) and first.numel() != 1 else float(first)
+        is_number = isinstance(first, float | int) or (isinstance(first, Tensor) and first.numel() == 1)
+        return float(first) if is_number else float("nan")  # which no checkpoint's is
 
     def _read_layout(self) -> None:
         """Find out what lies where in the tensors that are stepped, at the first step, when engines are done with them.
