@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -417,6 +418,19 @@ def test_names_lose_what_wrappers_put_in_front() -> None:
     optimizer = AdamW2([("module._orig_mod.h.0.weight", weight)])
     optimizer.step()
     assert set(optimizer.stats()) == {"h.0.weight"}
+
+
+def test_a_step_warns_of_nothing() -> None:
+    """torch 2.14 deprecates the older of two names of one check, which an optimizer may call."""
+    weight = nn.Parameter(torch.randn(8, 6))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = AdamW2([("w", weight)], lr=0.1)
+        for _ in range(2):
+            weight.grad = torch.randn(8, 6)
+            optimizer.step()
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        optimizer.step()
 
 
 def test_a_compiled_step_is_not_traced() -> None:
