@@ -43,6 +43,12 @@ DIFFERENCES = (
         r"capturable got True|lr got '0\.1'",
     ),
     Difference(
+        "capturable=True in a state that was loaded",
+        "it becomes False, as counts are on the host; AdamW on a CPU refuses it in the next step",
+        "If capturable=True, params and state_steps must be on supported devices",
+        "",
+    ),
+    Difference(
         "decoupled_weight_decay=False in a group",
         "that is Adam, whose weight decay is part of U: Rule 1 bounds another update",
         "",
@@ -59,6 +65,12 @@ DIFFERENCES = (
         "moments in another memory order than the weight's are copied into that, and this is one",
         "more than one element of the written-to tensor refers to a single memory location",
         "",
+    ),
+    Difference(
+        "a moment without memory of a parameter of one number",
+        "torch takes what has no dimension from any device, from meta, too, and then steps by anything",
+        "",
+        r"on meta, it takes its parameter's \(\),",
     ),
     Difference(
         "a weight of another dtype than its gradient and moments, which are of one",

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -26,8 +27,8 @@ from tests.day.actions import Step
 from tests.day.play import Day, Verdict, play
 from tests.processes import ROOT
 
-#: Seconds that a day may take.
-LIMIT = 60
+#: Seconds of CPU time that a day may take, and of any time, of which a busy machine may give it little.
+LIMIT, WAIT = 60, 900
 
 
 class Server:
@@ -56,7 +57,7 @@ class Server:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
         self._process.stdout.close()
-        self._process.wait(LIMIT)
+        self._process.wait(WAIT)
 
     def play(self, day: Day) -> Verdict:
         """Play a day in a process of its own."""
@@ -88,7 +89,8 @@ def fork(day: Day, fault: str = "") -> Verdict:
 def _live(day: Day, fault: str, pipe: int) -> None:
     """Be the child: tell the number of every action before it is played, and the verdict at the end."""
     faulthandler.enable()
-    signal.alarm(LIMIT)
+    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
+    signal.alarm(WAIT)
     try:
         with os.fdopen(pipe, "w", encoding="utf-8", buffering=1) as told:
             faults.plant(fault)
