@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import Phase, given, settings
 
-from tests.day.actions import Action, EditState, GradOfDtype, Load, Save, SetOption, Step, StepByHand
+from tests.day.actions import Action, ClearState, EditState, GradOfDtype, Load, Save, SetOption, Step, StepByHand
 from tests.day.draws import days
 from tests.day.faults import FAULTS
 from tests.day.model_actions import Replace, SetData, Swap
@@ -53,6 +53,7 @@ KNOWN = {
     ),
     "a moment that is a number": Day(("linear",), (Step(0), EditState(0, "exp_avg", "a number"), Step(1))),
     "a gradient of one number": Day(("linear",), (StepByHand(0, "expanded"), StepByHand(1, "expanded"))),
+    "a state without its count": Day(("linear",), (Step(0), ClearState(0, "step"), Load("own"), Step(1))),
     "a β of 1": Day(("linear",), (Step(0), SetOption("betas", (1.0, 0.9)), Step(1))),
     "a rate in words": Day(("linear",), (Step(0), SetOption("lr", "0.1"), Step(1))),
     "a state that moved on": Day(("linear",), (Step(0), Save("as it is"), Step(1), Load("saved"), Step(2))),
