@@ -240,9 +240,7 @@ class AdamW2(torch.optim.AdamW):
             self._saved.match([], [])
             return
         names = ParameterNames()
-        for group, saved in zip(self.param_groups, saved_groups, strict=True):
-            params = group["params"]
-            names.add(params, [*saved.get("param_names", ()), *[None] * len(params)][: len(params)])
+        names.restore(self.param_groups, [saved.get("param_names", ()) for saved in saved_groups])
         self._saved.match(self._names.listed(), names.listed())
 
     def forget(self) -> None:
@@ -404,7 +402,7 @@ class AdamW2(torch.optim.AdamW):
     def _walk(self, buffers: list[Buffer], groups: list[dict[str, Any]]) -> Walk:
         key = tuple(id(buffer.tensor) for buffer in buffers)
         is_amsgrad = any(group["amsgrad"] for group in groups)
-        is_adamw = not self._settings.overrides and all(group["tau"] == float("inf") for group in groups)
+        is_adamw = self._is_adamw(groups)
         walk = self._walks.get(key)
         if walk is None or (walk.is_adamw, walk.is_amsgrad) != (is_adamw, is_amsgrad):
             # It takes the place of older walks over some of these tensors, from before others were frozen or unfrozen.
@@ -412,8 +410,13 @@ class AdamW2(torch.optim.AdamW):
             iters = self._settings.power_iters
             walk = Walk(buffers, self._thresholds, iters, is_adamw=is_adamw, is_amsgrad=is_amsgrad)
             self._walks[key] = walk
-        self._saved.give(walk, self._steps_done(walk))
+        if self._saved.is_pending:
+            self._saved.give(walk, self._steps_done(walk))
         return walk
+
+    def _is_adamw(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether every τ is infinite."""
+        return not self._settings.overrides and all(group["tau"] == float("inf") for group in groups)
 
     def _steps_done(self, walk: Walk) -> float:
         if self._step_in_group:
@@ -450,8 +453,7 @@ class AdamW2(torch.optim.AdamW):
 
     def _notice(self) -> None:
         """Log, once, what was guessed of the parameters, where a τ hangs on it."""
-        is_adamw = not self._settings.overrides and all(group["tau"] == float("inf") for group in self.param_groups)
-        if not (self._has_noticed or is_adamw):
+        if not (self._has_noticed or self._is_adamw(self.param_groups)):
             for sentence in self._thresholds.notices():
                 self._has_noticed = True
                 _log.warning(sentence)

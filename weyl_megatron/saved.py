@@ -50,6 +50,11 @@ class SavedVectors:
                 self._pending[_renamed(name, names)] = Carried(record["step"], *of_matrix)
         return bool(records)
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether anything waits for its matrix."""
+        return bool(self._pending)
+
     def clear(self) -> None:
         """Drop what was taken."""
         self._pending.clear()

@@ -110,7 +110,7 @@ def check_form(tensor: Tensor, form: Form, extent: int, what: str, name: str) ->
     Raises:
         ValueError: it is of another form, or without memory.
     """
-    if (tensor.shape, tensor.dtype, tensor.device, tensor.stride()) != form:
+    if not has_form(tensor, form):
         raise ValueError(f"AdamW2: {what} of parameter '{name}' is {form_of(tensor)}, it takes its parameter's {form}.")
     check_memory(tensor, extent, what, name)
 

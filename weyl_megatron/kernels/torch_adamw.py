@@ -5,6 +5,7 @@ The order of the operations is what makes AdamW2 with τ = ∞ equal to torch's 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from weyl_megatron.kernels.stepped import Hyper
@@ -16,8 +17,7 @@ def adamw_moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, largest: Te
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)  # type: ignore[arg-type]
     if largest is not None:
-        # Not torch.maximum into itself: rows of a tile overlap nothing, but torch cannot see that.
-        largest.copy_(largest.maximum(exp_avg_sq))
+        torch.maximum(largest, exp_avg_sq, out=largest)
 
 
 def adamw_direction(exp_avg: Tensor, second: Tensor, hyper: Hyper) -> Tensor:
