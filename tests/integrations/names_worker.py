@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests import net as nets
+from tests.integrations.said import Said
 from weyl_megatron import AdamW2
 
 EARLY_NET = nets.make_net()
@@ -47,15 +48,6 @@ def wrapped(kind: str) -> nn.Module:
     if kind == "checkpointed":
         net.up, net.down = checkpoint_wrapper(net.up), checkpoint_wrapper(net.down)
     return net  # type: ignore[no-any-return]
-
-
-class Said(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
 
 
 def train(net: nn.Module, stage: int, params: dict[str, Any] | None = None, **given: Any) -> Any:

@@ -21,25 +21,10 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tests.integrations.huggingface import tiny
+from tests.integrations.said import Said
 from weyl_megatron.integrations.leave import leave
 
 JSON = Path(__file__).parents[3] / "examples/deepspeed"
-
-
-class Said(logging.Handler):
-    """Keeps what AdamW2 logs as errors."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-    def take(self) -> list[str]:
-        taken, self.lines = self.lines, []
-        return taken
-
 
 SAID = Said()
 
