@@ -21,8 +21,8 @@ test-large: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -s -m large
 
 # What a run may meet, and what becomes of it, as a table; docs/faults.md is the last one.
-FAULTS := tests/faults tests/day tests/test_guard.py tests/integrations/megatron/test_nonfinite.py \
-	tests/integrations/megatron/test_checkpoints.py
+FAULTS := tests/faults tests/day tests/test_nonfinite.py tests/engines/megatron/test_nonfinite.py \
+	tests/engines/megatron/test_checkpoints.py
 
 faults: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(FAULTS) --faults docs/faults.md
@@ -81,7 +81,7 @@ megatron-%:
 	test -x .venv-megatron-$*/bin/python || $(MEGATRON_PYTHON) -m venv .venv-megatron-$*
 	.venv-megatron-$*/bin/python -m pip install --quiet --disable-pip-version-check pytest hypothesis einops \
 		torch==$(lastword $(subst +, ,$*)) megatron-core==$(firstword $(subst +, ,$*)) -e ".[examples]"
-	OMP_NUM_THREADS=1 .venv-megatron-$*/bin/python -m pytest -q tests/integrations/megatron tests/examples tests/patches
+	OMP_NUM_THREADS=1 .venv-megatron-$*/bin/python -m pytest -q tests/engines/megatron tests/examples tests/patches
 
 $(VENV)/.demo: setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

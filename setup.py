@@ -1,4 +1,6 @@
-"""Packaging. Every dependency has the oldest release that `make test-matrix` runs, and its reason."""
+"""Packaging. Every dependency has the oldest release that `make test-matrix` runs, and its
+reason.
+"""
 
 import re
 from pathlib import Path
@@ -6,13 +8,18 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "weyl_megatron/__init__.py").read_text(), re.M)
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "weyl_megatron/__init__.py").read_text(), re.M
+)
 assert VERSION is not None
 
 setup(
     name="weyl-megatron",
     version=VERSION[1],
-    description="AdamW²: train Transformers without learning-rate warmup, under DeepSpeed, Megatron and PyTorch",
+    description=(
+        "AdamW²: train Transformers without learning-rate warmup, under DeepSpeed, "
+        "Megatron and PyTorch"
+    ),
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -20,18 +27,26 @@ setup(
     packages=find_packages(include=["weyl_megatron", "weyl_megatron.*"]),
     package_data={"weyl_megatron": ["py.typed", "kernels/*.cpp"]},
     install_requires=[
-        "torch>=2.5",  # 2.5 is the first that loads plugins at import, which is how DeepSpeed finds the name AdamW2
+        # 2.5 is the first that loads plugins at import, which is how DeepSpeed finds the name
+        # AdamW2
+        "torch>=2.5",
     ],
     extras_require={
-        "deepspeed": ["deepspeed>=0.16.9"],  # the engine; not required, so that Megatron's users need not install it
-        "megatron": ["megatron-core>=0.14"],  # the other engine, imported by integrations.megatron.enable()
+        "deepspeed": [
+            "deepspeed>=0.16.9"
+        ],  # the engine; not required, so that Megatron's users need not install it
+        "megatron": [
+            "megatron-core>=0.14"
+        ],  # the other engine, imported by integrations.megatron.enable()
         "examples": [
             "megatron-core>=0.14",  # the models and datasets of examples/megatron
             "deepspeed>=0.16.9",  # the engine of examples/deepspeed
             "sentencepiece>=0.2.3",  # the tokenizer of both
             "pyyaml>=6.0.3",  # their recipes
             "psutil>=7",  # megatron-core's checkpoint writers hang without it
-            "timm>=1.0.31",  # the image models and augmentations of examples/deepspeed; brings torchvision and pillow
+            # the image models and augmentations of examples/deepspeed; brings torchvision and
+            # pillow
+            "timm>=1.0.31",
             "scikit-learn>=1.7",  # the digits, for a machine without images
         ],
         "plan": [
@@ -49,7 +64,8 @@ setup(
             "ruff>=0.17.6",  # lint and format
             "pre-commit>=4.7",  # both before a commit
             "numpy>=2.2",  # torch warns on every import without it
-            "expecttest>=0.3",  # torch's test modules, which hold its optimizer suite's inputs, import it
+            # torch's test modules, which hold its optimizer suite's inputs, import it
+            "expecttest>=0.3",
             "transformers>=5.23",  # models that `Watch` and `weyl-megatron plan` have to recognise
             "timm>=1.0.31",  # likewise
             "peft>=0.21",  # adapters that have to learn; a test trains them under DeepSpeed
@@ -57,12 +73,13 @@ setup(
             "safetensors>=0.8",  # a checkpoint that `plan` reads
             "tensorboard>=2.21",  # a sink of `Watch`
             "wandb>=0.31",  # likewise; offline
-            "einops>=0.8",  # megatron-core asks for it where several distributed optimizers share the replicas
+            # megatron-core asks for it where several distributed optimizers share the replicas
+            "einops>=0.8",
         ],
     },
     entry_points={
         "console_scripts": ["weyl-megatron = weyl_megatron.cli:main"],
-        "torch.backends": ["weyl_megatron = weyl_megatron.integrations.torch_plugin:register"],
+        "torch.backends": ["weyl_megatron = weyl_megatron.engines.torch.plugin:register"],
     },
     classifiers=[
         "License :: OSI Approved :: Apache Software License",

@@ -1,12 +1,14 @@
-"""What bounds a matrix that is 0 at the start: LoRA's B, or the output projections of a model that starts as identity.
+"""What bounds a matrix that is 0 at the start: LoRA's B, or the output projections of a model that
+starts as identity.
 
     python -m benchmarks.adapters [regression text zeros methods] [--seeds 0 1 2]     about 20 minutes on one core
 
-Rule 1 takes τ σ₁(W) for the bound, which is 0 for W = 0. A row is what stands for σ₁(W), measured exactly; a column a
-rate, the mean final loss over the seeds under it. ``regression``: a frozen net of two layers, LoRA r = 8, fitted to
-itself plus a low-rank difference. ``text``: a GPT trained on the standard library's sources, LoRA on Python's English
-language reference. ``zeros``: that GPT from its start, o and proj zero, on the sources.
-``methods``: a GPT-2 of that size, trained and adapted on the same texts by PEFT's methods, as AdamW2 is.
+Rule 1 takes τ σ₁(W) for the bound, which is 0 for W = 0. A row is what stands for σ₁(W), measured
+exactly; a column a rate, the mean final loss over the seeds under it. ``regression``: a frozen net
+of two layers, LoRA r = 8, fitted to itself plus a low-rank difference. ``text``: a GPT trained on
+the standard library's sources, LoRA on Python's English language reference. ``zeros``: that GPT
+from its start, o and proj zero, on the sources. ``methods``: a GPT-2 of that size, trained and
+adapted on the same texts by PEFT's methods, as AdamW2 is.
 """
 
 from __future__ import annotations
@@ -79,7 +81,9 @@ def of_partner(matrix: Matrix) -> float:
 
 
 def of_product(matrix: Matrix) -> float:
-    """Return the σ₁ of which a share τ changes the product by a share τ of the frozen weight's σ₁."""
+    """Return the σ₁ of which a share τ changes the product by a share τ of the frozen weight's
+    σ₁.
+    """
     other = ALPHA / RANK * sigma(matrix.partner)
     return matrix.base / other if other > 0 else inf
 
@@ -217,7 +221,9 @@ def english() -> Tensor:
 
 @cache
 def pretrained(layers: int = 2) -> GPT:
-    """A GPT after 400 steps of AdamW, a quarter of them warmup, on the standard library's sources."""
+    """A GPT after 400 steps of AdamW, a quarter of them warmup, on the standard library's
+    sources.
+    """
     torch.manual_seed(0)
     model, text = GPT(GPTConfig(layers=layers)), load_corpus().train
     rates = [3e-3 * min(1, number / 100) * (1 - number / 400) for number in range(400)]
@@ -255,12 +261,16 @@ def finetuning(rule: str, rate: float, seed: int) -> float:
 def rules_of(task: str) -> list[str]:
     """Return the rules that are tried on a task: of what has no partner, floors."""
     return (
-        [rule for rule in RULES if RULES[rule] is None or rule in SHARES] + [OF_ZEROS] if task == "zeros" else [*RULES]
+        [rule for rule in RULES if RULES[rule] is None or rule in SHARES] + [OF_ZEROS]
+        if task == "zeros"
+        else [*RULES]
     )
 
 
 def zeros(rule: str, rate: float, seed: int) -> float:
-    """Return the validation loss after 300 steps from a start at which every block is the identity."""
+    """Return the validation loss after 300 steps from a start at which every block is the
+    identity.
+    """
     torch.manual_seed(seed)
     model = GPT(GPTConfig(layers=2))
     for name, p in model.named_parameters():
@@ -271,7 +281,9 @@ def zeros(rule: str, rate: float, seed: int) -> float:
         return on_text(model, adamw(model), rule, rates, text)
     optimizer, share = AdamW2(model.named_parameters(), weight_decay=0.0, tau=TAU), SHARES[rule]
 
-    def floor_and_tau(_: Thresholds, what: Parameter, rows: int, cols: int, tau: float) -> tuple[float, float]:
+    def floor_and_tau(
+        _: Thresholds, what: Parameter, rows: int, cols: int, tau: float
+    ) -> tuple[float, float]:
         is_low = share is None or (rule == OF_ZEROS and not what.name.endswith(ZEROS))
         std = 1e-3 if is_low else share * xavier_std(rows, cols)
         return random_sigma(rows, cols, std), tau
@@ -294,17 +306,29 @@ TASKS = {
 
 #: PEFT's methods, with a rate at which AdamW does well here.
 METHODS: dict[str, tuple[Callable[[], peft.PeftConfig], float]] = {
-    "LoRA": (lambda: LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=GPT2_LAYERS, fan_in_fan_out=True), 1e-2),
+    "LoRA": (
+        lambda: LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules=GPT2_LAYERS, fan_in_fan_out=True
+        ),
+        1e-2,
+    ),
     "DoRA": (
-        lambda: LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=GPT2_LAYERS, fan_in_fan_out=True, use_dora=True),
+        lambda: LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules=GPT2_LAYERS, fan_in_fan_out=True, use_dora=True
+        ),
         1e-2,
     ),
     "VeRA": (lambda: peft.VeraConfig(r=64, target_modules=GPT2_LAYERS, fan_in_fan_out=True), 3e-2),
     "IA³": (
-        lambda: peft.IA3Config(target_modules=GPT2_LAYERS, feedforward_modules=["c_fc"], fan_in_fan_out=True),
+        lambda: peft.IA3Config(
+            target_modules=GPT2_LAYERS, feedforward_modules=["c_fc"], fan_in_fan_out=True
+        ),
         3e-2,
     ),
-    "prompt tuning": (lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8), 1e-1),
+    "prompt tuning": (
+        lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8),
+        1e-1,
+    ),
 }
 GPT2_LAYERS = ["c_attn", "c_fc"]
 
@@ -325,7 +349,9 @@ class Logits(nn.Module):
         self.model = model
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=inputs).logits[:, -inputs.shape[1] :]  # without a prompt's
+        logits: Tensor = self.model(input_ids=inputs).logits[
+            :, -inputs.shape[1] :
+        ]  # without a prompt's
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
@@ -334,7 +360,9 @@ def pretrained_gpt2() -> GPT2LMHeadModel:
     """GPT-2's architecture at the size of :func:`pretrained`, trained likewise."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 256, "n_positions": CONTEXT + 8, "n_embd": 64, "n_layer": 2, "n_head": 4}
-    config = GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        **sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0
+    )
     model, text = GPT2LMHeadModel(config), load_corpus().train
     rates = [3e-3 * min(1, number / 100) * (1 - number / 400) for number in range(400)]
     net = Logits(model)
@@ -365,11 +393,18 @@ def print_methods(seeds: list[int]) -> None:
     print("\n| method | " + " | ".join(WAYS) + " |\n| --- |" + " ---: |" * len(WAYS))
     for name in METHODS:
         cells = [mean(method(name, way, seed) for seed in seeds) for way in WAYS]
-        print(f"| {name}, lr {METHODS[name][1]:g} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |", flush=True)
+        print(
+            f"| {name}, lr {METHODS[name][1]:g} | "
+            + " | ".join(f"{cell:.3f}" for cell in cells)
+            + " |",
+            flush=True,
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("tasks", nargs="*", default=[*TASKS, "methods"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args()

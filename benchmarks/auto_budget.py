@@ -1,9 +1,10 @@
-"""What `tau="auto"` would be with other budgets, on the small GPT and ViT of examples/compare and a seed of its own.
+"""What `tau="auto"` would be with other budgets, on the small GPT and ViT of examples/compare and a
+seed of its own.
 
     python -m benchmarks.auto_budget [--depth 6] [--seeds 10]        about 5 minutes on one core
 
-A column is a budget for the hidden matrices (rule.HIDDEN_BUDGET) and τ of embeddings, positions and head (rule.IO_TAU);
-the first is the one that is built in.
+A column is a budget for the hidden matrices (rule.HIDDEN_BUDGET) and τ of embeddings, positions and
+head (rule.IO_TAU); the first is the one that is built in.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def score(run: Run, budget: float, io_tau: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--seeds", nargs="+", type=int, default=[10])
     parser.add_argument("--lrs", nargs="+", type=float, default=[3e-3, 1e-2])
@@ -47,11 +50,16 @@ def main() -> None:
         cells = []
         for budget, io_tau in BUDGETS:
             runs = [
-                Run(task, options.depth, norm, "adamw2-auto", lr, seed, 0.95, TASKS[task].steps, 0.0)
+                Run(
+                    task, options.depth, norm, "adamw2-auto", lr, seed, 0.95, TASKS[task].steps, 0.0
+                )
                 for seed in options.seeds
             ]
             cells.append(f"{mean(score(run, budget, io_tau) for run in runs):.3f}")
-        print(f"| {task} {norm}-LN, lr {lr:g}, {TASKS[task].score} | {' | '.join(cells)} |", flush=True)
+        print(
+            f"| {task} {norm}-LN, lr {lr:g}, {TASKS[task].score} | {' | '.join(cells)} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

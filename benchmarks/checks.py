@@ -2,8 +2,9 @@
 
     python -m benchmarks.checks [--shape gpt2-124m] [--rounds 20]        half a minute, 4 GB
 
-Times the check of W, G, M and V of every parameter by itself, and whole steps whose clip is inactive, the cheapest that
-there are; prints the medians, and the least share that a check can have.
+Times the check of W, G, M and V of every parameter by itself, and whole steps whose clip is
+inactive, the cheapest that there are; prints the medians, and the least share that a check can
+have.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ def milliseconds(run: Callable[[], object], rounds: int) -> float:
 def measure(shape: str, rounds: int) -> tuple[float, float]:
     """Return the milliseconds of the checks of a step, and of the step."""
     torch.manual_seed(0)
-    named = [(name, torch.nn.Parameter(0.02 * torch.randn(size))) for name, size in MODELS[shape].parameters()]
+    named = [
+        (name, torch.nn.Parameter(0.02 * torch.randn(size)))
+        for name, size in MODELS[shape].parameters()
+    ]
     optimizer = AdamW2(named, lr=1e-6, tau=1.0)
     for _, param in named:
         param.grad = torch.randn_like(param)
@@ -52,12 +56,17 @@ def measure(shape: str, rounds: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=MODELS, default="gpt2-124m")
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     checks, step = measure(args.shape, args.rounds)
-    print(f"{args.shape}: checks {checks:.2f} ms of a step of {step:.1f} ms, {100 * checks / step:.2f} %")
+    print(
+        f"{args.shape}: checks {checks:.2f} ms of a step of {step:.1f} ms, "
+        f"{100 * checks / step:.2f} %"
+    )
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime import JITFunction, driver
 
-from weyl_megatron import AdamW2, walk
+from weyl_megatron import AdamW2, matrices
 from weyl_megatron.kernels import triton_step
 from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
 
@@ -266,8 +266,10 @@ def _as_on_a_gpu(arch: int, note: Callable[..., bool]) -> Iterator[None]:
     try:
         with (
             patch.object(knobs.runtime, "jit_cache_hook", note),
-            patch.object(walk, "pick", lambda blocks, *_, **__: triton_step.TritonKernel(blocks)),
-            patch.object(walk.Walk, "_on_host", never, create=True),
+            patch.object(
+                matrices, "pick", lambda blocks, *_, **__: triton_step.TritonKernel(blocks)
+            ),
+            patch.object(matrices.MatrixGroup, "_on_host", never, create=True),
         ):
             yield
     finally:
@@ -303,7 +305,9 @@ def _cut() -> tuple[AdamW2, list[nn.Parameter]]:
 
 
 def _last_line(error: BaseException) -> str:
-    """Return the line of a compiler's message that says what is wrong, where it went wrong first."""
+    """Return the line of a compiler's message that says what is wrong, where it went wrong
+    first.
+    """
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [text.strip() for text in str(error).splitlines() if text.strip(" ^")]

@@ -1,11 +1,12 @@
-"""How far the estimates of σ₁ are off over a training run, per width of the block and number of iterations.
+"""How far the estimates of σ₁ are off over a training run, per width of the block and number of
+iterations.
 
     python benchmarks/estimator.py [--steps 200]        about 2 minutes on one core
 
-Trains the demo's GPT with AdamW² (exact σ₁ decide the rates, so every estimator sees the same run) and prints, for the
-updates U and the weights W, the relative error against SVD: median, 95th and 99th percentile, largest. "1 to 2" are two
-iterations, the second only where the first gained (spectral/ritz.py): the optimizer's default, for U. Of all kinds is
-printed how many were made.
+Trains the demo's GPT with AdamW² (exact σ₁ decide the rates, so every estimator sees the same run)
+and prints, for the updates U and the weights W, the relative error against SVD: median, 95th and
+99th percentile, largest. "1 to 2" are two iterations, the second only where the first gained
+(spectral/ritz.py): the optimizer's default, for U. Of all kinds is printed how many were made.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from weyl_megatron.spectral import Block, MatrixSpec, PowerIteration, power, til
 from weyl_megatron.spectral.ritz import gain
 
 Estimator = tuple[int, int, int]  # vectors, iterations at least and at most
-ESTIMATORS: list[Estimator] = [(block, n, n) for block in (1, 2, 3, 4) for n in (1, 2, 3)] + [(4, 1, 2)]
+ESTIMATORS: list[Estimator] = [(block, n, n) for block in (1, 2, 3, 4) for n in (1, 2, 3)] + [
+    (4, 1, 2)
+]
 
 
 class Watched:
@@ -41,7 +44,9 @@ class Watched:
             block, least, most = estimator
             if estimator not in self.estimators:
                 specs = [MatrixSpec(self.name, rows, cols)]
-                self.estimators[estimator] = PowerIteration(specs, tiles, iters=most, least=least, widths=(block,))
+                self.estimators[estimator] = PowerIteration(
+                    specs, tiles, iters=most, least=least, widths=(block,)
+                )
             counted.clear()
             estimate = self.estimators[estimator].sigmas([[matrix.detach().flatten()]]).item()
             self.errors[estimator].append(1 - estimate / exact)
@@ -59,16 +64,24 @@ def counting(*arguments: Any) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=200)
     steps = parser.parse_args().steps
     torch.manual_seed(0)
     torch.set_num_threads(1)
     power.gain = counting
-    errors: dict[str, dict[Estimator, list[float]]] = {kind: {e: [] for e in ESTIMATORS} for kind in "UW"}
+    errors: dict[str, dict[Estimator, list[float]]] = {
+        kind: {e: [] for e in ESTIMATORS} for kind in "UW"
+    }
     model = GPT(GPTConfig())
-    optimizer = AdamW2Reference(model.named_parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    watched = {name: (Watched(name, errors["W"]), Watched(name, errors["U"])) for name in optimizer.sigma}
+    optimizer = AdamW2Reference(
+        model.named_parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1
+    )
+    watched = {
+        name: (Watched(name, errors["W"]), Watched(name, errors["U"])) for name in optimizer.sigma
+    }
     optimizer.sigma = dict(watched)
     corpus = load_corpus()
     offsets = training_offsets(corpus, steps, 8, 64, seed=0)
@@ -76,10 +89,17 @@ def main() -> None:
         model.zero_grad()
         model(*sequences(corpus.train, offsets[step], 64)).backward()
         optimizer.step()
-    print(f"{steps} steps, {len(optimizer.sigma)} matrices; relative error of σ₁: median / p95 / p99 / largest, in %")
+    print(
+        f"{steps} steps, {len(optimizer.sigma)} matrices; relative error of σ₁: median / p95 / p99 "
+        "/ largest, in %"
+    )
     for estimator in ESTIMATORS:
         block, least, most = estimator
-        line = f"block {block}, {least if least == most else f'{least} to {most}'} iterations".ljust(27)
+        line = (
+            f"block {block}, {least if least == most else f'{least} to {most}'} iterations".ljust(
+                27
+            )
+        )
         for kind in "UW":
             error = 100 * torch.tensor(errors[kind][estimator]).abs()
             quantiles = [error.median(), error.quantile(0.95), error.quantile(0.99), error.max()]

@@ -1,11 +1,13 @@
-"""How far σ₁(U) is underestimated where each step's gradient is a direction that the vectors do not know.
+"""How far σ₁(U) is underestimated where each step's gradient is a direction that the vectors do not
+know.
 
     python -m benchmarks.fresh_directions [--steps 60]        about a minute on one core
 
-The block of vectors knows the updates before. A gradient of rank one that is another in every step, or one that fills
-another column in every step (an embedding's token), is the worst that an update can bring: in training directions
-persist. Prints, per matrix and ``power_iters``, how far the estimate is below SVD's σ₁(U) and how large the step was
-against what Rule 1 allows, ‖ΔW‖₂ / (τ σ₁(W)): median, 95th percentile, largest.
+The block of vectors knows the updates before. A gradient of rank one that is another in every step,
+or one that fills another column in every step (an embedding's token), is the worst that an update
+can bring: in training directions persist. Prints, per matrix and ``power_iters``, how far the
+estimate is below SVD's σ₁(U) and how large the step was against what Rule 1 allows, ‖ΔW‖₂ / (τ
+σ₁(W)): median, 95th percentile, largest.
 """
 
 from __future__ import annotations
@@ -72,7 +74,9 @@ def measure(case: str, power_iters: int, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=60)
     steps = parser.parse_args().steps
     torch.set_num_threads(1)
@@ -81,7 +85,10 @@ def main() -> None:
     for case in CASES:
         for power_iters in (1, 2, 4, 8):
             below, moved = measure(case, power_iters, steps)
-            print(f"| {case} | {power_iters} | {_quantiles(100 * below, 1)} | {_quantiles(moved, 3)} |")
+            print(
+                f"| {case} | {power_iters} | {_quantiles(100 * below, 1)} | {_quantiles(moved, 3)} "
+                "|"
+            )
 
 
 def _quantiles(values: Tensor, digits: int) -> str:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory gpt2-124m 0 cpu         a model of benchmarks/models.py, its blocks (0: all), the device
 
-The process holds weights, gradients and both moments and nothing else that grows; then it steps in every state, and
-what the kernel (or CUDA) says was its most is what the steps took.
+The process holds weights, gradients and both moments and nothing else that grows; then it steps in
+every state, and what the kernel (or CUDA) says was its most is what the steps took.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from weyl_megatron import AdamW2
 
 def main(name: str, blocks: str, device: str) -> None:
     named = MODELS[name].parameters(int(blocks) or None)
-    warm = nn.Parameter(torch.randn(256, 512, device=device))  # what is loaded and allocated once, at any size
+    warm = nn.Parameter(
+        torch.randn(256, 512, device=device)
+    )  # what is loaded and allocated once, at any size
     warm.grad = torch.randn_like(warm)
     for lr in (1e-2, 1e-9):
         optimizer = AdamW2([("w", warm)], lr=lr)
@@ -39,13 +41,23 @@ def main(name: str, blocks: str, device: str) -> None:
     gc.collect()
     before = now(device)
     forget_peak(device)
-    for lr in (1e-2, 1e-2, 1e-7, 1e-7, 1e-7, 1e-2):  # clipped, then settled, then taken back and clipped
+    for lr in (
+        1e-2,
+        1e-2,
+        1e-7,
+        1e-7,
+        1e-7,
+        1e-2,
+    ):  # clipped, then settled, then taken back and clipped
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
     extra = peak(device) - before
     total = sum(4 * parameter.numel() for parameter in weights.values())
-    print(f"{extra / 1e6:.2f} MB beyond AdamW's, of {total / 1e6:.0f} MB of parameters: share {extra / total}")
+    print(
+        f"{extra / 1e6:.2f} MB beyond AdamW's, of {total / 1e6:.0f} MB of parameters: share "
+        f"{extra / total}"
+    )
 
 
 def now(device: str) -> int:

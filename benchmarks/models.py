@@ -1,4 +1,6 @@
-"""The shapes of the models that the benchmarks step: names, sizes, and a slice of blocks where a machine is small."""
+"""The shapes of the models that the benchmarks step: names, sizes, and a slice of blocks where a
+machine is small.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,14 @@ class Shape(NamedTuple):
     context: int = 1024
 
     def parameters(self, blocks: int | None = None) -> list[Named]:
-        """Return (name, shape) of all parameters; with ``blocks``, of so many blocks and nothing around them."""
-        inner = [named for number in range(self.blocks if blocks is None else blocks) for named in self._block(number)]
+        """Return (name, shape) of all parameters; with ``blocks``, of so many blocks and nothing
+        around them.
+        """
+        inner = [
+            named
+            for number in range(self.blocks if blocks is None else blocks)
+            for named in self._block(number)
+        ]
         if blocks is not None:
             return inner
         around = self._gpt() if self.kind == "gpt" else self._vit()
@@ -38,7 +46,9 @@ class Shape(NamedTuple):
 
     def _block(self, number: int) -> Iterator[Named]:
         width, hidden = self.width, self.hidden
-        qkv, up, down = ("c_attn", "c_fc", "c_proj") if self.kind == "gpt" else ("qkv", "fc1", "fc2")
+        qkv, up, down = (
+            ("c_attn", "c_fc", "c_proj") if self.kind == "gpt" else ("qkv", "fc1", "fc2")
+        )
         out = "c_proj" if self.kind == "gpt" else "proj"
         prefix = f"h.{number}" if self.kind == "gpt" else f"blocks.{number}"
         yield f"{prefix}.attn.{qkv}.weight", (3 * width, width)
@@ -47,7 +57,12 @@ class Shape(NamedTuple):
         yield f"{prefix}.mlp.{down}.weight", (width, hidden)
         yield f"{prefix}.norm1.weight", (width,)
         yield f"{prefix}.norm2.weight", (width,)
-        for name, size in (("norm1", width), ("norm2", width), (f"attn.{qkv}", 3 * width), (f"attn.{out}", width)):
+        for name, size in (
+            ("norm1", width),
+            ("norm2", width),
+            (f"attn.{qkv}", 3 * width),
+            (f"attn.{out}", width),
+        ):
             yield f"{prefix}.{name}.bias", (size,)
         yield f"{prefix}.mlp.{up}.bias", (hidden,)
         yield f"{prefix}.mlp.{down}.bias", (width,)

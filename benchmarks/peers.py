@@ -1,4 +1,6 @@
-"""What AdamW² is compared with: other optimizers' own implementations, and its algorithm written down naively."""
+"""What AdamW² is compared with: other optimizers' own implementations, and its algorithm written
+down naively.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,14 @@ Weights = Mapping[str, nn.Parameter]
 OPTIONS: dict[str, Any] = {"lr": 1e-6, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 
 
-def peers(weights: Callable[[], Weights], device: torch.device, deepspeed: bool) -> dict[str, Callable[[], Any]]:
+def peers(
+    weights: Callable[[], Weights], device: torch.device, deepspeed: bool
+) -> dict[str, Callable[[], Any]]:
     """Return what makes each peer that can run here; a line says which cannot, and why."""
     found: dict[str, Callable[[], Any]] = {
-        "torch.optim.AdamW(fused)": lambda: torch.optim.AdamW(weights().values(), fused=True, **OPTIONS),
+        "torch.optim.AdamW(fused)": lambda: torch.optim.AdamW(
+            weights().values(), fused=True, **OPTIONS
+        ),
     }
     if deepspeed:
         name = "FusedAdam" if device.type == "cuda" else "DeepSpeedCPUAdam"
@@ -43,12 +49,19 @@ def _deepspeed(name: str, weights: Weights) -> Any:
 
 
 class _Muon:
-    """torch.optim.Muon on the hidden matrices, as its users have it, and fused AdamW on the rest."""
+    """torch.optim.Muon on the hidden matrices, as its users have it, and fused AdamW on the
+    rest.
+    """
 
     def __init__(self, weights: Weights) -> None:
-        hidden = [p for name, p in weights.items() if p.ndim == 2 and ("attn" in name or "mlp" in name)]
+        hidden = [
+            p for name, p in weights.items() if p.ndim == 2 and ("attn" in name or "mlp" in name)
+        ]
         rest = [p for name, p in weights.items() if not any(p is one for one in hidden)]
-        self.parts = [torch.optim.Muon(hidden, lr=1e-6), torch.optim.AdamW(rest, fused=True, **OPTIONS)]
+        self.parts = [
+            torch.optim.Muon(hidden, lr=1e-6),
+            torch.optim.AdamW(rest, fused=True, **OPTIONS),
+        ]
 
     def step(self) -> None:
         for part in self.parts:
@@ -56,7 +69,9 @@ class _Muon:
 
 
 class Naive:
-    """The paper's Algorithm 1, one matrix after the other, 3 power iterations from random starts for W and for U."""
+    """The paper's Algorithm 1, one matrix after the other, 3 power iterations from random starts
+    for W and for U.
+    """
 
     def __init__(self, weights: Weights, lr: float, tau: float) -> None:
         self.weights, self.lr, self.tau, self.t = list(weights.values()), lr, tau, 0

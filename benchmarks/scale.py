@@ -3,25 +3,29 @@
     python benchmarks/scale.py [--json FILE]                                   about 25 seconds on one core, 1 GB
     python benchmarks/scale.py --model gpt-1.3b --tp 8 --pp 2 --dp 64 --zero 1             a few seconds
 
-Nothing here is a formula. One rank of the job is made on torch's fake process group, the layouts' own code reads its
-buffers, AdamW2 steps twice, and what the second step hands to all-reduce is counted on the way. The other ranks and the
-weights do not exist, so three things are stood in for:
+Nothing here is a formula. One rank of the job is made on torch's fake process group, the layouts'
+own code reads its buffers, AdamW2 steps twice, and what the second step hands to all-reduce is
+counted on the way. The other ranks and the weights do not exist, so three things are stood in for:
 
-* the arithmetic: a kernel that computes nothing, and says of every ‖U‖ that it is 0 (the certificate settles all
+* the arithmetic: a kernel that computes nothing, and says of every ‖U‖ that it is 0 (the
+certificate settles all
   matrices) or huge (all are measured). Collectives depend on nothing else that a kernel does;
-* which rows are cut between ranks, which ranks tell each other: the union of the tiles of all ranks;
-* the check that a partition holds the model's weights.
+* which rows are cut between ranks, which ranks tell each other: the union of the tiles of all
+ranks; * the check that a partition holds the model's weights.
 
-"certified" and "measured" are all matrices in that state, on CPUs. On other devices the host does not see which are
-settled, so both states send the same, "either (GPU)": a step on meta tensors, which nobody can look into.
+"certified" and "measured" are all matrices in that state, on CPUs. On other devices the host does
+not see which are settled, so both states send the same, "either (GPU)": a step on meta tensors,
+which nobody can look into.
 
-Bytes are what one rank hands over; a ring sends, and receives, nearly twice as much. Vectors are the kept blocks and x,
-z and left. Every rank of a pipeline stage has the same of both; shown is the stage that has most.
+Bytes are what one rank hands over; a ring sends, and receives, nearly twice as much. Vectors are
+the kept blocks and x, z and left. Every rank of a pipeline stage has the same of both; shown is the
+stage that has most.
 
-Muon's gather, beside it: hidden 2-D matrices (no embeddings, no head) that no rank holds whole, 4·m·n bytes each, own
-piece included, a fused weight as one. "holders": every rank gathers those that it has a piece of, as DeepSpeed's Muon
-does with its momentum (BF16_Optimizer, ZeRO-3); of the rank that gathers most. "owners": each is gathered by one rank
-alone, and they are shared out as evenly as can be. Sending updates back, which owners have to, is not counted.
+Muon's gather, beside it: hidden 2-D matrices (no embeddings, no head) that no rank holds whole,
+4·m·n bytes each, own piece included, a fused weight as one. "holders": every rank gathers those
+that it has a piece of, as DeepSpeed's Muon does with its momentum (BF16_Optimizer, ZeRO-3); of the
+rank that gathers most. "owners": each is gathered by one rank alone, and they are shared out as
+evenly as can be. Sending updates back, which owners have to, is not counted.
 """
 
 from __future__ import annotations
@@ -41,9 +45,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from weyl_megatron import AdamW2, state, walk
+from weyl_megatron import AdamW2, matrices, state
 from weyl_megatron import optimizer as of_optimizer
-from weyl_megatron.layouts import zero
+from weyl_megatron.engines.deepspeed import layout as zero
 from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
 from weyl_megatron.layouts.grid import Sharding, interleaved
 from weyl_megatron.settings import check_settings
@@ -66,7 +70,8 @@ class Weight(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dim: int | None = None  # that tensor parallelism cuts
-    head: int = 0  # of a QKV: rows of a head's q, k and v, which follow each other (Megatron's order)
+    # of a QKV: rows of a head's q, k and v, which follow each other (Megatron's order)
+    head: int = 0
     is_hidden: bool = False
     is_tied: bool = False  # the last pipeline stage has a copy
 
@@ -81,9 +86,18 @@ class Model(NamedTuple):
         """Return the parameters of a pipeline stage, in order."""
         each, is_last = self.layers // stages, number == stages - 1
         layers = range(number * each, (number + 1) * each)
-        middle = [weight._replace(name=f"layers.{layer}.{weight.name}") for layer in layers for weight in self.layer]
+        middle = [
+            weight._replace(name=f"layers.{layer}.{weight.name}")
+            for layer in layers
+            for weight in self.layer
+        ]
         copies = [weight for weight in self.first if weight.is_tied and is_last and number > 0]
-        return [*(self.first if number == 0 else ()), *middle, *(self.last if is_last else ()), *copies]
+        return [
+            *(self.first if number == 0 else ()),
+            *middle,
+            *(self.last if is_last else ()),
+            *copies,
+        ]
 
 
 def _layer(width: int, heads: int, mlp: int) -> tuple[Weight, ...]:
@@ -91,7 +105,13 @@ def _layer(width: int, heads: int, mlp: int) -> tuple[Weight, ...]:
         *_vectors("input_layernorm", width),
         Weight("self_attention.linear_proj.weight", (width, width), 1, is_hidden=True),
         Weight("self_attention.linear_proj.bias", (width,)),
-        Weight("self_attention.linear_qkv.weight", (3 * width, width), 0, width // heads, is_hidden=True),
+        Weight(
+            "self_attention.linear_qkv.weight",
+            (3 * width, width),
+            0,
+            width // heads,
+            is_hidden=True,
+        ),
         Weight("self_attention.linear_qkv.bias", (3 * width,), 0),
         *_vectors("pre_mlp_layernorm", width),
         Weight("mlp.linear_fc1.weight", (mlp, width), 0, is_hidden=True),
@@ -109,15 +129,27 @@ def gpt(layers: int, width: int, heads: int, *, tokens: int = 50304, context: in
     """GPT-2, whose head is the embedding."""
     words = Weight("embedding.word_embeddings.weight", (tokens, width), 0, is_tied=True)
     positions = Weight("embedding.position_embeddings.weight", (context, width))
-    return Model((words, positions), _layer(width, heads, 4 * width), layers, _vectors("final_layernorm", width))
+    return Model(
+        (words, positions),
+        _layer(width, heads, 4 * width),
+        layers,
+        _vectors("final_layernorm", width),
+    )
 
 
 def vit(layers: int, width: int, heads: int, mlp: int) -> Model:
-    """A ViT of 16 × 16 patches of 14 × 14 pixels; patches and head are whole under tensor parallelism."""
+    """A ViT of 16 × 16 patches of 14 × 14 pixels; patches and head are whole under tensor
+    parallelism.
+    """
     tokens = Weight("class_token", (1, 1, width)), Weight("position_embeddings", (1, 257, width))
     patches = Weight("patches.weight", (width, 3, 14, 14)), Weight("patches.bias", (width,))
     head = Weight("head.weight", (1000, width)), Weight("head.bias", (1000,))
-    return Model((*tokens, *patches), _layer(width, heads, mlp), layers, (*_vectors("final_layernorm", width), *head))
+    return Model(
+        (*tokens, *patches),
+        _layer(width, heads, mlp),
+        layers,
+        (*_vectors("final_layernorm", width), *head),
+    )
 
 
 MODELS = {
@@ -169,31 +201,54 @@ def parameter_of(weight: Weight, spread: Spread, rank: int, groups: Groups) -> P
 
 
 def buffers_of(
-    parameters: Sequence[Parameter], stage: str, group: ProcessGroup | None, tensor_of: Callable[[int], Tensor]
+    parameters: Sequence[Parameter],
+    stage: str,
+    group: ProcessGroup | None,
+    tensor_of: Callable[[int], Tensor],
 ) -> list[Buffer]:
-    """Return what a rank steps, as the layouts' own code reads it; ``tensor_of`` makes a tensor of that length."""
+    """Return what a rank steps, as the layouts' own code reads it; ``tensor_of`` makes a tensor of
+    that length.
+    """
     lengths = [prod(parameter.shape) for parameter in parameters]
     if stage == "ddp":
-        return [Buffer(tensor_of(n), (Shard(p, 0, n, 0),)) for p, n in zip(parameters, lengths, strict=True)]
+        return [
+            Buffer(tensor_of(n), (Shard(p, 0, n, 0),))
+            for p, n in zip(parameters, lengths, strict=True)
+        ]
     pieces = [-(-length // dist.get_world_size(group)) for length in lengths]
     flat = torch.empty(sum(lengths), device="meta")
     params = list(flat.split(lengths))
     if stage == "3":
         params = [
-            SimpleNamespace(ds_numel=n, partition_numel=lambda k=k: k, ds_process_group=group, ds_tensor=flat[:k])
+            SimpleNamespace(
+                ds_numel=n,
+                partition_numel=lambda k=k: k,
+                ds_process_group=group,
+                ds_tensor=flat[:k],
+            )
             for n, k in zip(lengths, pieces, strict=True)
         ]
     described = dict(zip(map(id, params), parameters, strict=True))
     masters = zero.Masters()
     with patch.object(masters, "check", lambda *_: None):  # nothing is in these tensors
         if stage == "3":
-            return list(zero.zero3_buffers([params], [tensor_of(sum(pieces))], lambda p: described[id(p)], masters))
+            return list(
+                zero.zero3_buffers(
+                    [params], [tensor_of(sum(pieces))], lambda p: described[id(p)], masters
+                )
+            )
         partition = tensor_of(-(-sum(lengths) // dist.get_world_size(group)))
-        return list(zero.flat_partition_buffers([params], [partition], [group], lambda p: described[id(p)], masters))
+        return list(
+            zero.flat_partition_buffers(
+                [params], [partition], [group], lambda p: described[id(p)], masters
+            )
+        )
 
 
 def pieces_of(weights: Sequence[Weight], spread: Spread) -> Pieces:
-    """Return what all data-parallel ranks hold of every parameter; the tests compare it with what the layouts read."""
+    """Return what all data-parallel ranks hold of every parameter; the tests compare it with what
+    the layouts read.
+    """
     lengths = [prod(w.shape) // (1 if w.dim is None else spread.tp) for w in weights]
     found, at = [], 0
     for length in lengths:
@@ -203,22 +258,35 @@ def pieces_of(weights: Sequence[Weight], spread: Spread) -> Pieces:
         begin, total = (at, sum(lengths)) if spread.zero == "1" else (0, length)
         size = -(-total // spread.dp)
         ranks = range(begin // size, (begin + length - 1) // size + 1)
-        found.append([(r, max(r * size - begin, 0), min((r + 1) * size - begin, length)) for r in ranks])
+        found.append(
+            [(r, max(r * size - begin, 0), min((r + 1) * size - begin, length)) for r in ranks]
+        )
         at += length
     return found
 
 
-def cut_rows(weights: Sequence[Weight], spread: Spread, pieces: Pieces, groups: Groups) -> dict[str, list[Tensor]]:
-    """Return, per weight and matrix, the rows of which no rank has all columns: a union over the tiles of all ranks."""
-    grid_of = Thresholds(check_settings(**OPTIONS, io=None, overrides=(), others={}), Layout([]), auto=False).grid
+def cut_rows(
+    weights: Sequence[Weight], spread: Spread, pieces: Pieces, groups: Groups
+) -> dict[str, list[Tensor]]:
+    """Return, per weight and matrix, the rows of which no rank has all columns: a union over the
+    tiles of all ranks.
+    """
+    grid_of = Thresholds(
+        check_settings(**OPTIONS, io=None, overrides=(), others={}), Layout([]), auto=False
+    ).grid
     seen: dict[Any, list[Tensor]] = {}  # layers that are cut alike
     found: dict[str, list[Tensor]] = {}
     for weight, held in zip(weights, pieces, strict=True):
         ranges = tuple(dict.fromkeys((start, stop) for _, start, stop in held))
         key = weight._replace(name=""), ranges
         if key not in seen:
-            grids = [grid_of(parameter_of(weight, spread, rank, groups)) for rank in range(spread.tp)]
-            masks = [torch.zeros(matrix.rows, dtype=torch.bool) for matrix in (grids[0].matrices if grids[0] else ())]
+            grids = [
+                grid_of(parameter_of(weight, spread, rank, groups)) for rank in range(spread.tp)
+            ]
+            masks = [
+                torch.zeros(matrix.rows, dtype=torch.bool)
+                for matrix in (grids[0].matrices if grids[0] else ())
+            ]
             for grid in filter(None, grids):
                 for start, stop in ranges:
                     for tile in tiles_of_range(grid.blocks, grid.width, start, stop, 0):
@@ -230,7 +298,9 @@ def cut_rows(weights: Sequence[Weight], spread: Spread, pieces: Pieces, groups: 
 
 
 def muon_gather(weights: Sequence[Weight], spread: Spread, pieces: Pieces) -> tuple[int, int]:
-    """Return the bytes of hidden matrices that one rank gathers, by holders and by owners; see above."""
+    """Return the bytes of hidden matrices that one rank gathers, by holders and by owners; see
+    above.
+    """
     holders, sizes = [0] * spread.dp, [0, 0]
     for weight, held in zip(weights, pieces, strict=True):
         is_band = spread.tp > 1 and weight.dim is not None
@@ -242,7 +312,9 @@ def muon_gather(weights: Sequence[Weight], spread: Spread, pieces: Pieces) -> tu
 
 
 class NoArithmetic:
-    """A kernel that computes nothing and says that each Σ u² is ``square`` and each iteration gains: the most."""
+    """A kernel that computes nothing and says that each Σ u² is ``square`` and each iteration
+    gains: the most.
+    """
 
     name = "none"
 
@@ -274,20 +346,26 @@ def count_step(buffers: list[Buffer], cut: list[Tensor], square: float) -> Count
     for buffer in buffers:
         tensor = buffer.tensor
         tensor.grad = tensor.detach()
-        optimizer.state[tensor] = {"step": torch.tensor(0.0), "exp_avg": tensor, "exp_avg_sq": tensor}
+        optimizer.state[tensor] = {
+            "step": torch.tensor(0.0),
+            "exp_avg": tensor,
+            "exp_avg_sq": tensor,
+        }
     sent: list[int] = []
     with (
         patch.object(dist, "all_reduce", lambda tensor, **_: sent.append(tensor.nbytes)),
         patch.object(blocks, "_cut_rows", lambda *_: cut),
-        patch.object(walk.Walk, "_check_kernels", lambda _: None),
-        patch.object(walk, "pick", lambda *_, **__: NoArithmetic(square)),
-        patch.object(state, "check_form", lambda *_: None),  # the tensors have one element each in memory
+        patch.object(matrices.MatrixGroup, "_check_kernels", lambda _: None),
+        patch.object(matrices, "pick", lambda *_, **__: NoArithmetic(square)),
+        patch.object(
+            state, "check_form", lambda *_: None
+        ),  # the tensors have one element each in memory
         patch.object(of_optimizer, "check_memory", lambda *_: None),
     ):
         optimizer.step()
         sent.clear()
         optimizer.step()
-    (stepped,) = optimizer._walks.values()
+    (stepped,) = optimizer._matrix_groups.values()
     of = stepped._power.blocks
     vectors = [of.x, of.z, of.left, *(kept for operand in of.operands for kept in operand.kept)]
     return Counted(len(sent), sum(sent), sum(each.nbytes for each in vectors))
@@ -295,7 +373,9 @@ def count_step(buffers: list[Buffer], cut: list[Tensor], square: float) -> Count
 
 @contextmanager
 def fake_rank(spread: Spread, stage: int) -> Iterator[Groups]:
-    """Be the last tensor-parallel rank of the middle data-parallel one in a pipeline stage, in Megatron's order."""
+    """Be the last tensor-parallel rank of the middle data-parallel one in a pipeline stage, in
+    Megatron's order.
+    """
     tp, pp, dp, _ = spread
     begin, end = stage * tp * dp, (stage + 1) * tp * dp
     rank = begin + dp // 2 * tp + tp - 1
@@ -326,10 +406,19 @@ def rows_of(name: str, model: Model, spread: Spread) -> list[dict[str, Any]]:
     Raises:
         ValueError: the model cannot be spread so.
     """
-    bands = [w.shape[w.dim] // (3 * w.head or 1) for w in (*model.first, *model.layer) if w.dim is not None]
-    if min(spread[:3]) < 1 or model.layers % spread.pp or any(extent % spread.tp for extent in bands):
+    bands = [
+        w.shape[w.dim] // (3 * w.head or 1)
+        for w in (*model.first, *model.layer)
+        if w.dim is not None
+    ]
+    if (
+        min(spread[:3]) < 1
+        or model.layers % spread.pp
+        or any(extent % spread.tp for extent in bands)
+    ):
         raise ValueError(
-            f"{name} takes --tp that divides heads and tokens, --pp that divides its {model.layers} layers"
+            f"{name} takes --tp that divides heads and tokens, --pp that divides its "
+            f"{model.layers} layers"
         )
     most = dict.fromkeys(STATES, Counted(0, 0, 0))
     gathered: tuple[int, int] = (0, 0)
@@ -340,11 +429,15 @@ def rows_of(name: str, model: Model, spread: Spread) -> list[dict[str, Any]]:
         gathered = max(gathered, muon_gather(weights, spread, pieces))
         with fake_rank(spread, stage) as groups:
             cut = {**cut_rows(weights, spread, pieces, groups), **tied}
-            tied = tied or {weight.name: cut[weight.name] for weight in weights if weight.is_tied}  # measured there
+            tied = tied or {
+                weight.name: cut[weight.name] for weight in weights if weight.is_tied
+            }  # measured there
             parameters = [parameter_of(weight, spread, spread.tp - 1, groups) for weight in weights]
             for state, (tensor_of, square) in STATES.items():
                 buffers = buffers_of(parameters, spread.zero, groups.data, tensor_of)
-                counted = count_step(buffers, [rows for weight in weights for rows in cut[weight.name]], square)
+                counted = count_step(
+                    buffers, [rows for weight in weights for rows in cut[weight.name]], square
+                )
                 most[state] = Counted(*map(max, most[state], counted))
     place = {"model": name, **spread._asdict(), "ranks": prod(spread[:3])}
     muon = {"muon_holders": gathered[0], "muon_owners": gathered[1]}
@@ -358,10 +451,20 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         place = f"{row['tp']} × {row['pp']} × {row['dp']}"
         sizes = [_size(row[key]) for key in ("bytes", "vectors", "muon_holders", "muon_owners")]
-        cells.append([row["model"], place, *(str(row[k]) for k in ("zero", "ranks", "state", "collectives")), *sizes])
+        cells.append(
+            [
+                row["model"],
+                place,
+                *(str(row[k]) for k in ("zero", "ranks", "state", "collectives")),
+                *sizes,
+            ]
+        )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     sides = "<><><>>>>>"
-    lines = ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(line, sides, widths, strict=True)) for line in cells]
+    lines = [
+        "  ".join(f"{c:{s}{w}}" for c, s, w in zip(line, sides, widths, strict=True))
+        for line in cells
+    ]
     return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
 
 
@@ -370,8 +473,12 @@ def _size(count: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, help="one model, on --tp, --pp, --dp; none: a table of several")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", choices=MODELS, help="one model, on --tp, --pp, --dp; none: a table of several"
+    )
     for flag in ("--tp", "--pp", "--dp"):
         parser.add_argument(flag, type=int, default=1)
     parser.add_argument("--zero", choices=("1", "3", "ddp"), default="1")
@@ -386,9 +493,13 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     print(
-        "Per rank and step: collectives, the bytes that they are handed, and the memory of the power vectors; then what"
+        "Per rank and step: collectives, the bytes that they are handed, and the memory of the "
+        "power vectors; then what"
     )
-    print("Muon would gather of the hidden matrices that are cut, at 4 bytes an element (--help tells how).\n")
+    print(
+        "Muon would gather of the hidden matrices that are cut, at 4 bytes an element (--help "
+        "tells how).\n"
+    )
     print(table(rows))
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -3,21 +3,23 @@
     python -m benchmarks.step_time                      the CPU, 2 to 4 minutes on 2 cores (with --no-deepspeed 1 less)
     python -m benchmarks.step_time --device cuda        a GPU, whole models
 
-The contenders step in turns, so that a busy neighbour slows all of them, and medians are compared. They share the
-gradients; every AdamW² and each peer that it is compared with has weights and moments of its own. Three states:
+The contenders step in turns, so that a busy neighbour slows all of them, and medians are compared.
+They share the gradients; every AdamW² and each peer that it is compared with has weights and
+moments of its own. Three states:
 
     inactive    the certificate settles every matrix: one pass, no iteration
     undecided   the clip is inactive, but the certificate cannot prove it: every matrix is iterated
     clipped     every matrix is clipped
     naive       the paper's algorithm written down: a loop over matrices, 3 power iterations from random starts
 
-A matrix that is iterated makes its second iteration only where the first gained (spectral/ritz.py). Gradients that do
-not change let vectors settle: here none does, in training about 4 of 10 (`python benchmarks/estimator.py`). The table's
-line "all iterated twice" is what it costs if all do.
+A matrix that is iterated makes its second iteration only where the first gained (spectral/ritz.py).
+Gradients that do not change let vectors settle: here none does, in training about 4 of 10 (`python
+benchmarks/estimator.py`). The table's line "all iterated twice" is what it costs if all do.
 
-Each is checked after the run by what AdamW² says of its last step. A row of the JSON is one state beside one peer:
-``seconds`` is the state's median, ``ratio`` it over the peer's, ``bytes_per_second`` the 28 bytes a parameter that
-AdamW has to read and write, over ``seconds``. On a CPU a model is a slice of whole blocks that fits (--millions).
+Each is checked after the run by what AdamW² says of its last step. A row of the JSON is one state
+beside one peer: ``seconds`` is the state's median, ``ratio`` it over the peer's,
+``bytes_per_second`` the 28 bytes a parameter that AdamW has to read and write, over ``seconds``. On
+a CPU a model is a slice of whole blocks that fits (--millions).
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ BASE = "torch.optim.AdamW(fused)"
 TWICE = "AdamW², clipped, all iterated twice"
 TAU = 0.01
 STD = 0.02
-#: Rates at which, with weights of deviation 0.02 and updates of about ±1, all matrices of any of the models are in a
-#: state: τ σ₁(W) / σ₁(U) is about 0.01 · 0.02, and ‖U‖_F / σ₁(U) is 10 and more.
+#: Rates at which, with weights of deviation 0.02 and updates of about ±1, all matrices of any of
+#: the models are in a state: τ σ₁(W) / σ₁(U) is about 0.01 · 0.02, and ‖U‖_F / σ₁(U) is 10 and
+#: more.
 RATES = {"inactive": 1e-7, "undecided": 7e-5, "clipped": 1e-2}
 
 
@@ -64,18 +67,32 @@ class Row(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--shapes", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--millions", type=float, default=130, help="parameters of a slice on a CPU (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, help="steps of each contender (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=1024, help="of the training step beside it (%(default)s)")
-    parser.add_argument("--no-deepspeed", action="store_true", help="leave DeepSpeed's Adam out, which it compiles")
+    parser.add_argument(
+        "--millions", type=float, default=130, help="parameters of a slice on a CPU (%(default)s)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="steps of each contender (%(default)s)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=1024, help="of the training step beside it (%(default)s)"
+    )
+    parser.add_argument(
+        "--no-deepspeed", action="store_true", help="leave DeepSpeed's Adam out, which it compiles"
+    )
     parser.add_argument("--json", type=Path, default=Path("out/step_time.json"))
     parser.add_argument("--markdown", type=Path, default=Path("out/step_time.md"))
     options = parser.parse_args()
     rows: list[Row] = []
-    sections = [f"{machine(options.device)}, {datetime.date.today().isoformat()}, torch {torch.__version__}"]
+    sections = [
+        f"{machine(options.device)}, {datetime.date.today().isoformat()}, torch {torch.__version__}"
+    ]
     for name in options.shapes:
         found, text = measure(name, MODELS[name], options)
         rows += found
@@ -100,15 +117,24 @@ def measure(name: str, shape: Shape, options: argparse.Namespace) -> tuple[list[
     grads = {n: torch.randn(size, generator=generator, device=device) * 1e-3 for n, size in named}
 
     def weights() -> dict[str, nn.Parameter]:
-        made = {n: nn.Parameter(torch.randn(size, device=device, generator=generator) * STD) for n, size in named}
+        made = {
+            n: nn.Parameter(torch.randn(size, device=device, generator=generator) * STD)
+            for n, size in named
+        }
         for n, parameter in made.items():
             parameter.grad = grads[n]
         return made
 
     ours = {state: AdamW2(weights().items(), lr=rate, tau=TAU) for state, rate in RATES.items()}
-    contenders: dict[str, Callable[[], object]] = {state: optimizer.step for state, optimizer in ours.items()}
-    contenders[TWICE] = AdamW2(weights().items(), lr=RATES["clipped"], tau=TAU, power_iters=4).step  # at least 2
-    contenders |= {peer: make().step for peer, make in peers(weights, device, not options.no_deepspeed).items()}
+    contenders: dict[str, Callable[[], object]] = {
+        state: optimizer.step for state, optimizer in ours.items()
+    }
+    contenders[TWICE] = AdamW2(
+        weights().items(), lr=RATES["clipped"], tau=TAU, power_iters=4
+    ).step  # at least 2
+    contenders |= {
+        peer: make().step for peer, make in peers(weights, device, not options.no_deepspeed).items()
+    }
     contenders["naive"] = Naive(weights(), lr=RATES["clipped"], tau=TAU).step
     one, other = torch.empty(count, device=device), torch.ones(count, device=device)
     contenders["copy"] = lambda: one.copy_(other)
@@ -117,7 +143,15 @@ def measure(name: str, shape: Shape, options: argparse.Namespace) -> tuple[list[
     check_states(ours)
     copied = 8 * count / seconds["copy"]
     rows = [
-        Row(str(device), name, state, peer, seconds[state], seconds[state] / seconds[peer], 28 * count / seconds[state])
+        Row(
+            str(device),
+            name,
+            state,
+            peer,
+            seconds[state],
+            seconds[state] / seconds[peer],
+            28 * count / seconds[state],
+        )
         for state in [*RATES, "naive"]
         for peer in seconds
         if peer not in (*RATES, "naive", "copy", TWICE)
@@ -127,8 +161,9 @@ def measure(name: str, shape: Shape, options: argparse.Namespace) -> tuple[list[
     title = name if blocks is None else f"{name}, {blocks} of {shape.blocks} blocks"
     kernel = pick_name(device.type, {torch.float32})
     lines = [
-        f"**{title}**: {count / 1e6:.0f} M parameters, kernel '{kernel}', copy {copied / 1e9:.0f} GB/s; AdamW² takes "
-        f"{memory:.2%} of the parameters' bytes beyond AdamW's memory, peak included",
+        f"**{title}**: {count / 1e6:.0f} M parameters, kernel '{kernel}', copy {copied / 1e9:.0f} "
+        f"GB/s; AdamW² takes {memory:.2%} of the parameters' bytes beyond AdamW's memory, peak "
+        "included",
         "",
         f"| | ms | × {BASE} | GB/s | of copy | share of a step with {options.tokens} tokens |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -138,14 +173,19 @@ def measure(name: str, shape: Shape, options: argparse.Namespace) -> tuple[list[
         if contender != "copy":
             speed = 28 * count / time_
             lines.append(
-                f"| {labels.get(contender, contender)} | {time_ * 1e3:.1f} | {time_ / seconds[BASE]:.2f} "
-                f"| {speed / 1e9:.1f} | {speed / copied:.0%} | {time_ / (time_ + training):.1%} |"
+                f"| {labels.get(contender, contender)} | {time_ * 1e3:.1f} | "
+                f"{time_ / seconds[BASE]:.2f} | {speed / 1e9:.1f} | {speed / copied:.0%} | "
+                f"{time_ / (time_ + training):.1%} |"
             )
     return rows, "\n".join(lines)
 
 
-def race(contenders: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Return the median seconds of each; they take turns. Those that take more than a second have three turns."""
+def race(
+    contenders: dict[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, float]:
+    """Return the median seconds of each; they take turns. Those that take more than a second have
+    three turns.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 2):
         for name, step in contenders.items():
@@ -156,9 +196,14 @@ def race(contenders: dict[str, Callable[[], object]], rounds: int, device: torch
             start = time.perf_counter()
             step()
             synchronize(device)
-            if turn > 1 or is_slow or time.perf_counter() - start > 1:  # the first turns make states and vectors
+            if (
+                turn > 1 or is_slow or time.perf_counter() - start > 1
+            ):  # the first turns make states and vectors
                 times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken[1:] if len(taken) > 2 else taken) for name, taken in times.items()}
+    return {
+        name: statistics.median(taken[1:] if len(taken) > 2 else taken)
+        for name, taken in times.items()
+    }
 
 
 def synchronize(device: torch.device) -> None:
@@ -180,7 +225,9 @@ def check_states(ours: dict[str, AdamW2]) -> None:
 
 
 def memory_beyond_adamw(name: str, blocks: int | None, device: str) -> float:
-    """Return what AdamW² takes at its peak, in a process of its own, beyond weights, gradients and AdamW's state."""
+    """Return what AdamW² takes at its peak, in a process of its own, beyond weights, gradients and
+    AdamW's state.
+    """
     command = [sys.executable, "-m", "benchmarks.memory", name, str(blocks or 0), device]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
@@ -189,15 +236,23 @@ def memory_beyond_adamw(name: str, blocks: int | None, device: str) -> float:
 
 
 def training_step(shape: Shape, blocks: int | None, tokens: int, device: torch.device) -> float:
-    """Return the seconds of a forward and backward pass over ``tokens`` tokens of the same blocks, in float32."""
+    """Return the seconds of a forward and backward pass over ``tokens`` tokens of the same blocks,
+    in float32.
+    """
     length = min(tokens, shape.context)
     heads = max(1, shape.width // 64)
     named = shape.parameters(blocks)
-    weights = {n: nn.Parameter(torch.randn(size, device=device) * STD) for n, size in named if len(size) < 4}
+    weights = {
+        n: nn.Parameter(torch.randn(size, device=device) * STD)
+        for n, size in named
+        if len(size) < 4
+    }
     norm, linear = nn.functional.layer_norm, nn.functional.linear
     prefixes = list(dict.fromkeys(n.split(".attn.")[0] for n, _ in named if ".attn." in n))
     qkv, out, up, down = (
-        ("c_attn", "c_proj", "c_fc", "c_proj") if shape.kind == "gpt" else ("qkv", "proj", "fc1", "fc2")
+        ("c_attn", "c_proj", "c_fc", "c_proj")
+        if shape.kind == "gpt"
+        else ("qkv", "proj", "fc1", "fc2")
     )
 
     def dense(x: Tensor, layer: str) -> Tensor:
@@ -208,11 +263,17 @@ def training_step(shape: Shape, blocks: int | None, tokens: int, device: torch.d
         for prefix in prefixes:
             size = (shape.width,)
             h = norm(x, size, weights[f"{prefix}.norm1.weight"], weights[f"{prefix}.norm1.bias"])
-            q, k, v = dense(h, f"{prefix}.attn.{qkv}").unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+            q, k, v = (
+                dense(h, f"{prefix}.attn.{qkv}")
+                .unflatten(-1, (3, heads, -1))
+                .permute(2, 0, 3, 1, 4)
+            )
             h = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=shape.kind == "gpt")
             x = x + dense(h.transpose(1, 2).flatten(2), f"{prefix}.attn.{out}")
             h = norm(x, size, weights[f"{prefix}.norm2.weight"], weights[f"{prefix}.norm2.bias"])
-            x = x + dense(nn.functional.gelu(dense(h, f"{prefix}.mlp.{up}")), f"{prefix}.mlp.{down}")
+            x = x + dense(
+                nn.functional.gelu(dense(h, f"{prefix}.mlp.{up}")), f"{prefix}.mlp.{down}"
+            )
         if "wte.weight" in weights:
             x = linear(x, weights["wte.weight"])
         return x.square().mean()
@@ -231,7 +292,10 @@ def machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    model = next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
     return f"{model}, {torch.get_num_threads()} threads"
 
 

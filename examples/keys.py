@@ -1,4 +1,6 @@
-"""The keys of a recipe: what each takes, and how a YAML file and `--set key=value` become a checked dataclass."""
+"""The keys of a recipe: what each takes, and how a YAML file and `--set key=value` become a checked
+dataclass.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ RecipeType = TypeVar("RecipeType")
 
 @dataclass(frozen=True)
 class Takes:
-    """What a key takes: in words, and as a function from what YAML read to the value, which raises if it cannot."""
+    """What a key takes: in words, and as a function from what YAML read to the value, which raises
+    if it cannot.
+    """
 
     words: str
     convert: Callable[[Any], Any]
@@ -37,7 +41,9 @@ def integer(smallest: int) -> Takes:
 
 def number(words: str, accepts: Callable[[float], bool]) -> Takes:
     def convert(value: Any) -> float:
-        if isinstance(value, bool) or not accepts(number := float(value)):  # YAML reads 6e-4 as text
+        if isinstance(value, bool) or not accepts(
+            number := float(value)
+        ):  # YAML reads 6e-4 as text
             raise ValueError
         return number
 
@@ -46,11 +52,16 @@ def number(words: str, accepts: Callable[[float], bool]) -> Takes:
 
 def choice(*values: Any) -> Takes:
     def convert(value: Any) -> Any:
-        if not any(value is known or (isinstance(value, str) and value == known) for known in values):
+        if not any(
+            value is known or (isinstance(value, str) and value == known) for known in values
+        ):
             raise ValueError
         return value
 
-    return Takes(" or ".join(str(value).lower() if isinstance(value, bool) else value for value in values), convert)
+    return Takes(
+        " or ".join(str(value).lower() if isinstance(value, bool) else value for value in values),
+        convert,
+    )
 
 
 def pair(words: str, accepts: Callable[[float, float], bool]) -> Takes:
@@ -90,7 +101,9 @@ TAU = Takes(
     "a number above 0 or balanced",
     lambda value: "balanced" if value in ("balanced", "auto") else ABOVE_ZERO.convert(value),
 )
-BETAS = pair("two numbers from 0 up to but not 1", lambda first, second: 0 <= first < 1 and 0 <= second < 1)
+BETAS = pair(
+    "two numbers from 0 up to but not 1", lambda first, second: 0 <= first < 1 and 0 <= second < 1
+)
 SWITCH = choice(True, False)
 
 
@@ -110,7 +123,9 @@ def read(kind: type[RecipeType], path: Path, overrides: Sequence[str] = ()) -> R
                 raise ValueError(f"--set takes key=value, got {override!r}")
             values[name] = yaml.safe_load(given)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} and --set take YAML, got {' '.join(str(error).split())}") from None
+        raise ValueError(
+            f"{path} and --set take YAML, got {' '.join(str(error).split())}"
+        ) from None
     return kind(**_converted(kind, values, path))
 
 
@@ -121,7 +136,9 @@ def _converted(kind: type[Any], values: dict[Any, Any], path: Path) -> dict[str,
             raise ValueError(f"{path} takes the keys {', '.join(known)}; got {name!r}")
     for name, entry in known.items():
         if name not in values and entry.default is MISSING:
-            raise ValueError(f"{name} takes {entry.metadata['takes'].words}, got nothing: {path} lacks it")
+            raise ValueError(
+                f"{name} takes {entry.metadata['takes'].words}, got nothing: {path} lacks it"
+            )
     converted = {}
     for name, value in values.items():
         takes = known[name].metadata["takes"]

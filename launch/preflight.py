@@ -1,12 +1,14 @@
 """Looks at the hosts of a run before it starts, and says in one line each what is wrong with them.
 
-The same on every host, with the launchers' variables NUM_NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and GPUS_PER_NODE:
+The same on every host, with the launchers' variables NUM_NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT
+and GPUS_PER_NODE:
 
     python launch/preflight.py [--engine deepspeed|megatron] [--local]
 
-All hosts connect to the one of NODE_RANK 0 at MASTER_ADDR:MASTER_PORT and tell it what they have; it compares. Then
-every host connects to every other, and all sum a number over NCCL, or gloo where there is no GPU. The port is closed
-before that, so that the run may take it at once. With --local a host looks at itself only.
+All hosts connect to the one of NODE_RANK 0 at MASTER_ADDR:MASTER_PORT and tell it what they have;
+it compares. Then every host connects to every other, and all sum a number over NCCL, or gloo where
+there is no GPU. The port is closed before that, so that the run may take it at once. With --local a
+host looks at itself only.
 """
 
 from __future__ import annotations
@@ -40,17 +42,25 @@ Facts = dict[str, Any]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="preflight.py", description="Look at the hosts of a run before it starts.")
+    parser = argparse.ArgumentParser(
+        prog="preflight.py", description="Look at the hosts of a run before it starts."
+    )
     parser.add_argument("--engine", choices=ENGINES, help="import this engine, too")
     parser.add_argument("--local", action="store_true", help="look at this host only")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for all hosts to come (300)")
+    parser.add_argument(
+        "--timeout", type=float, default=300.0, help="seconds for all hosts to come (300)"
+    )
     options = parser.parse_args()
     nodes, rank = int(os.environ.get("NUM_NODES", 1)), int(os.environ.get("NODE_RANK", 0))
-    address, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", 29500))
+    address, port = (
+        os.environ.get("MASTER_ADDR", "localhost"),
+        int(os.environ.get("MASTER_PORT", 29500)),
+    )
 
     warnings.simplefilter("ignore")  # what engines say at their import
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"  # else torch's import fails where only weyl_megatron's does
+    # else torch's import fails where only weyl_megatron's does
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     facts = look(options.engine)
     if options.local:
         return report(broken(facts), facts, rank=0)
@@ -59,12 +69,18 @@ def main() -> int:
         try:
             listener = listen(port)
         except OSError:
-            failures = [f"{facts['host']}: MASTER_PORT takes a free port, got {port}, which is in use"]
+            failures = [
+                f"{facts['host']}: MASTER_PORT takes a free port, got {port}, which is in use"
+            ]
             return report(failures, facts, rank)
-        meeting = threading.Thread(target=meet, args=(listener, nodes, options.timeout), daemon=True)
+        meeting = threading.Thread(
+            target=meet, args=(listener, nodes, options.timeout), daemon=True
+        )
         meeting.start()
     try:
-        failures = take_part(facts, rank, nodes, "localhost" if rank == 0 else address, port, options.timeout)
+        failures = take_part(
+            facts, rank, nodes, "localhost" if rank == 0 else address, port, options.timeout
+        )
     except (OSError, ValueError) as error:
         failures = [f"{facts['host']}: {error}"]
     if rank == 0:
@@ -76,7 +92,10 @@ def report(failures: list[str], facts: Facts, rank: int) -> int:
     """Print what is wrong: all of it on the first host, its own on every other."""
     mine = [line for line in failures if rank == 0 or line.startswith(f"{facts['host']}: ")]
     if failures and not mine:
-        mine = [f"{facts['host']}: stopped, because of {failures[0].split(':')[0]}; the host of NODE_RANK 0 says why"]
+        mine = [
+            f"{facts['host']}: stopped, because of {failures[0].split(':')[0]}; the host of "
+            "NODE_RANK 0 says why"
+        ]
     for line in mine:
         print(f"preflight: {line}", file=sys.stderr, flush=True)
     return 1 if failures else 0
@@ -87,7 +106,13 @@ def report(failures: list[str], facts: Facts, rank: int) -> int:
 
 def look(engine: str | None) -> Facts:
     """What this host has, of which some must be the same everywhere."""
-    facts: Facts = {"host": socket.gethostname(), "errors": [], "gpus": 0, "backend": "gloo", "versions": {}}
+    facts: Facts = {
+        "host": socket.gethostname(),
+        "errors": [],
+        "gpus": 0,
+        "backend": "gloo",
+        "versions": {},
+    }
     versions: dict[str, str] = facts["versions"]
     versions["Python"] = platform.python_version()
     for package in PACKAGES:
@@ -100,9 +125,13 @@ def look(engine: str | None) -> Facts:
             importlib.import_module(module)
         except Exception as error:  # whatever an import may raise
             line = " ".join(f"{type(error).__name__}: {error}".split())
-            facts["errors"].append(f"{module} takes an installation in {sys.executable}, got {line}")
+            facts["errors"].append(
+                f"{module} takes an installation in {sys.executable}, got {line}"
+            )
     if "weyl_megatron" in sys.modules:
-        versions["weyl_megatron's source code"] = sources(Path(sys.modules["weyl_megatron"].__file__ or "").parent)
+        versions["weyl_megatron's source code"] = sources(
+            Path(sys.modules["weyl_megatron"].__file__ or "").parent
+        )
     if "torch" in sys.modules:
         import torch
 
@@ -116,15 +145,21 @@ def look(engine: str | None) -> Facts:
     interfaces = [name for _, name in socket.if_nameindex()]
     variable = "NCCL_SOCKET_IFNAME" if facts["backend"] == "nccl" else "GLOO_SOCKET_IFNAME"
     chosen = os.environ.get(variable, "")
-    # NCCL takes beginnings of names, "=" for whole ones and "^" for all but these; gloo takes names.
-    names = [] if chosen.startswith("^") else [name for name in chosen.lstrip("=").split(",") if name]
+    # NCCL takes beginnings of names, "=" for whole ones and "^" for all but these; gloo takes
+    # names.
+    names = (
+        [] if chosen.startswith("^") else [name for name in chosen.lstrip("=").split(",") if name]
+    )
     if names and not any(interface.startswith(name) for name in names for interface in interfaces):
-        facts["errors"].append(f"{variable} takes an interface of {', '.join(interfaces)}, got {chosen}")
+        facts["errors"].append(
+            f"{variable} takes an interface of {', '.join(interfaces)}, got {chosen}"
+        )
     if not chosen and facts["backend"] == "gloo" and facts["num_nodes"] > 1:
         own = resolve(facts["host"])
         if own.startswith("127."):
             facts["errors"].append(
-                f"GLOO_SOCKET_IFNAME takes the interface to the others where the host's own name is {own}, got nothing"
+                "GLOO_SOCKET_IFNAME takes the interface to the others where the host's own name "
+                f"is {own}, got nothing"
             )
     return facts
 
@@ -149,7 +184,10 @@ def broken(facts: Facts) -> list[str]:
     """What is wrong with one host by itself."""
     failures = list(facts["errors"])
     if facts["backend"] == "nccl" and facts["gpus"] < facts["gpus_per_node"]:
-        failures.append(f"GPUS_PER_NODE takes at most the {facts['gpus']} GPUs there, got {facts['gpus_per_node']}")
+        failures.append(
+            f"GPUS_PER_NODE takes at most the {facts['gpus']} GPUs there, got "
+            f"{facts['gpus_per_node']}"
+        )
     return [f"{facts['host']}: {failure}" for failure in failures]
 
 
@@ -158,13 +196,21 @@ def unequal(facts: list[Facts]) -> list[str]:
     first, *others = facts
     failures = []
     for other in others:
-        for key, name in (("num_nodes", "NUM_NODES"), ("gpus_per_node", "GPUS_PER_NODE"), ("backend", "the backend")):
+        for key, name in (
+            ("num_nodes", "NUM_NODES"),
+            ("gpus_per_node", "GPUS_PER_NODE"),
+            ("backend", "the backend"),
+        ):
             if other[key] != first[key]:
-                failures.append(f"{other['host']}: {name} takes {first['host']}'s {first[key]}, got {other[key]}")
+                failures.append(
+                    f"{other['host']}: {name} takes {first['host']}'s {first[key]}, got "
+                    f"{other[key]}"
+                )
         for name, version in first["versions"].items():
             if other["versions"].get(name, version) != version:
                 failures.append(
-                    f"{other['host']}: {name} takes {first['host']}'s version {version}, got {other['versions'][name]}"
+                    f"{other['host']}: {name} takes {first['host']}'s version {version}, got "
+                    f"{other['versions'][name]}"
                 )
     return failures
 
@@ -174,30 +220,42 @@ def unequal(facts: list[Facts]) -> list[str]:
 
 def listen(port: int) -> socket.socket:
     if socket.has_dualstack_ipv6():
-        return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+        return socket.create_server(
+            ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
+        )
     return socket.create_server(("", port), backlog=1024)
 
 
 def meet(listener: socket.socket, nodes: int, timeout: float) -> None:
-    """Gather the hosts, compare them, have them reach each other, and tell all of them the verdict."""
+    """Gather the hosts, compare them, have them reach each other, and tell all of them the
+    verdict.
+    """
     peers: dict[int, tuple[Link, Facts]] = {}
     try:
         with listener:
             failures = gather(listener, peers, nodes, timeout)
         facts_by_rank = [peers[rank][1] for rank in sorted(peers)]
-        failures = failures or [line for facts in facts_by_rank for line in broken(facts)] or unequal(facts_by_rank)
+        failures = (
+            failures
+            or [line for facts in facts_by_rank for line in broken(facts)]
+            or unequal(facts_by_rank)
+        )
         if not failures:
             doors = [(facts["host"], facts["address"], facts["door"]) for facts in facts_by_rank]
             failures = ask(peers, {"reach": doors}, (1 + nodes / 32) * CONNECT + PATIENCE)
         if not failures:
             failures = ask(peers, {"reduce": facts_by_rank[0]["store"]}, REDUCE + PATIENCE)
     except Exception as error:  # the others wait for a verdict
-        failures = [f"{socket.gethostname()}: the preflight takes answers of its own version, got {error!r}"]
+        failures = [
+            f"{socket.gethostname()}: the preflight takes answers of its own version, got {error!r}"
+        ]
     for link, _ in peers.values():
         link.say({"failures": failures})
 
 
-def gather(listener: socket.socket, peers: dict[int, tuple[Link, Facts]], nodes: int, timeout: float) -> list[str]:
+def gather(
+    listener: socket.socket, peers: dict[int, tuple[Link, Facts]], nodes: int, timeout: float
+) -> list[str]:
     """Wait for all hosts, and put them into `peers` by rank."""
     end = time.monotonic() + timeout
     while len(peers) < nodes:
@@ -206,7 +264,10 @@ def gather(listener: socket.socket, peers: dict[int, tuple[Link, Facts]], nodes:
             connection, (address, *_) = listener.accept()
         except TimeoutError:
             lacking = ", ".join(str(rank) for rank in range(nodes) if rank not in peers)
-            return [f"{socket.gethostname()}: NODE_RANK takes 0 to {nodes - 1}, got no {lacking} within {timeout:g} s"]
+            return [
+                f"{socket.gethostname()}: NODE_RANK takes 0 to {nodes - 1}, got no {lacking} "
+                f"within {timeout:g} s"
+            ]
         try:
             link = Link(connection)
             link.say(GREETING)
@@ -217,7 +278,10 @@ def gather(listener: socket.socket, peers: dict[int, tuple[Link, Facts]], nodes:
         facts["address"] = address.removeprefix("::ffff:")
         failure = ""
         if rank in peers:
-            failure = f"{host}: NODE_RANK takes another number on every host, got {rank}, as {peers[rank][1]['host']}"
+            failure = (
+                f"{host}: NODE_RANK takes another number on every host, got {rank}, as "
+                f"{peers[rank][1]['host']}"
+            )
         elif rank >= nodes:
             failure = f"{host}: NODE_RANK takes 0 to {nodes - 1}, got {rank}"
         if failure:
@@ -236,7 +300,9 @@ def ask(peers: dict[int, tuple[Link, Facts]], question: Any, seconds: float) -> 
         try:
             failures += [f"{facts['host']}: {line}" for line in link.hear(seconds)]
         except (OSError, ValueError) as error:
-            failures.append(f"{facts['host']}: its preflight takes at most {seconds:g} s, got {error}")
+            failures.append(
+                f"{facts['host']}: its preflight takes at most {seconds:g} s, got {error}"
+            )
     return failures
 
 
@@ -262,7 +328,9 @@ class Link:
         return json.loads(line)
 
 
-def take_part(facts: Facts, rank: int, nodes: int, address: str, port: int, timeout: float) -> list[str]:
+def take_part(
+    facts: Facts, rank: int, nodes: int, address: str, port: int, timeout: float
+) -> list[str]:
     """Answer the first host's questions until its verdict."""
     door = listen(0)  # stays open for the other hosts to knock at
     facts |= {"rank": rank, "door": door.getsockname()[1]}
@@ -295,7 +363,9 @@ def connect(address: str, port: int, timeout: float) -> Link:
             raise ValueError(f"{where}, a name that is not known here") from None
         except OSError as error:
             if time.monotonic() > end:
-                raise ValueError(f"{where}, which does not answer within {timeout:g} s ({error})") from None
+                raise ValueError(
+                    f"{where}, which does not answer within {timeout:g} s ({error})"
+                ) from None
             time.sleep(0.2)
             continue
         try:
@@ -339,22 +409,29 @@ def reduce(facts: Facts, rank: int, nodes: int, address: str, port: int) -> list
                 seconds=2 * REDUCE
             )  # NCCL's watchdog ends the process, which is to say why first
             store = dist.TCPStore(address, port, timeout=limit)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=nodes, timeout=limit)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=nodes, timeout=limit
+            )
             one = torch.ones(1 << 16, device="cuda:0" if backend == "nccl" else "cpu")
             dist.all_reduce(one)
             if one[0].item() != nodes:
-                failures.append(f"{backend} takes a sum of {nodes} over all hosts, got {one[0].item()}")
+                failures.append(
+                    f"{backend} takes a sum of {nodes} over all hosts, got {one[0].item()}"
+                )
         except Exception as error:  # whatever a backend may raise
             line = " ".join(f"{type(error).__name__}: {error}".split())[:400]
             failures.append(f"{backend} takes a sum over all hosts, got {line}")
 
-    thread = threading.Thread(target=work, daemon=True)  # a start of NCCL that hangs cannot be stopped, only left
+    thread = threading.Thread(
+        target=work, daemon=True
+    )  # a start of NCCL that hangs cannot be stopped, only left
     thread.start()
     thread.join(REDUCE)
     if thread.is_alive():
         name = f"{backend.upper()}_SOCKET_IFNAME"
         failures.append(
-            f"{backend} takes a sum over all hosts within {REDUCE:g} s, got none; {name} names its interface"
+            f"{backend} takes a sum over all hosts within {REDUCE:g} s, got none; {name} names its "
+            "interface"
         )
     return failures
 

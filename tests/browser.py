@@ -1,10 +1,14 @@
-"""The headless browser in which pages are looked at; its flags keep it off a network that is not there."""
+"""The headless browser in which pages are looked at; its flags keep it off a network that is not
+there.
+"""
 
 from __future__ import annotations
 
 import shutil
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 FLAGS = [
     "--headless",
     "--no-sandbox",

@@ -1,4 +1,6 @@
-"""What all tests share: property tests draw the same cases on every run, untimed; the table of `make faults`."""
+"""What all tests share: property tests draw the same cases on every run, untimed; the table of
+`make faults`.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,19 @@ from hypothesis import settings
 def _modules() -> list[str]:
     """Return the names of the package's modules, without importing one."""
     root = Path(__file__).parents[1]
-    paths = (path.relative_to(root).with_suffix("") for path in (root / "weyl_megatron").rglob("*.py"))
+    paths = (
+        path.relative_to(root).with_suffix("") for path in (root / "weyl_megatron").rglob("*.py")
+    )
     return [".".join(path.parts).removesuffix(".__init__") for path in paths]
 
 
-# A warning that is of our doing is an error, here (pyproject.toml) and in the processes that tests start.
+# A warning that is of our doing is an error, here (pyproject.toml) and in the processes that tests
+# start.
 os.environ["PYTHONWARNINGS"] = ",".join(
-    [*filter(None, [os.environ.get("PYTHONWARNINGS")]), *(f"error:::{module}" for module in _modules())]
+    [
+        *filter(None, [os.environ.get("PYTHONWARNINGS")]),
+        *(f"error:::{module}" for module in _modules()),
+    ]
 )
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
@@ -27,12 +35,19 @@ settings.load_profile("repeatable")
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
-    """Name bytes by their argument: an archive's hold the time, and xdist's workers must collect the same names."""
+    """Name bytes by their argument: an archive's hold the time, and xdist's workers must collect
+    the same names.
+    """
     return argname if isinstance(val, bytes) else None
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", type=Path, metavar="FILE", help="write what tests tried, and what survived, to FILE")
+    parser.addoption(
+        "--faults",
+        type=Path,
+        metavar="FILE",
+        help="write what tests tried, and what survived, to FILE",
+    )
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

@@ -1,4 +1,6 @@
-"""torchrun worker, 2 ranks: DDP against the one-process reference; FSDP1 and FSDP2 must be refused, not misread."""
+"""torchrun worker, 2 ranks: DDP against the one-process reference; FSDP1 and FSDP2 must be refused,
+not misread.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests import net as nets
 from weyl_megatron import AdamW2
-from weyl_megatron.integrations.leave import leave
+from weyl_megatron.engines.shutdown import shutdown
 
 
 def ddp() -> None:
@@ -50,9 +52,15 @@ def refused(params: object, grad_of: list[torch.Tensor]) -> bool:
 def main() -> None:
     dist.init_process_group("gloo")
     ddp()
-    flat = FullyShardedDataParallel(nets.make_net(), device_id=torch.device("cpu"), use_orig_params=False)
-    original = FullyShardedDataParallel(nets.make_net(), device_id=torch.device("cpu"), use_orig_params=True)
-    fsdp1 = all(refused(model.named_parameters(), list(model.parameters())) for model in (flat, original))
+    flat = FullyShardedDataParallel(
+        nets.make_net(), device_id=torch.device("cpu"), use_orig_params=False
+    )
+    original = FullyShardedDataParallel(
+        nets.make_net(), device_id=torch.device("cpu"), use_orig_params=True
+    )
+    fsdp1 = all(
+        refused(model.named_parameters(), list(model.parameters())) for model in (flat, original)
+    )
     mesh = init_device_mesh("cpu", (2,))
     sharded = torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
     assert isinstance(sharded, DTensor)
@@ -61,7 +69,7 @@ def main() -> None:
         print("ddp follows one process")
         print("fsdp1 refused" if fsdp1 else "fsdp1 was stepped")
         print("fsdp2 refused" if fsdp2 else "fsdp2 was stepped")
-    leave()
+    shutdown()
 
 
 if __name__ == "__main__":

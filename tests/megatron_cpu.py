@@ -1,7 +1,9 @@
-"""Lets the real megatron-core run on CPU and gloo: ``install()`` before process groups and models are built.
+"""Lets the real megatron-core run on CPU and gloo: ``install()`` before process groups and models
+are built.
 
-megatron-core asks for CUDA by name in a few dozen places (current device, streams, factories, tensor type strings,
-generator states). Here each of them is answered from the CPU; what is computed, and how it is spread, stays Megatron's.
+megatron-core asks for CUDA by name in a few dozen places (current device, streams, factories,
+tensor type strings, generator states). Here each of them is answered from the CPU; what is
+computed, and how it is spread, stays Megatron's.
 """
 
 from __future__ import annotations
@@ -67,8 +69,12 @@ def _generators() -> None:
 
     torch.cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
     torch.cuda.get_rng_state = lambda device=None: torch.get_rng_state()
-    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: (
+        torch.get_rng_state()
+    )
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(
+        state
+    )
 
 
 def _factories() -> None:
@@ -92,7 +98,11 @@ def _moves() -> None:
     to = torch.Tensor.to
 
     def on_cpu(target: Any) -> Any:
-        return CPU if isinstance(target, (str, torch.device)) and str(target).startswith("cuda") else target
+        return (
+            CPU
+            if isinstance(target, (str, torch.device)) and str(target).startswith("cuda")
+            else target
+        )
 
     torch.Tensor.to = lambda self, *args, **kwargs: to(
         self, *map(on_cpu, args), **{key: on_cpu(value) for key, value in kwargs.items()}
@@ -116,10 +126,14 @@ def _all_to_all() -> None:
     original = dist.all_to_all_single
 
     def as_list(sizes: Any) -> Any:
-        return sizes.tolist() if hasattr(sizes, "tolist") else sizes  # on CUDA they become lists on the way to the host
+        return (
+            sizes.tolist() if hasattr(sizes, "tolist") else sizes
+        )  # on CUDA they become lists on the way to the host
 
-    dist.all_to_all_single = lambda output, input, output_split_sizes=None, input_split_sizes=None, **kwargs: original(
-        output, input, as_list(output_split_sizes), as_list(input_split_sizes), **kwargs
+    dist.all_to_all_single = (
+        lambda output, input, output_split_sizes=None, input_split_sizes=None, **kwargs: original(
+            output, input, as_list(output_split_sizes), as_list(input_split_sizes), **kwargs
+        )
     )
 
 
@@ -129,7 +143,8 @@ def _norms() -> None:
     original = WrappedTorchNorm.__new__
 
     def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        # apex's and Transformer Engine's norms, which need a GPU, mark their parameters under sequence parallelism.
+        # apex's and Transformer Engine's norms, which need a GPU, mark their parameters under
+        # sequence parallelism.
         sequence_parallel, config.sequence_parallel = config.sequence_parallel, False
         norm = original(cls, config, *args, **kwargs)
         config.sequence_parallel = sequence_parallel
@@ -144,4 +159,5 @@ def _router() -> None:
     from megatron.core.transformer.moe import moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # 0.16 asks for it where Transformer Engine is not installed, too
+        # 0.16 asks for it where Transformer Engine is not installed, too
+        moe_utils.te_general_gemm = None

@@ -29,7 +29,10 @@ class Layers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, HIDDEN, bias=False), nn.Linear(HIDDEN, WIDTH, bias=False)
+        self.up, self.down = (
+            nn.Linear(WIDTH, HIDDEN, bias=False),
+            nn.Linear(HIDDEN, WIDTH, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.down(functional.gelu(self.up(x)))
@@ -46,7 +49,9 @@ def wanted(start: Layers) -> Layers:
 
 
 def train(config: Any, make: Make, steps: int = STEPS) -> tuple[list[float], Tensor]:
-    """Train PEFT's adapter on the frozen net; return the loss before every step, and the adapter's weights."""
+    """Train PEFT's adapter on the frozen net; return the loss before every step, and the adapter's
+    weights.
+    """
     torch.manual_seed(0)
     start = Layers()
     goal = wanted(start)
@@ -102,7 +107,9 @@ def adamw(lr: float) -> Make:
 
 
 def test_lora_learns_with_the_default_tau() -> None:
-    """Muon #25, OneTrainer #1314. The first steps are held: three seeds ended 0.92 to 1.19 times as high as AdamW."""
+    """Muon #25, OneTrainer #1314. The first steps are held: three seeds ended 0.92 to 1.19 times as
+    high as AdamW.
+    """
     expected, found = losses(lora(), adamw(1e-3)), losses(lora(), WAYS["names"])
     assert expected[0] > 20 * end(expected), "AdamW does not learn: the case shows nothing"
     assert end(found) < 1.3 * end(expected)
@@ -113,7 +120,10 @@ def test_lora_is_known_in_several_ways(way: str) -> None:
     """Start vectors hang on names, and the last digits of σ₁ on them."""
     expected = weights(lora(), WAYS["names"])
     assert distance(weights(lora(), WAYS[way]), expected) < 1e-3
-    assert distance(weights(lora(), lambda net: AdamW2(trained(net), lr=1e-3, floor_std=0)), expected) > 0.01
+    assert (
+        distance(weights(lora(), lambda net: AdamW2(trained(net), lr=1e-3, floor_std=0)), expected)
+        > 0.01
+    )
 
 
 def test_dora_learns_with_the_default_tau() -> None:
@@ -146,7 +156,9 @@ def test_the_floor_of_a_factor_is_xavier_s_and_floor_std_0_is_the_paper_s_rule()
     with torch.no_grad():
         first.normal_(std=1e-4)
     for floor_std, moves in ((1e-3, True), (0.0, False)):
-        optimizer = AdamW2([("q.lora_A.weight", first), ("q.lora_B.weight", second)], lr=1.0, floor_std=floor_std)
+        optimizer = AdamW2(
+            [("q.lora_A.weight", first), ("q.lora_B.weight", second)], lr=1.0, floor_std=floor_std
+        )
         for param in (first, second):
             param.grad = torch.randn_like(param)
         optimizer.step()
@@ -161,7 +173,9 @@ def test_what_shapes_were_taken_for_is_said_once(caplog: pytest.LogCaptureFixtur
         weights(lora(), WAYS["shapes"])
         weights(lora(), WAYS["a model"])
     (said,) = [record.message for record in caplog.records]
-    assert said.startswith("AdamW2: taken for an adapter's factors, by shape: 'group0.param0' (8, 64)")
+    assert said.startswith(
+        "AdamW2: taken for an adapter's factors, by shape: 'group0.param0' (8, 64)"
+    )
 
 
 def test_a_resumed_run_has_the_same_floors() -> None:
@@ -172,12 +186,16 @@ def test_a_resumed_run_has_the_same_floors() -> None:
 
     def go_on(optimizer: AdamW2, steps: range) -> None:
         for step in steps:
-            for param, grad in zip(optimizer.param_groups[0]["params"], gradients[step], strict=True):
+            for param, grad in zip(
+                optimizer.param_groups[0]["params"], gradients[step], strict=True
+            ):
                 param.grad = grad.clone()
             optimizer.step()
 
     def make(values: dict[str, Tensor]) -> AdamW2:
-        return AdamW2([(name, nn.Parameter(value.clone())) for name, value in values.items()], lr=0.1)
+        return AdamW2(
+            [(name, nn.Parameter(value.clone())) for name, value in values.items()], lr=0.1
+        )
 
     whole = make(factors)
     go_on(whole, range(8))
@@ -187,7 +205,9 @@ def test_a_resumed_run_has_the_same_floors() -> None:
     second = make(dict(zip(factors, halfway, strict=True)))
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     go_on(second, range(4, 8))
-    for one, other in zip(whole.param_groups[0]["params"], second.param_groups[0]["params"], strict=True):
+    for one, other in zip(
+        whole.param_groups[0]["params"], second.param_groups[0]["params"], strict=True
+    ):
         assert torch.equal(one, other)
 
 
@@ -221,7 +241,9 @@ def test_the_budget_leaves_an_adapter_the_paper_s_tau_however_many_there_are() -
 
 @pytest.mark.parametrize(("floor_std", "grows"), [(1e-3, True), (0.0, False)])
 def test_output_projections_that_are_0_at_the_start_move(floor_std: float, grows: bool) -> None:
-    """As in DiT and ControlNet, whose branches are 0 then. Each step adds τ of the floor, then of σ₁."""
+    """As in DiT and ControlNet, whose branches are 0 then. Each step adds τ of the floor, then of
+    σ₁.
+    """
     torch.manual_seed(0)
     net = Layers()
     goal = wanted(net)

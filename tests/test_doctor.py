@@ -45,10 +45,14 @@ def test_it_names_versions_and_the_kernel_that_will_run(capsys: pytest.CaptureFi
     assert lines["to mend"] == "nothing"
 
 
-def test_gpus_are_counted_by_name(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_are_counted_by_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(
-        torch.cuda, "get_device_name", lambda number: ["NVIDIA H100", "NVIDIA H100", "NVIDIA A40"][number]
+        torch.cuda,
+        "get_device_name",
+        lambda number: ["NVIDIA H100", "NVIDIA H100", "NVIDIA A40"][number],
     )
     assert said(capsys)["GPUs"] == "2 × NVIDIA H100, 1 × NVIDIA A40"
 
@@ -60,7 +64,9 @@ def test_what_is_not_installed_comes_with_its_command_and_is_no_fault(
     lines = said(capsys)
     assert lines["deepspeed"] == "not installed; pip install 'deepspeed>=0.16.9'"
     assert lines["megatron-core"] == "not installed; pip install 'megatron-core>=0.14'"
-    assert lines["transformer-engine"].endswith("pip install --no-build-isolation 'transformer-engine[pytorch]'")
+    assert lines["transformer-engine"].endswith(
+        "pip install --no-build-isolation 'transformer-engine[pytorch]'"
+    )
     assert lines["apex"].endswith("git+https://github.com/NVIDIA/apex")
     assert lines["Megatron's door"] == "shut: see megatron-core"
 
@@ -70,28 +76,43 @@ def test_an_engine_that_is_too_old_is_a_fault(
 ) -> None:
     install(monkeypatch, deepspeed="0.16.8+cu124", megatron_core="0.13.1rc2")
     lines = said(capsys, status=1)
-    assert lines["deepspeed"] == "takes 0.16.9 or newer, got 0.16.8+cu124; pip install --upgrade 'deepspeed>=0.16.9'"
+    assert (
+        lines["deepspeed"]
+        == "takes 0.16.9 or newer, got 0.16.8+cu124; pip install --upgrade 'deepspeed>=0.16.9'"
+    )
     assert lines["megatron-core"].endswith("pip install --upgrade 'megatron-core>=0.14'")
     assert lines["Megatron's door"] == "shut: see megatron-core"
     assert lines["to mend"] == "deepspeed; megatron-core"
 
 
-@pytest.mark.parametrize(("found", "tested"), [("0.16.9", True), ("0.19.9", True), ("0.20.0", False), ("1.0", False)])
+@pytest.mark.parametrize(
+    ("found", "tested"), [("0.16.9", True), ("0.19.9", True), ("0.20.0", False), ("1.0", False)]
+)
 def test_a_newer_engine_is_only_said_to_be_untested(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, found: str, tested: bool
 ) -> None:
     install(monkeypatch, deepspeed=found)
-    assert said(capsys)["deepspeed"] == (found if tested else f"{found}, newer than 0.19, the newest that was tested")
+    assert said(capsys)["deepspeed"] == (
+        found if tested else f"{found}, newer than 0.19, the newest that was tested"
+    )
 
 
 def test_megatrons_door_opens_with_megatron_core_alone(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, megatron_core="0.16.1")
-    for found, words in ((None, "comes with a checkout of Megatron-LM"), (object(), "megatron.training is installed")):
-        monkeypatch.setattr(doctor, "find_spec", lambda name, found=found: object() if name == "megatron" else found)
+    for found, words in (
+        (None, "comes with a checkout of Megatron-LM"),
+        (object(), "megatron.training is installed"),
+    ):
+        monkeypatch.setattr(
+            doctor, "find_spec", lambda name, found=found: object() if name == "megatron" else found
+        )
         line = said(capsys)["Megatron's door"]
-        assert line.startswith("open (python -m weyl_megatron.integrations.megatron SCRIPT)") and words in line
+        assert (
+            line.startswith("open (python -m weyl_megatron.engines.megatron SCRIPT)")
+            and words in line
+        )
 
 
 def test_a_shut_door_is_a_fault_where_there_is_deepspeed(
@@ -115,7 +136,9 @@ def test_an_accelerator_that_is_not_there_is_a_fault(
     install(monkeypatch, deepspeed="0.19.8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
-    assert said(capsys, status=1)["DS_ACCELERATOR"].endswith("got 'cuda'; export DS_ACCELERATOR=cpu")
+    assert said(capsys, status=1)["DS_ACCELERATOR"].endswith(
+        "got 'cuda'; export DS_ACCELERATOR=cpu"
+    )
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert said(capsys)["DS_ACCELERATOR"] == "cpu"
 
@@ -125,13 +148,18 @@ def test_without_a_compiler_it_says_what_runs_instead_and_what_mends_it(
 ) -> None:
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     line = said(capsys)["kernel, cpu"]
-    assert line.startswith("torch, because there is no C++ compiler") and "apt-get install g++" in line
+    assert (
+        line.startswith("torch, because there is no C++ compiler") and "apt-get install g++" in line
+    )
     cpu.library.cache_clear()
 
 
 @pytest.mark.parametrize("has_gpu", [False, True])
 def test_without_what_builds_triton_s_launcher_it_says_what_runs_instead_and_what_mends_it(
-    has_gpu: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    has_gpu: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -143,7 +171,11 @@ def test_without_what_builds_triton_s_launcher_it_says_what_runs_instead_and_wha
     compiler.write_text("#!/bin/sh\necho 'fatal error: Python.h: No such file' >&2\nexit 1\n")
     compiler.chmod(0o700)
     for named, reason, mend in (
-        (tmp_path / "none", "there is no C compiler", "apt-get install gcc, or name your C compiler in CC"),
+        (
+            tmp_path / "none",
+            "there is no C compiler",
+            "apt-get install gcc, or name your C compiler in CC",
+        ),
         (compiler, f"{compiler} cannot build", "apt-get install python3-dev"),
     ):
         monkeypatch.setenv("CC", str(named))

@@ -104,7 +104,9 @@ def test_what_may_be_many_parameters_in_one_is_refused() -> None:
     optimizer = AdamW2([("one", one), ("two", two)])
     step(optimizer)
     optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(21))]
-    with pytest.raises(ValueError, match=r"an engine replaced parameter 'one' or one beside it by .* \(21,\)"):
+    with pytest.raises(
+        ValueError, match=r"an engine replaced parameter 'one' or one beside it by .* \(21,\)"
+    ):
         step(optimizer)
 
 

@@ -21,7 +21,9 @@ INFINITE = float("inf")
 
 
 class Mixed(nn.Module):
-    """Every kind of parameter: matrices, gains, biases, a convolution, stacked experts, a frozen one, an unused one."""
+    """Every kind of parameter: matrices, gains, biases, a convolution, stacked experts, a frozen
+    one, an unused one.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,11 +36,17 @@ class Mixed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(self.conv(x).mean((2, 3)))
-        return self.frozen(self.head(torch.einsum("bi,eio->bo", x, self.experts).tanh())).square().mean()
+        return (
+            self.frozen(self.head(torch.einsum("bi,eio->bo", x, self.experts).tanh()))
+            .square()
+            .mean()
+        )
 
 
 def train(
-    make: Callable[[nn.Module], torch.optim.Optimizer], steps: int = 20, model: type[nn.Module] = Mixed
+    make: Callable[[nn.Module], torch.optim.Optimizer],
+    steps: int = 20,
+    model: type[nn.Module] = Mixed,
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     net = model()
@@ -61,7 +69,9 @@ def test_with_infinite_tau_it_is_torch_s_adamw_bit_for_bit(weight_decay: float) 
         assert torch.equal(one, other), name
     for one, other in zip(theirs.parameters(), ours.parameters(), strict=True):
         assert adamw.state[one].keys() == adamw2.state[other].keys()
-        assert all(torch.equal(value, adamw2.state[other][key]) for key, value in adamw.state[one].items())
+        assert all(
+            torch.equal(value, adamw2.state[other][key]) for key, value in adamw.state[one].items()
+        )
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -80,7 +90,9 @@ def test_it_follows_the_reference(dtype: torch.dtype, tolerance: float) -> None:
     assert any(rate < 0.02 for rate in rates.values())
     for (name, one), other in zip(net.named_parameters(), twin.parameters(), strict=True):
         # A handful of roundings of float64; of float32, carried through 50 steps.
-        assert torch.allclose(one, other, rtol=0, atol=tolerance * float(other.detach().abs().max()) * 10), name
+        assert torch.allclose(
+            one, other, rtol=0, atol=tolerance * float(other.detach().abs().max()) * 10
+        ), name
 
 
 def test_stats_say_what_the_step_did() -> None:
@@ -91,9 +103,13 @@ def test_stats_say_what_the_step_did() -> None:
     assert set(stats) == {"conv.weight", "experts[0]", "experts[1]", "head.weight", "unused.weight"}
     entry = stats["conv.weight"]
     assert isinstance(entry, MatrixStats) and entry.clipped and entry.tau == 0.003
-    assert entry.sigma_weight == pytest.approx(exact_sigma(before["conv.weight"].detach().flatten(1)), rel=1e-4)
+    assert entry.sigma_weight == pytest.approx(
+        exact_sigma(before["conv.weight"].detach().flatten(1)), rel=1e-4
+    )
     assert entry.lr == pytest.approx(0.003 * entry.sigma_weight / entry.sigma_update, rel=1e-6)
-    assert stats["unused.weight"] == MatrixStats(stats["unused.weight"].sigma_weight, 0.0, 0.02, False, 0.003)
+    assert stats["unused.weight"] == MatrixStats(
+        stats["unused.weight"].sigma_weight, 0.0, 0.02, False, 0.003
+    )
 
 
 @pytest.mark.parametrize("part", ["conv", "experts"])
@@ -102,7 +118,9 @@ def test_convolutions_and_experts_move_as_the_matrices_they_are(part: str) -> No
     torch.manual_seed(0)
     shape = (6, 3, 2, 2) if part == "conv" else (2, 6, 5)
     weight = nn.Parameter(torch.randn(shape))
-    pieces = [weight.detach().clone().flatten(1)] if part == "conv" else list(weight.detach().clone())
+    pieces = (
+        [weight.detach().clone().flatten(1)] if part == "conv" else list(weight.detach().clone())
+    )
     names = ["w"] if part == "conv" else ["w[0]", "w[1]"]
     reference = AdamW2Reference(zip(names, pieces, strict=True), lr=0.05, tau=0.01)
     optimizer = AdamW2([("w", weight)], lr=0.05, tau=0.01)
@@ -123,11 +141,14 @@ def test_gpt2_s_stacked_qkv_takes_three_rates(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     axis = 0 if shape[0] == 24 else 1
     weight = nn.Parameter(
-        torch.randn(shape) * torch.repeat_interleave(torch.tensor([1.0, 0.1, 3.0]), 8).unsqueeze(1 - axis)
+        torch.randn(shape)
+        * torch.repeat_interleave(torch.tensor([1.0, 0.1, 3.0]), 8).unsqueeze(1 - axis)
     )
     pieces = [piece.clone() for piece in weight.detach().chunk(3, axis)]
     name = "h.0.attn.c_attn.weight"
-    reference = AdamW2Reference(zip([f"{name}[{x}]" for x in "qkv"], pieces, strict=True), lr=0.05, tau=0.01)
+    reference = AdamW2Reference(
+        zip([f"{name}[{x}]" for x in "qkv"], pieces, strict=True), lr=0.05, tau=0.01
+    )
     optimizer = AdamW2([(name, weight)], lr=0.05, tau=0.01)
     for _ in range(10):
         weight.grad = torch.randn(shape)
@@ -173,8 +194,15 @@ def test_overrides_and_groups_set_tau_and_exempt_by_pattern() -> None:
     torch.manual_seed(0)
     names = ["h.0.a.weight", "h.0.b.weight", "h.1.a.weight", "head.weight"]
     weights = {name: nn.Parameter(torch.randn(6, 6)) for name in names}
-    groups = [{"params": list(weights.items())[:3]}, {"params": list(weights.items())[3:], "tau": 0.5}]
-    overrides = [{"match": "h.*", "tau": 0.02}, {"match": "h.1.*", "tau": 0.03}, {"match": "*.b.*", "exempt": True}]
+    groups = [
+        {"params": list(weights.items())[:3]},
+        {"params": list(weights.items())[3:], "tau": 0.5},
+    ]
+    overrides = [
+        {"match": "h.*", "tau": 0.02},
+        {"match": "h.1.*", "tau": 0.03},
+        {"match": "*.b.*", "exempt": True},
+    ]
     optimizer = AdamW2(groups, overrides=overrides)
     for weight in weights.values():
         weight.grad = torch.randn(6, 6)
@@ -200,10 +228,17 @@ def test_auto_shares_one_budget_among_hidden_matrices_and_floors_by_xavier() -> 
     optimizer = AdamW2(params, lr=1.0, tau="auto")
     optimizer.step()
     stats = optimizer.stats()
-    assert {name for name, entry in stats.items() if entry.tau == 0.1} == {"wte.weight", "lm_head.weight"}
-    assert {entry.tau for name, entry in stats.items() if name.startswith("h.")} == {0.144 / 4}  # q, k, v, fc
+    assert {name for name, entry in stats.items() if entry.tau == 0.1} == {
+        "wte.weight",
+        "lm_head.weight",
+    }
+    assert {entry.tau for name, entry in stats.items() if name.startswith("h.")} == {
+        0.144 / 4
+    }  # q, k, v, fc
     floor = (2 / 24) ** 0.5 * (16**0.5 + 8**0.5)
-    assert stats["h.0.fc.weight"].lr == pytest.approx(0.144 / 4 * floor / stats["h.0.fc.weight"].sigma_update)
+    assert stats["h.0.fc.weight"].lr == pytest.approx(
+        0.144 / 4 * floor / stats["h.0.fc.weight"].sigma_update
+    )
 
 
 def test_channels_last_convolutions_are_the_same_matrices() -> None:
@@ -216,8 +251,11 @@ def test_channels_last_convolutions_are_the_same_matrices() -> None:
         for weight, optimizer in zip((plain, last), optimizers, strict=True):
             weight.grad = grad.clone()
             optimizer.step()
-    # Both estimate the same σ₁, from other start vectors; cold iterations bring either within 1e-3 of it.
-    assert optimizers[0].stats()["w"].sigma_weight == pytest.approx(optimizers[1].stats()["w"].sigma_weight, rel=1e-3)
+    # Both estimate the same σ₁, from other start vectors; cold iterations bring either within 1e-3
+    # of it.
+    assert optimizers[0].stats()["w"].sigma_weight == pytest.approx(
+        optimizers[1].stats()["w"].sigma_weight, rel=1e-3
+    )
     assert torch.allclose(plain, last, rtol=1e-3, atol=1e-4)
 
 
@@ -304,13 +342,17 @@ def test_what_it_cannot_step_is_named() -> None:
 def test_a_name_that_two_parameters_have_is_told_apart(are_groups: bool) -> None:
     encoder, decoder = nn.Linear(3, 2), nn.Linear(3, 2)
     pairs = [list(encoder.named_parameters()), list(decoder.named_parameters())]
-    groups = [{"params": named} for named in pairs] if are_groups else [{"params": pairs[0] + pairs[1]}]
+    groups = (
+        [{"params": named} for named in pairs] if are_groups else [{"params": pairs[0] + pairs[1]}]
+    )
     optimizer = AdamW2(groups)
     for weight in (encoder.weight, decoder.weight):
         weight.grad = torch.ones_like(weight)
     optimizer.step()
     assert set(optimizer.stats()) == {"weight", "group1.weight" if are_groups else "group0.weight"}
-    names = [name for group in optimizer.state_dict()["param_groups"] for name in group["param_names"]]
+    names = [
+        name for group in optimizer.state_dict()["param_groups"] for name in group["param_names"]
+    ]
     assert names == ["weight", "bias"] * 2  # torch's own key keeps what was given
 
 
@@ -333,7 +375,9 @@ REFUSED = [("capturable", True), ("differentiable", True), ("decoupled_weight_de
 
 @pytest.mark.parametrize("is_late", [False, True], ids=["when it is made", "later"])
 @pytest.mark.parametrize(("key", "value"), REFUSED)
-def test_a_parameter_group_may_not_ask_for_what_is_not_done(key: str, value: bool, is_late: bool) -> None:
+def test_a_parameter_group_may_not_ask_for_what_is_not_done(
+    key: str, value: bool, is_late: bool
+) -> None:
     weight = nn.Parameter(torch.ones(2, 2))
     weight.grad = torch.ones(2, 2)
     sentence = f"AdamW2: {key} got {value}, it takes {not value}"
@@ -350,7 +394,9 @@ def test_a_parameter_group_may_not_ask_for_what_is_not_done(key: str, value: boo
 
 @pytest.mark.parametrize("key", ["lr", "eps", "weight_decay", "betas"])
 @pytest.mark.parametrize("tau", [0.01, INFINITE])
-def test_a_hyperparameter_that_becomes_no_number_is_refused_before_anything_moves(key: str, tau: float) -> None:
+def test_a_hyperparameter_that_becomes_no_number_is_refused_before_anything_moves(
+    key: str, tau: float
+) -> None:
     weight = nn.Parameter(torch.ones(2, 2))
     weight.grad = torch.ones(2, 2)
     optimizer = AdamW2([("w", weight)], tau=tau)
@@ -362,7 +408,9 @@ def test_a_hyperparameter_that_becomes_no_number_is_refused_before_anything_move
 
 def test_without_parameters_the_layout_is_read_once() -> None:
     reads = []
-    optimizer = AdamW2([{"params": []}, {"params": []}])  # Megatron's stages without experts have such a one
+    optimizer = AdamW2(
+        [{"params": []}, {"params": []}]
+    )  # Megatron's stages without experts have such a one
 
     def read() -> Layout:
         reads.append(None)
@@ -393,7 +441,9 @@ def test_a_tensor_that_an_engine_put_in_place_of_the_parameters_is_refused() -> 
     flat = nn.Parameter(torch.ones(9))
     flat.grad = torch.ones(9)
     optimizer.param_groups[0]["params"] = [flat]
-    with pytest.raises(ValueError, match=r"an engine replaced parameter 'h.0.weight' .* shape \(9,\)"):
+    with pytest.raises(
+        ValueError, match=r"an engine replaced parameter 'h.0.weight' .* shape \(9,\)"
+    ):
         optimizer.step()
 
 
@@ -401,7 +451,9 @@ def test_tensor_parallel_marks_without_a_group_are_refused() -> None:
     weight = nn.Parameter(torch.ones(3, 3))
     weight.tensor_model_parallel, weight.partition_dim = True, 0  # type: ignore[attr-defined]
     weight.grad = torch.ones(3, 3)
-    with pytest.raises(ValueError, match="parameter 'w' is tensor-parallel, but no tensor-parallel group is known"):
+    with pytest.raises(
+        ValueError, match="parameter 'w' is tensor-parallel, but no tensor-parallel group is known"
+    ):
         AdamW2([("w", weight)]).step()
 
 

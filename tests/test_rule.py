@@ -19,19 +19,25 @@ def vector(*values: float) -> torch.Tensor:
 
 
 def test_the_rate_is_the_scheduled_one_or_what_the_rule_allows() -> None:
-    rates = clipped_rates(vector(0.1, 0.1), vector(0.01, 0.01), vector(0, 0), vector(100, 1), vector(2, 2))
+    rates = clipped_rates(
+        vector(0.1, 0.1), vector(0.01, 0.01), vector(0, 0), vector(100, 1), vector(2, 2)
+    )
     assert rates.tolist() == pytest.approx([0.1, 0.005])
 
 
 def test_nothing_bounds_an_update_of_zero_not_even_of_a_matrix_of_zero() -> None:
-    assert clipped_rates(vector(0.1, 0.1), vector(0.01, inf), vector(0, 0), vector(0, 1), vector(0, 3)).tolist() == [
+    assert clipped_rates(
+        vector(0.1, 0.1), vector(0.01, inf), vector(0, 0), vector(0, 1), vector(0, 3)
+    ).tolist() == [
         0.1,
         0.1,
     ]
 
 
 def test_the_floor_stands_in_for_a_small_sigma() -> None:
-    assert clipped_rates(vector(1), vector(0.01), vector(4), vector(0), vector(2)).item() == pytest.approx(0.02)
+    assert clipped_rates(
+        vector(1), vector(0.01), vector(4), vector(0), vector(2)
+    ).item() == pytest.approx(0.02)
 
 
 def test_random_sigma_is_about_that_of_a_random_matrix() -> None:
@@ -41,11 +47,15 @@ def test_random_sigma_is_about_that_of_a_random_matrix() -> None:
 
 
 def test_rule_1_holds_by_exact_svd_after_every_step_of_a_training_run() -> None:
-    """A GPT on the standard library's sources, without warmup, at a rate where the clip works all the time."""
+    """A GPT on the standard library's sources, without warmup, at a rate where the clip works all
+    the time.
+    """
     torch.manual_seed(0)
     model = GPT(GPTConfig())
     matrices = {name: p for name, p in model.named_parameters() if p.ndim == 2}
-    optimizer = AdamW2(model.named_parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, tau=TAU)
+    optimizer = AdamW2(
+        model.named_parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, tau=TAU
+    )
     corpus = load_corpus()
     offsets = training_offsets(corpus, STEPS, 8, 64, seed=0)
     exact = {name: exact_sigma(p.detach()) for name, p in matrices.items()}
@@ -61,25 +71,31 @@ def test_rule_1_holds_by_exact_svd_after_every_step_of_a_training_run() -> None:
             v_hat = state["exp_avg_sq"] / (1 - 0.95**count)
             update = (state["exp_avg"] / (1 - 0.9**count)) / (v_hat.sqrt() + 1e-8)
             sigma_update = exact_sigma(update)
-            if entry.certified:  # bounds, from the right sides, and a clip that exact arithmetic would not have made
+            if (
+                entry.certified
+            ):  # bounds, from the right sides, and a clip that exact arithmetic would not have made
                 certified += 1
-                assert entry.sigma_weight <= exact[name] and entry.sigma_update >= sigma_update * (1 - 1e-6)
+                assert entry.sigma_weight <= exact[name] and entry.sigma_update >= sigma_update * (
+                    1 - 1e-6
+                )
                 assert not entry.clipped and entry.lr * sigma_update <= TAU * exact[name]
             else:
                 errors.append(1 - entry.sigma_update / sigma_update)
                 errors.append(1 - entry.sigma_weight / exact[name])
             clipped += entry.clipped
             after = exact_sigma(matrices[name].detach())
-            # An estimate of σ₁(U) that is short by e lets a clipped matrix move by τ / (1 − e); the 1e-5 is float32's.
+            # An estimate of σ₁(U) that is short by e lets a clipped matrix move by τ / (1 − e); the
+            # 1e-5 is float32's.
             allowed = 1 + TAU * max(1.0, sigma_update / entry.sigma_update)
             assert after <= allowed * exact[name] * (1 + 1e-5), (step, name)
             exact[name] = after
     error = torch.tensor(errors).abs()
     median, p95 = error.median().item(), error.quantile(0.95).item()
     print(
-        f"σ₁ estimates over {STEPS} steps, {len(matrices)} matrices: median error {median:.4%}, 95th percentile "
-        f"{p95:.3%}, largest {error.max().item():.1%}; {clipped / (STEPS * len(matrices)):.0%} of matrix-steps "
-        f"clipped, {certified / (STEPS * len(matrices)):.0%} settled by the certificate"
+        f"σ₁ estimates over {STEPS} steps, {len(matrices)} matrices: median error {median:.4%}, "
+        f"95th percentile {p95:.3%}, largest {error.max().item():.1%}; "
+        f"{clipped / (STEPS * len(matrices)):.0%} of matrix-steps clipped, "
+        f"{certified / (STEPS * len(matrices)):.0%} settled by the certificate"
     )
     assert median < 0.002 and p95 < 0.03
     assert clipped > 0.2 * STEPS * len(matrices)

@@ -26,7 +26,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"bias_correction": False}, r"bias_correction got False, it takes True"),
     ({"amsgrad": 1}, r"amsgrad got 1, it takes True or False"),
     ({"differentiable": True}, r"differentiable got True, it takes False"),
-    ({"lr": torch.tensor([0.1, 0.2])}, r"lr got tensor\(\[0.1000, 0.2000\]\), it takes a number from 0 on"),
+    (
+        {"lr": torch.tensor([0.1, 0.2])},
+        r"lr got tensor\(\[0.1000, 0.2000\]\), it takes a number from 0 on",
+    ),
     ({"max_grad_norm": 1.0}, r"max_grad_norm got 1.0, .*'gradient_clipping'"),
     ({"floor_std": -1}, r"floor_std got -1"),
     ({"clip_vectors": 1}, r"clip_vectors got 1"),
@@ -40,8 +43,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), BAD, ids=[next(iter(o)) + str(i) for i, (o, _) in enumerate(BAD)])
-def test_an_impossible_setting_is_one_sentence_at_construction(options: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"), BAD, ids=[next(iter(o)) + str(i) for i, (o, _) in enumerate(BAD)]
+)
+def test_an_impossible_setting_is_one_sentence_at_construction(
+    options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message) as error:
         AdamW2([torch.nn.Parameter(torch.ones(2, 2))], **options)
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
@@ -49,7 +56,14 @@ def test_an_impossible_setting_is_one_sentence_at_construction(options: dict[str
 
 def test_keys_that_every_adamw_config_carries_are_accepted() -> None:
     parameter = torch.nn.Parameter(torch.ones(2, 2))
-    AdamW2([parameter], torch_adam=True, adam_w_mode=True, bias_correction=True, fused=False, foreach=None)
+    AdamW2(
+        [parameter],
+        torch_adam=True,
+        adam_w_mode=True,
+        bias_correction=True,
+        fused=False,
+        foreach=None,
+    )
 
 
 def test_a_parameter_group_s_tau_is_checked_too() -> None:
@@ -68,10 +82,14 @@ def test_an_override_that_matches_nothing_is_refused_at_the_first_step() -> None
 @pytest.mark.parametrize("word", ["balanced", "auto"])
 def test_both_spellings_of_the_budget_are_one_value_wherever_a_tau_is_given(word: str) -> None:
     def weight(name: str) -> tuple[str, torch.nn.Parameter]:
-        return name, torch.nn.Parameter(torch.randn(6, 5, generator=torch.Generator().manual_seed(len(name))))
+        return name, torch.nn.Parameter(
+            torch.randn(6, 5, generator=torch.Generator().manual_seed(len(name)))
+        )
 
     def stepped(**options: Any) -> dict[str, Any]:
-        groups = options.pop("groups", [{"params": [weight("embed.weight"), weight("up"), weight("down")]}])
+        groups = options.pop(
+            "groups", [{"params": [weight("embed.weight"), weight("up"), weight("down")]}]
+        )
         optimizer = AdamW2(groups, lr=1.0, **options)
         for group in optimizer.param_groups:
             for param in group["params"]:
@@ -80,7 +98,9 @@ def test_both_spellings_of_the_budget_are_one_value_wherever_a_tau_is_given(word
         return optimizer.stats()
 
     expected = stepped(tau="auto")
-    assert len({entry.tau for entry in expected.values()}) == 2, "embeddings and hidden matrices have one τ"
+    assert len({entry.tau for entry in expected.values()}) == 2, (
+        "embeddings and hidden matrices have one τ"
+    )
     assert stepped(tau=word) == expected
     assert stepped(overrides=[{"match": "*", "tau": word}]) == expected
     groups = [{"params": [weight("embed.weight"), weight("up"), weight("down")], "tau": word}]
@@ -88,8 +108,13 @@ def test_both_spellings_of_the_budget_are_one_value_wherever_a_tau_is_given(word
 
 
 def test_a_tau_that_becomes_balanced_is_that_of_a_budget() -> None:
-    named = [("embed.weight", torch.nn.Parameter(torch.ones(4, 3))), ("up", torch.nn.Parameter(torch.eye(4)))]
-    optimizer = AdamW2([{"params": named[:1]}, {"params": named[1:], "tau": 0.3}], lr=1.0, tau="balanced")
+    named = [
+        ("embed.weight", torch.nn.Parameter(torch.ones(4, 3))),
+        ("up", torch.nn.Parameter(torch.eye(4))),
+    ]
+    optimizer = AdamW2(
+        [{"params": named[:1]}, {"params": named[1:], "tau": 0.3}], lr=1.0, tau="balanced"
+    )
     for _, param in named:
         param.grad = torch.ones_like(param)
     optimizer.step()
@@ -100,5 +125,7 @@ def test_a_tau_that_becomes_balanced_is_that_of_a_budget() -> None:
     assert optimizer.stats()["up"].tau == pytest.approx(0.144)
     saved = optimizer.state_dict()
     saved["param_groups"][1]["tau"] = "well"
-    with pytest.raises(ValueError, match="a parameter group's tau got 'well', it takes a number above 0"):
+    with pytest.raises(
+        ValueError, match="a parameter group's tau got 'well', it takes a number above 0"
+    ):
         optimizer.load_state_dict(saved)

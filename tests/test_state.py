@@ -1,4 +1,6 @@
-"""What a kernel is handed of a parameter is checked first: nothing is read or written that is not its own."""
+"""What a kernel is handed of a parameter is checked first: nothing is read or written that is not
+its own.
+"""
 
 from __future__ import annotations
 
@@ -44,11 +46,22 @@ def parameter_of(optimizer: torch.optim.Optimizer) -> nn.Parameter:
 
 @pytest.mark.parametrize(
     ("shape", "other"),
-    [((4,), (8,)), ((8,), (4,)), ((4000, 16), (5000, 16)), ((6, 4), (4, 6)), ((6, 4), (24,)), ((3, 4), (3, 4, 1))],
+    [
+        ((4,), (8,)),
+        ((8,), (4,)),
+        ((4000, 16), (5000, 16)),
+        ((6, 4), (4, 6)),
+        ((6, 4), (24,)),
+        ((3, 4), (3, 4, 1)),
+    ],
     ids=str,
 )
-def test_a_state_of_another_shape_is_refused_when_it_is_loaded(shape: tuple[int, ...], other: tuple[int, ...]) -> None:
-    """pytorch #40769, yolov5 #1412: torch.optim.AdamW finds it out in the next step, a kernel by address never."""
+def test_a_state_of_another_shape_is_refused_when_it_is_loaded(
+    shape: tuple[int, ...], other: tuple[int, ...]
+) -> None:
+    """pytorch #40769, yolov5 #1412: torch.optim.AdamW finds it out in the next step, a kernel by
+    address never.
+    """
     torch.manual_seed(0)
     saved = trained(torch.randn(shape), adamw).state_dict()
     weight = nn.Parameter(torch.randn(other))
@@ -77,9 +90,13 @@ def test_a_state_whose_count_is_gone_is_written_and_not_stepped() -> None:
 def test_a_state_dict_of_another_number_of_parameters_is_refused() -> None:
     one, two = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
     saved = torch.optim.AdamW([one]).state_dict()
-    with pytest.raises(ValueError, match=r"got parameter groups of \[1\] parameters, it takes \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"got parameter groups of \[1\] parameters, it takes \[2\]"
+    ):
         AdamW2([("one", one), ("two", two)]).load_state_dict(saved)
-    with pytest.raises(ValueError, match=r"got parameter groups of \[1\] parameters, it takes \[1, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"got parameter groups of \[1\] parameters, it takes \[1, 1\]"
+    ):
         AdamW2([{"params": [one]}, {"params": [two]}]).load_state_dict(saved)
 
 
@@ -88,7 +105,10 @@ def test_a_state_of_another_optimizer_is_refused_when_it_is_loaded() -> None:
     weight.grad = torch.ones(2, 2)
     sgd = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
     sgd.step()
-    with pytest.raises(ValueError, match="got momentum_buffer for parameter 'w', it takes step, exp_avg, exp_avg_sq"):
+    with pytest.raises(
+        ValueError,
+        match="got momentum_buffer for parameter 'w', it takes step, exp_avg, exp_avg_sq",
+    ):
         AdamW2([("w", weight)]).load_state_dict(sgd.state_dict())
 
 
@@ -98,20 +118,37 @@ def shorter(moment: Tensor) -> Tensor:
 
 
 SPOILED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
-    "fewer rows": (lambda moment: moment[:3].clone(), r"is \(3, 7\), .* takes its parameter's \(9, 7\)"),
-    "more rows": (lambda moment: torch.cat([moment, moment]), r"is \(18, 7\), .* takes its parameter's \(9, 7\)"),
-    "other shape": (lambda moment: moment.reshape(7, 9), r"is \(7, 9\), .* takes its parameter's \(9, 7\)"),
-    "other dtype": (lambda moment: moment.bfloat16(), r"torch.bfloat16, .* takes its parameter's .* torch.float32"),
+    "fewer rows": (
+        lambda moment: moment[:3].clone(),
+        r"is \(3, 7\), .* takes its parameter's \(9, 7\)",
+    ),
+    "more rows": (
+        lambda moment: torch.cat([moment, moment]),
+        r"is \(18, 7\), .* takes its parameter's \(9, 7\)",
+    ),
+    "other shape": (
+        lambda moment: moment.reshape(7, 9),
+        r"is \(7, 9\), .* takes its parameter's \(9, 7\)",
+    ),
+    "other dtype": (
+        lambda moment: moment.bfloat16(),
+        r"torch.bfloat16, .* takes its parameter's .* torch.float32",
+    ),
     "no memory": (lambda moment: moment.to("meta"), r"on meta, it takes its parameter's .* on cpu"),
     "storage taken away": (shorter, r"got a storage of 0 bytes, it takes 252"),
-    "missing": (lambda moment: None, r"the state of parameter 'w' holds .*, it takes exp_avg, exp_avg_sq"),
+    "missing": (
+        lambda moment: None,
+        r"the state of parameter 'w' holds .*, it takes exp_avg, exp_avg_sq",
+    ),
 }
 
 
 @pytest.mark.parametrize("tau", [0.01, INFINITE])
 @pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("how", SPOILED)
-def test_a_moment_that_does_not_fit_is_refused_before_anything_moves(how: str, key: str, tau: float) -> None:
+def test_a_moment_that_does_not_fit_is_refused_before_anything_moves(
+    how: str, key: str, tau: float
+) -> None:
     spoil, sentence = SPOILED[how]
     weight, other = nn.Parameter(torch.ones(9, 7)), nn.Parameter(torch.ones(5, 3))
     optimizer = AdamW2([("other", other), ("w", weight)], tau=tau)
@@ -135,7 +172,9 @@ def test_a_weight_of_another_shape_than_its_moments_is_refused(shape: tuple[int,
     weight.grad = None
     weight.data = torch.ones(shape)
     weight.grad = torch.ones_like(weight)
-    with pytest.raises(ValueError, match=r"'exp_avg' of parameter 'w' is \(9, 7\), .* it takes its parameter's \("):
+    with pytest.raises(
+        ValueError, match=r"'exp_avg' of parameter 'w' is \(9, 7\), .* it takes its parameter's \("
+    ):
         optimizer.step()
     optimizer.state.clear()
     optimizer.step()  # as a new parameter's
@@ -152,7 +191,10 @@ def test_a_weight_whose_storage_was_taken_away_is_refused() -> None:
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     weight.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match=r"the weight of parameter 'w', of shape \(9, 7\), got a storage of 0 bytes"):
+    with pytest.raises(
+        ValueError,
+        match=r"the weight of parameter 'w', of shape \(9, 7\), got a storage of 0 bytes",
+    ):
         optimizer.step()
 
 
@@ -162,7 +204,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "both": {"amsgrad": True, "maximize": True, "weight_decay": 0.1},
     "tensor lr": {"lr": torch.tensor(0.01)},
     "tensor lr of one dimension": {"lr": torch.tensor([0.01])},
-    "tensor lr and betas": {"lr": torch.tensor(0.003), "betas": (torch.tensor(0.8), torch.tensor(0.97))},
+    "tensor lr and betas": {
+        "lr": torch.tensor(0.003),
+        "betas": (torch.tensor(0.8), torch.tensor(0.97)),
+    },
     "amsgrad with a tensor lr": {"amsgrad": True, "lr": torch.tensor(0.01), "weight_decay": 0.3},
 }
 
@@ -209,7 +254,9 @@ def test_options_and_memory_orders_clip_as_the_plain_ones(option: str, kind: str
     moved = float(torch.linalg.matrix_norm((weight.detach() - before).double(), 2))
     sigma = float(torch.linalg.matrix_norm(before.double(), 2))
     assert stats.clipped
-    assert moved == pytest.approx(0.01 * sigma, rel=2e-2)  # Rule 1 holds with equality; σ₁ is estimated to 1 %
+    assert moved == pytest.approx(
+        0.01 * sigma, rel=2e-2
+    )  # Rule 1 holds with equality; σ₁ is estimated to 1 %
 
 
 def test_a_rate_may_become_a_tensor_and_a_number_again() -> None:
@@ -228,8 +275,12 @@ def test_a_rate_may_become_a_tensor_and_a_number_again() -> None:
     assert torch.equal(run(adamw2), run(adamw))
 
 
-@pytest.mark.parametrize(("dtype", "counts"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
-def test_steps_are_counted_whatever_the_default_dtype_is(dtype: torch.dtype, counts: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "counts"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
+)
+def test_steps_are_counted_whatever_the_default_dtype_is(
+    dtype: torch.dtype, counts: torch.dtype
+) -> None:
     """In bfloat16 a count stops at 256."""
     torch.set_default_dtype(dtype)
     try:
@@ -256,7 +307,9 @@ def test_frozen_parameters_of_any_kind_are_passed_over() -> None:
     weight = nn.Parameter(torch.randn(4, 3))
     params = [weight, *(nn.Parameter(tensor, requires_grad=False) for tensor in frozen)]
     optimizer = AdamW2(params, lr=0.1)
-    waiting = nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))  # it may have a gradient, and has none
+    waiting = nn.Parameter(
+        torch.ones(2, 2, dtype=torch.complex64)
+    )  # it may have a gradient, and has none
     optimizer.add_param_group({"params": [waiting]})
     weight.grad = torch.randn(4, 3)
     optimizer.step()

@@ -93,7 +93,9 @@ def test_a_run_that_is_set_back_goes_on_as_it_went_on(is_new: bool) -> None:
 @pytest.mark.parametrize("is_copied", [False, True], ids=["", "by a copy"])
 @pytest.mark.parametrize("is_saved_named", [False, True], ids=["saved without", "saved with"])
 def test_names_are_no_part_of_a_resume(is_saved_named: bool, is_copied: bool) -> None:
-    """torch matches state by position: a run saved with names is resumed without, and the reverse."""
+    """torch matches state by position: a run saved with names is resumed without, and the
+    reverse.
+    """
 
     def built(weights: list[nn.Parameter], is_named: bool) -> AdamW2:
         given = [("matrix", weights[0]), ("experts", weights[1])] if is_named else weights
@@ -118,7 +120,9 @@ def test_names_are_no_part_of_a_resume(is_saved_named: bool, is_copied: bool) ->
     (found, found_state), (expected, expected_state) = run(stop=6), run(stop=None)
     assert all(map(torch.equal, found, expected))
     # The file goes on having the names that it had.
-    saved, other = (state["param_groups"][0][KEY][0]["matrices"] for state in (found_state, expected_state))
+    saved, other = (
+        state["param_groups"][0][KEY][0]["matrices"] for state in (found_state, expected_state)
+    )
     assert saved == other
 
 
@@ -152,7 +156,8 @@ def test_a_copied_optimizer_goes_on_by_itself(clone: Callable[[Any], Any]) -> No
         each.grad = torch.ones(8, 6)
         owner.step()
     assert set(other.stats()) == {"w"} and other.stats()["w"].tau == 0.02
-    # The copy's vectors are new; cold iterations bring σ₁ within 1e-3, and that times τ is what the weights differ by.
+    # The copy's vectors are new; cold iterations bring σ₁ within 1e-3, and that times τ is what the
+    # weights differ by.
     assert torch.allclose(weight, other_weight, atol=1e-4)
 
 
@@ -169,7 +174,12 @@ def test_the_step_may_be_counted_in_the_groups_as_fused_adam_does() -> None:
         for step in range(6):
             if step == 3:  # what a checkpoint carries, into the same kind of optimizer
                 saved = optimizer.state_dict()
-                assert all(set(state) == {"exp_avg", "exp_avg_sq"} for state in saved["state"].values()) is in_group
+                assert (
+                    all(
+                        set(state) == {"exp_avg", "exp_avg_sq"} for state in saved["state"].values()
+                    )
+                    is in_group
+                )
                 optimizer.load_state_dict(saved)
             optimizer.zero_grad()
             net(torch.full((2, 6), step + 1.0)).square().sum().backward()

@@ -10,7 +10,13 @@ from weyl_megatron.layouts.grid import Kind, Sharding
 from weyl_megatron.settings import check_settings
 from weyl_megatron.thresholds import Thresholds
 
-OPTIONS: dict[str, Any] = {"power_iters": 2, "floor_std": 1e-3, "clip_vectors": False, "io": None, "others": {}}
+OPTIONS: dict[str, Any] = {
+    "power_iters": 2,
+    "floor_std": 1e-3,
+    "clip_vectors": False,
+    "io": None,
+    "others": {},
+}
 
 
 @pytest.mark.parametrize(
@@ -52,7 +58,9 @@ def test_stages_tell_each_other_what_their_modules_say() -> None:
             Thresholds(settings, Layout([], parameters=stage, gather=collect), auto=True)
     taus = []
     for stage in stages:
-        thresholds = Thresholds(settings, Layout([], parameters=stage, gather=lambda _: told), auto=True)
+        thresholds = Thresholds(
+            settings, Layout([], parameters=stage, gather=lambda _: told), auto=True
+        )
         taus.append(thresholds.floor_and_tau(CONVOLUTION, 6, 4, "balanced")[1])
         assert thresholds.floor_and_tau(EMBEDDING, 9, 4, "balanced")[1] == 0.1
     assert taus == [0.144 / 2] * 2
@@ -61,16 +69,26 @@ def test_stages_tell_each_other_what_their_modules_say() -> None:
 def test_what_was_guessed_is_said_of_few_and_counted() -> None:
     parameters = [Parameter(f"conv{number}.weight", (6, 4, 3)) for number in range(9)]
     settings = check_settings(tau=0.01, overrides=(), **OPTIONS)
-    (sentence,) = Thresholds(settings, Layout([], parameters=[CONVOLUTION, *parameters]), auto=False).notices()
-    assert "'conv3.weight' (6, 4, 3) and 5 more;" in sentence and "conv4" not in sentence and "stem" not in sentence
+    (sentence,) = Thresholds(
+        settings, Layout([], parameters=[CONVOLUTION, *parameters]), auto=False
+    ).notices()
+    assert (
+        "'conv3.weight' (6, 4, 3) and 5 more;" in sentence
+        and "conv4" not in sentence
+        and "stem" not in sentence
+    )
 
 
 @pytest.mark.parametrize("parameter", [CONVOLUTION, GUESSED])
 def test_a_tensor_parallel_convolution_is_refused(parameter: Parameter) -> None:
     sharding = Sharding(None, 0, (6, 6), 0)  # type: ignore[arg-type]
     settings = check_settings(tau=0.01, overrides=(), **OPTIONS)
-    with pytest.raises(ValueError, match=rf"'{parameter.name}': a tensor-parallel parameter of shape \(6, 4, 3\)"):
-        Thresholds(settings, Layout([], parameters=[parameter._replace(sharding=sharding)]), auto=False)
+    with pytest.raises(
+        ValueError, match=rf"'{parameter.name}': a tensor-parallel parameter of shape \(6, 4, 3\)"
+    ):
+        Thresholds(
+            settings, Layout([], parameters=[parameter._replace(sharding=sharding)]), auto=False
+        )
 
 
 def test_biases_beside_adapters_are_no_reason_to_ask_for_embeddings() -> None:

@@ -17,7 +17,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command and returns its exit status."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show τ is no reason to stop
+            stream.reconfigure(
+                errors="replace"
+            )  # a terminal that cannot show τ is no reason to stop
     parsed = _parser().parse_args(arguments)
     command: Command = parsed.command
     try:
@@ -39,11 +41,11 @@ def _parser() -> argparse.ArgumentParser:
         "doctor",
         help="say what is installed, what is missing, and which kernel steps here",
         description="Says which versions are installed, whether DeepSpeed and Megatron find AdamW², which kernel steps "
-        "here and why, and the command that mends what does not fit. Exits with 1 where something that is installed "
-        "cannot work as it is; what is not installed does not count.",
+        "here and why, and the command that mends what does not fit. Exits with 1 where something "
+        "that is installed cannot work as it is; what is not installed does not count.",
     )
     doctor.set_defaults(command=_doctor)
-    _add_stability(commands)
+    _add_instruments(commands)
     return parser
 
 
@@ -52,39 +54,54 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "demo",
         help="pretrain a small GPT four times and compare",
         description="Pretrains a small GPT on the Python standard library's sources under DeepSpeed ZeRO-2: AdamW "
-        "without and with warmup, AdamW² without warmup at τ = 0.01 and τ = balanced. Uses all GPUs, or the CPU and "
-        "gloo (DS_ACCELERATOR=cpu forces that). Writes OUT/report.html, OUT/results.json and each run's log.jsonl; "
-        "exits with 1 if a claim about the final losses is not met.",
+        "without and with warmup, AdamW² without warmup at τ = 0.01 and τ = balanced. Uses all "
+        "GPUs, or the CPU and gloo (DS_ACCELERATOR=cpu forces that). Writes OUT/report.html, "
+        "OUT/results.json and each run's log.jsonl; exits with 1 if a claim about the final losses "
+        "is not met.",
     )
-    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to (%(default)s)")
-    demo.add_argument("--steps", type=_at_least(2), default=400, help="training steps of each run (%(default)s)")
-    demo.add_argument("--seed", type=_at_least(0), default=0, help="seed of the weights and batches (%(default)s)")
+    demo.add_argument(
+        "--out", type=Path, default=Path("out/demo"), help="folder to write to (%(default)s)"
+    )
+    demo.add_argument(
+        "--steps", type=_at_least(2), default=400, help="training steps of each run (%(default)s)"
+    )
+    demo.add_argument(
+        "--seed", type=_at_least(0), default=0, help="seed of the weights and batches (%(default)s)"
+    )
     demo.add_argument("--procs", type=_at_least(1), help="processes (one per GPU, 2 on CPU)")
     demo.set_defaults(command=_demo)
 
 
-def _add_stability(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_instruments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     report = commands.add_parser(
         "report",
         help="make one HTML page of watched runs",
         description="Makes one self-contained HTML page of one or several runs: folders with the stability.jsonl of "
-        "weyl_megatron.stability.Watch, or the demo's.",
+        "weyl_megatron.watch.Watch, or the demo's.",
     )
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, or one of several runs'")
-    report.add_argument("--out", type=Path, default=Path("report.html"), help="the page (%(default)s)")
-    report.set_defaults(command=_run_of("report"))
+    report.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, or one of several runs'"
+    )
+    report.add_argument(
+        "--out", type=Path, default=Path("report.html"), help="the page (%(default)s)"
+    )
+    report.set_defaults(command=_run_of("report.report"))
 
     modes = commands.add_parser("modes", help="simulate the three modes of attention")
-    modes.add_argument("--out", type=Path, default=Path("modes.html"), help="the page (%(default)s)")
-    modes.add_argument("--seed", type=_at_least(0), default=0, help="of the tokens and weights (%(default)s)")
-    modes.set_defaults(command=_run_of("modes"))
+    modes.add_argument(
+        "--out", type=Path, default=Path("modes.html"), help="the page (%(default)s)"
+    )
+    modes.add_argument(
+        "--seed", type=_at_least(0), default=0, help="of the tokens and weights (%(default)s)"
+    )
+    modes.set_defaults(command=_run_of("report.modes"))
 
     plan = commands.add_parser(
         "plan",
         help="say how long each τ would warm a model up",
         description="Says, per kind of matrix and for several τ, for how many steps the clip of AdamW² takes the place "
-        "of a warmup, and suggests a τ. MODEL: a Hugging Face or timm name, the folder of a config.json, a recipe, a "
-        "checkpoint.",
+        "of a warmup, and suggests a τ. MODEL: a Hugging Face or timm name, the folder of a "
+        "config.json, a recipe, a checkpoint.",
     )
     plan.add_argument("model", metavar="MODEL")
     plan.add_argument("--lr", type=float, help="peak of the schedule (the recipe's, or 6e-4)")
@@ -92,28 +109,30 @@ def _add_stability(commands: argparse._SubParsersAction[argparse.ArgumentParser]
     plan.add_argument("--warmup", type=_at_least(0), help="steps of warmup (the recipe's, or 0)")
     plan.add_argument("--tau", nargs="+", help="thresholds to look at")
     plan.add_argument("--json", type=Path, help="a file for the numbers")
-    plan.set_defaults(command=_run_of("plan"))
+    plan.set_defaults(command=_run_of("plan.plan"))
 
 
 def _run_of(module: str) -> Command:
-    """Return what imports a module of weyl_megatron.stability and calls its ``run``."""
+    """Return what imports a module of the package and calls its ``run``."""
 
     def command(arguments: argparse.Namespace) -> int:
-        run: Command = importlib.import_module(f"weyl_megatron.stability.{module}").run
+        run: Command = importlib.import_module(f"weyl_megatron.{module}").run
         return run(arguments)
 
     return command
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from weyl_megatron.demo.launch import run_demo
+    from .demo.launch import run_demo
 
-    signal.signal(signal.SIGTERM, _interrupt)  # a CI job that is called off takes the training processes along
+    signal.signal(
+        signal.SIGTERM, _interrupt
+    )  # a CI job that is called off takes the training processes along
     return run_demo(arguments.out, arguments.steps, arguments.seed, arguments.procs)
 
 
 def _doctor(_: argparse.Namespace) -> int:
-    from weyl_megatron.doctor import examine
+    from .doctor import examine
 
     lines = examine()
     for line in lines:
@@ -132,7 +151,9 @@ def _at_least(smallest: int) -> Callable[[str], int]:
         except ValueError:
             value = smallest - 1
         if value < smallest:
-            raise argparse.ArgumentTypeError(f"takes an integer of {smallest} or more, got {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"takes an integer of {smallest} or more, got {text!r}"
+            )
         return value
 
     return integer

@@ -1,4 +1,6 @@
-"""`weyl-megatron doctor`: what is installed, which doors are open, which kernel steps here, and what mends the rest."""
+"""`weyl-megatron doctor`: what is installed, which doors are open, which kernel steps here, and
+what mends the rest.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +16,32 @@ from typing import NamedTuple
 import torch
 from torch.cuda import nccl
 
-from weyl_megatron.kernels.choice import VARIABLE, pick_name, why_no_launcher, why_not
+from .kernels.choice import VARIABLE, pick_name, why_no_launcher, why_not
 
 #: The oldest release that works and the newest that the tests ran, as in setup.py and the README.
-_SUPPORTED = {"torch": ("2.5", "2.15"), "deepspeed": ("0.16.9", "0.19"), "megatron-core": ("0.14", "0.19")}
+_SUPPORTED = {
+    "torch": ("2.5", "2.15"),
+    "deepspeed": ("0.16.9", "0.19"),
+    "megatron-core": ("0.14", "0.19"),
+}
 
 #: What nothing requires, and how to get it; PyPI's "apex" is another package.
 _OPTIONAL = {
     "triton": "the kernel on GPUs: pip install triton",
-    "transformer-engine": "Megatron's fp8: pip install --no-build-isolation 'transformer-engine[pytorch]'",
-    "apex": "Megatron's fused kernels: pip install --no-build-isolation git+https://github.com/NVIDIA/apex",
+    "transformer-engine": (
+        "Megatron's fp8: pip install --no-build-isolation 'transformer-engine[pytorch]'"
+    ),
+    "apex": (
+        "Megatron's fused kernels: pip install --no-build-isolation "
+        "git+https://github.com/NVIDIA/apex"
+    ),
 }
 
 
 class Line(NamedTuple):
-    """A line of the report; ``fits`` is False where something that is installed cannot work as it is."""
+    """A line of the report; ``fits`` is False where something that is installed cannot work as it
+    is.
+    """
 
     label: str
     text: str
@@ -58,9 +71,15 @@ def _package(name: str) -> Line:
     if found is None:
         return Line(name, f"not installed; pip install '{name}>={oldest}'")
     if _numbers(found) < _numbers(oldest):
-        return Line(name, f"takes {oldest} or newer, got {found}; pip install --upgrade '{name}>={oldest}'", False)
+        return Line(
+            name,
+            f"takes {oldest} or newer, got {found}; pip install --upgrade '{name}>={oldest}'",
+            False,
+        )
     untested = _numbers(found)[:2] > _numbers(newest)
-    return Line(name, f"{found}, newer than {newest}, the newest that was tested" if untested else found)
+    return Line(
+        name, f"{found}, newer than {newest}, the newest that was tested" if untested else found
+    )
 
 
 def _nccl() -> Line:
@@ -70,12 +89,18 @@ def _nccl() -> Line:
 
 
 def _gpus() -> Line:
-    names = Counter(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
+    names = Counter(
+        torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())
+    )
     seen = ", ".join(f"{count} × {name}" for name, count in names.items())
     if not seen and torch.version.cuda is None and shutil.which("nvidia-smi"):
-        return Line("GPUs", "none: this torch is built without CUDA; pip install --force-reinstall torch")
+        return Line(
+            "GPUs", "none: this torch is built without CUDA; pip install --force-reinstall torch"
+        )
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return Line("GPUs", seen or ("none" if hidden is None else f"none; CUDA_VISIBLE_DEVICES is {hidden!r}"))
+    return Line(
+        "GPUs", seen or ("none" if hidden is None else f"none; CUDA_VISIBLE_DEVICES is {hidden!r}")
+    )
 
 
 def _deepspeed_door() -> Line:
@@ -92,16 +117,24 @@ def _deepspeed_device() -> Line:
     if name == "" or (name == "cuda" and not torch.cuda.is_available()):
         text = f"takes cpu where torch sees no GPU, got {name!r}; export DS_ACCELERATOR=cpu"
         return Line("DS_ACCELERATOR", text, _version("deepspeed") is None)
-    return Line("DS_ACCELERATOR", name or "not set: DeepSpeed takes the GPUs, or the CPU where torch sees none")
+    return Line(
+        "DS_ACCELERATOR",
+        name or "not set: DeepSpeed takes the GPUs, or the CPU where torch sees none",
+    )
 
 
 def _megatron_door() -> Line:
     if _version("megatron-core") is None or not _package("megatron-core").fits:
         return Line("Megatron's door", "shut: see megatron-core")
     has_training = find_spec("megatron") is not None and find_spec("megatron.training") is not None
-    training = "is installed" if has_training else "comes with a checkout of Megatron-LM, where SCRIPT is"
-    text = f"open (python -m weyl_megatron.integrations.megatron SCRIPT); megatron.training {training}"
-    return Line("Megatron's door", text + ("" if torch.cuda.is_available() else "; Megatron itself asks for a GPU"))
+    training = (
+        "is installed" if has_training else "comes with a checkout of Megatron-LM, where SCRIPT is"
+    )
+    text = f"open (python -m weyl_megatron.engines.megatron SCRIPT); megatron.training {training}"
+    return Line(
+        "Megatron's door",
+        text + ("" if torch.cuda.is_available() else "; Megatron itself asks for a GPU"),
+    )
 
 
 def _kernel(device: str, fused: str) -> Line:
@@ -109,7 +142,9 @@ def _kernel(device: str, fused: str) -> Line:
     try:
         kernel = pick_name(device, {torch.float32})
     except ValueError as error:  # what the environment asks for suits GPUs alone, if there are any
-        return Line(label, f"{error} Try: unset {VARIABLE}", device == "cpu" and torch.cuda.is_available())
+        return Line(
+            label, f"{error} Try: unset {VARIABLE}", device == "cpu" and torch.cuda.is_available()
+        )
     if kernel == fused:
         return Line(label, kernel)
     reason = why_not(fused, device, {torch.float32})

@@ -1,4 +1,6 @@
-"""Which name each parameter goes by: patterns, start vectors, statistics and checkpoints hang on it."""
+"""Which name each parameter goes by: patterns, start vectors, statistics and checkpoints hang on
+it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from weyl_megatron.layouts.buffers import model_name
+from .layouts.buffers import model_name
 
 
 class _Place(NamedTuple):
@@ -44,19 +46,24 @@ class ParameterNames:
         self._places.append(group)
 
     def resolve(self, groups: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-        """Return the name of every parameter in ``groups`` by ``id``, and remember what is there now.
+        """Return the name of every parameter in ``groups`` by ``id``, and remember what is there
+        now.
 
         Raises:
             ValueError: a tensor came that may be several parameters in one, as engines make them.
         """
         known = {id(place.tensor()): place for group in self._places for place in group}
         known.pop(id(None), None)  # of parameters that are no more
-        self._places = [list(self._resolve_group(*numbered, known)) for numbered in enumerate(groups)]
+        self._places = [
+            list(self._resolve_group(*numbered, known)) for numbered in enumerate(groups)
+        ]
         tensors = (tensor for group in groups for tensor in group["params"])
         names = (place.name for group in self._places for place in group)
         return {id(tensor): name for tensor, name in zip(tensors, names, strict=True)}
 
-    def _resolve_group(self, number: int, group: Mapping[str, Any], known: Mapping[int, _Place]) -> Iterator[_Place]:
+    def _resolve_group(
+        self, number: int, group: Mapping[str, Any], known: Mapping[int, _Place]
+    ) -> Iterator[_Place]:
         params: list[Tensor] = group["params"]
         places = self._places[number] if number < len(self._places) else []
         present = {id(param) for param in params}
@@ -74,10 +81,10 @@ class ParameterNames:
             if any(gone) and param.dim() < 2:  # may be what an engine makes of many
                 name = places[gone.index(True)].name
                 raise ValueError(
-                    f"AdamW2: an engine replaced parameter '{name}' or one beside it by a tensor of shape "
-                    f"{tuple(param.shape)}, whose layout AdamW2 does not understand; it takes plain "
-                    f"parameters, DDP, and the engines of DeepSpeed and Megatron, and in the place of a "
-                    f"parameter another of as many dimensions."
+                    f"AdamW2: an engine replaced parameter '{name}' or one beside it by a tensor "
+                    f"of shape {tuple(param.shape)}, whose layout AdamW2 does not understand; it "
+                    "takes plain parameters, DDP, and the engines of DeepSpeed and Megatron, and "
+                    f"in the place of a parameter another of as many dimensions."
                 )
             name = f"group{number}.param{position}"
             while name in taken:
@@ -104,7 +111,8 @@ class ParameterNames:
 
 
 def take_names(group: dict[str, Any]) -> list[str] | None:
-    """Put tensors in the place of a group's ``(name, parameter)`` pairs and return the names; None: it has none.
+    """Put tensors in the place of a group's ``(name, parameter)`` pairs and return the names; None:
+    it has none.
 
     As in torch 2.6 and newer, ``group["param_names"]`` keeps them.
 
@@ -119,8 +127,9 @@ def take_names(group: dict[str, Any]) -> list[str] | None:
         return list(names) if isinstance(names, Sequence) and len(names) == len(items) else None
     if not all(isinstance(item, tuple) for item in items):
         raise ValueError(
-            "AdamW2: params got some parameters with names and some without, it takes one or the other "
-            "(torch.optim.AdamW: all optimizer params should be with/without names. Some param names are missing)."
+            "AdamW2: params got some parameters with names and some without, it takes one or the "
+            "other (torch.optim.AdamW: all optimizer params should be with/without names. Some "
+            "param names are missing)."
         )
     group["params"], group["param_names"] = [item[1] for item in items], [item[0] for item in items]
     return list(group["param_names"])

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from weyl_megatron.rule import SLOW_TAU
-from weyl_megatron.spectral.blocks import start_block
-from weyl_megatron.spectral.power import BLOCK, COLD_ITERS
-from weyl_megatron.spectral.ritz import SETTLED
+from .rule import SLOW_TAU
+from .spectral.blocks import start_block
+from .spectral.power import BLOCK, COLD_ITERS
+from .spectral.ritz import SETTLED
 
 
 def exact_sigma(matrix: Tensor) -> float:
@@ -19,7 +19,9 @@ def exact_sigma(matrix: Tensor) -> float:
 
 
 class BlockPower:
-    """σ₁ of one whole matrix by the same block power iteration that the sharded code runs on tiles."""
+    """σ₁ of one whole matrix by the same block power iteration that the sharded code runs on
+    tiles.
+    """
 
     def __init__(self, name: str, iters: int = 2) -> None:
         self.name, self.iters = name, iters
@@ -29,7 +31,9 @@ class BlockPower:
         iters, least = self.iters, (self.iters + 1) // 2
         if self.block is None:
             iters = least = max(iters, COLD_ITERS)
-            self.block = start_block(self.name, matrix.shape[1], min(BLOCK, *matrix.shape)).to(matrix.dtype)
+            self.block = start_block(self.name, matrix.shape[1], min(BLOCK, *matrix.shape)).to(
+                matrix.dtype
+            )
         for made in range(1, iters + 1):
             left, before = torch.linalg.qr(matrix @ self.block)  # (rows, b), (b, b)
             self.block, after = torch.linalg.qr(matrix.T @ left)  # (cols, b), (b, b)
@@ -46,8 +50,8 @@ class AdamW2Reference:
     Args:
         params: ``(name, parameter)`` pairs.
         lr, betas, eps, weight_decay, tau: as in :class:`weyl_megatron.AdamW2`; τ is a number.
-        sigma: makes, from a matrix's name and a number of iterations, the function that measures σ₁: ``BlockPower``, or
-            ``lambda *_: exact_sigma``.
+        sigma: makes, from a matrix's name and a number of iterations, the function that measures
+            σ₁: ``BlockPower``, or ``lambda *_: exact_sigma``.
         floor: σ₁(W) is taken for at least ``floor(rows, cols)``.
     """
 
@@ -63,11 +67,23 @@ class AdamW2Reference:
         floor: Callable[[int, int], float] = lambda rows, cols: 1e-3 * (rows**0.5 + cols**0.5),
     ) -> None:
         self.params = dict(params)
-        self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay, self.tau = lr, betas, eps, weight_decay, tau
+        self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay, self.tau = (
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            tau,
+        )
         self.floor, self.t = floor, 0
-        self.moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.params.items()}
+        self.moments = {
+            name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.params.items()
+        }
         of_weight = 1 if tau <= SLOW_TAU else 2
-        self.sigma = {name: (sigma(name, of_weight), sigma(name, 2)) for name, p in self.params.items() if p.ndim == 2}
+        self.sigma = {
+            name: (sigma(name, of_weight), sigma(name, 2))
+            for name, p in self.params.items()
+            if p.ndim == 2
+        }
 
     @torch.no_grad()
     def step(self) -> dict[str, float]:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from weyl_megatron.walk import Carried, Walk
+from .matrices import MatrixGroup, SavedMatrix
 
-#: Where a state dict holds the vectors: in its first parameter group, because formats know what is in ``state``.
+#: Where a state dict holds the vectors: in its first parameter group, because formats know what is
+#: in ``state``.
 KEY = "adamw2_power"
 
 
@@ -20,26 +21,36 @@ class SavedVectors:
     """
 
     def __init__(self) -> None:
-        self._pending: dict[str, Carried] = {}
+        self._pending: dict[str, SavedMatrix] = {}
         self._written: dict[str, str] = {}  # the parameter's name in files, where it is not ours
 
     def match(self, ours: Sequence[Sequence[str]], saved: Sequence[Sequence[str]]) -> None:
-        """Read, and write, each of our parameters by the name of the one at its place in the saved groups.
+        """Read, and write, each of our parameters by the name of the one at its place in the saved
+        groups.
 
-        As torch matches all other state, so that what was saved without names is found with them, and the reverse.
+        As torch matches all other state, so that what was saved without names is found with them,
+        and the reverse.
         """
-        pairs = (pair for groups in zip(ours, saved, strict=False) for pair in zip(*groups, strict=False))
+        pairs = (
+            pair for groups in zip(ours, saved, strict=False) for pair in zip(*groups, strict=False)
+        )
         self._written = {name: written for name, written in pairs if name != written}
 
-    def with_walks(self, walks: Iterable[tuple[Walk, float]]) -> SavedVectors:
-        """Return what a copy of the optimizer takes on, which has no walks yet; ``walks`` as in :meth:`records`."""
+    def with_matrix_groups(
+        self, matrix_groups: Iterable[tuple[MatrixGroup, float]]
+    ) -> SavedVectors:
+        """Return what a copy of the optimizer takes on, which has no matrix_groups yet; ``matrix_groups`` as in
+        :meth:`records`.
+        """
         copied = SavedVectors()
         copied._written = dict(self._written)
-        copied.take([{KEY: self.records(walks)}])
+        copied.take([{KEY: self.records(matrix_groups)}])
         return copied
 
     def take(self, groups: Iterable[MutableMapping[str, Any]]) -> bool:
-        """Take out of parameter groups what a state dict left there; return whether anything was."""
+        """Take out of parameter groups what a state dict left there; return whether anything
+        was.
+        """
         records = [record for group in groups for record in group.pop(KEY, ())]
         if records:
             self.clear()
@@ -47,7 +58,7 @@ class SavedVectors:
         for record in records:
             bounds = map(list, zip(*record["bounds"], strict=True))
             for name, *of_matrix in zip(record["matrices"], record["blocks"], bounds, strict=True):
-                self._pending[_renamed(name, names)] = Carried(record["step"], *of_matrix)
+                self._pending[_renamed(name, names)] = SavedMatrix(record["step"], *of_matrix)
         return bool(records)
 
     @property
@@ -59,25 +70,27 @@ class SavedVectors:
         """Drop what was taken."""
         self._pending.clear()
 
-    def give(self, walk: Walk, steps: float) -> None:
-        """Give a walk, ``steps`` steps of which are done, what was saved of its matrices."""
-        names = [name for name in walk.names if name in self._pending]
+    def give(self, matrix_group: MatrixGroup, steps: float) -> None:
+        """Give a group, ``steps`` steps of which are done, what was saved of its matrices."""
+        names = [name for name in matrix_group.names if name in self._pending]
         saved = {name: self._pending.pop(name) for name in names}
-        # Another optimizer, which does not know them, may have passed the vectors on in its own checkpoints.
+        # Another optimizer, which does not know them, may have passed the vectors on in its own
+        # checkpoints.
         if {one.step for one in saved.values()} == {steps}:
-            walk.carry_on(saved)
+            matrix_group.restore(saved)
 
-    def records(self, walks: Iterable[tuple[Walk, float]]) -> list[dict[str, Any]]:
-        """Return, for a state dict, what the next step of each walk takes from its last, and what is still pending.
+    def records(self, matrix_groups: Iterable[tuple[MatrixGroup, float]]) -> list[dict[str, Any]]:
+        """Return, for a state dict, what the next step of each matrix_group takes from its last, and what
+        is still pending.
 
         Args:
-            walks: with the number of steps done.
+            matrix_groups: with the number of steps done.
         """
         done, found = 0.0, []
-        for walk, steps in walks:
+        for matrix_group, steps in matrix_groups:
             done = max(done, steps)
-            if (of_walk := walk.carried()) is not None:
-                found.append({**of_walk, "step": steps})
+            if (record := matrix_group.saved()) is not None:
+                found.append({**record, "step": steps})
         for steps in sorted({one.step for one in self._pending.values() if one.step >= done}):
             pending = {name: one for name, one in self._pending.items() if one.step == steps}
             found.append({**_columns(list(pending), list(pending.values())), "step": steps})
@@ -92,7 +105,7 @@ def _renamed(matrix: str, names: Mapping[str, str]) -> str:
     return names.get(parameter, parameter) + bracket + part
 
 
-def _columns(names: list[str], saved: Sequence[Carried]) -> dict[str, Any]:
-    """Return matrices as :meth:`Walk.carried` does."""
+def _columns(names: list[str], saved: Sequence[SavedMatrix]) -> dict[str, Any]:
+    """Return matrices as :meth:`MatrixGroup.carried` does."""
     bounds = [torch.stack(column) for column in zip(*(one.bounds for one in saved), strict=True)]
     return {"matrices": names, "blocks": [one.blocks for one in saved], "bounds": bounds}

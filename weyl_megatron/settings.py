@@ -27,8 +27,8 @@ _HARMLESS: dict[str, tuple[Any, ...] | None] = {
 }
 
 _OPTIONS = (
-    "lr, betas, eps, weight_decay, amsgrad, maximize, tau, power_iters, floor_std, clip_vectors, io, overrides, "
-    "nonfinite, nonfinite_limit, tp_group, model"
+    "lr, betas, eps, weight_decay, amsgrad, maximize, tau, power_iters, floor_std, clip_vectors, "
+    "io, overrides, nonfinite, nonfinite_limit, tp_group, model"
 )
 _OVERRIDES = {"match", "tau", "exempt", "fused", "kind"}
 _KINDS = ("convolution", "experts")
@@ -36,8 +36,8 @@ _KINDS = ("convolution", "experts")
 #: The τ that needs no tuning: hidden matrices share a budget.
 BALANCED = "balanced"
 
-#: Its spellings, of which the second stays for those who have it: Hugging Face fills in, or refuses, every "auto" that
-#: it finds in a DeepSpeed JSON.
+#: Its spellings, of which the second stays for those who have it: Hugging Face fills in, or
+#: refuses, every "auto" that it finds in a DeepSpeed JSON.
 _SPELLINGS = (BALANCED, "auto")
 
 
@@ -55,7 +55,9 @@ class Settings:
     nonfinite_limit: int | None = None
 
     def override(self, name: str, key: str, default: Any = None) -> Any:
-        """Return what the last override that matches ``name`` and has ``key`` says, or ``default``."""
+        """Return what the last override that matches ``name`` and has ``key`` says, or
+        ``default``.
+        """
         for override in reversed(self.overrides):
             if key in override and fnmatchcase(name, override["match"]):
                 return override[key]
@@ -66,8 +68,8 @@ class Settings:
         for override in self.overrides:
             if not any(fnmatchcase(name, override["match"]) for name in names):
                 raise ValueError(
-                    f"AdamW2: overrides got the match {override['match']!r}, which matches no parameter's name "
-                    f"(the first is '{names[0] if names else ''}')."
+                    f"AdamW2: overrides got the match {override['match']!r}, which matches no "
+                    f"parameter's name (the first is '{names[0] if names else ''}')."
                 )
 
 
@@ -83,30 +85,42 @@ def check_settings(
     nonfinite: Any = None,
     nonfinite_limit: Any = None,
 ) -> Settings:
-    """Return the settings, or raise ValueError with one sentence: the key, what it got, what it takes."""
+    """Return the settings, or raise ValueError with one sentence: the key, what it got, what it
+    takes.
+    """
     for key, value in others.items():
         if key == "max_grad_norm":
             raise ValueError(
-                f"AdamW2: max_grad_norm got {value!r}, but clipping gradients is the engine's: DeepSpeed takes "
-                f"'gradient_clipping' beside 'optimizer', torch takes clip_grad_norm_."
+                f"AdamW2: max_grad_norm got {value!r}, but clipping gradients is the engine's: "
+                "DeepSpeed takes 'gradient_clipping' beside 'optimizer', torch takes "
+                "clip_grad_norm_."
             )
         if key not in _HARMLESS:
             raise ValueError(f"AdamW2: unknown key {key!r} got {value!r}; it takes {_OPTIONS}.")
     check_harmless(others)
     tau = read_tau("tau", tau)
     if not isinstance(power_iters, int) or isinstance(power_iters, bool) or power_iters < 1:
-        raise ValueError(f"AdamW2: power_iters got {power_iters!r}, it takes a whole number from 1 on.")
+        raise ValueError(
+            f"AdamW2: power_iters got {power_iters!r}, it takes a whole number from 1 on."
+        )
     if not _is_number(floor_std) or not 0 <= floor_std < float("inf"):
-        raise ValueError(f"AdamW2: floor_std got {floor_std!r}, it takes a number from 0 (no floor) on.")
+        raise ValueError(
+            f"AdamW2: floor_std got {floor_std!r}, it takes a number from 0 (no floor) on."
+        )
     if not isinstance(clip_vectors, bool):
         raise ValueError(f"AdamW2: clip_vectors got {clip_vectors!r}, it takes True or False.")
     if io is not None and (isinstance(io, str) or not _are_strings(io)):
-        raise ValueError(f"AdamW2: io got {io!r}, it takes a list of patterns of parameter names, or None.")
+        raise ValueError(
+            f"AdamW2: io got {io!r}, it takes a list of patterns of parameter names, or None."
+        )
     if nonfinite not in (None, "skip", "raise", "off"):
-        raise ValueError(f"AdamW2: nonfinite got {nonfinite!r}, it takes 'skip', 'raise', 'off' or None.")
+        raise ValueError(
+            f"AdamW2: nonfinite got {nonfinite!r}, it takes 'skip', 'raise', 'off' or None."
+        )
     if nonfinite_limit is not None and (type(nonfinite_limit) is not int or nonfinite_limit < 1):
         raise ValueError(
-            f"AdamW2: nonfinite_limit got {nonfinite_limit!r}, it takes a whole number from 1 on, or None."
+            f"AdamW2: nonfinite_limit got {nonfinite_limit!r}, it takes a whole number from 1 on, "
+            "or None."
         )
     return Settings(
         tau,
@@ -121,11 +135,15 @@ def check_settings(
 
 
 def check_harmless(given: Mapping[str, Any]) -> None:
-    """Raise ValueError where a key of AdamW configurations has a value that would change something."""
+    """Raise ValueError where a key of AdamW configurations has a value that would change
+    something.
+    """
     for key, value in given.items():
         taken = _HARMLESS.get(key)
         if taken is not None and not any(value is option for option in taken):
-            raise ValueError(f"AdamW2: {key} got {value!r}, it takes {' or '.join(map(repr, taken))}.")
+            raise ValueError(
+                f"AdamW2: {key} got {value!r}, it takes {' or '.join(map(repr, taken))}."
+            )
 
 
 def check_group(group: Mapping[str, Any]) -> None:
@@ -135,9 +153,14 @@ def check_group(group: Mapping[str, Any]) -> None:
         ValueError: a hyperparameter is no number, or a flag asks for what is not done.
     """
     check_harmless(group)
-    for key, values in (("betas", group["betas"]), *((key, (group[key],)) for key in ("lr", "eps", "weight_decay"))):
+    for key, values in (
+        ("betas", group["betas"]),
+        *((key, (group[key],)) for key in ("lr", "eps", "weight_decay")),
+    ):
         if not all(_is_number(value) or _is_scalar(value) for value in values):
-            raise ValueError(f"AdamW2: a parameter group's {key} got {group[key]!r}, it takes numbers.")
+            raise ValueError(
+                f"AdamW2: a parameter group's {key} got {group[key]!r}, it takes numbers."
+            )
 
 
 def check_adamw(
@@ -149,10 +172,12 @@ def check_adamw(
     maximize: Any,
     others: Mapping[str, Any],
 ) -> None:
-    """Check torch.optim.AdamW's own hyperparameters, whose types it leaves unchecked, and its flags in ``others``.
+    """Check torch.optim.AdamW's own hyperparameters, whose types it leaves unchecked, and its flags
+    in ``others``.
 
     Raises:
-        ValueError: a sentence of ours, with torch's in brackets, where it has one: callers may look for that.
+        ValueError: a sentence of ours, with torch's in brackets, where it has one: callers may look
+            for that.
         RuntimeError: likewise, of ``foreach`` beside ``fused``.
     """
     foreach = others.get("foreach")
@@ -168,11 +193,15 @@ def check_adamw(
     pair = betas if isinstance(betas, Sequence) and len(betas) == 2 else ()
     numbers = list(map(float, pair)) if pair and all(map(_is_scalar, pair)) else list(pair)
     if len(numbers) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in numbers):
-        raise _refusal(f"betas got {betas!r}, it takes two numbers from 0 up to, but without, 1", betas=betas)
+        raise _refusal(
+            f"betas got {betas!r}, it takes two numbers from 0 up to, but without, 1", betas=betas
+        )
     for key, value, first in (("lr", lr, lr), ("betas", betas, betas[0])):
         if foreach and isinstance(first, Tensor):
             raise _refusal(
-                f"foreach got {foreach!r}, where {key} is {value!r} it takes False", foreach=True, **{key: value}
+                f"foreach got {foreach!r}, where {key} is {value!r} it takes False",
+                foreach=True,
+                **{key: value},
             )
     for key, value in (("amsgrad", amsgrad), ("maximize", maximize)):
         if not isinstance(value, bool):
@@ -180,7 +209,9 @@ def check_adamw(
 
 
 def _refusal(sentence: str, **given: Any) -> ValueError:
-    """Return the error that says ``sentence``, and what torch.optim.AdamW says of the same arguments."""
+    """Return the error that says ``sentence``, and what torch.optim.AdamW says of the same
+    arguments.
+    """
     try:
         AdamW([torch.zeros(1)], **given)
     except ValueError as error:
@@ -191,7 +222,8 @@ def _refusal(sentence: str, **given: Any) -> ValueError:
 
 
 def read_tau(key: str, tau: Any) -> float | str:
-    """Return a positive number (infinity is AdamW) as it is, and either spelling of "balanced" as that.
+    """Return a positive number (infinity is AdamW) as it is, and either spelling of "balanced" as
+    that.
 
     Raises:
         ValueError: ``tau`` is neither.
@@ -199,32 +231,50 @@ def read_tau(key: str, tau: Any) -> float | str:
     if isinstance(tau, str) and tau in _SPELLINGS:
         return BALANCED
     if not _is_number(tau) or isnan(tau) or tau <= 0:
-        raise ValueError(f"AdamW2: {key} got {tau!r}, it takes a number above 0 (infinity is AdamW) or 'balanced'.")
+        raise ValueError(
+            f"AdamW2: {key} got {tau!r}, it takes a number above 0 (infinity is AdamW) or "
+            "'balanced'."
+        )
     number: float = tau
     return number
 
 
 def _check_overrides(overrides: Any) -> tuple[Mapping[str, Any], ...]:
     if isinstance(overrides, (str, Mapping)) or not isinstance(overrides, Sequence):
-        raise ValueError(f"AdamW2: overrides got {overrides!r}, it takes a list of {{'match': pattern, …}}.")
+        raise ValueError(
+            f"AdamW2: overrides got {overrides!r}, it takes a list of {{'match': pattern, …}}."
+        )
     for override in overrides:
-        if not isinstance(override, Mapping) or not isinstance(override.get("match"), str) or len(override) < 2:
+        if (
+            not isinstance(override, Mapping)
+            or not isinstance(override.get("match"), str)
+            or len(override) < 2
+        ):
             raise ValueError(
-                f"AdamW2: overrides got {override!r}, it takes {{'match': pattern, 'tau': 0.1}} and the like."
+                f"AdamW2: overrides got {override!r}, it takes {{'match': pattern, 'tau': 0.1}} "
+                "and the like."
             )
         for key, value in override.items():
             if key not in _OVERRIDES:
                 raise ValueError(
-                    f"AdamW2: overrides got the key {key!r}, it takes 'match', 'tau', 'exempt', 'fused', 'kind'."
+                    f"AdamW2: overrides got the key {key!r}, it takes 'match', 'tau', 'exempt', "
+                    "'fused', 'kind'."
                 )
             if key == "tau":
                 read_tau("overrides' tau", value)
             if key == "exempt" and not isinstance(value, bool):
-                raise ValueError(f"AdamW2: overrides' exempt got {value!r}, it takes true or false.")
+                raise ValueError(
+                    f"AdamW2: overrides' exempt got {value!r}, it takes true or false."
+                )
             if key == "fused" and not _is_split(value):
-                raise ValueError(f"AdamW2: overrides' fused got {value!r}, it takes a number of parts or their sizes.")
+                raise ValueError(
+                    f"AdamW2: overrides' fused got {value!r}, it takes a number of parts or their "
+                    "sizes."
+                )
             if key == "kind" and value not in _KINDS:
-                raise ValueError(f"AdamW2: overrides' kind got {value!r}, it takes 'convolution' or 'experts'.")
+                raise ValueError(
+                    f"AdamW2: overrides' kind got {value!r}, it takes 'convolution' or 'experts'."
+                )
     return tuple(
         {key: read_tau(key, value) if key == "tau" else value for key, value in override.items()}
         for override in overrides
@@ -233,7 +283,9 @@ def _check_overrides(overrides: Any) -> tuple[Mapping[str, Any], ...]:
 
 def _is_split(value: Any) -> bool:
     sizes = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    return len(sizes) > 0 and all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes)
+    return len(sizes) > 0 and all(
+        isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes
+    )
 
 
 def _is_scalar(value: Any) -> bool:

@@ -1,4 +1,6 @@
-"""What the optimizer keeps of a parameter, M, V and a count: allocated, checked before a kernel reads it, counted."""
+"""What the optimizer keeps of a parameter, M, V and a count: allocated, checked before a kernel
+reads it, counted.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weyl_megatron.kernels import Hyper, Stepped
-from weyl_megatron.kernels.stepped import Form, check_form, extent_of
+from .kernels import Hyper, Stepped
+from .kernels.stepped import Form, check_form, extent_of
 
 #: The moments in a parameter's state, and what amsgrad adds.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -20,7 +22,9 @@ def new_state(tensor: Tensor, group: Mapping[str, Any], *, has_step: bool) -> di
     """Return the state of a tensor before its first step, as torch.optim.AdamW makes it."""
     keys = (*_MOMENTS, _LARGEST) if group["amsgrad"] else _MOMENTS
     state = {} if not has_step else {"step": _count(0.0)}
-    return state | {key: torch.zeros_like(tensor, memory_format=torch.preserve_format) for key in keys}
+    return state | {
+        key: torch.zeros_like(tensor, memory_format=torch.preserve_format) for key in keys
+    }
 
 
 def counted(step: Tensor | float) -> Tensor:
@@ -35,9 +39,15 @@ def _count(step: float) -> Tensor:
 
 
 def gather(
-    weight: Tensor, form: Form, grad: Tensor, state: dict[str, Any], group: Mapping[str, Any], name: str
+    weight: Tensor,
+    form: Form,
+    grad: Tensor,
+    state: dict[str, Any],
+    group: Mapping[str, Any],
+    name: str,
 ) -> Stepped:
-    """Return G, M and V of one weight (Algorithm 1, lines 1 and 2), of its form and in its memory order.
+    """Return G, M and V of one weight (Algorithm 1, lines 1 and 2), of its form and in its memory
+    order.
 
     Moments in another order, of a checkpoint or from before the weight became channels_last, are
     replaced in ``state``.
@@ -51,7 +61,8 @@ def gather(
         name: of the parameter, for sentences.
 
     Raises:
-        ValueError: one of them is of another shape or dtype, on another device, without memory, or missing.
+        ValueError: one of them is of another shape or dtype, on another device, without memory, or
+            missing.
     """
     if grad.is_sparse:
         raise ValueError(f"AdamW2: parameter '{name}' got a sparse gradient, it takes dense ones.")
@@ -63,8 +74,8 @@ def gather(
         moment = state.get(key)
         if not isinstance(moment, Tensor):
             raise ValueError(
-                f"AdamW2: the state of parameter '{name}' holds {', '.join(map(str, state))}, it takes "
-                f"{', '.join(keys)}."
+                f"AdamW2: the state of parameter '{name}' holds {', '.join(map(str, state))}, it "
+                f"takes {', '.join(keys)}."
             )
         state[key] = _fitting(moment, weight, form, f"'{key}'", name)
     step = state.get("step", group.get("step"))
@@ -87,18 +98,20 @@ def check_loaded(tensor: Tensor, state: Mapping[str, Any], name: str, *, has_ste
         moment = state.get(key)
         if isinstance(moment, Tensor) and moment.shape != tensor.shape:
             raise ValueError(
-                f"AdamW2: load_state_dict got '{key}' of shape {tuple(moment.shape)} for parameter '{name}', "
-                f"it takes its shape, {tuple(tensor.shape)}."
+                f"AdamW2: load_state_dict got '{key}' of shape {tuple(moment.shape)} for parameter "
+                f"'{name}', it takes its shape, {tuple(tensor.shape)}."
             )
     if state and has_step and "step" not in state:
         raise ValueError(
-            f"AdamW2: load_state_dict got {', '.join(map(str, state))} for parameter '{name}', it takes step, "
-            f"{', '.join(_MOMENTS)}."
+            f"AdamW2: load_state_dict got {', '.join(map(str, state))} for parameter '{name}', it "
+            f"takes step, {', '.join(_MOMENTS)}."
         )
 
 
 def _fitting(tensor: Tensor, weight: Tensor, form: Form, what: str, name: str) -> Tensor:
-    """Return ``tensor`` in the memory order of ``weight``; raise ValueError where it is not of its form."""
+    """Return ``tensor`` in the memory order of ``weight``; raise ValueError where it is not of its
+    form.
+    """
     if tensor.stride() == form.stride:
         check_form(tensor, form, tensor.numel(), what, name)
         return tensor

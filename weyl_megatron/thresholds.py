@@ -1,4 +1,6 @@
-"""Which τ and which floor under σ₁(W) hold for each matrix, and which parameters hold matrices at all."""
+"""Which τ and which floor under σ₁(W) hold for each matrix, and which parameters hold matrices at
+all.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +10,23 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from weyl_megatron.layouts.adapters import low_rank_pairs
-from weyl_megatron.layouts.buffers import Layout, Parameter
-from weyl_megatron.layouts.grid import (
+from .layouts.adapters import low_rank_pairs
+from .layouts.buffers import Layout, Parameter
+from .layouts.grid import (
     Fused,
     Grid,
     Kind,
+    explicit_fused,
     grid_of,
     guessed_form,
     known_fused,
     looks_fused,
     stacked_parts,
-    told_fused,
 )
-from weyl_megatron.layouts.modules import kind_by_name
-from weyl_megatron.roles import io_parameters, is_io_name
-from weyl_megatron.rule import ADAPTER_TAU, HIDDEN_BUDGET, IO_TAU, SLOW_TAU, random_sigma, xavier_std
-from weyl_megatron.settings import BALANCED, Settings, read_tau
+from .layouts.modules import kind_by_name
+from .rule import ADAPTER_TAU, HIDDEN_BUDGET, IO_TAU, SLOW_TAU, random_sigma, xavier_std
+from .settings import BALANCED, Settings, read_tau
+from .transformer.roles import io_parameters, is_io_name
 
 #: What :class:`weyl_megatron.names.ParameterNames` calls parameters that have no name.
 _PLACE = re.compile(r"group\d+\.param\d+\+*$")
@@ -35,8 +37,14 @@ _NAMED = 4
 #: What a notice says that weights were taken for, and how to tell it.
 _READINGS = {
     "experts": ("stacks of experts, one matrix (m, n) each, by their shapes", "model=model or "),
-    "convolution": ("convolutions, one matrix (out, in·kernel) each, by their shapes", "model=model or "),
-    "doubtful experts": ("stacks of experts in spite of their shapes, as their modules are no convolutions", ""),
+    "convolution": (
+        "convolutions, one matrix (out, in·kernel) each, by their shapes",
+        "model=model or ",
+    ),
+    "doubtful experts": (
+        "stacks of experts in spite of their shapes, as their modules are no convolutions",
+        "",
+    ),
 }
 
 
@@ -58,35 +66,50 @@ class Thresholds:
         auto: whether any parameter group or override uses tau="balanced".
 
     Raises:
-        ValueError: an override matches nothing; or tau="balanced", and nothing tells which parameters are embeddings
-            and head, or how many matrices the other ranks have.
+        ValueError: an override matches nothing; or tau="balanced", and nothing tells which
+            parameters are embeddings and head, or how many matrices the other ranks have.
     """
 
     def __init__(self, settings: Settings, layout: Layout, auto: bool) -> None:
         if layout.is_part and auto:
             raise ValueError(
-                "AdamW2: tau got 'balanced', but a pipeline stage or a rank of experts does not know how many matrices "
-                "the others have; it takes a number under DeepSpeed's pipeline engine and MoE, and under Megatron's "
+                "AdamW2: tau got 'balanced', but a pipeline stage or a rank of experts does not "
+                "know how many matrices the others have; it takes a number under DeepSpeed's "
+                "pipeline engine and MoE, and under Megatron's "
                 "overlap_param_gather_with_optimizer_step."
             )
         self._settings = settings
         self._is_part = layout.is_part or layout.gather is not None
         taus = [settings.tau, *(override.get("tau", 0.0) for override in settings.overrides)]
-        #: Whether a matrix somewhere may have a τ above SLOW_TAU; the same on all ranks, whatever these have of it.
+        #: Whether a matrix somewhere may have a τ above SLOW_TAU; the same on all ranks, whatever
+        #: these have of it.
         self.has_fast = auto or any(tau > SLOW_TAU for tau in taus)
         self._io: set[str] | None = None
-        parameters = layout.parameters or [shard.parameter for buffer in layout.buffers for shard in buffer.shards]
+        parameters = layout.parameters or [
+            shard.parameter for buffer in layout.buffers for shard in buffer.shards
+        ]
         #: Weights whose form was not told, by name: their shapes and what they were taken for.
         self._guesses: dict[str, tuple[tuple[int, ...], str]] = {}
-        self._unsplit: dict[str, tuple[int, ...]] = {}  # without a name, whole, and of q, k and v's shape
-        sees_all = not layout.kinds and not self._is_part  # ranks that have other parameters would see other pairs
+        self._unsplit: dict[
+            str, tuple[int, ...]
+        ] = {}  # without a name, whole, and of q, k and v's shape
+        sees_all = (
+            not layout.kinds and not self._is_part
+        )  # ranks that have other parameters would see other pairs
         self._pairs = _pairs_by_shape(layout) if sees_all else {}
         self._paired = {p.name: p.whole_shape for p in parameters if p.name in self._pairs}
         known = {name: _Known(None, kind) for name, kind in (layout.kinds or {}).items()}
-        known |= {parameter.name: _Known(self._count(parameter), parameter.kind) for parameter in parameters}
+        known |= {
+            parameter.name: _Known(self._count(parameter), parameter.kind)
+            for parameter in parameters
+        }
         if layout.gather is not None and (auto or settings.overrides):
-            known = {name: entry for theirs in layout.gather(known) for name, entry in theirs.items()}
-        counts = {name: entry.matrices for name, entry in known.items() if entry.matrices is not None}
+            known = {
+                name: entry for theirs in layout.gather(known) for name, entry in theirs.items()
+            }
+        counts = {
+            name: entry.matrices for name, entry in known.items() if entry.matrices is not None
+        }
         if not layout.is_part:  # else a pattern may be meant for parameters that other ranks have
             settings.check_matches(list(counts))
         if auto:
@@ -94,18 +117,24 @@ class Thresholds:
             kinds |= {name: entry.kind for name, entry in known.items() if entry.kind is not None}
             self._io = io_parameters(counts, kinds, settings.io)
             frozen = {parameter.name for parameter in parameters if parameter.is_frozen}
-            self._hidden = sum(count for name, count in counts.items() if name not in self._io | frozen)
+            self._hidden = sum(
+                count for name, count in counts.items() if name not in self._io | frozen
+            )
 
     def notices(self) -> Iterator[str]:
-        """Yield a sentence for each thing that was guessed, and how to tell it; on one rank where all have the same."""
+        """Yield a sentence for each thing that was guessed, and how to tell it; on one rank where
+        all have the same.
+        """
         if not self._is_part and dist.is_initialized() and dist.get_rank() > 0:
             return
         for reading, (text, shown) in _READINGS.items():
-            found = {name: shape for name, (shape, guess) in self._guesses.items() if guess == reading}
+            found = {
+                name: shape for name, (shape, guess) in self._guesses.items() if guess == reading
+            }
             if found:
                 yield (
-                    f"AdamW2: taken for {text}: {_listed(found)}; {shown}overrides=[{{'match': pattern, 'kind': "
-                    f"'convolution' or 'experts'}}] tells what they are."
+                    f"AdamW2: taken for {text}: {_listed(found)}; {shown}overrides=[{{'match': "
+                    f"pattern, 'kind': 'convolution' or 'experts'}}] tells what they are."
                 )
         if self._pairs:
             yield (
@@ -114,18 +143,24 @@ class Thresholds:
             )
         if self._unsplit:
             yield (
-                f"AdamW2: {_listed(self._unsplit)} may be q, k and v in one weight, but without names nothing is "
-                f"split, and each is one matrix; model.named_parameters() in place of model.parameters() or "
-                f"model=model gives names."
+                f"AdamW2: {_listed(self._unsplit)} may be q, k and v in one weight, but without "
+                "names nothing is split, and each is one matrix; model.named_parameters() in "
+                f"place of model.parameters() or model=model gives names."
             )
 
     def _count(self, parameter: Parameter) -> int:
-        """Return how many matrices share a budget: the groups of a convolution are blocks of one."""
+        """Return how many matrices share a budget: the groups of a convolution are blocks of
+        one.
+        """
         grid = self.grid(parameter)
         if grid is None:
             return 0
         kind = self._kind(parameter)
-        is_grouped = kind is not None and kind.groups > 1 and self._settings.override(parameter.name, "fused") is None
+        is_grouped = (
+            kind is not None
+            and kind.groups > 1
+            and self._settings.override(parameter.name, "fused") is None
+        )
         return 1 if is_grouped else len(grid.matrices)
 
     def _kind(self, parameter: Parameter) -> Kind | None:
@@ -151,7 +186,13 @@ class Thresholds:
         if told == 1 and kind is not None:
             kind = kind._replace(groups=1)
         try:
-            grid = grid_of(parameter.shape, sharding=parameter.sharding, fused=fused, kind=kind, order=parameter.order)
+            grid = grid_of(
+                parameter.shape,
+                sharding=parameter.sharding,
+                fused=fused,
+                kind=kind,
+                order=parameter.order,
+            )
         except ValueError as error:
             raise ValueError(f"AdamW2: parameter '{parameter.name}': {error}.") from None
         if not any(matrix.rows * matrix.cols for matrix in grid.matrices):
@@ -162,14 +203,23 @@ class Thresholds:
     def _fused(self, parameter: Parameter, kind: Kind | None, told: object) -> Fused | None:
         shape = parameter.whole_shape
         if told is not None:
-            return None if told == 1 else told_fused(parameter.name, shape, told, kind, parameter.order)
+            return (
+                None
+                if told == 1
+                else explicit_fused(parameter.name, shape, told, kind, parameter.order)
+            )
         parts = None if kind is None else stacked_parts(kind, shape)
         return parameter.fused or parts or known_fused(parameter.name, shape)
 
     def _note(self, parameter: Parameter, is_split_told: bool) -> None:
         """Remember what nothing told."""
         shape = parameter.whole_shape
-        if _PLACE.search(parameter.name) and looks_fused(shape) and not is_split_told and parameter.kind is None:
+        if (
+            _PLACE.search(parameter.name)
+            and looks_fused(shape)
+            and not is_split_told
+            and parameter.kind is None
+        ):
             self._unsplit[parameter.name] = shape
         if len(shape) != 3 or self._settings.override(parameter.name, "kind") is not None:
             return
@@ -179,14 +229,21 @@ class Thresholds:
         elif parameter.kind is not None and parameter.kind.form == "experts" != guess:
             self._guesses[parameter.name] = shape, "doubtful experts"
 
-    def floor_and_tau(self, parameter: Parameter, rows: int, cols: int, tau: float | str) -> tuple[float, float]:
-        """Return (floor under σ₁(W), τ) of a (rows, cols) matrix whose parameter group says ``tau``."""
-        tau = read_tau("a parameter group's tau", self._settings.override(parameter.name, "tau", tau))
+    def floor_and_tau(
+        self, parameter: Parameter, rows: int, cols: int, tau: float | str
+    ) -> tuple[float, float]:
+        """Return (floor under σ₁(W), τ) of a (rows, cols) matrix whose parameter group says
+        ``tau``.
+        """
+        tau = read_tau(
+            "a parameter group's tau", self._settings.override(parameter.name, "tau", tau)
+        )
         if tau != BALANCED:
             return self._floor(parameter, rows, cols), float(tau)
         if self._io is None:
             raise ValueError(
-                "AdamW2: a parameter group's tau became 'balanced' after construction, it takes a number now."
+                "AdamW2: a parameter group's tau became 'balanced' after construction, it takes a "
+                "number now."
             )
         share = IO_TAU if parameter.name in self._io else HIDDEN_BUDGET / self._hidden
         if self._is_adapter(parameter):
@@ -194,10 +251,11 @@ class Thresholds:
         return random_sigma(rows, cols, xavier_std(rows, cols)), share
 
     def _floor(self, parameter: Parameter, rows: int, cols: int) -> float:
-        """Return the floor where τ is a number: low, but for an adapter's factors, one of which is 0 at the start.
+        """Return the floor where τ is a number: low, but for an adapter's factors, one of which is
+        0 at the start.
 
-        Rule 1 would have it grow by τ of itself. Xavier's σ₁ stands for the frozen weight's, which quantisation and
-        engines hide: benchmarks/adapters.py has the others that were tried.
+        Rule 1 would have it grow by τ of itself. Xavier's σ₁ stands for the frozen weight's, which
+        quantisation and engines hide: benchmarks/adapters.py has the others that were tried.
         """
         std = self._settings.floor_std
         if std > 0 and self._is_adapter(parameter):
@@ -214,7 +272,11 @@ def _pairs_by_shape(layout: Layout) -> dict[str, str]:
     parameters = [shard.parameter for buffer in layout.buffers for shard in buffer.shards]
     trained = {p.name: p.whole_shape for p in parameters if not p.is_frozen}
     is_partly_frozen = any(p.is_frozen and len(p.shape) > 1 for p in parameters)
-    known = {name for name, shape in trained.items() if is_io_name(name) or kind_by_name(name, shape) is not None}
+    known = {
+        name
+        for name, shape in trained.items()
+        if is_io_name(name) or kind_by_name(name, shape) is not None
+    }
     return low_rank_pairs(trained, known, is_partly_frozen=is_partly_frozen)
 
 

@@ -2,14 +2,14 @@
 
     python -m examples.collapse [--out out/collapse]        about 1 minute on 2 cores
 
-Trains a byte-level GPT on the standard library's sources four times, watched every 10 steps, and writes
-OUT/report.html. You should see:
+Trains a byte-level GPT on the standard library's sources four times, watched every 10 steps, and
+writes OUT/report.html. You should see:
 
-- post-LN at lr 3e-3: AdamW's attention goes uniform (rank collapse) and the loss stays at the bytes' unigram entropy,
-  about 3.07 nats; AdamW² trains to about 2.5.
-- pre-LN at lr 0.1: under AdamW heads of the first block fall to an entropy near 0 within 30 steps, σ₁(W_qᵀW_k) goes
-  past 60 and the energy concentration SEC(16, 4) past 0.99 (the paper's collapse); AdamW² keeps σ₁ at a few and trains
-  to about 2.6.
+- post-LN at lr 3e-3: AdamW's attention goes uniform (rank collapse) and the loss stays at the
+  bytes' unigram entropy, about 3.07 nats; AdamW² trains to about 2.5.
+- pre-LN at lr 0.1: under AdamW heads of the first block fall to an entropy near 0 within 30 steps,
+  σ₁(W_qᵀW_k) goes past 60 and the energy concentration SEC(16, 4) past 0.99 (the paper's collapse);
+  AdamW² keeps σ₁ at a few and trains to about 2.6.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import torch
 from examples.collapse.model import GPT, GPTConfig
 from weyl_megatron import AdamW2
 from weyl_megatron.demo.data import load_corpus, sequences, training_offsets
-from weyl_megatron.stability.report import write_report
-from weyl_megatron.stability.watch import Watch
+from weyl_megatron.report.report import write_report
+from weyl_megatron.watch.watch import Watch
 
 BATCH, CONTEXT = 8, 64
 
@@ -57,7 +57,9 @@ def train(run: Run, out: Path, seed: int, every: int = 10) -> Story:
     """Train one run, watched."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(norm=run.norm))
-    optimizer = AdamW2(model.named_parameters(), lr=run.lr, betas=(0.9, 0.95), weight_decay=0.1, tau=run.tau)
+    optimizer = AdamW2(
+        model.named_parameters(), lr=run.lr, betas=(0.9, 0.95), weight_decay=0.1, tau=run.tau
+    )
     corpus = load_corpus()
     offsets = training_offsets(corpus, run.steps, BATCH, CONTEXT, seed)
     watch = Watch(model, optimizer, every=every, out=out / run.name, run=run.title, maps=range(4))
@@ -103,7 +105,9 @@ def _of_heads(values: Mapping[str, float], name: str) -> list[float]:
 
 
 def _of_blocks(values: Mapping[str, float], name: str) -> list[float]:
-    return [value for tag, value in values.items() if tag.count("/") == 2 and tag.endswith(f"/{name}")]
+    return [
+        value for tag, value in values.items() if tag.count("/") == 2 and tag.endswith(f"/{name}")
+    ]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -111,18 +115,30 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("out/collapse"))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"uniform attention has {math.fsum(map(math.log, range(1, CONTEXT + 1))) / CONTEXT:.3f} nats")
+    print(
+        f"uniform attention has {math.fsum(map(math.log, range(1, CONTEXT + 1))) / CONTEXT:.3f} "
+        "nats"
+    )
     columns = "loss", "entropy", "least", "σ₁(WqᵀWk)", "SEC(16,4)", "similarity"
     print(" " * 27 + "".join(f"{column:>12}" for column in columns))
     for run in RUNS:
         (options.out / run.name / "stability.jsonl").unlink(missing_ok=True)
         story = train(run, options.out, options.seed)
-        numbers = story.loss, story.last_entropy, story.least_entropy, story.sigma_qk, story.sec, story.similarity
+        numbers = (
+            story.loss,
+            story.last_entropy,
+            story.least_entropy,
+            story.sigma_qk,
+            story.sec,
+            story.similarity,
+        )
         print(f"{run.title:27}" + "".join(f"{number:12.3f}" for number in numbers), flush=True)
     page = options.out / "report.html"
     write_report([options.out / run.name for run in RUNS], page)

@@ -1,7 +1,8 @@
-"""A byte-level GPT with the norm where you want it: behind each residual sum (post) or in front of each branch (pre).
+"""A byte-level GPT with the norm where you want it: behind each residual sum (post) or in front of
+each branch (pre).
 
-No biases, Xavier-uniform matrices, embeddings N(0, 0.02), an untied head: the model on which both of attention's
-collapses are cheap to see. About 400 thousand parameters at the defaults.
+No biases, Xavier-uniform matrices, embeddings N(0, 0.02), an untied head: the model on which both
+of attention's collapses are cheap to see. About 400 thousand parameters at the defaults.
 """
 
 from __future__ import annotations
@@ -30,10 +31,15 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.num_heads = config.heads
-        self.q, self.k, self.v, self.o = (nn.Linear(config.width, config.width, bias=False) for _ in range(4))
+        self.q, self.k, self.v, self.o = (
+            nn.Linear(config.width, config.width, bias=False) for _ in range(4)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o(y.transpose(1, 2).flatten(2))
 
@@ -77,7 +83,9 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocabulary, config.width)
         self.wpe = nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width, bias=False) if config.norm == "pre" else nn.Identity()
+        self.norm = (
+            nn.LayerNorm(config.width, bias=False) if config.norm == "pre" else nn.Identity()
+        )
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -90,4 +98,6 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.norm(x))
-        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return (
+            logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        )

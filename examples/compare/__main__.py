@@ -1,17 +1,20 @@
-"""One small GPT and one small ViT under twelve methods, over learning rates, depths, norms and seeds.
+"""One small GPT and one small ViT under twelve methods, over learning rates, depths, norms and
+seeds.
 
     python -m examples.compare                       all of it: 2560 runs, about 4 hours on 2 cores
     python -m examples.compare --task vit --depths 6 --norm post --lrs 3e-3 --seeds 0
     python -m examples.compare table                 docs/compare.md and docs/compare.svg from the results
 
-Every run appends one line to OUT/results.jsonl, and a run that is there already is skipped: started again, it goes on
-where it was stopped or killed. OUT is docs/compare, where the runs that were made lie. β₂ is 0.95 and, at the smallest
-depth only, 0.999; with --beta2 all of it at all depths.
+Every run appends one line to OUT/results.jsonl, and a run that is there already is skipped: started
+again, it goes on where it was stopped or killed. OUT is docs/compare, where the runs that were made
+lie. β₂ is 0.95 and, at the smallest depth only, 0.999; with --beta2 all of it at all depths.
 
-A run takes about 5, 11 and 22 seconds of one core at 6, 12 and 24 layers, up to twice that under Muon.
+A run takes about 5, 11 and 22 seconds of one core at 6, 12 and 24 layers, up to twice that under
+Muon.
 
-The tuned warmup: for every task, depth, norm, rate and β₂ one run each over 5, 10, 20 and 50 % of the steps, with a
-seed (1000) that is never reported; the reported seeds run with the share that ended best.
+The tuned warmup: for every task, depth, norm, rate and β₂ one run each over 5, 10, 20 and 50 % of
+the steps, with a seed (1000) that is never reported; the reported seeds run with the share that
+ended best.
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ class Grid:
     def __init__(self, options: argparse.Namespace) -> None:
         depths = sorted(set(options.depths))
         beta2s = (
-            [(beta2, depths) for beta2 in options.beta2] if options.beta2 else [(0.95, depths), (0.999, depths[:1])]
+            [(beta2, depths) for beta2 in options.beta2]
+            if options.beta2
+            else [(0.95, depths), (0.999, depths[:1])]
         )
         self.cells = [
             (task, depth, norm, lr, beta2, options.steps or TASKS[task].steps)
@@ -50,7 +55,9 @@ class Grid:
         self.methods, self.seeds = options.methods, options.seeds
 
     def first(self) -> list[Run]:
-        """All runs that wait for no other: the quick ones first, the tuning of the warmup among them."""
+        """All runs that wait for no other: the quick ones first, the tuning of the warmup among
+        them.
+        """
         return [
             _run(cell, method, seed, warmup)
             for cell in self.cells
@@ -59,20 +66,30 @@ class Grid:
         ]
 
     def tuned(self, done: dict[Run, dict[str, Any]] | None = None) -> list[Run]:
-        """The reported runs with the warmup that ended best; with a warmup of 0 where nothing is done yet."""
+        """The reported runs with the warmup that ended best; with a warmup of 0 where nothing is
+        done yet.
+        """
         runs = []
         for method in (name for name in self.methods if METHODS[name].warmup is None):
             for cell in self.cells:
                 tuning = [_run(cell, method, TUNING_SEED, warmup) for warmup in WARMUPS]
-                best = min(tuning, key=lambda run: badness(done[run])).warmup if done is not None else 0.0
+                best = (
+                    min(tuning, key=lambda run: badness(done[run])).warmup
+                    if done is not None
+                    else 0.0
+                )
                 runs += [_run(cell, method, seed, best) for seed in self.seeds]
         return runs
 
     def _seeds_and_warmups(self, warmup: float | None) -> Iterable[tuple[int, float]]:
-        return product(self.seeds, [warmup]) if warmup is not None else product([TUNING_SEED], WARMUPS)
+        return (
+            product(self.seeds, [warmup]) if warmup is not None else product([TUNING_SEED], WARMUPS)
+        )
 
 
-def _run(cell: tuple[str, int, str, float, float, int], method: str, seed: int, warmup: float) -> Run:
+def _run(
+    cell: tuple[str, int, str, float, float, int], method: str, seed: int, warmup: float
+) -> Run:
     task, depth, norm, lr, beta2, steps = cell
     return Run(task, depth, norm, method, lr, seed, beta2, steps, warmup)
 
@@ -92,9 +109,9 @@ class Progress:
         end = "diverged" if result["diverged"] else f"{score} {result[score]:.3f}"
         warmup = f" ({run.warmup:.0%})" if run.warmup else ""
         print(
-            f"[{self.count}/{self.total}] {run.task} L{run.depth} {run.norm} lr {run.lr:g} β₂ {run.beta2:g} "
-            f"seed {run.seed} {run.method}{warmup}: {end}, {result['seconds']:.1f} s; "
-            f"{left // 3600:.0f} h {left % 3600 / 60:.0f} min left",
+            f"[{self.count}/{self.total}] {run.task} L{run.depth} {run.norm} lr {run.lr:g} β₂ "
+            f"{run.beta2:g} seed {run.seed} {run.method}{warmup}: {end}, {result['seconds']:.1f} "
+            f"s; {left // 3600:.0f} h {left % 3600 / 60:.0f} min left",
             flush=True,
         )
 
@@ -109,13 +126,16 @@ def compare(options: argparse.Namespace) -> None:
     grid = Grid(options)
     with writing(options.out) as writer:
         done = read(options.out)
-        # Which warmup the tuned runs get is not known yet, but how many of them are still to be made is.
+        # Which warmup the tuned runs get is not known yet, but how many of them are still to be
+        # made is.
         made = {replace(run, warmup=0.0) for run in done if run.seed != TUNING_SEED}
         waiting = [run for run in grid.first() if run not in done]
         later = [run for run in grid.tuned() if run not in made]
         progress = Progress(waiting + later)
         print(
-            f"{progress.total} runs to make, {len(grid.first() + grid.tuned()) - progress.total} are there", flush=True
+            f"{progress.total} runs to make, {len(grid.first() + grid.tuned()) - progress.total} "
+            "are there",
+            flush=True,
         )
         os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started now
         with ProcessPoolExecutor(options.procs, get_context("spawn"), be_a_worker) as pool:
@@ -127,8 +147,12 @@ def compare(options: argparse.Namespace) -> None:
                 raise
 
 
-def work(pool: ProcessPoolExecutor, runs: Sequence[Run], writer: Writer, progress: Progress) -> dict[Run, Any]:
-    """Make `runs`, each handed to the first process that is free, and write down each as it ends."""
+def work(
+    pool: ProcessPoolExecutor, runs: Sequence[Run], writer: Writer, progress: Progress
+) -> dict[Run, Any]:
+    """Make `runs`, each handed to the first process that is free, and write down each as it
+    ends.
+    """
     results, futures = {}, {pool.submit(train, run): run for run in runs}
     for future in as_completed(futures):
         run, result = futures[future], future.result()
@@ -140,7 +164,9 @@ def work(pool: ProcessPoolExecutor, runs: Sequence[Run], writer: Writer, progres
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m examples.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m examples.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--task", nargs="+", default=list(TASKS))
     parser.add_argument("--depths", nargs="+", type=int, default=[6, 12, 24])
@@ -148,8 +174,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2, 3e-2])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--beta2", nargs="+", type=float, help="0.95, and 0.999 at the smallest depth")
-    parser.add_argument("--steps", type=int, help=", ".join(f"{task.steps} ({name})" for name, task in TASKS.items()))
+    parser.add_argument(
+        "--beta2", nargs="+", type=float, help="0.95, and 0.999 at the smallest depth"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help=", ".join(f"{task.steps} ({name})" for name, task in TASKS.items()),
+    )
     parser.add_argument("--procs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("docs/compare"))
     options = parser.parse_args(arguments)
@@ -162,14 +194,22 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def check(options: argparse.Namespace) -> None:
     """Raise ValueError with one sentence where an option is impossible."""
-    for key, known in (("task", list(TASKS)), ("norm", ["pre", "post"]), ("methods", list(METHODS))):
+    for key, known in (
+        ("task", list(TASKS)),
+        ("norm", ["pre", "post"]),
+        ("methods", list(METHODS)),
+    ):
         for value in getattr(options, key):
             if value not in known:
                 raise ValueError(f"compare: --{key} got {value!r}, it takes {', '.join(known)}.")
     numbers: list[tuple[str, Callable[[float], bool], str]] = [
         ("depths", lambda depth: depth >= 1, "whole numbers from 1 on"),
         ("lrs", lambda lr: 0 < lr < float("inf"), "numbers above 0"),
-        ("seeds", lambda seed: seed >= 0 and seed != TUNING_SEED, f"whole numbers but {TUNING_SEED}, which tunes"),
+        (
+            "seeds",
+            lambda seed: seed >= 0 and seed != TUNING_SEED,
+            f"whole numbers but {TUNING_SEED}, which tunes",
+        ),
         ("beta2", lambda beta2: 0 <= beta2 < 1, "numbers from 0 up to, but without, 1"),
     ]
     for key, is_possible, taken in numbers:

@@ -1,4 +1,6 @@
-"""The picture: score against learning rate, a curve per method, a small chart per task, norm, depth and β₂."""
+"""The picture: score against learning rate, a curve per method, a small chart per task, norm, depth
+and β₂.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from examples.compare.methods import METHODS
-from weyl_megatron.demo.charts import Axis, Chart, Line
+from weyl_megatron.report.charts import Axis, Chart, Line
 
 if TYPE_CHECKING:
     from examples.compare.table import Comparison
@@ -32,7 +34,8 @@ text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-seri
 polyline { fill: none; stroke-linejoin: round; stroke-linecap: round; }
 """
 
-#: The losses shown: a GPT that learns only how often each byte occurs ends at 3.19, and worse is off the chart.
+#: The losses shown: a GPT that learns only how often each byte occurs ends at 3.19, and worse is
+#: off the chart.
 WORST_LOSS = 3.3
 
 
@@ -44,13 +47,19 @@ def draw(found: Sequence[Comparison]) -> str:
     rows = _rows(found)
     width, height = WIDTH * COLUMNS, top + HEIGHT * len(rows)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
+        (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            f'width="{width}" height="{height}">'
+        ),
         f"<style>{STYLE}</style>",
         _legend(methods),
     ]
     for down, row in enumerate(rows):
         for right, comparison in enumerate(row):
-            place = f'x="{right * WIDTH}" y="{top + down * HEIGHT}" width="{WIDTH}" height="{HEIGHT - GAP}"'
+            place = (
+                f'x="{right * WIDTH}" y="{top + down * HEIGHT}" width="{WIDTH}" '
+                f'height="{HEIGHT - GAP}"'
+            )
             parts.append(f"<svg {place}>{_chart(comparison, found).svg()}</svg>")
     return "\n".join([*parts, "</svg>", ""])
 
@@ -86,7 +95,9 @@ def _chart(comparison: Comparison, found: Sequence[Comparison]) -> Chart:
         y = Axis("accuracy", 0, 1)
     else:
         # One axis for all charts of a task, so that depths and norms can be compared.
-        best = min((other.best() for other in found if other.cell.task == cell.task), default=math.nan)
+        best = min(
+            (other.best() for other in found if other.cell.task == cell.task), default=math.nan
+        )
         low = math.floor(10 * best) / 10 if math.isfinite(best) else 0.0
         y = Axis("validation loss, nats", low, max(WORST_LOSS, low + 1))
     return Chart(

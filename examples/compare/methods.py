@@ -1,6 +1,8 @@
-"""The methods that are compared, in one table: what each does to the model, its optimizers and their rates.
+"""The methods that are compared, in one table: what each does to the model, its optimizers and
+their rates.
 
-All of them decay the matrices by 0.1 and vectors (gains, γ) not at all, and none has a warmup unless its row says so.
+All of them decay the matrices by 0.1 and vectors (gains, γ) not at all, and none has a warmup
+unless its row says so.
 """
 
 from __future__ import annotations
@@ -26,14 +28,22 @@ TUNING_SEED = 1000
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """The hidden matrices, the other matrices (embeddings, positions, head) and the vectors, with their names."""
+    """The hidden matrices, the other matrices (embeddings, positions, head) and the vectors, with
+    their names.
+    """
     named = list(model.named_parameters())
-    hidden = [(name, param) for name, param in named if name.startswith("blocks.") and param.ndim == 2]
+    hidden = [
+        (name, param) for name, param in named if name.startswith("blocks.") and param.ndim == 2
+    ]
     vectors = [(name, param) for name, param in named if param.ndim < 2]
     taken = {name for name, _ in hidden + vectors}
     return [
         {"params": hidden, "weight_decay": WEIGHT_DECAY, "is_hidden": True},
-        {"params": [pair for pair in named if pair[0] not in taken], "weight_decay": WEIGHT_DECAY, "is_hidden": False},
+        {
+            "params": [pair for pair in named if pair[0] not in taken],
+            "weight_decay": WEIGHT_DECAY,
+            "is_hidden": False,
+        },
         {"params": vectors, "weight_decay": 0.0, "is_hidden": False},
     ]
 
@@ -52,22 +62,26 @@ def radam(model: nn.Module, lr: float, beta2: float) -> list[Optimizer]:
 
 
 def muon(model: nn.Module, lr: float, beta2: float) -> list[Optimizer]:
-    """Muon on the hidden matrices, AdamW on the rest, at one rate: "match_rms_adamw" makes Muon's steps as large."""
+    """Muon on the hidden matrices, AdamW on the rest, at one rate: "match_rms_adamw" makes Muon's
+    steps as large.
+    """
     hidden, *rest = parameter_groups(model)
     return [
-        torch.optim.Muon([hidden], lr=lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            [hidden], lr=lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW(rest, lr=lr, betas=(BETA1, beta2), fused=True),
     ]
 
 
 def reparametrize(model: nn.Module) -> None:
-    from weyl_megatron.reparam import sigma_reparam
+    from weyl_megatron.transformer.reparam import sigma_reparam
 
     sigma_reparam(model)
 
 
 def scale(model: nn.Module) -> None:
-    from weyl_megatron.residual import scale_residuals
+    from weyl_megatron.transformer.residual import scale_residuals
 
     scale_residuals(model)
 
@@ -110,8 +124,8 @@ METHODS = {
     "adamw": Method("AdamW", "no warmup", "#c8452d"),
     "warmup": Method(
         "AdamW, tuned warmup",
-        "over the best of 5, 10, 20 and 50 % of the steps, chosen for every task, depth, norm, rate and β₂ by the "
-        "validation score of one run each with a seed that is not reported",
+        "over the best of 5, 10, 20 and 50 % of the steps, chosen for every task, depth, norm, "
+        "rate and β₂ by the validation score of one run each with a seed that is not reported",
         "#6b7280",
         warmup=None,
     ),
@@ -125,10 +139,13 @@ METHODS = {
     "adamw2": Method("AdamW², τ = 0.01", "the paper's τ for GPT", "#0f8a78", partial(adamw2, 0.01)),
     "adamw2-slow": Method("AdamW², τ = 0.004", "the paper's τ for ViT", "#3b9fd8", partial(adamw2, 0.004)),
     "adamw2-auto": Method(
-        "AdamW², τ = balanced", "one budget for the hidden matrices", "#5b4bd6", partial(adamw2, "balanced")
+        "AdamW², τ = balanced", ("one budget for the hidden "
+        "matrices"), "#5b4bd6", partial(adamw2, "balanced")
     ),
-    "sigma-reparam": Method("σReparam", "W replaced by γ W/σ₁(W), γ learned; AdamW", "#d946a0", convert=reparametrize),
-    "residual": Method("1/√L residuals", "every residual branch times 1/√L; AdamW", "#e08a1e", convert=scale),
+    "sigma-reparam": Method("σReparam", ("W replaced by γ W/σ₁(W), γ learned; "
+        "AdamW"), "#d946a0", convert=reparametrize),
+    "residual": Method("1/√L residuals", ("every residual branch times 1/√L; "
+        "AdamW"), "#e08a1e", convert=scale),
     "qk-norm": Method("QK-norm", "LayerNorm on the queries and keys of each head; AdamW", "#65a30d",
                       convert=norm_queries_and_keys),
     "clip": Method("AdamW, clipping", "the gradient's norm clipped to 1", "#b08968", clip=1.0),

@@ -37,7 +37,8 @@ def read(out: Path) -> dict[Run, dict[str, Any]]:
             results[run_of(result)] = result
         except (ValueError, KeyError, TypeError):
             raise ValueError(
-                f"compare: line {number} of {path} got {line[:60]!r}, it takes one run's JSON; delete it and go on."
+                f"compare: line {number} of {path} got {line[:60]!r}, it takes one run's JSON; "
+                "delete it and go on."
             ) from None
     return results
 

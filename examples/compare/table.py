@@ -15,10 +15,12 @@ from examples.compare.methods import METHODS, TUNING_SEED, WEIGHT_DECAY
 from examples.compare.results import FILE, read
 from examples.compare.train import TASKS
 
-#: How far from the best a method may end at a rate that it "trains" at: nats, or the share of right answers.
+#: How far from the best a method may end at a rate that it "trains" at: nats, or the share of right
+#: answers.
 NEAR = {"loss": 0.1, "accuracy": 0.05}
 
-#: What no method that trains at all is worse than: a GPT that knows only how often each byte occurs ends at 3.19.
+#: What no method that trains at all is worse than: a GPT that knows only how often each byte occurs
+#: ends at 3.19.
 TRAINED = {"loss": 3.1, "accuracy": 0.5}
 
 NAMES = {"gpt": "GPT", "vit": "ViT"}
@@ -63,7 +65,11 @@ class Entry:
         if self.has_diverged:
             return f"{self.runs - len(self.scores)} of {self.runs} diverged"
         spread = f" ± {stdev(self.scores):.3f}" if self.runs > 1 else ""
-        tuned = " (" + ", ".join(f"{warmup:.0%}" for warmup in self.warmups) + ")" if has_tuned_warmup else ""
+        tuned = (
+            " (" + ", ".join(f"{warmup:.0%}" for warmup in self.warmups) + ")"
+            if has_tuned_warmup
+            else ""
+        )
         return f"{mean(self.scores):.3f}{spread}{tuned}"
 
 
@@ -112,12 +118,16 @@ def comparisons(results: Sequence[dict[str, Any]]) -> list[Comparison]:
     for result in results:
         if result["seed"] != TUNING_SEED:
             cell = Cell(*(result[field] for field in Cell._fields))
-            grouped.setdefault(cell, {}).setdefault((result["method"], result["lr"]), []).append(result)
+            grouped.setdefault(cell, {}).setdefault((result["method"], result["lr"]), []).append(
+                result
+            )
     found = []
     for cell, of_cell in sorted(grouped.items()):
         entries = {}
         for key, runs in of_cell.items():
-            scores = tuple(run[cell.score] for run in sorted(runs, key=_seed) if not run["diverged"])
+            scores = tuple(
+                run[cell.score] for run in sorted(runs, key=_seed) if not run["diverged"]
+            )
             entries[key] = Entry(scores, len(runs), tuple(sorted({run["warmup"] for run in runs})))
         found.append(Comparison(cell, entries))
     return found
@@ -137,37 +147,62 @@ def document(results: Sequence[dict[str, Any]]) -> str:
     hours = sum(result["seconds"] for result in results) / 3600
     parts = [
         "# The cures, compared",
-        f"Written by `python -m examples.compare table` from {len(results)} runs ({tuning} of them tuned the warmup; "
-        f"{hours:.1f} hours of one core) by {by_version}; `python -m examples.compare` makes the runs.",
-        f"A GPT on the bytes of Python's standard library (validation loss in nats a byte) and a ViT on "
-        f"scikit-learn's digits (accuracy on a held-out quarter), both of width 64 with 4 heads; "
-        f"{', '.join(f'{NAMES[task]} {number} steps' for task, number in steps)}. All matrices start as Xavier has "
-        f"it, rates follow a cosine to a tenth, β₁ is 0.9, the matrices' weight decay {WEIGHT_DECAY}, and gradients "
-        f"are clipped only where the method says so. Toy scale: read it as a map of where methods fail.",
+        f"Written by `python -m examples.compare table` from {len(results)} runs ({tuning} of them "
+        f"tuned the warmup; {hours:.1f} hours of one core) by {by_version}; `python -m "
+        "examples.compare` makes the runs.",
+        "A GPT on the bytes of Python's standard library (validation loss in nats a byte) and a "
+        "ViT on scikit-learn's digits (accuracy on a held-out quarter), both of width 64 with 4 "
+        f"heads; {', '.join(f'{NAMES[task]} {number} steps' for task, number in steps)}. All "
+        "matrices start as Xavier has it, rates follow a cosine to a tenth, β₁ is 0.9, the "
+        f"matrices' weight decay {WEIGHT_DECAY}, and gradients are clipped only where the method "
+        "says so. Toy scale: read it as a map of where methods fail.",
         "![The score against the learning rate, for every method](compare.svg)",
-        "\n".join(f"- {METHODS[name].title}: {METHODS[name].note}." for name in METHODS if _is_in(name, found)),
+        "\n".join(
+            f"- {METHODS[name].title}: {METHODS[name].note}."
+            for name in METHODS
+            if _is_in(name, found)
+        ),
     ]
-    if partial := [comparison.cell.title for comparison in found if not _is_whole(comparison, found)]:
+    if partial := [
+        comparison.cell.title for comparison in found if not _is_whole(comparison, found)
+    ]:
         parts.append(f"Not whole yet: {'; '.join(partial)}.")
-    parts += ["## Best over the rates", "Mean over the seeds at each method's best rate, which stands behind it."]
+    parts += [
+        "## Best over the rates",
+        "Mean over the seeds at each method's best rate, which stands behind it.",
+    ]
     parts += _summaries(found, _best_text)
     parts += [
         "## How wide the range of rates is",
-        f"Rates at which a method ends within {NEAR['loss']} nats (GPT) or {NEAR['accuracy']} of accuracy (ViT) of the "
-        f"best that any method reached at any rate, without a seed that diverged; and not above {TRAINED['loss']} nats "
-        f"or below {TRAINED['accuracy']} of accuracy, since there are cells where nothing trains.",
+        f"Rates at which a method ends within {NEAR['loss']} nats (GPT) or {NEAR['accuracy']} of "
+        "accuracy (ViT) of the best that any method reached at any rate, without a seed that "
+        f"diverged; and not above {TRAINED['loss']} nats or below {TRAINED['accuracy']} of "
+        "accuracy, since there are cells where nothing trains.",
     ]
     parts += _summaries(found, _range_text)
-    parts += ["## All numbers", "Mean ± standard deviation over the seeds; behind a tuned warmup, its share of steps."]
+    parts += [
+        "## All numbers",
+        "Mean ± standard deviation over the seeds; behind a tuned warmup, its share of steps.",
+    ]
     for comparison in found:
-        parts += [f"### {comparison.cell.title}, {comparison.cell.steps} steps", _numbers(comparison)]
+        parts += [
+            f"### {comparison.cell.title}, {comparison.cell.steps} steps",
+            _numbers(comparison),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
 def _is_whole(comparison: Comparison, found: Sequence[Comparison]) -> bool:
-    """Whether it has every run, of every method at every rate, that another cell of its task has."""
+    """Whether it has every run, of every method at every rate, that another cell of its task
+    has.
+    """
     mine = comparison.entries
-    of_task = [entry for other in found if other.cell.task == comparison.cell.task for entry in other.entries.items()]
+    of_task = [
+        entry
+        for other in found
+        if other.cell.task == comparison.cell.task
+        for entry in other.entries.items()
+    ]
     return all(key in mine and mine[key].runs >= entry.runs for key, entry in of_task)
 
 
@@ -183,13 +218,17 @@ def _summaries(found: Sequence[Comparison], text: Callable[[Comparison, str], st
         across = [comparison for comparison in found if comparison.cell[:2] == key]
         has_one_length = len({comparison.cell.steps for comparison in across}) == 1
         columns = [
-            f"{cell.norm}-LN, {cell.depth} layers" + ("" if has_one_length else f", {cell.steps} steps")
+            f"{cell.norm}-LN, {cell.depth} layers"
+            + ("" if has_one_length else f", {cell.steps} steps")
             for cell in (comparison.cell for comparison in across)
         ]
         rows = [
             [
                 METHODS[name].title,
-                *(text(comparison, name) if name in comparison.methods else "" for comparison in across),
+                *(
+                    text(comparison, name) if name in comparison.methods else ""
+                    for comparison in across
+                ),
             ]
             for name in METHODS
             if _is_in(name, across)
@@ -218,7 +257,12 @@ def _numbers(comparison: Comparison) -> str:
     for name in comparison.methods:
         entries = [comparison.entries.get((name, rate)) for rate in comparison.rates]
         has_tuned_warmup = METHODS[name].warmup is None
-        rows.append([METHODS[name].title, *(entry.text(has_tuned_warmup) if entry else "" for entry in entries)])
+        rows.append(
+            [
+                METHODS[name].title,
+                *(entry.text(has_tuned_warmup) if entry else "" for entry in entries),
+            ]
+        )
     return _markdown([comparison.cell.score, *(f"{rate:g}" for rate in comparison.rates)], rows)
 
 
@@ -236,7 +280,9 @@ def main(arguments: Sequence[str]) -> int:
     results = list(read(options.out).values())
     found = comparisons(results)
     if not found:
-        raise ValueError(f"compare: --out got {options.out}, it takes a folder whose {FILE} has a finished run.")
+        raise ValueError(
+            f"compare: --out got {options.out}, it takes a folder whose {FILE} has a finished run."
+        )
     options.docs.mkdir(parents=True, exist_ok=True)
     (options.docs / "compare.md").write_text(document(results), encoding="utf-8")
     (options.docs / "compare.svg").write_text(draw(found), encoding="utf-8")

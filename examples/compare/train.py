@@ -61,7 +61,9 @@ def text_batches(steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def held_out_text() -> tuple[Tensor, Tensor]:
-    return data.sequences(corpus().validation, data.validation_offsets(corpus(), WINDOWS, CONTEXT), CONTEXT)
+    return data.sequences(
+        corpus().validation, data.validation_offsets(corpus(), WINDOWS, CONTEXT), CONTEXT
+    )
 
 
 TASKS = {
@@ -83,7 +85,9 @@ TASKS = {
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
-    """The rate at `step` (from 0) as a share of its peak: linear over the warmup, then a cosine to a tenth."""
+    """The rate at `step` (from 0) as a share of its peak: linear over the warmup, then a cosine to
+    a tenth.
+    """
     warm = round(warmup * steps)
     if step < warm:
         return (step + 1) / warm
@@ -91,9 +95,13 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 
 def train(run: Run) -> dict[str, Any]:
-    """The run's settings and how it ended; `diverged`: not finite, or above the loss that it started from."""
+    """The run's settings and how it ended; `diverged`: not finite, or above the loss that it
+    started from.
+    """
     task, method = TASKS[run.task], METHODS[run.method]
-    held_out = task.held_out()  # reads the data in a process's first run, which is not to count as that run's time
+    held_out = (
+        task.held_out()
+    )  # reads the data in a process's first run, which is not to count as that run's time
     start = time.perf_counter()
     torch.manual_seed(run.seed)
     model = task.model(run.depth, run.norm)
@@ -142,11 +150,17 @@ def badness(result: Mapping[str, Any]) -> tuple[float, ...]:
     """What the smallest of is best: by the task's score, and infinite where the run diverged."""
     if result["diverged"]:
         return (math.inf, math.inf)
-    return (result["loss"],) if TASKS[result["task"]].score == "loss" else (-result["accuracy"], result["loss"])
+    return (
+        (result["loss"],)
+        if TASKS[result["task"]].score == "loss"
+        else (-result["accuracy"], result["loss"])
+    )
 
 
 def be_a_worker() -> None:
-    """Set up a process that trains: one thread, and no life of its own when the command is killed."""
+    """Set up a process that trains: one thread, and no life of its own when the command is
+    killed.
+    """
     torch.set_num_threads(1)
     threading.Thread(target=_die_with_the_parent, daemon=True).start()
 

@@ -1,7 +1,8 @@
-"""A small ViT on scikit-learn's handwritten digits: 8×8 pixels, patches of 2×2, 16 tokens and a class token.
+"""A small ViT on scikit-learn's handwritten digits: 8×8 pixels, patches of 2×2, 16 tokens and a
+class token.
 
-The blocks are the GPT's of examples/collapse, without the causal mask, so that everything that converts or recognises
-those works here. About 300 thousand parameters at 6 layers.
+The blocks are the GPT's of examples/collapse, without the causal mask, so that everything that
+converts or recognises those works here. About 300 thousand parameters at 6 layers.
 """
 
 from __future__ import annotations
@@ -23,12 +24,17 @@ class BidirectionalAttention(Attention):
     """Every token sees every other."""
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            layer(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
         return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class ViT(nn.Module):
-    """Takes images (N, 8, 8); returns the logits, or with ``targets`` the mean cross-entropy in nats."""
+    """Takes images (N, 8, 8); returns the logits, or with ``targets`` the mean cross-entropy in
+    nats.
+    """
 
     def __init__(self, depth: int, norm: str) -> None:
         super().__init__()
@@ -59,7 +65,9 @@ class ViT(nn.Module):
 
 @cache
 def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The images, standardised, and their classes: three quarters to train on, and the held-out quarter."""
+    """The images, standardised, and their classes: three quarters to train on, and the held-out
+    quarter.
+    """
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError:
@@ -79,6 +87,8 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 def batches(steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Random images of the training part, the same for a seed whatever trains on them."""
     images, classes = digits()[0]
-    chosen = torch.randint(len(images), (steps, BATCH), generator=torch.Generator().manual_seed(seed))
+    chosen = torch.randint(
+        len(images), (steps, BATCH), generator=torch.Generator().manual_seed(seed)
+    )
     for index in chosen:
         yield images[index], classes[index]

@@ -2,8 +2,8 @@
 
     python -m examples.data.digits --out DIR [--format folder|tar] [--size 32]
 
-1,797 images of ten classes, split as in examples/compare/vit.py: DIR/train has 1,348, DIR/valid 449. --format folder is
-an ImageFolder, tar is WebDataset's.
+1,797 images of ten classes, split as in examples/compare/vit.py: DIR/train has 1,348, DIR/valid
+449. --format folder is an ImageFolder, tar is WebDataset's.
 """
 
 from __future__ import annotations
@@ -25,10 +25,16 @@ TAR_IMAGES = 500
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Writes what the command line names; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="digits", description="Writes scikit-learn's digits as images.")
+    parser = argparse.ArgumentParser(
+        prog="digits", description="Writes scikit-learn's digits as images."
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for train and valid")
-    parser.add_argument("--format", choices=("folder", "tar"), default="folder", help="(%(default)s)")
-    parser.add_argument("--size", type=int, default=32, help="pixels of a side; the digits have 8 (%(default)s)")
+    parser.add_argument(
+        "--format", choices=("folder", "tar"), default="folder", help="(%(default)s)"
+    )
+    parser.add_argument(
+        "--size", type=int, default=32, help="pixels of a side; the digits have 8 (%(default)s)"
+    )
     args = parser.parse_args(arguments)
     try:
         write_digits(args.out, args.format, args.size)
@@ -36,12 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"digits: error: {error}", file=sys.stderr)
         return 2
     for split in ("train", "valid"):
-        print(f"{args.out / split}: {len(held(split)):,} images of {args.size} × {args.size}, {args.format}")
+        print(
+            f"{args.out / split}: {len(held(split)):,} images of {args.size} × {args.size}, "
+            f"{args.format}"
+        )
     return 0
 
 
 def write_digits(out: Path, kind: str, size: int) -> None:
-    """Writes both splits under `out`; ValueError where other images are there already, which would mix with these."""
+    """Writes both splits under `out`; ValueError where other images are there already, which would
+    mix with these.
+    """
     if size < 8:
         raise ValueError(f"--size takes 8 or more, got {size}")
     for split in ("train", "valid"):
@@ -51,7 +62,9 @@ def write_digits(out: Path, kind: str, size: int) -> None:
         samples = list(digits(split, size))
         if kind == "tar":
             for number, first in enumerate(range(0, len(samples), TAR_IMAGES)):
-                _write_tar(out / split / f"digits-{number:03}.tar", samples[first : first + TAR_IMAGES])
+                _write_tar(
+                    out / split / f"digits-{number:03}.tar", samples[first : first + TAR_IMAGES]
+                )
         else:
             for name, png, label in samples:
                 (out / split / str(label)).mkdir(exist_ok=True)

@@ -1,4 +1,6 @@
-"""Documents: which text files there are, the parts that one process takes at a time, and the text of each document."""
+"""Documents: which text files there are, the parts that one process takes at a time, and the text
+of each document.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 
 class File(NamedTuple):
-    """An input file; `place` is its name from its argument on, so that it does not depend on where the data lies."""
+    """An input file; `place` is its name from its argument on, so that it does not depend on where
+    the data lies.
+    """
 
     path: Path
     place: str
@@ -77,7 +81,9 @@ def order_by_place(files: Sequence[File]) -> list[File]:
     for first, second in pairwise(ordered):
         if first.place == second.place:
             both = f"{first.path} and {second.path}"
-            raise ValueError(f"FILE takes names that differ, got {both}: give the folder above both")
+            raise ValueError(
+                f"FILE takes names that differ, got {both}: give the folder above both"
+            )
     return ordered
 
 
@@ -99,7 +105,9 @@ def _file(path: Path, place: str) -> File:
 def _walk(root: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(root, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(folder, name) for name in names if not name.startswith(".") and _is_known(name))
+        yield from (
+            Path(folder, name) for name in names if not name.startswith(".") and _is_known(name)
+        )
 
 
 def _refuse(error: OSError) -> None:
@@ -123,7 +131,9 @@ def _suffix(name: str) -> str:
 
 
 def make_parts(files: Sequence[File], part_bytes: int = PART_BYTES) -> list[Part]:
-    """Neighbouring files up to `part_bytes` together; a longer .jsonl that is not packed is cut into byte ranges."""
+    """Neighbouring files up to `part_bytes` together; a longer .jsonl that is not packed is cut
+    into byte ranges.
+    """
     parts: list[Part] = []
     open_part: list[Span] = []
     filled = 0
@@ -134,7 +144,9 @@ def make_parts(files: Sequence[File], part_bytes: int = PART_BYTES) -> list[Part
             open_part, filled = [], 0
         if _suffix(file.path.name) == ".jsonl" and file.size > part_bytes:
             starts = range(0, file.size, part_bytes)
-            parts.extend((Span(file, start, min(start + part_bytes, file.size)),) for start in starts)
+            parts.extend(
+                (Span(file, start, min(start + part_bytes, file.size)),) for start in starts
+            )
         else:
             open_part.append(Span(file, 0, END if packed else file.size))
             filled += file.size
@@ -144,8 +156,9 @@ def make_parts(files: Sequence[File], part_bytes: int = PART_BYTES) -> list[Part
 def documents(part: Part, separator: str | None) -> Iterator[tuple[str, str]]:
     """The place and the text of every document that is not blank.
 
-    A line's "text" of a .jsonl, a text file in a tar, any other file or what `separator` cuts it into. ValueError of
-    one sentence: a file that is not what its name says, or that has changed since the parts were made.
+    A line's "text" of a .jsonl, a text file in a tar, any other file or what `separator` cuts it
+    into. ValueError of one sentence: a file that is not what its name says, or that has changed
+    since the parts were made.
     """
     for span in part:
         file = span.file
@@ -163,7 +176,10 @@ def documents(part: Part, separator: str | None) -> Iterator[tuple[str, str]]:
             raise ValueError(f"FILE takes whole archives, got {file.path}: {reason}") from None
         status = file.path.stat()
         if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-            raise ValueError(f"FILE takes files at rest, got {file.path}, which changed meanwhile: run this again")
+            raise ValueError(
+                f"FILE takes files at rest, got {file.path}, which changed meanwhile: run this "
+                "again"
+            )
 
 
 def sample(parts: Sequence[Part], separator: str | None, size: int = SAMPLE_BYTES) -> Iterator[str]:
@@ -230,7 +246,9 @@ def _shown(line: bytes) -> str:
 
 
 def _line(path: Path, offset: int) -> int:
-    """The number of the line that begins at `offset`; spans do not know how many lines were before them."""
+    """The number of the line that begins at `offset`; spans do not know how many lines were before
+    them.
+    """
     number = 1
     with _open(path) as stream:
         while offset > 0 and (block := stream.read(min(offset, 2**20))):
@@ -277,7 +295,9 @@ def _not_utf8(error: UnicodeError, where: str) -> ValueError:
 
 
 def _is_wide(data: bytes) -> bool:
-    """Whether this is UTF-16 or UTF-32: by its mark or, as Latin text is half NUL in it, by that."""
+    """Whether this is UTF-16 or UTF-32: by its mark or, as Latin text is half NUL in it, by
+    that.
+    """
     begin = data[:4096]
     halves = (begin[::2], begin[1::2])
     return begin.startswith(WIDE_MARKS) or any(2 * half.count(0) > len(half) for half in halves)

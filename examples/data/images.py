@@ -1,10 +1,12 @@
-"""Images by number: folders of a class each (ImageFolder) and WebDataset tars, in an order of the seed alone.
+"""Images by number: folders of a class each (ImageFolder) and WebDataset tars, in an order of the
+seed alone.
 
     train = open_images("imagenet", "train", transform, seed=0)
     image, label = train[i]
 
-Both kinds are map-style: a tar is indexed once, then its images are read by their offsets. So sample i depends on
-(seed, i) alone, whichever process reads it, and a run that takes its samples by number resumes exactly.
+Both kinds are map-style: a tar is indexed once, then its images are read by their offsets. So
+sample i depends on (seed, i) alone, whichever process reads it, and a run that takes its samples by
+number resumes exactly.
 """
 
 from __future__ import annotations
@@ -40,12 +42,14 @@ class Source(Protocol):
 
 
 class Images(Dataset[tuple[Any, int]]):
-    """``images[i]`` is (transform(image), label), the image in RGB, for any i >= 0; `len()` samples are an epoch.
+    """``images[i]`` is (transform(image), label), the image in RGB, for any i >= 0; `len()` samples
+    are an epoch.
 
-    The random numbers that a transform takes from torch, NumPy and Python depend on (seed, i); those that the process
-    draws otherwise are not disturbed.
+    The random numbers that a transform takes from torch, NumPy and Python depend on (seed, i);
+    those that the process draws otherwise are not disturbed.
 
-    ValueError: an image that cannot be read, unless `on_error` is "skip": then its name is logged, once in each
+    ValueError: an image that cannot be read, unless `on_error` is "skip": then its name is logged,
+        once in each
     process, and the next image that can be read is taken in its place. IndexError: i < 0.
     """
 
@@ -73,7 +77,10 @@ class Images(Dataset[tuple[Any, int]]):
             try:
                 image = _decode(self.source.read(item))
             except Unreadable as error:
-                sentence = f"an image takes a format that Pillow reads, got {self.source.name(item)}: {error}"
+                sentence = (
+                    f"an image takes a format that Pillow reads, got {self.source.name(item)}: "
+                    f"{error}"
+                )
                 if self.on_error == "raise":
                     raise ValueError(sentence) from None
                 if item not in self._logged:
@@ -96,7 +103,9 @@ def _decode(data: bytes) -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
             rgb: Image.Image = image.convert("RGB")
             return rgb
-    except Exception as error:  # Pillow's formats fail with OSError, SyntaxError, struct.error and others
+    except (
+        Exception
+    ) as error:  # Pillow's formats fail with OSError, SyntaxError, struct.error and others
         reason = "is none" if isinstance(error, UnidentifiedImageError) else str(error)
         raise Unreadable(f"{len(data)} bytes, {reason}") from None
 
@@ -107,7 +116,9 @@ def _seeded(seed: int, i: int) -> Iterator[None]:
     python, legacy = random.getstate(), numpy.random.get_state()
     words = numpy.random.SeedSequence([seed, i]).generate_state(3)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(words[0]))  # torch.manual_seed would reset the GPUs' generators, too
+        torch.default_generator.manual_seed(
+            int(words[0])
+        )  # torch.manual_seed would reset the GPUs' generators, too
         numpy.random.seed(words[1])
         random.seed(int(words[2]))
         try:
@@ -124,11 +135,15 @@ class Folder:
         try:
             from torchvision.datasets import ImageFolder
         except ModuleNotFoundError:
-            raise ValueError(f"path takes `pip install torchvision` for folders of images, got {root}") from None
+            raise ValueError(
+                f"path takes `pip install torchvision` for folders of images, got {root}"
+            ) from None
         try:
             found = ImageFolder(str(root))
         except FileNotFoundError as error:
-            raise ValueError(f"path takes images in every class' folder, got {root}: {error}") from None
+            raise ValueError(
+                f"path takes images in every class' folder, got {root}: {error}"
+            ) from None
         self.classes: list[str] = found.classes
         self.num_classes = len(found.classes)
         self._paths: list[str] = [path for path, _ in found.samples]
@@ -156,21 +171,32 @@ def open_images(
 ) -> Images:
     """The images of path/split, which holds WebDataset tars or an ImageFolder's folders.
 
-    ValueError of one sentence: a folder that is missing or has neither, a tar that is cut short, an image without a
-    label, class folders that are not those of path/train.
+    ValueError of one sentence: a folder that is missing or has neither, a tar that is cut short, an
+    image without a label, class folders that are not those of path/train.
     """
     root = Path(path, split)
     if not root.is_dir():
-        there = sorted(folder.name for folder in Path(path).iterdir() if folder.is_dir()) if Path(path).is_dir() else []
-        raise ValueError(f"split takes a folder in {path}, got {split}, and there is {', '.join(there) or 'none'}")
+        there = (
+            sorted(folder.name for folder in Path(path).iterdir() if folder.is_dir())
+            if Path(path).is_dir()
+            else []
+        )
+        raise ValueError(
+            f"split takes a folder in {path}, got {split}, and there is "
+            f"{', '.join(there) or 'none'}"
+        )
     tars = sorted(root.glob("*.tar"))
     if tars:
         return Images(Tars(tars), transform, seed, on_error)
     folder, train = Folder(root), Path(path, "train")
     if split != "train" and train.is_dir():
-        # Labels are numbers in the order of the names: one folder less, and they mean other classes.
+        # Labels are numbers in the order of the names: one folder less, and they mean other
+        # classes.
         classes = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
         if classes != folder.classes:
             differing = ", ".join(sorted(set(classes) ^ set(folder.classes))[:5])
-            raise ValueError(f"{split} takes the class folders of train, got {root}, which differs in {differing}")
+            raise ValueError(
+                f"{split} takes the class folders of train, got {root}, which differs in "
+                f"{differing}"
+            )
     return Images(folder, transform, seed, on_error)

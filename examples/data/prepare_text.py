@@ -1,11 +1,12 @@
-"""Turns text into a folder of token shards, on several processes; a run that was stopped goes on where it was.
+"""Turns text into a folder of token shards, on several processes; a run that was stopped goes on
+where it was.
 
-    python -m examples.data.prepare_text FILE_OR_DIRECTORY... --out DIR [--tokenizer PATH | --vocab-size N]
-    python -m examples.data.prepare_text --stdlib --out DIR
+    python -m examples.data.prepare_text FILE_OR_DIRECTORY... --out DIR [--tokenizer PATH |
+    --vocab-size N] python -m examples.data.prepare_text --stdlib --out DIR
 
-OUT/tokens.json is written last: `examples.data.tokens.Tokens` reads what it lists. The shards are the same whatever
---workers is. After a file has changed, the same command does that file's parts anew; with other settings or another
-tokenizer than the folder was begun with, it refuses to.
+OUT/tokens.json is written last: `examples.data.tokens.Tokens` reads what it lists. The shards are
+the same whatever --workers is. After a file has changed, the same command does that file's parts
+anew; with other settings or another tokenizer than the folder was begun with, it refuses to.
 """
 
 from __future__ import annotations
@@ -63,16 +64,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(f"stopped: {_kept(args.out)}", status=130)
     except BrokenProcessPool:
-        return _fail(f"--workers takes processes that live, got one that was killed: {_kept(args.out)}")
+        return _fail(
+            f"--workers takes processes that live, got one that was killed: {_kept(args.out)}"
+        )
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _fail(f"--out takes a disk with room, got {args.out} on a full one: {_kept(args.out)}")
+            return _fail(
+                f"--out takes a disk with room, got {args.out} on a full one: {_kept(args.out)}"
+            )
         return _fail(str(error))
     except ValueError as error:
         return _fail(str(error))
-    print(f"{args.out / index['tokenizer']}: {index['vocab_size']:,} tokens, end of document {index['eod']}")
+    print(
+        f"{args.out / index['tokenizer']}: {index['vocab_size']:,} tokens, end of document "
+        f"{index['eod']}"
+    )
     for split, part in index["splits"].items():
-        print(f"{split}: {part['documents']:,} documents, {part['tokens']:,} tokens, {len(part['shards'])} shards")
+        print(
+            f"{split}: {part['documents']:,} documents, {part['tokens']:,} tokens, "
+            f"{len(part['shards'])} shards"
+        )
     return 0
 
 
@@ -82,7 +93,10 @@ def _fail(sentence: str, status: int = 2) -> int:
 
 
 def _kept(out: Path) -> str:
-    return f"{len(list((out / 'shards').glob('*.json')))} parts are done and kept, the same command goes on from there"
+    return (
+        f"{len(list((out / 'shards').glob('*.json')))} parts are done and kept, the same "
+        "command goes on from there"
+    )
 
 
 def prepare(
@@ -131,7 +145,9 @@ def prepare(
     copy = out / ("tokenizer.json" if loaded.file.suffix == ".json" else "tokenizer.model")
     if not copy.exists():
         write_whole(copy, loaded.file.read_bytes())
-    digest = hashlib.sha256(copy.read_bytes() + json.dumps([settings, loaded.eod]).encode()).hexdigest()
+    digest = hashlib.sha256(
+        copy.read_bytes() + json.dumps([settings, loaded.eod]).encode()
+    ).hexdigest()
     dtype = "uint16" if loaded.vocab_size <= 2**16 else "uint32"
     job = Job(out / "shards", tokenizer, digest, dtype, valid, separator)
     keyed = [(part_key(part, job), part) for part in parts]
@@ -152,7 +168,9 @@ def prepare(
             raise ValueError(f"{takes}, got {valid}, which holds out all {held:,}")
         raise ValueError(f"FILE takes text to train on, got {len(files)} files with none")
     write_whole(out / "tokens.json", json.dumps(index, indent=1).encode())
-    for path in job.folder.iterdir():  # of inputs that have changed since, and of runs that were killed
+    for (
+        path
+    ) in job.folder.iterdir():  # of inputs that have changed since, and of runs that were killed
         if path.name.partition(".")[0] not in records or path.suffix == ".tmp":
             path.unlink(missing_ok=True)
     return index
@@ -169,11 +187,19 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     try:
         begun = dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError):
-        raise ValueError(f"--out takes a folder that prepare_text began, got {path} with something else") from None
+        raise ValueError(
+            f"--out takes a folder that prepare_text began, got {path} with something else"
+        ) from None
     for name, value in settings.items():
         if begun.get(name) != value:
-            was, got = (f"sha256 {x[:12]}" if x and name == "tokenizer" else x for x in (begun.get(name), value))
-            raise ValueError(f"--{name} takes {was}, with which {path.parent} was begun, got {got}: take another --out")
+            was, got = (
+                f"sha256 {x[:12]}" if x and name == "tokenizer" else x
+                for x in (begun.get(name), value)
+            )
+            raise ValueError(
+                f"--{name} takes {was}, with which {path.parent} was begun, got {got}: take "
+                "another --out"
+            )
 
 
 def _tokenise_missing(keyed: Sequence[tuple[str, Part]], job: Job, workers: int) -> None:
@@ -187,18 +213,26 @@ def _tokenise_missing(keyed: Sequence[tuple[str, Part]], job: Job, workers: int)
         now = time.monotonic()
         if now - shown > 5 or done == len(missing):
             rate = tokens / (now - began)
-            print(f"part {done} of {len(missing)}: {tokens:,} tokens, {rate:,.0f} a second", file=sys.stderr)
+            print(
+                f"part {done} of {len(missing)}: {tokens:,} tokens, {rate:,.0f} a second",
+                file=sys.stderr,
+            )
             shown = now
 
 
-def _map(function: Callable[[tuple[str, Part]], int], keyed: Sequence[tuple[str, Part]], workers: int) -> Iterator[int]:
-    """`function` of every part, in order; after an error the parts that are under way are still finished."""
+def _map(
+    function: Callable[[tuple[str, Part]], int], keyed: Sequence[tuple[str, Part]], workers: int
+) -> Iterator[int]:
+    """`function` of every part, in order; after an error the parts that are under way are still
+    finished.
+    """
     if workers == 1 or len(keyed) < 2:
         yield from map(function, keyed)
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(keyed)), spawn, initializer=_start_worker) as pool:
-        # Ctrl-C is the parent's to handle: the workers inherit what is blocked while they are started.
+        # Ctrl-C is the parent's to handle: the workers inherit what is blocked while they are
+        # started.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         results = pool.map(function, keyed)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -222,12 +256,18 @@ def _split(split: str, records: dict[str, Any]) -> dict[str, Any]:
     return {
         "documents": sum(count["documents"] for count in counts.values()),
         "tokens": sum(count["tokens"] for count in counts.values()),
-        "shards": [[f"shards/{key}.{split}.bin", count["tokens"]] for key, count in counts.items() if count["tokens"]],
+        "shards": [
+            [f"shards/{key}.{split}.bin", count["tokens"]]
+            for key, count in counts.items()
+            if count["tokens"]
+        ],
     }
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="prepare_text", description="Turns text into a folder of token shards.")
+    parser = argparse.ArgumentParser(
+        prog="prepare_text", description="Turns text into a folder of token shards."
+    )
     parser.add_argument(
         "files",
         nargs="*",
@@ -235,17 +275,39 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help='text, .jsonl of {"text": "..."}, either with .gz or .xz, or directories of them',
     )
-    parser.add_argument("--stdlib", action="store_true", help="take the sources of Python's standard library instead")
+    parser.add_argument(
+        "--stdlib",
+        action="store_true",
+        help="take the sources of Python's standard library instead",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write, or to go on with")
-    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model, or Hugging Face tokenizer.json or folder")
-    parser.add_argument("--vocab-size", type=int, default=32000, help="of a new tokenizer, without one (%(default)s)")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="SentencePiece model, or Hugging Face tokenizer.json or folder",
+    )
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        default=32000,
+        help="of a new tokenizer, without one (%(default)s)",
+    )
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     parser.add_argument("--workers", type=int, default=cores, help="processes (%(default)s)")
-    parser.add_argument("--valid", type=float, default=0.01, help="share of documents held out (%(default)s)")
-    parser.add_argument("--separator", help="text between the documents of a text file; without it each is one")
+    parser.add_argument(
+        "--valid", type=float, default=0.01, help="share of documents held out (%(default)s)"
+    )
+    parser.add_argument(
+        "--separator", help="text between the documents of a text file; without it each is one"
+    )
     default = PART_BYTES // 2**20
     parser.add_argument(
-        "--part-mb", type=float, default=default, help="input that is done or lost at once (%(default)s)"
+        "--part-mb",
+        type=float,
+        default=default,
+        help="input that is done or lost at once (%(default)s)",
     )
     return parser
 

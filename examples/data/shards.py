@@ -1,7 +1,8 @@
 """Shards: a part's tokens on disk, under a name that is a hash of all that they depend on.
 
-A part is done when its record is there, which is written last, and every file gets its name only when it is whole. So
-what is kept never depends on when a run ended, and a changed input file costs its own part alone.
+A part is done when its record is there, which is written last, and every file gets its name only
+when it is whole. So what is kept never depends on when a run ended, and a changed input file costs
+its own part alone.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ def tokenise(keyed: tuple[str, Part], job: Job) -> int:
 
 
 def read_record(key: str, job: Job) -> Counts | None:
-    """What a part that is done holds; None where its record or one of its shards is missing or not whole."""
+    """What a part that is done holds; None where its record or one of its shards is missing or not
+    whole.
+    """
     try:
         counts: Counts = json.loads((job.folder / f"{key}.json").read_bytes())
         for split in SPLITS:

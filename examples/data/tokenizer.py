@@ -1,4 +1,6 @@
-"""Tokenizers: an existing SentencePiece or Hugging Face one, or a SentencePiece BPE that is trained on a sample."""
+"""Tokenizers: an existing SentencePiece or Hugging Face one, or a SentencePiece BPE that is trained
+on a sample.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ CUT = re.compile(rf"[^\u2585]{{1,{LINE}}}(?:$|(?=\u2585)|(?<! )(?= ))|[^\u2585]{
 
 
 class Tokenizer(NamedTuple):
-    """`encode` gives a text's ids without any end of document; `file` is all that it takes to decode them."""
+    """`encode` gives a text's ids without any end of document; `file` is all that it takes to
+    decode them.
+    """
 
     encode: Callable[[str], list[int]]
     vocab_size: int
@@ -33,7 +37,9 @@ class Tokenizer(NamedTuple):
 
 @cache
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a SentencePiece model, a tokenizer.json or a folder with one; ValueError for anything else."""
+    """The tokenizer of a SentencePiece model, a tokenizer.json or a folder with one; ValueError for
+    anything else.
+    """
     if path.is_dir() or path.suffix == ".json":
         return _hugging_face(path / "tokenizer.json" if path.is_dir() else path)
     return _sentencepiece(path)
@@ -48,16 +54,24 @@ def _sentencepiece(path: Path) -> Tokenizer:
 
 
 def load_sentencepiece(path: Path) -> Any:
-    """The SentencePieceProcessor of a model with an end of sentence; ValueError for anything else."""
+    """The SentencePieceProcessor of a model with an end of sentence; ValueError for anything
+    else.
+    """
     sentencepiece = _import_sentencepiece()
     if not path.is_file():
-        raise ValueError(f"--tokenizer takes a SentencePiece model, got {path}, which is not a file")
+        raise ValueError(
+            f"--tokenizer takes a SentencePiece model, got {path}, which is not a file"
+        )
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except RuntimeError:
-        raise ValueError(f"--tokenizer takes a SentencePiece model, got {path}, which is not one") from None
+        raise ValueError(
+            f"--tokenizer takes a SentencePiece model, got {path}, which is not one"
+        ) from None
     if pieces.eos_id() < 0:
-        raise ValueError(f"--tokenizer takes a model with an end-of-sentence piece, got {path}, which has none")
+        raise ValueError(
+            f"--tokenizer takes a model with an end-of-sentence piece, got {path}, which has none"
+        )
     return pieces
 
 
@@ -65,7 +79,9 @@ def _import_sentencepiece() -> Any:
     try:
         import sentencepiece
     except ModuleNotFoundError:
-        raise ValueError("a SentencePiece tokenizer takes `pip install sentencepiece`, got none") from None
+        raise ValueError(
+            "a SentencePiece tokenizer takes `pip install sentencepiece`, got none"
+        ) from None
     return sentencepiece
 
 
@@ -73,7 +89,9 @@ def _hugging_face(path: Path) -> Tokenizer:
     try:
         import tokenizers
     except ModuleNotFoundError:
-        raise ValueError(f"--tokenizer takes `pip install tokenizers` for a tokenizer.json, got {path}") from None
+        raise ValueError(
+            f"--tokenizer takes `pip install tokenizers` for a tokenizer.json, got {path}"
+        ) from None
     if not path.is_file():
         raise ValueError(
             f"--tokenizer takes a folder with a tokenizer.json, got {path.parent} without: "
@@ -82,18 +100,24 @@ def _hugging_face(path: Path) -> Tokenizer:
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception:  # of tokenizers, which has one bare Exception for everything
-        raise ValueError(f"--tokenizer takes a Hugging Face tokenizer.json, got {path}, which is not one") from None
+        raise ValueError(
+            f"--tokenizer takes a Hugging Face tokenizer.json, got {path}, which is not one"
+        ) from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    names = [name for name in (_named_eod(path.with_name("tokenizer_config.json")), *HF_EODS) if name]
+    names = [
+        name for name in (_named_eod(path.with_name("tokenizer_config.json")), *HF_EODS) if name
+    ]
     eod = next((i for i in map(tokenizer.token_to_id, names) if i is not None), None)
     if eod is None:
         raise ValueError(
-            f"--tokenizer takes a tokenizer_config.json with eos_token, got {path}, which has no known end"
+            f"--tokenizer takes a tokenizer_config.json with eos_token, got {path}, which has no "
+            "known end"
         )
     return Tokenizer(
         encode=lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
-        vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,  # ids can have gaps
+        vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values())
+        + 1,  # ids can have gaps
         eod=eod,
         file=path,
     )
@@ -105,7 +129,9 @@ def _named_eod(config: Path) -> str | None:
     try:
         eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
     except (ValueError, AttributeError):
-        raise ValueError(f"--tokenizer takes a JSON object as tokenizer_config.json, got {config}") from None
+        raise ValueError(
+            f"--tokenizer takes a JSON object as tokenizer_config.json, got {config}"
+        ) from None
     name = eos.get("content") if isinstance(eos, dict) else eos
     return name if isinstance(name, str) else None
 

@@ -16,33 +16,45 @@ VERSION = 1
 
 
 class Tokens(Dataset[tuple[Tensor, Tensor]]):
-    """The windows of `context` tokens of one split, "train" or "valid", of a folder of prepare_text.
+    """The windows of `context` tokens of one split, "train" or "valid", of a folder of
+    prepare_text.
 
-    ``tokens[i]`` is (inputs, targets), two LongTensors (context,); targets are the inputs one token later. `len()`
-    windows are an epoch, and i goes on past it: the next epoch has an order of its own. Sample i depends on i and
-    `seed` alone, so that a run that takes its samples by number resumes exactly, on any number of processes.
+    ``tokens[i]`` is (inputs, targets), two LongTensors (context,); targets are the inputs one token
+    later. `len()` windows are an epoch, and i goes on past it: the next epoch has an order of its
+    own. Sample i depends on i and `seed` alone, so that a run that takes its samples by number
+    resumes exactly, on any number of processes.
 
-    ValueError: a folder that is missing, unfinished or of another version, a shard whose size is not that of its
+    ValueError: a folder that is missing, unfinished or of another version, a shard whose size is
+        not that of its
     tokens, or a split of too few tokens. IndexError: i < 0.
     """
 
-    def __init__(self, folder: str | Path, split: str = "train", *, context: int, seed: int = 0) -> None:
+    def __init__(
+        self, folder: str | Path, split: str = "train", *, context: int, seed: int = 0
+    ) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise ValueError(f"folder takes one that prepare_text wrote, got {self.folder}, which is not a folder")
+            raise ValueError(
+                f"folder takes one that prepare_text wrote, got {self.folder}, which is not a "
+                "folder"
+            )
         try:
             index = json.loads((self.folder / "tokens.json").read_text(encoding="utf-8"))
             version = index["version"]
         except FileNotFoundError:
             raise ValueError(
-                f"folder takes one that prepare_text finished, got {self.folder} without tokens.json: run it again"
+                f"folder takes one that prepare_text finished, got {self.folder} without "
+                "tokens.json: run it again"
             ) from None
         except (ValueError, KeyError, TypeError):
             raise ValueError(
-                f"folder takes one that prepare_text wrote, got {self.folder} with another tokens.json"
+                f"folder takes one that prepare_text wrote, got {self.folder} with another "
+                "tokens.json"
             ) from None
         if version != VERSION:
-            raise ValueError(f"folder takes tokens.json of version {VERSION}, got {version} in {self.folder}")
+            raise ValueError(
+                f"folder takes tokens.json of version {VERSION}, got {version} in {self.folder}"
+            )
         if split not in index["splits"]:
             raise ValueError(f"split takes one of {', '.join(index['splits'])}, got {split}")
         if context < 1:
@@ -58,12 +70,16 @@ class Tokens(Dataset[tuple[Tensor, Tensor]]):
             got = path.stat().st_size if path.is_file() else 0
             if got != expected:
                 raise ValueError(
-                    f"{path} takes the {expected} bytes that tokens.json counts, got {got}: prepare it again"
+                    f"{path} takes the {expected} bytes that tokens.json counts, got {got}: "
+                    "prepare it again"
                 )
         self.ends = numpy.cumsum(counts, dtype=numpy.int64)  # of each shard, in tokens of the split
         total = int(self.ends[-1]) if counts else 0
         if total <= context:
-            raise ValueError(f"context takes fewer tokens than {split} has, got {context} of {total} in {self.folder}")
+            raise ValueError(
+                f"context takes fewer tokens than {split} has, got {context} of {total} in "
+                f"{self.folder}"
+            )
         self.order = Order((total - 1) // context, seed)
 
     def __len__(self) -> int:
@@ -80,8 +96,9 @@ class Tokens(Dataset[tuple[Tensor, Tensor]]):
         while start < stop:
             end = min(stop, int(self.ends[shard]))
             offset = start - (int(self.ends[shard - 1]) if shard else 0)
-            # Not a numpy.memmap: one that is kept holds a file descriptor, of which thousands of shards would take too
-            # many, and one that is made for each window takes six times as long as this.
+            # Not a numpy.memmap: one that is kept holds a file descriptor, of which thousands of
+            # shards would take too many, and one that is made for each window takes six times as
+            # long as this.
             with open(self.folder / self.names[shard], "rb", buffering=0) as file:
                 file.seek(offset * self.dtype.itemsize)
                 data = file.read((end - start) * self.dtype.itemsize)

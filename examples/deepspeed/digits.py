@@ -1,10 +1,12 @@
-"""A ViT on scikit-learn's digits: AdamW² without warmup beside AdamW with the best of several warmups.
+"""A ViT on scikit-learn's digits: AdamW² without warmup beside AdamW with the best of several
+warmups.
 
     python -m examples.deepspeed.digits
 
-Each run is pretrain_vit.py on recipes/vit_digits.yaml under torchrun, so that what is compared is what a user runs. The
-warmup is the one that ends best over all seeds, which favours it. Exits with 1 if AdamW², over the seeds, is more than
-a point of accuracy below it. A run that is there already is not made again.
+Each run is pretrain_vit.py on recipes/vit_digits.yaml under torchrun, so that what is compared is
+what a user runs. The warmup is the one that ends best over all seeds, which favours it. Exits with
+1 if AdamW², over the seeds, is more than a point of accuracy below it. A run that is there already
+is not made again.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("out/digits"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--procs", type=int, default=2)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replaces a recipe's value")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="replaces a recipe's value"
+    )
     args = parser.parse_args(arguments)
     data = args.out / "images"
     if not (data / "train").is_dir():
@@ -44,7 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "AdamW², no warmup": [],
         "AdamW, no warmup": ["optimizer=AdamW"],
         **{
-            f"AdamW, warmup {share:.0%}": ["optimizer=AdamW", f"lr_warmup_steps={round(share * steps)}"]
+            f"AdamW, warmup {share:.0%}": [
+                "optimizer=AdamW",
+                f"lr_warmup_steps={round(share * steps)}",
+            ]
             for share in WARMUPS
         },
     }
@@ -53,10 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, overrides in methods.items()
     }
     for name, accuracies in found.items():
-        print(f"{name:<20}{mean(accuracies):7.2%}   ({', '.join(f'{one:.2%}' for one in accuracies)})")
+        print(
+            f"{name:<20}{mean(accuracies):7.2%}   ({', '.join(f'{one:.2%}' for one in accuracies)})"
+        )
     ours = mean(found["AdamW², no warmup"])
     best = max(mean(accuracies) for name, accuracies in found.items() if "warmup " in name)
-    print(f"AdamW² without warmup against AdamW with the best warmup: {100 * (ours - best):+.2f} points")
+    print(
+        f"AdamW² without warmup against AdamW with the best warmup: {100 * (ours - best):+.2f} "
+        "points"
+    )
     return int(ours < best - 0.01)
 
 
@@ -70,13 +82,24 @@ print(recipe.epochs * len(open_images(Path(sys.argv[1]), "train", None, 0)) // r
 """
 
 
-def accuracy(args: argparse.Namespace, data: Path, name: str, overrides: Sequence[str], seed: int) -> float:
+def accuracy(
+    args: argparse.Namespace, data: Path, name: str, overrides: Sequence[str], seed: int
+) -> float:
     """Return a run's accuracy at its end; make the run where it is not there."""
-    out = args.out / f"{name.replace(', ', '-').replace(' ', '-').replace('²', '2').replace('%', '')}-{seed}"
+    out = (
+        args.out
+        / f"{name.replace(', ', '-').replace(' ', '-').replace('²', '2').replace('%', '')}-{seed}"
+    )
     records = logged(out)
     if not any("accuracy" in record for record in records):
         options = [part for one in [*overrides, f"seed={seed}"] for part in ("--set", one)]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.procs}"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={args.procs}",
+        ]
         command += [str(HERE / "pretrain_vit.py"), str(HERE / "recipes" / "vit_digits.yaml")]
         run([*command, "--data", str(data), "--out", str(out), *options])
         records = logged(out)

@@ -1,4 +1,6 @@
-"""GPT-2 as nanoGPT trains it: pre-LN, no biases, no dropout, tied embeddings; Xavier matrices, as in the paper."""
+"""GPT-2 as nanoGPT trains it: pre-LN, no biases, no dropout, tied embeddings; Xavier matrices, as
+in the paper.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.c_attn(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (batch, head, time, width)
+        q, k, v = (
+            self.c_attn(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # (batch, head, time, width)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
@@ -58,7 +62,9 @@ class GPT(nn.Module):
         self.checkpoints = recipe.activation_checkpointing
         self.wte = nn.Embedding(recipe.vocabulary, recipe.hidden_size)
         self.wpe = nn.Embedding(recipe.seq_length, recipe.hidden_size)
-        self.h = nn.ModuleList(Block(recipe.hidden_size, recipe.num_attention_heads) for _ in range(recipe.num_layers))
+        self.h = nn.ModuleList(
+            Block(recipe.hidden_size, recipe.num_attention_heads) for _ in range(recipe.num_layers)
+        )
         self.ln_f = nn.LayerNorm(recipe.hidden_size, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -71,8 +77,13 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
         for block in self.h:
-            # The re-entrant kind is the one that works with the weights that ZeRO-3 takes away after a block's forward.
+            # The re-entrant kind is the one that works with the weights that ZeRO-3 takes away
+            # after a block's forward.
             recompute = self.checkpoints and torch.is_grad_enabled()
             x = checkpoint(block, x, use_reentrant=True) if recompute else block(x)
         logits = self.lm_head(self.ln_f(x))
-        return logits if targets is None else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return (
+            logits
+            if targets is None
+            else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        )

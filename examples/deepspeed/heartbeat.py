@@ -1,7 +1,8 @@
 """Names the rank that the others wait for, long before a collective's timeout, which names none.
 
-Every rank tells torch's store that it lives, and looks after the rank before it: one key a rank, read by one. Only
-lines are printed, no rank is ended, and no collective is made, so that it is safe whatever the backend.
+Every rank tells torch's store that it lives, and looks after the rank before it: one key a rank,
+read by one. Only lines are printed, no rank is ended, and no collective is made, so that it is safe
+whatever the backend.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 #: Where a main thread that waits for other ranks is: in these files, or in what these call.
-WAITS = (f"{os.sep}torch{os.sep}", f"{os.sep}deepspeed{os.sep}", f"examples{os.sep}deepspeed{os.sep}loop.py")
+WAITS = (
+    f"{os.sep}torch{os.sep}",
+    f"{os.sep}deepspeed{os.sep}",
+    f"examples{os.sep}deepspeed{os.sep}loop.py",
+)
 
 
 class Heartbeat:
@@ -29,12 +34,18 @@ class Heartbeat:
     """
 
     def __init__(self, seconds: float, step: int) -> None:
-        self.step, self.seconds, self.rank, self.ranks = step, seconds, dist.get_rank(), dist.get_world_size()
+        self.step, self.seconds, self.rank, self.ranks = (
+            step,
+            seconds,
+            dist.get_rank(),
+            dist.get_world_size(),
+        )
         self._main, self._closed = threading.main_thread().ident, threading.Event()
         self._since = time.monotonic()  # when this step began
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         if seconds and self.ranks > 1:
-            # A connection of its own: another thread's call on the process group's would wait for ours.
+            # A connection of its own: another thread's call on the process group's would wait for
+            # ours.
             self._store = dist.PrefixStore("heartbeat", _get_default_store().clone())
             self._thread.start()
 
@@ -55,9 +66,16 @@ class Heartbeat:
             beat += 1
             try:
                 self._store.set(str(self.rank), f"{beat}|{self.step}|{me}")
-                now = self._store.get(str(watched)).decode() if self._store.check([str(watched)]) else ""
+                now = (
+                    self._store.get(str(watched)).decode()
+                    if self._store.check([str(watched)])
+                    else ""
+                )
             except Exception as error:
-                self._say(f"heartbeat: rank {self.rank} ({me}) ends it: torch's store does not answer: {error}")
+                self._say(
+                    f"heartbeat: rank {self.rank} ({me}) ends it: torch's store does not answer: "
+                    f"{error}"
+                )
                 return
             _, step, other = (now or heard or "||not heard of yet").split("|", 2)
             if now != heard:
@@ -67,16 +85,17 @@ class Heartbeat:
             elif not named and time.monotonic() - last > self.seconds:
                 named = True
                 self._say(
-                    f"rank {watched} ({other}) has been silent for {self.seconds:g} s, after step {step}: its process "
-                    f"or its machine has stopped, and the other ranks wait for it"
+                    f"rank {watched} ({other}) has been silent for {self.seconds:g} s, after step "
+                    f"{step}: its process or its machine has stopped, and the other ranks wait for "
+                    "it"
                 )
             if told < self.step and time.monotonic() - self._since > self.seconds:
                 where = self._busy()
                 if where:
                     told = self.step
                     self._say(
-                        f"rank {self.rank} ({me}) has been in step {self.step + 1} for {self.seconds:g} s, at {where}; "
-                        f"the other ranks wait for it"
+                        f"rank {self.rank} ({me}) has been in step {self.step + 1} for "
+                        f"{self.seconds:g} s, at {where}; the other ranks wait for it"
                     )
 
     def _busy(self) -> str:

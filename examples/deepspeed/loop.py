@@ -1,4 +1,6 @@
-"""The training loop that both scripts share: DeepSpeed's engine, resuming, evaluation, progress, checkpoints."""
+"""The training loop that both scripts share: DeepSpeed's engine, resuming, evaluation, progress,
+checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,8 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from examples.deepspeed.heartbeat import Heartbeat
 from examples.deepspeed.recipe import Recipe, deepspeed_config
 from examples.deepspeed.throughput import peak_flops
-from weyl_megatron.integrations.leave import leave
-from weyl_megatron.stability import Watch
+from weyl_megatron.engines.shutdown import shutdown
+from weyl_megatron.watch import Watch
 
 Batch = tuple[Tensor, Tensor]
 
@@ -42,7 +44,9 @@ RECORDS = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained, and on what. Sample i of `data` depends on i alone, so that a run can resume on any GPUs."""
+    """What is trained, and on what. Sample i of `data` depends on i alone, so that a run can resume
+    on any GPUs.
+    """
 
     model: nn.Module
     data: Dataset  # of pairs (inputs, targets); it takes any index from 0 on
@@ -57,13 +61,17 @@ class Work:
 
 
 def train(recipe: Recipe, work: Work, out: Path, watched: Path | None = None) -> None:
-    """Train to the end, or until a SIGTERM; go on from the newest checkpoint under `out` where there is one."""
+    """Train to the end, or until a SIGTERM; go on from the newest checkpoint under `out` where
+    there is one.
+    """
     config = deepspeed_config(recipe, work.steps, dist.get_world_size())
     step, checkpoints = 0, out / "checkpoints"
     resumes = (checkpoints / "latest").is_file()
     if resumes:
         check(checkpoints, config["zero_optimization"]["stage"])
-    engine, *_ = deepspeed.initialize(model=work.model, model_parameters=groups(work.model), config=config)
+    engine, *_ = deepspeed.initialize(
+        model=work.model, model_parameters=groups(work.model), config=config
+    )
     if resumes:
         _, saved = engine.load_checkpoint(str(checkpoints))
         step = saved["step"]
@@ -77,7 +85,9 @@ def train(recipe: Recipe, work: Work, out: Path, watched: Path | None = None) ->
     engine.train()
     while step < work.steps:
         seed = hash((recipe.seed, step, dist.get_rank())) % 2**32
-        torch.manual_seed(seed)  # dropout, and with numpy mixup: a resumed run draws what the other would have
+        torch.manual_seed(
+            seed
+        )  # dropout, and with numpy mixup: a resumed run draws what the other would have
         numpy.random.seed(seed)
         losses = []
         for _ in range(engine.gradient_accumulation_steps()):
@@ -90,7 +100,9 @@ def train(recipe: Recipe, work: Work, out: Path, watched: Path | None = None) ->
         heartbeat.at(step)
         if watch is not None:
             watch.step(torch.stack(losses).mean())
-        loss, stops = mean_over_ranks(torch.stack([torch.stack(losses).mean(), stop.asked(engine.device)]))
+        loss, stops = mean_over_ranks(
+            torch.stack([torch.stack(losses).mean(), stop.asked(engine.device)])
+        )
         log.step(step, loss, lr)
         ends = step == work.steps or stops > 0
         if ends or (recipe.eval_interval and step % recipe.eval_interval == 0):
@@ -106,9 +118,14 @@ def train(recipe: Recipe, work: Work, out: Path, watched: Path | None = None) ->
 
 
 def save(engine: Any, folder: Path, step: int) -> None:
-    """Save, and only then let `latest` name it: a run that is killed meanwhile goes on from the one before."""
-    # DeepSpeed itself writes `latest` once rank 0 has saved its own files, others may still be at theirs.
-    engine.save_checkpoint(str(folder), tag=f"step_{step}", client_state={"step": step}, save_latest=False)
+    """Save, and only then let `latest` name it: a run that is killed meanwhile goes on from the one
+    before.
+    """
+    # DeepSpeed itself writes `latest` once rank 0 has saved its own files, others may still be at
+    # theirs.
+    engine.save_checkpoint(
+        str(folder), tag=f"step_{step}", client_state={"step": step}, save_latest=False
+    )
     if dist.get_rank() == 0:  # that ended in a barrier
         (folder / "latest.new").write_text(f"step_{step}", encoding="utf-8")
         (folder / "latest.new").replace(folder / "latest")
@@ -125,7 +142,10 @@ def check(folder: Path, stage: int) -> None:
     owners = {int(match[1]) for match in matches if match}
     problem = None
     if stage and owners != set(range(ranks)):
-        problem = f"{folder / tag} takes as many ranks as saved it, whose files are all there, got {ranks} ranks and "
+        problem = (
+            f"{folder / tag} takes as many ranks as saved it, whose files are all there, got "
+            f"{ranks} ranks and "
+        )
         problem += f"files of {', '.join(map(str, sorted(owners))) or 'none'}"
     for path in files[dist.get_rank() :: ranks]:
         problem = problem or _problem_of(path)
@@ -135,10 +155,14 @@ def check(folder: Path, stage: int) -> None:
     if problem is None:
         return
     others = sorted(path.name for path in folder.glob("step_*") if path.name != tag)
-    problem += f"; there are {', '.join(others)}, too: write one's name into {folder / 'latest'}" if others else ""
+    problem += (
+        f"; there are {', '.join(others)}, too: write one's name into {folder / 'latest'}"
+        if others
+        else ""
+    )
     if dist.get_rank() == 0:
         fail(Path(sys.argv[0]).name, ValueError(problem))
-    leave(2)
+    shutdown(2)
 
 
 def _problem_of(path: Path) -> str | None:
@@ -149,13 +173,17 @@ def _problem_of(path: Path) -> str | None:
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is not None:
                     return f"{path} is damaged"
-        # Else it is of before zip files, or of "checkpoint_serialization": false; there are no check sums in it.
+        # Else it is of before zip files, or of "checkpoint_serialization": false; there are no
+        # check sums in it.
         with torch.serialization.safe_globals(RECORDS):
             torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
         if name is not None:
-            return f"{path} takes tensors and DeepSpeed's own records, got {name[1]}, which could run code"
+            return (
+                f"{path} takes tensors and DeepSpeed's own records, got {name[1]}, which could "
+                "run code"
+            )
         return f"{path} is damaged"
     except (zipfile.BadZipFile, OSError, EOFError, RuntimeError):
         return f"{path} is damaged"
@@ -165,19 +193,28 @@ def _problem_of(path: Path) -> str | None:
 def groups(model: nn.Module) -> list[dict[str, Any]]:
     """Matrices decay; gains, biases and what timm's model exempts, its position tables, do not."""
     exempt = getattr(model, "no_weight_decay", set)()
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    named = [
+        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
+    ]
     return [
         {"params": [one for name, one in named if one.ndim >= 2 and name not in exempt]},
-        {"params": [one for name, one in named if one.ndim < 2 or name in exempt], "weight_decay": 0.0},
+        {
+            "params": [one for name, one in named if one.ndim < 2 or name in exempt],
+            "weight_decay": 0.0,
+        },
     ]
 
 
 def batches(recipe: Recipe, work: Work, step: int) -> Iterator[Batch]:
-    """This rank's micro batches from `step` on: which samples a step takes depends on its number alone."""
+    """This rank's micro batches from `step` on: which samples a step takes depends on its number
+    alone.
+    """
     rank, ranks, size = dist.get_rank(), dist.get_world_size(), recipe.micro_batch_size
 
     def indices() -> Iterator[list[int]]:
-        for first in range(step * recipe.global_batch_size, work.steps * recipe.global_batch_size, size * ranks):
+        for first in range(
+            step * recipe.global_batch_size, work.steps * recipe.global_batch_size, size * ranks
+        ):
             yield list(range(first + rank * size, first + (rank + 1) * size))
 
     loader = DataLoader(
@@ -197,22 +234,29 @@ def evaluate(engine: Any, recipe: Recipe, work: Work) -> dict[str, float]:
     starts = range(0, work.valid_samples, size)
     sums: dict[str, Tensor] = {}
     for first in range(0, len(starts), ranks):
-        # Under ZeRO-3 a forward pass is collective: a rank without samples of its own repeats some that do not count.
+        # Under ZeRO-3 a forward pass is collective: a rank without samples of its own repeats some
+        # that do not count.
         start = starts[first + rank] if first + rank < len(starts) else None
-        samples = [work.valid[i] for i in range(start or 0, min((start or 0) + size, work.valid_samples))]
+        samples = [
+            work.valid[i] for i in range(start or 0, min((start or 0) + size, work.valid_samples))
+        ]
         batch = to_device(default_collate(samples), engine)
         for name, mean in work.score(engine, batch).items():
             weight = 0 if start is None else len(samples)
             sums[name] = sums.get(name, 0.0) + mean.double() * weight
     totals = mean_over_ranks(torch.stack(list(sums.values())))
     engine.train()
-    return {name: total * ranks / work.valid_samples for name, total in zip(sums, totals, strict=True)}
+    return {
+        name: total * ranks / work.valid_samples for name, total in zip(sums, totals, strict=True)
+    }
 
 
 def to_device(batch: Any, engine: Any) -> Batch:
     """Tokens stay integers; images take the type of the weights."""
     inputs, targets = (part.to(engine.device, non_blocking=True) for part in batch)
-    return (inputs.to(next(engine.module.parameters()).dtype) if inputs.is_floating_point() else inputs), targets
+    return (
+        inputs.to(next(engine.module.parameters()).dtype) if inputs.is_floating_point() else inputs
+    ), targets
 
 
 def mean_over_ranks(values: Tensor) -> list[float]:
@@ -237,7 +281,9 @@ class Stop:
 
 
 class Log:
-    """Rank 0's lines on the terminal, and OUT/log.jsonl with every step; the other ranks write nothing."""
+    """Rank 0's lines on the terminal, and OUT/log.jsonl with every step; the other ranks write
+    nothing.
+    """
 
     def __init__(self, recipe: Recipe, work: Work, out: Path, step: int) -> None:
         self.every, self.work, self.batch = recipe.log_interval, work, recipe.global_batch_size
@@ -245,16 +291,27 @@ class Log:
         if dist.get_rank() == 0:
             out.mkdir(parents=True, exist_ok=True)
             path = out / "log.jsonl"
-            kept = [line for line in _lines(path) if json.loads(line)["step"] <= step] if step else []
-            path.write_text("".join(kept), encoding="utf-8")  # steps after the checkpoint are made again
+            kept = (
+                [line for line in _lines(path) if json.loads(line)["step"] <= step] if step else []
+            )
+            path.write_text(
+                "".join(kept), encoding="utf-8"
+            )  # steps after the checkpoint are made again
             self.file = path.open("a", encoding="utf-8")
-        millions = sum(getattr(one, "ds_numel", one.numel()) for one in work.model.parameters()) / 1e6  # ds_: ZeRO-3's
+        millions = (
+            sum(getattr(one, "ds_numel", one.numel()) for one in work.model.parameters()) / 1e6
+        )  # ds_: ZeRO-3's
         accumulated = recipe.global_batch_size // (recipe.micro_batch_size * dist.get_world_size())
         self.line(
-            f"{millions:.1f} M parameters, {recipe.optimizer}, {dist.get_world_size()} ranks × {accumulated} × "
-            f"{recipe.micro_batch_size} samples, steps {step} to {work.steps}"
+            f"{millions:.1f} M parameters, {recipe.optimizer}, {dist.get_world_size()} ranks × "
+            f"{accumulated} × {recipe.micro_batch_size} samples, steps {step} to {work.steps}"
         )
-        self.start, self.first, self.last, self.last_step = time.monotonic(), step, time.monotonic(), step
+        self.start, self.first, self.last, self.last_step = (
+            time.monotonic(),
+            step,
+            time.monotonic(),
+            step,
+        )
 
     def step(self, step: int, loss: float, lr: float) -> None:
         if self.file is None:
@@ -276,7 +333,10 @@ class Log:
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         if self.file is not None:
             self._write({"step": step, **values})
-            self.line(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+            self.line(
+                f"step {step}: "
+                + ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+            )
         self.last = time.monotonic()
 
     def line(self, line: str) -> None:
@@ -298,7 +358,11 @@ def _lines(path: Path) -> list[str]:
     """The whole lines of a log; a run that was killed may have left half of one."""
     if not path.is_file():
         return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("}\n")]
+    return [
+        line
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if line.endswith("}\n")
+    ]
 
 
 def _duration(seconds: float) -> str:
@@ -308,10 +372,16 @@ def _duration(seconds: float) -> str:
 
 
 def _forget(folder: Path, kept: int, step: int) -> None:
-    """Delete all checkpoints up to this step but the newest. Those of later steps are of a run that was cut off."""
+    """Delete all checkpoints up to this step but the newest. Those of later steps are of a run that
+    was cut off.
+    """
     dist.barrier()
     if dist.get_rank() == 0:
-        steps = sorted(int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(r"step_(\d+)", path.name)))
+        steps = sorted(
+            int(match[1])
+            for path in folder.iterdir()
+            if (match := re.fullmatch(r"step_(\d+)", path.name))
+        )
         for old in [one for one in steps if one <= step][:-kept]:
             shutil.rmtree(folder / f"step_{old}")
 
@@ -319,10 +389,15 @@ def _forget(folder: Path, kept: int, step: int) -> None:
 def start(script: str) -> int:
     """Join the other processes and return how many there are."""
     if "RANK" not in os.environ:
-        raise ValueError(f"{script} takes RANK and WORLD_SIZE from torchrun or deepspeed, got neither")
+        raise ValueError(
+            f"{script} takes RANK and WORLD_SIZE from torchrun or deepspeed, got neither"
+        )
     if not torch.cuda.is_available():
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for a minute, and no faster
-    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))  # the engine does so later than `check`
+        # compiled for a minute, and no faster
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    get_accelerator().set_device(
+        int(os.environ.get("LOCAL_RANK", 0))
+    )  # the engine does so later than `check`
     deepspeed.init_distributed(verbose=False)
     return dist.get_world_size()
 

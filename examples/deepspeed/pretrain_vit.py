@@ -1,7 +1,8 @@
 """Pretrain a ViT, Swin or FLatten-Swin on images under DeepSpeed, without warmup.
 
     python -m examples.data.digits --out out/digits16 --size 16
-    torchrun --nproc-per-node 2 examples/deepspeed/pretrain_vit.py examples/deepspeed/recipes/vit_digits.yaml \\
+    torchrun --nproc-per-node 2 examples/deepspeed/pretrain_vit.py
+    examples/deepspeed/recipes/vit_digits.yaml \\
         --data out/digits16 --out out/vit_digits
 """
 
@@ -21,20 +22,24 @@ from timm.data import Mixup, create_transform
 from timm.layers import set_reentrant_ckpt
 from torch import Tensor, nn
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # where `examples` is, wherever this is started
+sys.path.append(
+    str(Path(__file__).resolve().parents[2])
+)  # where `examples` is, wherever this is started
 from examples.data.images import open_images
 from examples.deepspeed.flatten_swin import flatten_swin_small
 from examples.deepspeed.loop import Batch, Work, fail, start, train
 from examples.deepspeed.recipe import ImageRecipe, check_warmup, read_recipe
 from examples.deepspeed.throughput import training_flops
-from weyl_megatron.integrations.leave import leave
+from weyl_megatron.engines.shutdown import shutdown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check everything that one process can check, then train; return the exit status."""
     args = parser().parse_args(arguments)
     try:
-        recipe = read_recipe(ImageRecipe, args.recipe, args.set, int(os.environ.get("WORLD_SIZE", 1)))
+        recipe = read_recipe(
+            ImageRecipe, args.recipe, args.set, int(os.environ.get("WORLD_SIZE", 1))
+        )
         check_model(recipe)
         data = open_images(args.data, "train", transform(recipe, train=True), recipe.seed)
         valid = open_images(args.data, "valid", transform(recipe, train=False), recipe.seed)
@@ -54,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         score=score,
         unit="images",
         size=1,
-        flops=training_flops(lambda: build(recipe), lambda: torch.zeros(1, 3, recipe.image_size, recipe.image_size)),
+        flops=training_flops(
+            lambda: build(recipe), lambda: torch.zeros(1, 3, recipe.image_size, recipe.image_size)
+        ),
     )
     train(recipe, work, args.out, args.out if args.watch else None)
     return 0
@@ -62,9 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def check_model(recipe: ImageRecipe) -> None:
     if recipe.model != "flatten_swin_small" and not timm.is_model(recipe.model):
-        raise ValueError(f"model takes the name of a model of timm, or flatten_swin_small, got {recipe.model!r}")
+        raise ValueError(
+            f"model takes the name of a model of timm, or flatten_swin_small, got {recipe.model!r}"
+        )
     if recipe.micro_batch_size % 2 and (recipe.mixup or recipe.cutmix):
-        raise ValueError(f"micro_batch_size takes an even number with mixup or cutmix, got {recipe.micro_batch_size}")
+        raise ValueError(
+            "micro_batch_size takes an even number with mixup or cutmix, got "
+            f"{recipe.micro_batch_size}"
+        )
 
 
 def build(recipe: ImageRecipe) -> nn.Module:
@@ -78,7 +90,9 @@ def build(recipe: ImageRecipe) -> nn.Module:
         if isinstance(module, nn.Linear) and "head" not in name:
             xavier(module.weight)
     if recipe.activation_checkpointing:
-        set_reentrant_ckpt(True)  # the kind that works with the weights that ZeRO-3 takes away after a block's forward
+        set_reentrant_ckpt(
+            True
+        )  # the kind that works with the weights that ZeRO-3 takes away after a block's forward
         model.set_grad_checkpointing()
     return model
 
@@ -109,7 +123,12 @@ def loss_of(recipe: ImageRecipe) -> Callable[[nn.Module, Batch], Tensor]:
     """Cross-entropy with label smoothing, on images that mixup and cutmix blend in pairs."""
     mix = None
     if recipe.mixup or recipe.cutmix:
-        mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=recipe.classes)
+        mix = Mixup(
+            recipe.mixup,
+            recipe.cutmix,
+            label_smoothing=recipe.smoothing,
+            num_classes=recipe.classes,
+        )
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         images, classes = batch
@@ -130,18 +149,32 @@ def score(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="pretrain_vit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="pretrain_vit.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", type=Path, help="YAML file; recipes/ has some")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="train/ and valid/: folders or tars")
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="log and checkpoints; goes on from these"
+        "--data", type=Path, required=True, metavar="DIR", help="train/ and valid/: folders or tars"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replaces a recipe's value")
-    parser.add_argument("--watch", action="store_true", help="write what `weyl-megatron report DIR` draws, too")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # what the deepspeed launcher appends
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="log and checkpoints; goes on from these",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="replaces a recipe's value"
+    )
+    parser.add_argument(
+        "--watch", action="store_true", help="write what `weyl-megatron report DIR` draws, too"
+    )
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # what the deepspeed launcher appends
     return parser
 
 
 if __name__ == "__main__":
-    leave(main())
+    shutdown(main())

@@ -1,4 +1,6 @@
-"""The recipe: every number of a run from YAML, checked before anything starts, and the DeepSpeed config made of it."""
+"""The recipe: every number of a run from YAML, checked before anything starts, and the DeepSpeed
+config made of it.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ RecipeType = TypeVar("RecipeType", bound="Recipe")
 class Recipe:
     """What GPT and image recipes have in common. The keys are those of the YAML file."""
 
-    deepspeed: str = key(text("the path of a DeepSpeed JSON file"), "zero1.json")  # beside this file, or anywhere
+    deepspeed: str = key(
+        text("the path of a DeepSpeed JSON file"), "zero1.json"
+    )  # beside this file, or anywhere
     optimizer: str = key(choice("AdamW2", "AdamW"), "AdamW2")
     tau: float | str = key(TAU, 0.01)
     lr: float = key(POSITIVE)
@@ -55,7 +59,9 @@ class Recipe:
     save_interval: int = key(integer(0), 0)  # 0: at the end only
     keep_checkpoints: int = key(integer(1), 2)
     watch_interval: int = key(integer(1), 100)  # of --watch
-    hang_after: float = key(NOT_NEGATIVE, 300.0)  # seconds until a rank that the others wait for is named; 0: never
+    hang_after: float = key(
+        NOT_NEGATIVE, 300.0
+    )  # seconds until a rank that the others wait for is named; 0: never
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,18 +92,24 @@ class ImageRecipe(Recipe):
     random_erasing: float = key(SHARE, 0.0)
     smoothing: float = key(SHARE, 0.0)
     drop_path: float = key(SHARE, 0.0)
-    scale: float = key(number("a number above 0, at most 1", lambda x: 0 < x <= 1), 0.08)  # smallest share of a crop
+    scale: float = key(
+        number("a number above 0, at most 1", lambda x: 0 < x <= 1), 0.08
+    )  # smallest share of a crop
     flip: bool = key(SWITCH, True)
 
 
-def read_recipe(kind: type[RecipeType], path: Path, overrides: Sequence[str], world_size: int) -> RecipeType:
-    """Return the recipe at `path`, `key=value` overrides put over it, checked for `world_size` ranks."""
+def read_recipe(
+    kind: type[RecipeType], path: Path, overrides: Sequence[str], world_size: int
+) -> RecipeType:
+    """Return the recipe at `path`, `key=value` overrides put over it, checked for `world_size`
+    ranks.
+    """
     recipe = read(kind, path, overrides)
     share = recipe.micro_batch_size * world_size
     if recipe.global_batch_size % share:
         raise ValueError(
-            f"global_batch_size takes a multiple of micro_batch_size × ranks = {recipe.micro_batch_size} × "
-            f"{world_size}, got {recipe.global_batch_size}"
+            "global_batch_size takes a multiple of micro_batch_size × ranks = "
+            f"{recipe.micro_batch_size} × {world_size}, got {recipe.global_batch_size}"
         )
     if recipe.min_lr > recipe.lr:
         raise ValueError(f"min_lr takes at most lr {recipe.lr}, got {recipe.min_lr}")
@@ -113,10 +125,15 @@ def read_recipe(kind: type[RecipeType], path: Path, overrides: Sequence[str], wo
 
 def check_warmup(recipe: Recipe, steps: int) -> None:
     if recipe.lr_warmup_steps >= steps:
-        raise ValueError(f"lr_warmup_steps takes less than the {steps} steps of the run, got {recipe.lr_warmup_steps}")
+        raise ValueError(
+            f"lr_warmup_steps takes less than the {steps} steps of the run, got "
+            f"{recipe.lr_warmup_steps}"
+        )
 
 
-def deepspeed_config(recipe: Recipe, steps: int, world_size: int, log_every: int = 1_000_000) -> dict[str, Any]:
+def deepspeed_config(
+    recipe: Recipe, steps: int, world_size: int, log_every: int = 1_000_000
+) -> dict[str, Any]:
     """Return the recipe's JSON file with every "auto" filled in, as Hugging Face's Trainer does.
 
     What the file says itself stays; the name of the optimizer and its τ are the recipe's.
@@ -128,7 +145,8 @@ def deepspeed_config(recipe: Recipe, steps: int, world_size: int, log_every: int
         kind, optimizer = config["optimizer"], config["optimizer"]["params"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f'deepspeed takes a JSON file with an "optimizer" and its "params", got {path}: {error!r}'
+            f'deepspeed takes a JSON file with an "optimizer" and its "params", got {path}: '
+            f"{error!r}"
         ) from None
     kind["type"] = recipe.optimizer
     optimizer.pop("tau", None)
@@ -140,7 +158,8 @@ def deepspeed_config(recipe: Recipe, steps: int, world_size: int, log_every: int
     fill = {
         "train_batch_size": recipe.global_batch_size,
         "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
-        "gradient_accumulation_steps": recipe.global_batch_size // (recipe.micro_batch_size * world_size),
+        "gradient_accumulation_steps": recipe.global_batch_size
+        // (recipe.micro_batch_size * world_size),
         "gradient_clipping": recipe.clip_grad,
         "enabled": recipe.bf16,
         "lr": recipe.lr,
@@ -150,9 +169,15 @@ def deepspeed_config(recipe: Recipe, steps: int, world_size: int, log_every: int
         "total_num_steps": steps,
     }
     config = _filled(config, fill, path)
-    for name, meant in (("train_batch_size", "global"), ("train_micro_batch_size_per_gpu", "micro")):
+    for name, meant in (
+        ("train_batch_size", "global"),
+        ("train_micro_batch_size_per_gpu", "micro"),
+    ):
         if config.setdefault(name, fill[name]) != fill[name]:
-            raise ValueError(f'{path} takes "auto" or {meant}_batch_size {fill[name]} for "{name}", got {config[name]}')
+            raise ValueError(
+                f'{path} takes "auto" or {meant}_batch_size {fill[name]} for "{name}", got '
+                f"{config[name]}"
+            )
     schedule = config.get("scheduler", {}).get("params", {})
     if warmup:
         schedule.update(warmup_num_steps=warmup, warmup_min_ratio=0.0, warmup_type="linear")

@@ -9,14 +9,23 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 # Dense bfloat16 FLOP/s of one device, from the vendors' data sheets.
-PEAK = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
+PEAK = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+}
 
 
 def training_flops(build: Callable[[], nn.Module], inputs: Callable[[], Tensor]) -> float:
-    """Return the FLOPs that training on `inputs` takes: counted by torch on one forward pass, and twice as many back.
+    """Return the FLOPs that training on `inputs` takes: counted by torch on one forward pass, and
+    twice as many back.
 
-    Model and inputs are built on the meta device, which computes nothing. A recomputed forward pass does not count,
-    which is what makes the quotient the model's utilisation (MFU) and not the hardware's.
+    Model and inputs are built on the meta device, which computes nothing. A recomputed forward pass
+    does not count, which is what makes the quotient the model's utilisation (MFU) and not the
+    hardware's.
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         build()(inputs())
@@ -28,4 +37,11 @@ def peak_flops() -> float | None:
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    return next((flops for model, flops in sorted(PEAK.items(), key=lambda row: -len(row[0])) if model in name), None)
+    return next(
+        (
+            flops
+            for model, flops in sorted(PEAK.items(), key=lambda row: -len(row[0]))
+            if model in name
+        ),
+        None,
+    )

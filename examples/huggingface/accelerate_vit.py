@@ -1,4 +1,5 @@
-"""Train a ViT on scikit-learn's handwritten digits in a plain loop with Accelerate. Nothing is downloaded.
+"""Train a ViT on scikit-learn's handwritten digits in a plain loop with Accelerate. Nothing is
+downloaded.
 
 accelerate launch --config_file accelerate_vit.yaml accelerate_vit.py [--epochs 20] [--lr 3e-3]
 
@@ -16,23 +17,29 @@ from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import ViTConfig, ViTForImageClassification
 
-from weyl_megatron.integrations.leave import leave
+from weyl_megatron.engines.shutdown import shutdown
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """The images (N, 1, 8, 8), standardised, with their classes: to train on, and a held-out quarter."""
+    """The images (N, 1, 8, 8), standardised, with their classes: to train on, and a held-out
+    quarter.
+    """
     loaded = load_digits()
     images = torch.tensor(loaded.images, dtype=torch.float32).unsqueeze(1)
     images = (images - images.mean()) / images.std()
     classes = torch.tensor(loaded.target, dtype=torch.long)
     held_out, train = torch.randperm(len(images)).tensor_split([len(images) // 4])
-    return TensorDataset(images[train], classes[train]), TensorDataset(images[held_out], classes[held_out])
+    return TensorDataset(images[train], classes[train]), TensorDataset(
+        images[held_out], classes[held_out]
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=32, help="images of a batch on each process")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="images of a batch on each process"
+    )
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     args = parser.parse_args()
@@ -57,13 +64,17 @@ def main() -> None:
         )
     )
 
-    # Accelerate fills the rate, the weight decay, the batch and the steps in where the file says "auto"; not these.
+    # Accelerate fills the rate, the weight decay, the batch and the steps in where the file says
+    # "auto"; not these.
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     config["optimizer"]["params"] |= {"betas": [0.9, 0.95], "eps": 1e-8}
     optimizer = DummyOptim(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    # Accelerate divides the steps by the processes: it expects those of the loader before it is prepared.
+    # Accelerate divides the steps by the processes: it expects those of the loader before it is
+    # prepared.
     scheduler = DummyScheduler(optimizer, total_num_steps=args.epochs * len(loader))
-    model, optimizer, loader, test, scheduler = accelerator.prepare(model, optimizer, loader, test, scheduler)
+    model, optimizer, loader, test, scheduler = accelerator.prepare(
+        model, optimizer, loader, test, scheduler
+    )
 
     for epoch in range(args.epochs):
         model.train()
@@ -76,7 +87,9 @@ def main() -> None:
             optimizer.zero_grad()
             losses.append(loss.detach())
         mean = accelerator.reduce(torch.stack(losses).mean(), "mean")
-        accelerator.print(f"epoch {epoch + 1}: loss {mean:.4f}, lr {scheduler.get_last_lr()[0]:.2e}")
+        accelerator.print(
+            f"epoch {epoch + 1}: loss {mean:.4f}, lr {scheduler.get_last_lr()[0]:.2e}"
+        )
 
     model.eval()
     right = []
@@ -84,14 +97,18 @@ def main() -> None:
         with torch.no_grad():
             guesses = model(pixel_values=images).logits.argmax(-1)
         right.append(accelerator.gather_for_metrics(guesses == classes))
-    accelerator.print(f"accuracy on {len(held_out)} held-out digits: {torch.cat(right).float().mean():.3f}")
+    accelerator.print(
+        f"accuracy on {len(held_out)} held-out digits: {torch.cat(right).float().mean():.3f}"
+    )
     stats = model.basic_optimizer.stats()
     clipped = sum(entry.clipped for entry in stats.values())
-    accelerator.print(f"AdamW2: {clipped} of {len(stats)} matrices clipped in the last step; the first three:")
+    accelerator.print(
+        f"AdamW2: {clipped} of {len(stats)} matrices clipped in the last step; the first three:"
+    )
     for name in list(stats)[:3]:
         accelerator.print(f"  {name}: {stats[name]}")
 
 
 if __name__ == "__main__":
     main()
-    leave()
+    shutdown()

@@ -1,4 +1,6 @@
-"""Checkpoints: one folder per step, in Megatron's distributed format; a run may resume on more or fewer replicas."""
+"""Checkpoints: one folder per step, in Megatron's distributed format; a run may resume on more or
+fewer replicas.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from recipe import Recipe
 
-# How the distributed optimizer writes: each rank what it holds. megatron-core 0.14 has an older format for that.
+# How the distributed optimizer writes: each rank what it holds. megatron-core 0.14 has an older
+# format for that.
 RESHARDABLE = hasattr(DistributedOptimizer, "sharded_param_state_dp_reshardable")
-METADATA = {"distrib_optim_sharding_type": "dp_reshardable" if RESHARDABLE else "fully_sharded_model_space"}
+METADATA = {
+    "distrib_optim_sharding_type": "dp_reshardable" if RESHARDABLE else "fully_sharded_model_space"
+}
 
 
 #: What torch's distributed checkpoints keep their index in, the file ``.metadata``.
@@ -28,9 +33,20 @@ RECORDS = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    "torch.distributed.checkpoint.planner": {
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
     "torch.distributed.checkpoint.metadata": {
-        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+        *(
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+        ),
         *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
     },
 }
@@ -39,11 +55,13 @@ RECORDS = {
 def check_support(recipe: Recipe) -> None:
     """Refuses to start a run that could not be saved or resumed."""
     if find_spec("psutil") is None:
-        raise ValueError("--save takes psutil, got no such module: Megatron's checkpoint writers hang without it")
+        raise ValueError(
+            "--save takes psutil, got no such module: Megatron's checkpoint writers hang without it"
+        )
     if recipe.distributed_optimizer and not (RESHARDABLE or HAVE_APEX_OR_TE):
         raise ValueError(
-            "--save and --load take distributed_optimizer false on megatron-core 0.14 without Transformer Engine and "
-            "Apex, got true"
+            "--save and --load take distributed_optimizer false on megatron-core 0.14 without "
+            "Transformer Engine and Apex, got true"
         )
 
 
@@ -56,12 +74,18 @@ def newest(folder: Path) -> Path:
         and dist_checkpointing.check_is_distributed_checkpoint(str(path))
     }
     if not found:
-        raise ValueError(f"--load takes a folder that --save wrote, got {folder}, which has no checkpoint")
+        raise ValueError(
+            f"--load takes a folder that --save wrote, got {folder}, which has no checkpoint"
+        )
     return found[max(found)]
 
 
 def save(
-    folder: Path, step: int, gpt: GPTModel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+    folder: Path,
+    step: int,
+    gpt: GPTModel,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
 ) -> None:
     """Writes everything that the steps after `step` depend on."""
     path = folder / f"step_{step}"
@@ -72,16 +96,22 @@ def save(
 
 
 class _Index(pickle.Unpickler):
-    """Reads an index, and nothing that is not of one: torch itself would run whatever a pickle can hold."""
+    """Reads an index, and nothing that is not of one: torch itself would run whatever a pickle can
+    hold.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        if name in RECORDS.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)):
+        if name in RECORDS.get(module, ()) or (
+            module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)
+        ):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name}, which could run code")
 
 
 def check(path: Path) -> None:
-    """Refuses a checkpoint whose index would run code; torch loads the other files with weights_only."""
+    """Refuses a checkpoint whose index would run code; torch loads the other files with
+    weights_only.
+    """
     index = path / ".metadata"
     if index.is_file():
         try:
@@ -92,8 +122,12 @@ def check(path: Path) -> None:
 
 
 @torch.no_grad()
-def load(path: Path, gpt: GPTModel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> int:
-    """Puts a checkpoint into the model, the optimizer and the schedule, and returns how many steps they have made."""
+def load(
+    path: Path, gpt: GPTModel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
+) -> int:
+    """Puts a checkpoint into the model, the optimizer and the schedule, and returns how many steps
+    they have made.
+    """
     check(path)
     step = int(path.name.removeprefix("step_"))
     _allocate(optimizer)
@@ -106,7 +140,8 @@ def load(path: Path, gpt: GPTModel, optimizer: MegatronOptimizer, scheduler: Opt
 
 
 def _allocate(optimizer: MegatronOptimizer) -> None:
-    # Without Transformer Engine and Apex, Megatron loads only into moments that are there: a step of rate 0 makes them.
+    # Without Transformer Engine and Apex, Megatron loads only into moments that are there: a step
+    # of rate 0 makes them.
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     optimizer.zero_grad()
@@ -114,7 +149,8 @@ def _allocate(optimizer: MegatronOptimizer) -> None:
 
 
 def _count(optimizer: MegatronOptimizer, step: int) -> None:
-    # There Megatron also loads one count into all moments, in which each parameter's next step would add one.
+    # There Megatron also loads one count into all moments, in which each parameter's next step
+    # would add one.
     for inner in getattr(optimizer, "chained_optimizers", [optimizer]):
         for moments in inner.optimizer.state.values():
             if "step" in moments:
@@ -122,7 +158,10 @@ def _count(optimizer: MegatronOptimizer, step: int) -> None:
 
 
 def _state(
-    gpt: GPTModel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler, is_loading: bool
+    gpt: GPTModel,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    is_loading: bool,
 ) -> dict[str, Any]:
     model = gpt.sharded_state_dict()
     return {

@@ -1,4 +1,6 @@
-"""Tokens: the SentencePiece tokenizer, the checks of prepared data, and Megatron's GPT dataset in batches."""
+"""Tokens: the SentencePiece tokenizer, the checks of prepared data, and Megatron's GPT dataset in
+batches.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,20 @@ import numpy
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import _INDEX_HEADER, IndexedDataset, get_bin_path, get_idx_path
+from megatron.core.datasets.indexed_dataset import (
+    _INDEX_HEADER,
+    IndexedDataset,
+    get_bin_path,
+    get_idx_path,
+)
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from recipe import Recipe
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # where `examples` is, wherever this is started
+sys.path.append(
+    str(Path(__file__).resolve().parents[2])
+)  # where `examples` is, wherever this is started
 from examples.data.tokenizer import load_sentencepiece
 
 Batch = dict[str, Tensor]
@@ -35,13 +44,17 @@ class Tokenizer:
 
 
 def read_blend(arguments: Sequence[str]) -> tuple[list[str], list[float] | None]:
-    """The prefixes and weights of `PREFIX...` or `WEIGHT PREFIX WEIGHT PREFIX...`, as in Megatron-LM's --data-path."""
+    """The prefixes and weights of `PREFIX...` or `WEIGHT PREFIX WEIGHT PREFIX...`, as in
+    Megatron-LM's --data-path.
+    """
     numbers = [_number(argument) for argument in arguments]
     if all(number is None for number in numbers):
         return list(arguments), None
     weights, prefixes = numbers[::2], list(arguments[1::2])
     if len(weights) != len(prefixes) or any(number is not None for number in numbers[1::2]):
-        raise ValueError(f"--data takes PREFIX... or WEIGHT PREFIX WEIGHT PREFIX..., got {' '.join(arguments)}")
+        raise ValueError(
+            f"--data takes PREFIX... or WEIGHT PREFIX WEIGHT PREFIX..., got {' '.join(arguments)}"
+        )
     positive = [weight for weight in weights if weight is not None and 0 < weight < float("inf")]
     if len(positive) != len(weights):
         raise ValueError(f"--data takes weights above 0, got {' '.join(arguments[::2])}")
@@ -55,8 +68,12 @@ def _number(text: str) -> float | None:
         return None
 
 
-def check_data(arguments: Sequence[str], tokenizer: Tokenizer, recipe: Recipe, cache: Path | None) -> GPTDatasetConfig:
-    """The configuration of Megatron's dataset, once every prefix is known to hold what the recipe needs."""
+def check_data(
+    arguments: Sequence[str], tokenizer: Tokenizer, recipe: Recipe, cache: Path | None
+) -> GPTDatasetConfig:
+    """The configuration of Megatron's dataset, once every prefix is known to hold what the recipe
+    needs.
+    """
     prefixes, weights = read_blend(arguments)
     config = GPTDatasetConfig(
         random_seed=recipe.seed,
@@ -72,7 +89,8 @@ def check_data(arguments: Sequence[str], tokenizer: Tokenizer, recipe: Recipe, c
     )
     for prefix in prefixes:
         _check_prefix(prefix, config)
-        # Megatron keeps its shuffles under a hash of these: data that was prepared anew must not find the old ones.
+        # Megatron keeps its shuffles under a hash of these: data that was prepared anew must not
+        # find the old ones.
         stat = Path(get_idx_path(prefix)).stat()
         tokenizer.unique_identifiers[prefix] = [stat.st_size, stat.st_mtime_ns]
     return config
@@ -81,19 +99,28 @@ def check_data(arguments: Sequence[str], tokenizer: Tokenizer, recipe: Recipe, c
 def _check_prefix(prefix: str, config: GPTDatasetConfig) -> None:
     for path in map(Path, (get_idx_path(prefix), get_bin_path(prefix))):
         if not path.is_file():
-            raise ValueError(f"--data takes prefixes of a .bin and an .idx file, got {prefix}, which lacks {path}")
+            raise ValueError(
+                f"--data takes prefixes of a .bin and an .idx file, got {prefix}, which lacks "
+                f"{path}"
+            )
     try:
         with open(get_idx_path(prefix), "rb") as file:
             if file.read(len(_INDEX_HEADER)) != _INDEX_HEADER:
                 raise ValueError
         data = IndexedDataset(prefix, mmap=False)
-    except Exception:  # a broken index fails in struct, numpy or an assertion, wherever the reader happens to be
-        raise ValueError(f"--data takes Megatron's index files, got {get_idx_path(prefix)}, which is not one") from None
+    except (
+        Exception
+    ):  # a broken index fails in struct, numpy or an assertion, wherever the reader happens to be
+        raise ValueError(
+            f"--data takes Megatron's index files, got {get_idx_path(prefix)}, which is not one"
+        ) from None
     lengths = data.sequence_lengths
     expected = int(lengths.sum(dtype=numpy.int64)) * data.index.dtype_size
     size = Path(get_bin_path(prefix)).stat().st_size
     if size != expected:
-        raise ValueError(f"{get_bin_path(prefix)} takes the {expected} bytes that its .idx counts, got {size}")
+        raise ValueError(
+            f"{get_bin_path(prefix)} takes the {expected} bytes that its .idx counts, got {size}"
+        )
     if len(lengths) and (largest := int(data[0].max(initial=0))) >= config.tokenizer.vocab_size:
         raise ValueError(
             f"--tokenizer takes the model that {prefix} was prepared with, "
@@ -104,21 +131,33 @@ def _check_prefix(prefix: str, config: GPTDatasetConfig) -> None:
         tokens = int(lengths[begin:end].sum(dtype=numpy.int64))
         if tokens <= config.sequence_length:
             raise ValueError(
-                f"{prefix} takes more than seq_length {config.sequence_length} tokens for {name}, got {tokens} in "
-                f"{end - begin} of {len(lengths)} documents: prepare more, or set split"
+                f"{prefix} takes more than seq_length {config.sequence_length} tokens for {name}, "
+                f"got {tokens} in {end - begin} of {len(lengths)} documents: prepare more, or set "
+                "split"
             )
 
 
 def build_datasets(config: GPTDatasetConfig, recipe: Recipe) -> tuple[Dataset, Dataset]:
-    """Training and validation samples: as many as the whole run takes, and the ones that every evaluation takes."""
-    train, valid = recipe.train_steps * recipe.global_batch_size, recipe.eval_batches * recipe.global_batch_size
+    """Training and validation samples: as many as the whole run takes, and the ones that every
+    evaluation takes.
+    """
+    train, valid = (
+        recipe.train_steps * recipe.global_batch_size,
+        recipe.eval_batches * recipe.global_batch_size,
+    )
     # Every rank reads its own samples: the ranks of one replica the same ones.
-    datasets = BlendedMegatronDatasetBuilder(GPTDataset, [train, valid, 0], lambda: True, config).build()
+    datasets = BlendedMegatronDatasetBuilder(
+        GPTDataset, [train, valid, 0], lambda: True, config
+    ).build()
     return datasets[0], datasets[1]
 
 
-def batches(dataset: Dataset, recipe: Recipe, steps: range, replica: int, replicas: int) -> Iterator[Batch]:
-    """The micro batches of `steps` for one replica; a step's samples depend on its number alone, so runs resume."""
+def batches(
+    dataset: Dataset, recipe: Recipe, steps: range, replica: int, replicas: int
+) -> Iterator[Batch]:
+    """The micro batches of `steps` for one replica; a step's samples depend on its number alone, so
+    runs resume.
+    """
     share = recipe.global_batch_size // replicas
 
     def indices() -> Iterator[range]:

@@ -8,7 +8,11 @@ from functools import partial
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     HAVE_TE,
@@ -37,16 +41,24 @@ def check_layers(recipe: Recipe) -> None:
 
 
 def padded_vocab_size(vocab_size: int, recipe: Recipe) -> int:
-    """The rows of the embedding: Megatron-LM's rounding, so that every rank's share is a multiple of 128."""
+    """The rows of the embedding: Megatron-LM's rounding, so that every rank's share is a multiple
+    of 128.
+    """
     multiple = 128 * recipe.tensor_parallel
     return math.ceil(vocab_size / multiple) * multiple
 
 
 def parameter_count(recipe: Recipe, vocab_size: int) -> int:
-    """Parameters of the whole model: tied embeddings, positions, the layers' matrices, biases and norms, last norm."""
+    """Parameters of the whole model: tied embeddings, positions, the layers' matrices, biases and
+    norms, last norm.
+    """
     h = recipe.hidden_size
     layer = 12 * h * h + 13 * h
-    return (padded_vocab_size(vocab_size, recipe) + recipe.seq_length) * h + recipe.num_layers * layer + 2 * h
+    return (
+        (padded_vocab_size(vocab_size, recipe) + recipe.seq_length) * h
+        + recipe.num_layers * layer
+        + 2 * h
+    )
 
 
 def transformer_config(recipe: Recipe) -> TransformerConfig:
@@ -71,7 +83,9 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
 
 
 def build_model(recipe: Recipe, vocab_size: int) -> tuple[GPTModel, DistributedDataParallel]:
-    """This rank's shard of the model: bare, which checkpoints take, and within Megatron's data parallelism."""
+    """This rank's shard of the model: bare, which checkpoints take, and within Megatron's data
+    parallelism.
+    """
     config = transformer_config(recipe)
     gpt = GPTModel(
         config,
@@ -87,11 +101,17 @@ def build_model(recipe: Recipe, vocab_size: int) -> tuple[GPTModel, DistributedD
         check_for_nan_in_grad=True,
         use_distributed_optimizer=recipe.distributed_optimizer,
     )
-    return gpt, DistributedDataParallel(config, replicated, Float16Module(config, gpt) if recipe.bf16 else gpt)
+    return gpt, DistributedDataParallel(
+        config, replicated, Float16Module(config, gpt) if recipe.bf16 else gpt
+    )
 
 
-def forward_step(batches: Iterator[Batch], model: DistributedDataParallel) -> tuple[Tensor, partial]:
-    """One micro batch through this stage, and the function that makes a loss of what the last stage returns."""
+def forward_step(
+    batches: Iterator[Batch], model: DistributedDataParallel
+) -> tuple[Tensor, partial]:
+    """One micro batch through this stage, and the function that makes a loss of what the last stage
+    returns.
+    """
     batch = {name: tensor.cuda(non_blocking=True) for name, tensor in next(batches).items()}
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return output, partial(_loss, batch["loss_mask"])

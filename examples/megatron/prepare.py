@@ -1,4 +1,6 @@
-"""Turns text into what Megatron reads: PREFIX_text_document.bin and .idx, and PREFIX.model, a SentencePiece model."""
+"""Turns text into what Megatron reads: PREFIX_text_document.bin and .idx, and PREFIX.model, a
+SentencePiece model.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,18 @@ from itertools import chain
 from pathlib import Path
 
 import numpy
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
+from megatron.core.datasets.indexed_dataset import (
+    DType,
+    IndexedDatasetBuilder,
+    get_bin_path,
+    get_idx_path,
+)
 
 from data import Tokenizer
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # where `examples` is, wherever this is started
+sys.path.append(
+    str(Path(__file__).resolve().parents[2])
+)  # where `examples` is, wherever this is started
 from examples.data.documents import documents as read
 from examples.data.documents import find_files, make_parts, sample
 from examples.data.tokenizer import train_sentencepiece
@@ -36,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model.write_bytes(trained)
         tokenizer = Tokenizer(model)
         prefix = str(args.prefix) + SUFFIX
-        count, tokens, dtype = write_tokens(documents(args.files, args.separator), tokenizer, prefix)
+        count, tokens, dtype = write_tokens(
+            documents(args.files, args.separator), tokenizer, prefix
+        )
     except (ValueError, OSError) as error:
         print(f"prepare.py: error: {error}", file=sys.stderr)
         return 2
@@ -52,7 +63,9 @@ def documents(files: Sequence[Path], separator: str | None) -> Iterator[str]:
 
 
 def write_tokens(texts: Iterator[str], tokenizer: Tokenizer, prefix: str) -> tuple[int, int, str]:
-    """Writes every document and an end-of-document token; returns documents, tokens and the tokens' type."""
+    """Writes every document and an end-of-document token; returns documents, tokens and the tokens'
+    type.
+    """
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     Path(get_idx_path(prefix)).unlink(missing_ok=True)  # an older index must not outlive its data
     builder = IndexedDatasetBuilder(get_bin_path(prefix), dtype=dtype)
@@ -64,15 +77,31 @@ def write_tokens(texts: Iterator[str], tokenizer: Tokenizer, prefix: str) -> tup
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="prepare.py", description="Turns text into Megatron's indexed tokens.")
-    parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help='UTF-8 text, or .jsonl with {"text": "..."}'
+    parser = argparse.ArgumentParser(
+        prog="prepare.py", description="Turns text into Megatron's indexed tokens."
     )
-    parser.add_argument("--prefix", type=Path, required=True, help="path of the output without its suffixes")
-    parser.add_argument("--tokenizer", type=Path, help="use this SentencePiece model instead of training one")
-    parser.add_argument("--vocab-size", type=int, default=32000, help="pieces of the new tokenizer (%(default)s)")
-    parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="its kind (%(default)s)")
-    parser.add_argument("--separator", help="text between the documents of a file; without it each file is one")
+    parser.add_argument(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help='UTF-8 text, or .jsonl with {"text": "..."}',
+    )
+    parser.add_argument(
+        "--prefix", type=Path, required=True, help="path of the output without its suffixes"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, help="use this SentencePiece model instead of training one"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, default=32000, help="pieces of the new tokenizer (%(default)s)"
+    )
+    parser.add_argument(
+        "--model-type", choices=("bpe", "unigram"), default="bpe", help="its kind (%(default)s)"
+    )
+    parser.add_argument(
+        "--separator", help="text between the documents of a file; without it each file is one"
+    )
     return parser
 
 

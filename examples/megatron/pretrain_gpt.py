@@ -1,4 +1,6 @@
-"""Pretrains a GPT with megatron-core alone and AdamW². Start it with torchrun; README.md shows how."""
+"""Pretrains a GPT with megatron-core alone and AdamW². Start it with torchrun; README.md shows
+how.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,14 @@ import checkpoint
 from data import Batch, Tokenizer, batches, build_datasets, check_data
 from model import build_model, check_layers, forward_step, parameter_count
 from recipe import Recipe, read_recipe
-from weyl_megatron.integrations.leave import leave
-from weyl_megatron.stability import Watch
+from weyl_megatron.engines.shutdown import shutdown
+from weyl_megatron.watch import Watch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Checks everything that can be checked on one process, then trains; returns the exit status."""
+    """Checks everything that can be checked on one process, then trains; returns the exit
+    status.
+    """
     args = _parser().parse_args(arguments)
     try:
         recipe = read_recipe(args.recipe, args.set, int(os.environ.get("WORLD_SIZE", 1)))
@@ -58,7 +62,10 @@ def train(
     watched: Path | None = None,
 ) -> None:
     """The run: from step 0, or from the checkpoint `resume`, to the recipe's last."""
-    replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    replica, replicas = (
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
     train_set, valid_set = build_datasets(data, recipe)
     gpt, model = build_model(recipe, vocab_size)
     optimizer = build_optimizer(recipe, model)
@@ -67,13 +74,15 @@ def train(
     first = checkpoint.load(resume, gpt, optimizer, scheduler) if resume else 0
     _log(
         f"{parameter_count(recipe, vocab_size) / 1e6:.1f} M parameters, {recipe.optimizer}, "
-        f"tensor × pipeline × data parallel {recipe.tensor_parallel} × {recipe.pipeline_parallel} × {replicas}, "
-        f"steps {first} to {recipe.train_steps}"
+        f"tensor × pipeline × data parallel {recipe.tensor_parallel} × {recipe.pipeline_parallel} "
+        f"× {replicas}, steps {first} to {recipe.train_steps}"
     )
 
     watch = None
     if watched:
-        watch = Watch([model], optimizer, every=recipe.watch_interval, out=watched, maps=[0], steps_done=first)
+        watch = Watch(
+            [model], optimizer, every=recipe.watch_interval, out=watched, maps=[0], steps_done=first
+        )
     train_batches = batches(train_set, recipe, range(first, recipe.train_steps), replica, replicas)
     started = time.perf_counter()
     for step in range(first + 1, recipe.train_steps + 1):
@@ -81,7 +90,9 @@ def train(
         model.zero_grad_buffer()
         optimizer.zero_grad()
         lr = scheduler.get_lr(optimizer.param_groups[0])
-        loss = forward_backward(recipe, model, train_batches, recipe.micro_batches(dist.get_world_size()))
+        loss = forward_backward(
+            recipe, model, train_batches, recipe.micro_batches(dist.get_world_size())
+        )
         updated, grad_norm, _ = optimizer.step()
         if updated:  # not where fp16 gradients overflowed
             scheduler.step(increment=1)
@@ -91,9 +102,15 @@ def train(
         last = step == recipe.train_steps
         if step % recipe.log_interval == 0 or step == first + 1 or last:
             elapsed = time.perf_counter() - started
-            _log(f"step {step}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.3f}, {elapsed:.1f} s")
+            _log(
+                f"step {step}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.3f}, "
+                f"{elapsed:.1f} s"
+            )
         if last or (recipe.eval_interval and step % recipe.eval_interval == 0):
-            _log(f"step {step}: validation loss {evaluate(recipe, model, valid_set, replica, replicas):.4f}")
+            _log(
+                f"step {step}: validation loss "
+                f"{evaluate(recipe, model, valid_set, replica, replicas):.4f}"
+            )
         if save and (last or (recipe.save_interval and step % recipe.save_interval == 0)):
             checkpoint.save(save, step, gpt, optimizer, scheduler)
             _log(f"step {step}: saved {save}/step_{step}")
@@ -102,7 +119,7 @@ def train(
 def build_optimizer(recipe: Recipe, model: DistributedDataParallel) -> MegatronOptimizer:
     """Megatron's own Adam, or AdamW² in its place: nothing else differs."""
     if recipe.optimizer == "adamw2":
-        from weyl_megatron.integrations.megatron import enable
+        from weyl_megatron.engines.megatron import enable
 
         enable(tau=recipe.tau)
     config = OptimizerConfig(
@@ -122,7 +139,9 @@ def build_optimizer(recipe: Recipe, model: DistributedDataParallel) -> MegatronO
 
 
 def build_scheduler(recipe: Recipe, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """A cosine from lr to min_lr over the whole run, behind a linear warmup if the recipe has one."""
+    """A cosine from lr to min_lr over the whole run, behind a linear warmup if the recipe has
+    one.
+    """
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -139,9 +158,15 @@ def build_scheduler(recipe: Recipe, optimizer: MegatronOptimizer) -> OptimizerPa
 
 
 def forward_backward(
-    recipe: Recipe, model: DistributedDataParallel, data: Iterator[Batch], micro_batches: int, train: bool = True
+    recipe: Recipe,
+    model: DistributedDataParallel,
+    data: Iterator[Batch],
+    micro_batches: int,
+    train: bool = True,
 ) -> float:
-    """The next global batch's mean loss, on the last pipeline stage, elsewhere NaN; gradients, if it is to train."""
+    """The next global batch's mean loss, on the last pipeline stage, elsewhere NaN; gradients, if
+    it is to train.
+    """
     losses = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=data,
@@ -159,12 +184,18 @@ def forward_backward(
 
 
 @torch.no_grad()
-def evaluate(recipe: Recipe, model: DistributedDataParallel, dataset: Dataset, replica: int, replicas: int) -> float:
+def evaluate(
+    recipe: Recipe, model: DistributedDataParallel, dataset: Dataset, replica: int, replicas: int
+) -> float:
     """The mean loss of the same eval_batches global batches each time."""
     model.eval()
     data = batches(dataset, recipe, range(recipe.eval_batches), replica, replicas)
     return forward_backward(
-        recipe, model, data, recipe.eval_batches * recipe.micro_batches(dist.get_world_size()), train=False
+        recipe,
+        model,
+        data,
+        recipe.eval_batches * recipe.micro_batches(dist.get_world_size()),
+        train=False,
     )
 
 
@@ -173,7 +204,8 @@ def _initialize(recipe: Recipe) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     parallel_state.initialize_model_parallel(recipe.tensor_parallel, recipe.pipeline_parallel)
-    # Pipeline stages draw different weights; the replicas of one stage, and the CPU at every tensor_parallel, the same.
+    # Pipeline stages draw different weights; the replicas of one stage, and the CPU at every
+    # tensor_parallel, the same.
     seed = recipe.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -185,7 +217,9 @@ def _log(line: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="pretrain_gpt.py", description="Pretrains a GPT on megatron-core.")
+    parser = argparse.ArgumentParser(
+        prog="pretrain_gpt.py", description="Pretrains a GPT on megatron-core."
+    )
     parser.add_argument("recipe", type=Path, help="YAML file; recipes/ has some")
     parser.add_argument(
         "--data",
@@ -194,14 +228,27 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PREFIX",
         help="what prepare.py wrote, or WEIGHT PREFIX WEIGHT PREFIX",
     )
-    parser.add_argument("--tokenizer", type=Path, required=True, help="the SentencePiece model that prepared the data")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="replaces a recipe's value")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        required=True,
+        help="the SentencePiece model that prepared the data",
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="replaces a recipe's value"
+    )
     parser.add_argument("--save", type=Path, metavar="DIR", help="folder for checkpoints")
-    parser.add_argument("--load", type=Path, metavar="DIR", help="go on from the last checkpoint of --save")
-    parser.add_argument("--watch", type=Path, metavar="DIR", help="folder for what `weyl-megatron report DIR` draws")
-    parser.add_argument("--data-cache", type=Path, metavar="DIR", help="folder for Megatron's sample order")
+    parser.add_argument(
+        "--load", type=Path, metavar="DIR", help="go on from the last checkpoint of --save"
+    )
+    parser.add_argument(
+        "--watch", type=Path, metavar="DIR", help="folder for what `weyl-megatron report DIR` draws"
+    )
+    parser.add_argument(
+        "--data-cache", type=Path, metavar="DIR", help="folder for Megatron's sample order"
+    )
     return parser
 
 
 if __name__ == "__main__":
-    leave(main())
+    shutdown(main())

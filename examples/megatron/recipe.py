@@ -8,10 +8,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # where `examples` is, wherever this is started
-from examples.keys import BETAS, NOT_NEGATIVE, POSITIVE, SWITCH, TAU, choice, integer, key, pair, read
+sys.path.append(
+    str(Path(__file__).resolve().parents[2])
+)  # where `examples` is, wherever this is started
+from examples.keys import (
+    BETAS,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SWITCH,
+    TAU,
+    choice,
+    integer,
+    key,
+    pair,
+    read,
+)
 
-_SPLIT = pair("two weights above 0, of training and validation", lambda *parts: all(0 < x < math.inf for x in parts))
+_SPLIT = pair(
+    "two weights above 0, of training and validation",
+    lambda *parts: all(0 < x < math.inf for x in parts),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,24 +78,38 @@ class Recipe:
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = (), world_size: int = 1) -> Recipe:
-    """The recipe at `path` with each `key=value` of `overrides` put over it, checked for `world_size` ranks."""
+    """The recipe at `path` with each `key=value` of `overrides` put over it, checked for
+    `world_size` ranks.
+    """
     recipe = read(Recipe, path, overrides)
     _check_together(recipe, world_size)
     return recipe
 
 
 def _check_together(recipe: Recipe, world_size: int) -> None:
-    r, model_parallel, heads = recipe, recipe.tensor_parallel * recipe.pipeline_parallel, recipe.num_attention_heads
+    r, model_parallel, heads = (
+        recipe,
+        recipe.tensor_parallel * recipe.pipeline_parallel,
+        recipe.num_attention_heads,
+    )
     if r.hidden_size % heads:
-        raise ValueError(f"num_attention_heads takes a divisor of hidden_size {r.hidden_size}, got {heads}")
+        raise ValueError(
+            f"num_attention_heads takes a divisor of hidden_size {r.hidden_size}, got {heads}"
+        )
     if heads % r.tensor_parallel:
-        raise ValueError(f"tensor_parallel takes a divisor of num_attention_heads {heads}, got {r.tensor_parallel}")
+        raise ValueError(
+            f"tensor_parallel takes a divisor of num_attention_heads {heads}, got "
+            f"{r.tensor_parallel}"
+        )
     if r.num_layers % r.pipeline_parallel:
-        raise ValueError(f"pipeline_parallel takes a divisor of num_layers {r.num_layers}, got {r.pipeline_parallel}")
+        raise ValueError(
+            f"pipeline_parallel takes a divisor of num_layers {r.num_layers}, got "
+            f"{r.pipeline_parallel}"
+        )
     if r.sequence_parallel and (r.tensor_parallel == 1 or r.seq_length % r.tensor_parallel):
         raise ValueError(
-            f"sequence_parallel takes a tensor_parallel above 1 that divides seq_length {r.seq_length}, "
-            f"got {r.tensor_parallel}"
+            "sequence_parallel takes a tensor_parallel above 1 that divides seq_length "
+            f"{r.seq_length}, got {r.tensor_parallel}"
         )
     if world_size % model_parallel:
         raise ValueError(
@@ -89,10 +119,12 @@ def _check_together(recipe: Recipe, world_size: int) -> None:
     replicas = r.data_parallel(world_size)
     if r.global_batch_size % (r.micro_batch_size * replicas):
         raise ValueError(
-            f"global_batch_size takes a multiple of micro_batch_size × data-parallel ranks = {r.micro_batch_size} × "
-            f"{replicas}, got {r.global_batch_size}"
+            "global_batch_size takes a multiple of micro_batch_size × data-parallel ranks = "
+            f"{r.micro_batch_size} × {replicas}, got {r.global_batch_size}"
         )
     if r.min_lr > r.lr:
         raise ValueError(f"min_lr takes at most lr {r.lr}, got {r.min_lr}")
     if r.lr_warmup_steps >= r.train_steps:
-        raise ValueError(f"lr_warmup_steps takes less than train_steps {r.train_steps}, got {r.lr_warmup_steps}")
+        raise ValueError(
+            f"lr_warmup_steps takes less than train_steps {r.train_steps}, got {r.lr_warmup_steps}"
+        )

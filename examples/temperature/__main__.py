@@ -1,19 +1,24 @@
-"""The temperature intervention of Zhai et al. (2023, arXiv 2303.06296), Appendix B: attention's entropy pushed by hand.
+"""The temperature intervention of Zhai et al. (2023, arXiv 2303.06296), Appendix B: attention's
+entropy pushed by hand.
 
-    python -m examples.temperature [--temperature 0.1] [--at 100] [--until 150] [--out out/temperature]
+    python -m examples.temperature [--temperature 0.1] [--at 100] [--until 150] [--out
+    out/temperature]
 
-About 1 minute on 2 cores. Trains the pre-LN GPT of examples.collapse at a healthy rate, lr 3e-3, under AdamW and under
-AdamW², each with a softmax temperature of 0.1 in the steps 100 to 149 and without; watched every 10 steps. Prints a
-table and writes OUT/report.html. You should see:
+About 1 minute on 2 cores. Trains the pre-LN GPT of examples.collapse at a healthy rate, lr 3e-3,
+under AdamW and under AdamW², each with a softmax temperature of 0.1 in the steps 100 to 149 and
+without; watched every 10 steps. Prints a table and writes OUT/report.html. You should see:
 
-- The mean entropy of all heads falls at once, from 2.36 nats to 0.58 under AdamW and from 2.84 to 0.90 under AdamW²
-  (2.16 and 2.73 in these steps without the change), and is back to about what it is without it once the change is over.
-- The loss suffers little: 2.66 against 2.63 while it lasts and 2.51 against 2.47 in the last 20 steps under AdamW, 2.93
-  against 2.90 and 2.66 against 2.61 under AdamW². The largest gradient norm goes from 2.5 to 3.3 and from 1.5 to 3.2.
-- No run diverges: at this size low entropy alone is no instability, and AdamW² is not what prevents one. What grows as
-  the temperature falls are the gradients: with --temperature 0.01 their norm reaches 24 under AdamW and 58 under
-  AdamW², the entropy is 0.1, and the last 20 steps are still 0.11 and 0.13 behind; with --temperature 0.01 --at 0
-  --until 200 the norm passes 8000 and the mean loss of all steps is 0.37 worse under either.
+- The mean entropy of all heads falls at once, from 2.36 nats to 0.58 under AdamW and from 2.84 to
+  0.90 under AdamW² (2.16 and 2.73 in these steps without the change), and is back to about what it
+  is without it once the change is over.
+- The loss suffers little: 2.66 against 2.63 while it lasts and 2.51 against 2.47 in the last 20
+  steps under AdamW, 2.93 against 2.90 and 2.66 against 2.61 under AdamW². The largest gradient norm
+  goes from 2.5 to 3.3 and from 1.5 to 3.2.
+- No run diverges: at this size low entropy alone is no instability, and AdamW² is not what prevents
+  one. What grows as the temperature falls are the gradients: with --temperature 0.01 their norm
+  reaches 24 under AdamW and 58 under AdamW², the entropy is 0.1, and the last 20 steps are still
+  0.11 and 0.13 behind; with --temperature 0.01 --at 0 --until 200 the norm passes 8000 and the mean
+  loss of all steps is 0.37 worse under either.
 """
 
 from __future__ import annotations
@@ -35,9 +40,9 @@ from torch.overrides import TorchFunctionMode
 from examples.collapse.model import GPT, GPTConfig
 from weyl_megatron import AdamW2
 from weyl_megatron.demo.data import load_corpus, sequences, training_offsets
-from weyl_megatron.stability.blocks import find_blocks
-from weyl_megatron.stability.report import write_report
-from weyl_megatron.stability.watch import Watch
+from weyl_megatron.report.report import write_report
+from weyl_megatron.transformer.blocks import find_blocks
+from weyl_megatron.watch.watch import Watch
 
 BATCH, CONTEXT, EVERY = 8, 64, 10
 LR, STEPS = 3e-3, 200
@@ -61,10 +66,13 @@ class _Divided(TorchFunctionMode):
 
 @contextlib.contextmanager
 def softened(model: nn.Module, temperature: float) -> Iterator[None]:
-    """Inside, every attention of ``model`` is softmax(qᵀk / (√d · temperature)): below 1 it is sharper."""
+    """Inside, every attention of ``model`` is softmax(qᵀk / (√d · temperature)): below 1 it is
+    sharper.
+    """
     attentions = [block.attention for block in find_blocks(model)]
     for attention in attentions:
-        # Inside the module's forward, so that Watch, which listens around the whole model's, hears of the new scale.
+        # Inside the module's forward, so that Watch, which listens around the whole model's, hears
+        # of the new scale.
         def forward(*args: Any, usual: Any = attention.forward, **kwargs: Any) -> Any:
             with _Divided(temperature):
                 return usual(*args, **kwargs)
@@ -79,7 +87,9 @@ def softened(model: nn.Module, temperature: float) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Intervention:
-    """The temperature of all attention in the steps from ``at`` on, before ``until``; 1 in all others."""
+    """The temperature of all attention in the steps from ``at`` on, before ``until``; 1 in all
+    others.
+    """
 
     temperature: float
     at: int
@@ -87,9 +97,14 @@ class Intervention:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"temperature: temperature got {self.temperature}, it takes a number above 0.")
+            raise ValueError(
+                f"temperature: temperature got {self.temperature}, it takes a number above 0."
+            )
         if not 0 <= self.at < self.until:
-            raise ValueError(f"temperature: at, until got {self.at}, {self.until}, they take steps, until behind at.")
+            raise ValueError(
+                f"temperature: at, until got {self.at}, {self.until}, they take steps, until "
+                "behind at."
+            )
 
     def temperature_of(self, step: int) -> float:
         return self.temperature if self.at <= step < self.until else 1.0
@@ -128,15 +143,31 @@ def mean(numbers: Mapping[int, float], first: int, last: int) -> float:
     return sum(chosen) / len(chosen) if chosen else math.nan
 
 
-def train(run: Run, change: Intervention, steps: int, seed: int, out: Path | None = None, every: int = EVERY) -> Story:
+def train(
+    run: Run,
+    change: Intervention,
+    steps: int,
+    seed: int,
+    out: Path | None = None,
+    every: int = EVERY,
+) -> Story:
     """Train one run, watched."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(norm="pre"))
-    optimizer = AdamW2(model.named_parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, tau=run.tau)
+    optimizer = AdamW2(
+        model.named_parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.1, tau=run.tau
+    )
     corpus = load_corpus()
     offsets = training_offsets(corpus, steps, BATCH, CONTEXT, seed)
     folder = None if out is None else out / run.name
-    watch = Watch(model, optimizer, every=every, out=folder, run=run.title, maps=() if out is None else range(4))
+    watch = Watch(
+        model,
+        optimizer,
+        every=every,
+        out=folder,
+        run=run.title,
+        maps=() if out is None else range(4),
+    )
     story = Story()
     for step in range(steps):
         temperature = change.temperature_of(step) if run.is_changed else 1.0
@@ -144,7 +175,9 @@ def train(run: Run, change: Intervention, steps: int, seed: int, out: Path | Non
             loss = model(*sequences(corpus.train, offsets[step], CONTEXT))
         optimizer.zero_grad()
         loss.backward()
-        story.gradients[step] = float(nn.utils.clip_grad_norm_(model.parameters(), torch.inf))  # clips nothing
+        story.gradients[step] = float(
+            nn.utils.clip_grad_norm_(model.parameters(), torch.inf)
+        )  # clips nothing
         optimizer.step()
         values = watch.step(loss, temperature=temperature)
         story.losses[step] = loss.item()
@@ -156,7 +189,9 @@ def train(run: Run, change: Intervention, steps: int, seed: int, out: Path | Non
 
 
 def row(story: Story, change: Intervention) -> list[float]:
-    """Entropy before, with and after the change; the loss likewise, last of the last 20 steps; the largest gradient."""
+    """Entropy before, with and after the change; the loss likewise, last of the last 20 steps; the
+    largest gradient.
+    """
     at, until, steps = change.at, change.until, len(story.losses)
     spans = [(at - 20, at), (at, until), (until, steps)]
     entropies = [mean(story.entropies, *span) for span in spans]
@@ -165,7 +200,9 @@ def row(story: Story, change: Intervention) -> list[float]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--temperature", type=float, default=0.1)
     parser.add_argument("--at", type=int, default=100, help="the first step of the temperature")
     parser.add_argument("--until", type=int, default=150, help="the first step that has 1 again")
@@ -176,12 +213,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         change = Intervention(options.temperature, options.at, options.until)
         if options.steps < change.until:
-            raise ValueError(f"temperature: steps got {options.steps}, it takes {change.until} (until) or more.")
+            raise ValueError(
+                f"temperature: steps got {options.steps}, it takes {change.until} (until) or more."
+            )
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
     torch.set_num_threads(1)
-    print(f"temperature {change.temperature} in the steps {change.at} to {change.until - 1} of {options.steps}")
+    print(
+        f"temperature {change.temperature} in the steps {change.at} to {change.until - 1} of "
+        f"{options.steps}"
+    )
     print(f"{'':29}{'entropy':^27}{'loss':^27}{'largest':>9}")
     columns = ("before", "with", "after") * 2
     print(" " * 29 + "".join(f"{column:>9}" for column in columns) + f"{'‖g‖':>9}")

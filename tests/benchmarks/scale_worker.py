@@ -1,4 +1,5 @@
-"""torchrun worker, 4 ranks: what benchmarks/scale.py counts on stand-ins, counted on real processes, sums and steps.
+"""torchrun worker, 4 ranks: what benchmarks/scale.py counts on stand-ins, counted on real
+processes, sums and steps.
 
 Every rank writes what it counted to a file in the folder that is named.
 """
@@ -14,9 +15,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks.scale import OPTIONS, Counted, Groups, Spread, buffers_of, gpt, parameter_of, pieces_of
+from benchmarks.scale import (
+    OPTIONS,
+    Counted,
+    Groups,
+    Spread,
+    buffers_of,
+    gpt,
+    parameter_of,
+    pieces_of,
+)
 from weyl_megatron import AdamW2
-from weyl_megatron.integrations.leave import leave
+from weyl_megatron.engines.shutdown import shutdown
 from weyl_megatron.layouts.buffers import Buffer, Layout
 
 MODEL = gpt(2, 24, 2, tokens=50, context=8)
@@ -49,10 +59,12 @@ def count(buffers: list[Buffer], state: str) -> tuple[Counted, list[list[int]]]:
         with patch.object(dist, "all_reduce", counted):
             optimizer.step()
     assert {one.certified for one in optimizer.stats().values()} == {state == "certified"}
-    (walk,) = optimizer._walks.values()
-    of = walk._power.blocks
+    (matrix_group,) = optimizer._matrix_groups.values()
+    of = matrix_group._power.blocks
     vectors = [of.x, of.z, of.left, *(kept for operand in of.operands for kept in operand.kept)]
-    return Counted(len(sent), sum(sent), sum(one.nbytes for one in vectors)), [rows.tolist() for rows in of.cut]
+    return Counted(len(sent), sum(sent), sum(one.nbytes for one in vectors)), [
+        rows.tolist() for rows in of.cut
+    ]
 
 
 def groups_of(spread: Spread) -> Groups:
@@ -60,7 +72,11 @@ def groups_of(spread: Spread) -> Groups:
     tp, pp, dp, _ = spread
     grid = torch.arange(tp * pp * dp).view(pp, dp, tp)
     made = []
-    for rows in (grid.reshape(-1, tp), grid.transpose(1, 2).reshape(-1, dp), grid.permute(1, 2, 0).reshape(-1, pp)):
+    for rows in (
+        grid.reshape(-1, tp),
+        grid.transpose(1, 2).reshape(-1, dp),
+        grid.permute(1, 2, 0).reshape(-1, pp),
+    ):
         groups = [(ranks, dist.new_group(ranks)) for ranks in rows.tolist()]
         made.append(next((group for ranks, group in groups if dist.get_rank() in ranks), None))
     return Groups(made[0], made[1], made[2] if pp > 1 else None)
@@ -80,14 +96,26 @@ def main() -> None:
         found = {}
         for state in RATES:
             torch.manual_seed(rank)
-            buffers = buffers_of(parameters, spread.zero, groups.data, lambda length: nn.Parameter(torch.randn(length)))
+            buffers = buffers_of(
+                parameters,
+                spread.zero,
+                groups.data,
+                lambda length: nn.Parameter(torch.randn(length)),
+            )
             found[state], cut = count(buffers, state)
-        held = [(shard.start, shard.stop) for buffer in buffers for shard in buffer.shards if shard.start < shard.stop]
+        held = [
+            (shard.start, shard.stop)
+            for buffer in buffers
+            for shard in buffer.shards
+            if shard.start < shard.stop
+        ]
         pieces = [piece for of_one in pieces_of(weights, spread) for piece in of_one]
-        assert held == [(start, stop) for holder, start, stop in pieces if holder == place // spread.tp]
+        assert held == [
+            (start, stop) for holder, start, stop in pieces if holder == place // spread.tp
+        ]
         told = {"spread": number, "stage": stage, "cut": cut, **found}
         (folder / f"{number}-{rank}.json").write_text(json.dumps(told))
-    leave()
+    shutdown()
 
 
 if __name__ == "__main__":

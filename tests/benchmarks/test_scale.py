@@ -7,7 +7,17 @@ from typing import Any
 
 import pytest
 
-from benchmarks.scale import STATES, Model, Spread, Weight, cut_rows, fake_rank, main, pieces_of, rows_of
+from benchmarks.scale import (
+    STATES,
+    Model,
+    Spread,
+    Weight,
+    cut_rows,
+    fake_rank,
+    main,
+    pieces_of,
+    rows_of,
+)
 from tests.benchmarks.scale_worker import MODEL, SPREADS
 from tests.processes import torchrun
 
@@ -35,7 +45,9 @@ def test_stand_ins_count_what_real_processes_count(real: list[dict[str, Any]], n
 
 
 @pytest.mark.parametrize("number", range(len(SPREADS)), ids=map(str, SPREADS))
-def test_the_union_of_all_ranks_is_what_ranks_tell_each_other(real: list[dict[str, Any]], number: int) -> None:
+def test_the_union_of_all_ranks_is_what_ranks_tell_each_other(
+    real: list[dict[str, Any]], number: int
+) -> None:
     spread = SPREADS[number]
     first = MODEL.stage(0, spread.pp)
     with fake_rank(spread, 0) as groups:
@@ -46,7 +58,9 @@ def test_the_union_of_all_ranks_is_what_ranks_tell_each_other(real: list[dict[st
     assert any(planned) or spread == Spread(dp=2, zero="3")  # which happens to cut between rows
 
 
-@pytest.mark.parametrize("spread", [Spread(dp=8), Spread(tp=2, dp=4, zero="3"), Spread(tp=2, zero="ddp")])
+@pytest.mark.parametrize(
+    "spread", [Spread(dp=8), Spread(tp=2, dp=4, zero="3"), Spread(tp=2, zero="ddp")]
+)
 def test_collectives_do_not_depend_on_the_number_of_layers(spread: Spread) -> None:
     few, many = (counts(MODEL._replace(layers=layers), spread) for layers in (2, 10))
     for state in STATES:
@@ -56,7 +70,13 @@ def test_collectives_do_not_depend_on_the_number_of_layers(spread: Spread) -> No
 
 def test_a_certified_step_is_one_collective_of_a_few_bytes_per_group() -> None:
     matrices = 2 + 2 * 6  # two embeddings; q, k, v, proj, fc1 and fc2
-    spreads = [Spread(), Spread(dp=1000), Spread(tp=2, zero="ddp"), Spread(tp=2, dp=500), Spread(tp=2, pp=2, dp=250)]
+    spreads = [
+        Spread(),
+        Spread(dp=1000),
+        Spread(tp=2, zero="ddp"),
+        Spread(tp=2, dp=500),
+        Spread(tp=2, pp=2, dp=250),
+    ]
     for spread, groups in zip(spreads, (0, 1, 1, 2, 3), strict=True):
         certified = counts(MODEL, spread)["certified"]
         assert certified["collectives"] == groups
@@ -65,23 +85,31 @@ def test_a_certified_step_is_one_collective_of_a_few_bytes_per_group() -> None:
 
 
 def test_bytes_by_hand() -> None:
-    """A (4, 5) and B (5, 8) on two ranks of 30 elements: B is cut at its 10th, in row 1. Blocks are 4 wide."""
+    """A (4, 5) and B (5, 8) on two ranks of 30 elements: B is cut at its 10th, in row 1. Blocks are
+    4 wide.
+    """
     matrices = Weight("a", (4, 5), is_hidden=True), Weight("b", (5, 8), is_hidden=True)
     found = counts(Model(matrices, (), 0, ()), Spread(dp=2))
-    riders, left = 2 * 4, 4 * 4  # a number per matrix; the cut row's
+    piggybacks, left = 2 * 4, 4 * 4  # a number per matrix; the cut row's
     z = 4 * (4 * 5 + 16 + 4 * 8 + 16)
-    once, twice = riders + 2 * left + 2 * z, left + z  # of W and U, then of U alone
+    once, twice = piggybacks + 2 * left + 2 * z, left + z  # of W and U, then of U alone
     assert (found["certified"]["collectives"], found["certified"]["bytes"]) == (1, 2 * 16)
     assert (found["measured"]["collectives"], found["measured"]["bytes"]) == (4, once + twice)
     kept = x = 2 * 4 * (4 * 5 + 4 * 8)  # so few are kept in float32
-    assert found["measured"]["vectors"] == kept + x + 2 * z + 2 * left + riders
-    assert {(row["muon_holders"], row["muon_owners"]) for row in found.values()} == {(4 * 5 * 8, 4 * 5 * 8)}
+    assert found["measured"]["vectors"] == kept + x + 2 * z + 2 * left + piggybacks
+    assert {(row["muon_holders"], row["muon_owners"]) for row in found.values()} == {
+        (4 * 5 * 8, 4 * 5 * 8)
+    }
 
 
 def test_more_ranks_cut_more_rows_and_change_nothing_else() -> None:
-    sent = [counts(MODEL, Spread(dp=dp, zero="3"))["measured"]["bytes"] for dp in (2, 16, 128, 1024)]
+    sent = [
+        counts(MODEL, Spread(dp=dp, zero="3"))["measured"]["bytes"] for dp in (2, 16, 128, 1024)
+    ]
     assert sent == sorted(sent) and sent[0] < sent[-1] < 3 * sent[0]
-    assert sent[-1] == counts(MODEL, Spread(dp=4096, zero="3"))["measured"]["bytes"]  # every row is cut
+    assert (
+        sent[-1] == counts(MODEL, Spread(dp=4096, zero="3"))["measured"]["bytes"]
+    )  # every row is cut
 
 
 def test_the_command_prints_a_table_and_writes_the_same_as_json(
@@ -94,13 +122,17 @@ def test_the_command_prints_a_table_and_writes_the_same_as_json(
     heading, rule, *lines = capsys.readouterr().out.splitlines()[-5:]
     assert heading.split()[0] == "model" and set(rule) == {"─"}
     rows = json.loads(path.read_text())
-    assert len(lines) == len(rows) == len(STATES) and len({len(line) for line in (heading, rule, *lines)}) == 1
+    assert (
+        len(lines) == len(rows) == len(STATES)
+        and len({len(line) for line in (heading, rule, *lines)}) == 1
+    )
     for line, row in zip(lines, rows, strict=True):
         assert row["state"] in line and f" {row['ranks']} " in line and row["ranks"] == 2048
 
 
 @pytest.mark.parametrize(
-    "asked", [["--model", "gpt2-124m", "--tp", "5"], ["--model", "gpt2-124m", "--pp", "5"], ["--dp", "2"]]
+    "asked",
+    [["--model", "gpt2-124m", "--tp", "5"], ["--model", "gpt2-124m", "--pp", "5"], ["--dp", "2"]],
 )
 def test_what_cannot_be_spread_is_said(
     asked: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

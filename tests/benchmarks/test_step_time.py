@@ -15,35 +15,70 @@ from tests.processes import ROOT
 
 def test_models_have_the_parameters_of_the_paper() -> None:
     millions = {name: round(shape.count() / 1e6) for name, shape in MODELS.items()}
-    assert millions == {"gpt2-124m": 124, "gpt-774m": 774, "vit-g-1011m": 1013}  # with 257 positions and 1000 classes
+    assert millions == {
+        "gpt2-124m": 124,
+        "gpt-774m": 774,
+        "vit-g-1011m": 1013,
+    }  # with 257 positions and 1000 classes
 
 
 @pytest.mark.parametrize("kind", ["gpt", "vit"])
 def test_one_command_writes_every_state_beside_every_peer(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(step_time.MODELS, "tiny", Shape(kind, 2, 64, 256, vocabulary=300, context=32))
+    monkeypatch.setitem(
+        step_time.MODELS, "tiny", Shape(kind, 2, 64, 256, vocabulary=300, context=32)
+    )
     monkeypatch.setattr(step_time, "memory_beyond_adamw", lambda *_: 0.001)  # has a test of its own
     files = ["--json", str(tmp_path / "x.json"), "--markdown", str(tmp_path / "x.md")]
-    options = ["--device", "cpu", "--shapes", "tiny", "--rounds", "3", "--tokens", "32", "--no-deepspeed"]
+    options = [
+        "--device",
+        "cpu",
+        "--shapes",
+        "tiny",
+        "--rounds",
+        "3",
+        "--tokens",
+        "32",
+        "--no-deepspeed",
+    ]
     monkeypatch.setattr(sys, "argv", ["step_time", *options, *files])
     step_time.main()
     rows = json.loads((tmp_path / "x.json").read_text())
     assert {row["state"] for row in rows} == {"inactive", "undecided", "clipped", "naive"}
-    expected = {"torch.optim.AdamW(fused)", *(["torch.optim.Muon"] if hasattr(torch.optim, "Muon") else [])}
+    expected = {
+        "torch.optim.AdamW(fused)",
+        *(["torch.optim.Muon"] if hasattr(torch.optim, "Muon") else []),
+    }
     assert expected <= {row["peer"] for row in rows}
     for row in rows:
-        assert set(row) == {"device", "shape", "state", "peer", "seconds", "ratio", "bytes_per_second"}
+        assert set(row) == {
+            "device",
+            "shape",
+            "state",
+            "peer",
+            "seconds",
+            "ratio",
+            "bytes_per_second",
+        }
         assert row["seconds"] > 0 and row["ratio"] > 0 and row["bytes_per_second"] > 0
     table = (tmp_path / "x.md").read_text()
-    assert "| AdamW², inactive |" in table and "| AdamW², naive |" in table and "kernel 'cpu'" in table
+    assert (
+        "| AdamW², inactive |" in table and "| AdamW², naive |" in table and "kernel 'cpu'" in table
+    )
     assert table.splitlines()[-1] in capsys.readouterr().out
 
 
-def test_a_time_of_a_state_that_was_not_met_is_not_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(step_time.MODELS, "tiny", Shape("gpt", 1, 64, 256, vocabulary=300, context=32))
+def test_a_time_of_a_state_that_was_not_met_is_not_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(
+        step_time.MODELS, "tiny", Shape("gpt", 1, 64, 256, vocabulary=300, context=32)
+    )
     monkeypatch.setitem(step_time.RATES, "undecided", 1.0)
-    monkeypatch.setattr(sys, "argv", ["step_time", "--device", "cpu", "--shapes", "tiny", "--no-deepspeed"])
+    monkeypatch.setattr(
+        sys, "argv", ["step_time", "--device", "cpu", "--shapes", "tiny", "--no-deepspeed"]
+    )
     with pytest.raises(RuntimeError, match="not every matrix is undecided"):
         step_time.main()
 

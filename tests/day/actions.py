@@ -36,7 +36,9 @@ class Rest(Action):
 
 @dataclass(frozen=True)
 class Step(Action):
-    """A training step, on a gradient from autograd: with a closure, or after zero_grad; None: on what is there."""
+    """A training step, on a gradient from autograd: with a closure, or after zero_grad; None: on
+    what is there.
+    """
 
     seed: int
     closure: bool = False
@@ -100,7 +102,9 @@ class ZeroGrad(Action):
 
 @dataclass(frozen=True)
 class Save(Action):
-    """Keep a state dict: as it is, which shares the tensors, as a copy, or as what torch.load makes of the file."""
+    """Keep a state dict: as it is, which shares the tensors, as a copy, or as what torch.load makes
+    of the file.
+    """
 
     how: str
 
@@ -118,7 +122,9 @@ class Save(Action):
 
 @dataclass(frozen=True)
 class Load(Action):
-    """Load a state: the optimizer's own of now or one that was saved, AdamW's, or that of AdamW2 at τ = ∞."""
+    """Load a state: the optimizer's own of now or one that was saved, AdamW's, or that of AdamW2 at
+    τ = ∞.
+    """
 
     source: str
     edit: str = "as it is"
@@ -127,9 +133,15 @@ class Load(Action):
 
     def play(self, world: World) -> None:
         if self.source == "saved":
-            state = world.saved[self.number % len(world.saved)] if world.saved else world.optimizer.state_dict()
+            state = (
+                world.saved[self.number % len(world.saved)]
+                if world.saved
+                else world.optimizer.state_dict()
+            )
         else:
-            whose = {"own": world, "AdamW's": world.others[0], "AdamW2's": world.others[1]}[self.source]
+            whose = {"own": world, "AdamW's": world.others[0], "AdamW2's": world.others[1]}[
+                self.source
+            ]
             state = whose.current
         if self.edit != "as it is" or self.source != "saved":
             state = copy.deepcopy(state)
@@ -139,7 +151,9 @@ class Load(Action):
 
 @dataclass(frozen=True)
 class AddGroup(Action):
-    """Add a parameter: of any shape, or one that shares its memory with another; with a name where others have."""
+    """Add a parameter: of any shape, or one that shares its memory with another; with a name where
+    others have.
+    """
 
     shape: tuple[int, ...]
     lr: float | None = None
@@ -154,7 +168,9 @@ class AddGroup(Action):
             world.overlaps = True
         param = nn.Parameter(data)
         name = f"extra{len(world.optimizer.param_groups)}"
-        group: dict[str, Any] = {"params": [(name, param)] if world.named != self.is_otherwise else [param]}
+        group: dict[str, Any] = {
+            "params": [(name, param)] if world.named != self.is_otherwise else [param]
+        }
         if self.lr is not None:
             group["lr"] = self.lr
         world.optimizer.add_param_group(group)
@@ -169,8 +185,14 @@ class AddFrozen(Action):
     is_whole = True
 
     def play(self, world: World) -> None:
-        param = nn.Parameter(torch.ones(3, 2, dtype=getattr(torch, self.dtype)), requires_grad=False)
-        group = {"params": [(f"frozen{len(world.optimizer.param_groups)}", param)] if world.named else [param]}
+        param = nn.Parameter(
+            torch.ones(3, 2, dtype=getattr(torch, self.dtype)), requires_grad=False
+        )
+        group = {
+            "params": [(f"frozen{len(world.optimizer.param_groups)}", param)]
+            if world.named
+            else [param]
+        }
         world.optimizer.add_param_group(group)
 
 
@@ -197,7 +219,9 @@ class Copy(Action):
 
 @dataclass(frozen=True)
 class NewOptimizer(Action):
-    """Make a new optimizer of the model as it is now; with the old one's state dict where it fits."""
+    """Make a new optimizer of the model as it is now; with the old one's state dict where it
+    fits.
+    """
 
     def play(self, world: World) -> None:
         world.optimizer = world.make_optimizer()
@@ -216,7 +240,9 @@ class SetOption(Action):
         groups = world.optimizer.param_groups
         value = self.value
         if self.as_tensor:
-            value = tuple(map(torch.tensor, value)) if isinstance(value, tuple) else torch.tensor(value)
+            value = (
+                tuple(map(torch.tensor, value)) if isinstance(value, tuple) else torch.tensor(value)
+            )
         groups[self.group % len(groups)][self.key] = value
 
 
@@ -233,7 +259,9 @@ class EditState(Action):
         for key in [self.key] if self.key else ["exp_avg", "exp_avg_sq"]:
             if isinstance(state.get(key), Tensor):
                 new = STATE[self.what](state[key])
-                state[key] = world.copied(new) if isinstance(new, Tensor) and self.what != "meta" else new
+                state[key] = (
+                    world.copied(new) if isinstance(new, Tensor) and self.what != "meta" else new
+                )
 
 
 @dataclass(frozen=True)

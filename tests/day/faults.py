@@ -18,7 +18,9 @@ def _unchecked() -> None:
     """Kernels are handed the addresses of whatever lies in the state."""
     for name in ("check_form", "check_loaded"):
         owners = [
-            module for key, module in sys.modules.items() if key.startswith("weyl_megatron") and name in vars(module)
+            module
+            for key, module in sys.modules.items()
+            if key.startswith("weyl_megatron") and name in vars(module)
         ]
         assert owners, name
         for owner in owners:

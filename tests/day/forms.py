@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def noise(shape: Any, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

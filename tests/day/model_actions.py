@@ -25,14 +25,18 @@ class LoadModel(Action):
 
 
 def _data(world: World, param: nn.Parameter, what: str) -> Tensor:
-    """New data; of the old shape where a weight is normalised: torch's own kernel for that reads foreign memory."""
+    """New data; of the old shape where a weight is normalised: torch's own kernel for that reads
+    foreign memory.
+    """
     new = DATA[what](param.data)
     return world.copied(param.data if world.diverges and new.shape != param.shape else new)
 
 
 @dataclass(frozen=True)
 class SetData(Action):
-    """Give a parameter other memory, of another shape or dtype perhaps, and its gradient up where ``clears``."""
+    """Give a parameter other memory, of another shape or dtype perhaps, and its gradient up where
+    ``clears``.
+    """
 
     number: int
     what: str
@@ -48,7 +52,9 @@ class SetData(Action):
 
 @dataclass(frozen=True)
 class Replace(Action):
-    """Put a new Parameter in an old one's place in the group and in the model, with the state moved along or not."""
+    """Put a new Parameter in an old one's place in the group and in the model, with the state moved
+    along or not.
+    """
 
     number: int
     keeps_state: bool
@@ -108,7 +114,9 @@ class ChannelsLast(Action):
 
 @dataclass(frozen=True)
 class Swap(Action):
-    """Take an average of the weights; from the second time on exchange it with them, by copy_ or by pointer."""
+    """Take an average of the weights; from the second time on exchange it with them, by copy_ or by
+    pointer.
+    """
 
     by_pointer: bool
 
@@ -146,7 +154,9 @@ class Prune(Action):
 
 @dataclass(frozen=True)
 class WeightNorm(Action):
-    """Normalise a weight in the old way or the new one, or undo it; the optimizer gets what is new."""
+    """Normalise a weight in the old way or the new one, or undo it; the optimizer gets what is
+    new.
+    """
 
     number: int
     how: str
@@ -154,7 +164,9 @@ class WeightNorm(Action):
     is_whole = True
 
     def play(self, world: World) -> None:
-        if world.overlaps:  # weights in one memory are AdamW's up to rounding, and then so would gradients be
+        if (
+            world.overlaps
+        ):  # weights in one memory are AdamW's up to rounding, and then so would gradients be
             return
         world.diverges = True
         module = world.module(self.number)
@@ -167,8 +179,15 @@ class WeightNorm(Action):
             parametrize.remove_parametrizations(module, "weight")
         else:
             remove_weight_norm(module)
-        new = [(name, param) for name, param in world.net.named_parameters() if id(param) not in known]
-        for _, param in new:  # the old way leaves them in the memory of the weight that the optimizer still has
+        new = [
+            (name, param) for name, param in world.net.named_parameters() if id(param) not in known
+        ]
+        for (
+            _,
+            param,
+        ) in (
+            new
+        ):  # the old way leaves them in the memory of the weight that the optimizer still has
             param.data = world.copied(param.data)
         if self.adds and new:
             group = {"params": new if world.named else [param for _, param in new]}

@@ -66,7 +66,9 @@ def _act(worlds: list[World], action: Action, verdict: Verdict) -> bool:
             try:
                 world.current = copy.deepcopy(world.optimizer.state_dict())
             except Exception as failed:
-                raise Wrong(f"[{world.kind}] no state dict: {type(failed).__name__}: {failed}") from None
+                raise Wrong(
+                    f"[{world.kind}] no state dict: {type(failed).__name__}: {failed}"
+                ) from None
     error = _raised(theirs, action)
     will_raise = functools.cache(lambda: _will_raise(theirs))
     refusals: list[BaseException] = []
@@ -82,7 +84,9 @@ def _act(worlds: list[World], action: Action, verdict: Verdict) -> bool:
                 if error is None and (isinstance(action, STEPS) or not will_raise()):
                     raise Wrong(f"refused, but AdamW takes it: {type(found).__name__}: {found}")
             elif error is not None:
-                raise Wrong(f"taken{_foreign(world)}, but AdamW refuses: {type(error).__name__}: {error}")
+                raise Wrong(
+                    f"taken{_foreign(world)}, but AdamW refuses: {type(error).__name__}: {error}"
+                )
         except Wrong as wrong:
             wrongs.append(f"[{world.kind}] {wrong}")
     if wrongs:
@@ -96,7 +100,9 @@ def _act(worlds: list[World], action: Action, verdict: Verdict) -> bool:
         return False
     if error is not None:
         verdict.refused += 1
-        if not action.is_whole or isinstance(error, KeyError):  # which torch raises halfway through loading
+        if not action.is_whole or isinstance(
+            error, KeyError
+        ):  # which torch raises halfway through loading
             return False
     for world, old in zip(ours, before[1:], strict=True):
         try:

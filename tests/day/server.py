@@ -1,7 +1,7 @@
 """Plays each day in a process of its own, so that a crash ends that one alone and is seen.
 
-The server has imported torch and compiled the kernel, and forks for every day. It is a process of its own, too: to
-fork from pytest's, whose other tests have started threads, is not safe.
+The server has imported torch and compiled the kernel, and forks for every day. It is a process of
+its own, too: to fork from pytest's, whose other tests have started threads, is not safe.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from tests.day.actions import Step
 from tests.day.play import Day, Verdict, play
 from tests.processes import ROOT
 
-#: Seconds of CPU time that a day may take, and of any time, of which a busy machine may give it little.
+#: Seconds of CPU time that a day may take, and of any time, of which a busy machine may give it
+#: little.
 LIMIT, WAIT = 60, 900
 
 
@@ -39,7 +40,9 @@ class Server:
     """
 
     def __init__(self, fault: str = "") -> None:
-        environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore")
+        environment = dict(
+            os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore"
+        )
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.day.server", fault],
             env=environment,
@@ -52,7 +55,10 @@ class Server:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.close()
@@ -87,7 +93,9 @@ def fork(day: Day, fault: str = "") -> Verdict:
 
 
 def _live(day: Day, fault: str, pipe: int) -> None:
-    """Be the child: tell the number of every action before it is played, and the verdict at the end."""
+    """Be the child: tell the number of every action before it is played, and the verdict at the
+    end.
+    """
     faulthandler.enable()
     resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
     signal.alarm(WAIT)
@@ -106,8 +114,12 @@ def main(fault: str) -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what is printed must not get between the answers
     torch.set_num_threads(1)
-    logging.getLogger("weyl_megatron").setLevel(logging.ERROR)  # what is guessed of each day's model
-    play(Day(("linear", "conv2d"), (Step(0), Step(1))))  # compiles the kernel, and imports what is imported late
+    logging.getLogger("weyl_megatron").setLevel(
+        logging.ERROR
+    )  # what is guessed of each day's model
+    play(
+        Day(("linear", "conv2d"), (Step(0), Step(1)))
+    )  # compiles the kernel, and imports what is imported late
     gc.freeze()  # a collection would have every child copy what it only reads
     while True:
         try:

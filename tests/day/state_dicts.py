@@ -28,7 +28,9 @@ def _reshaped(change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Any], i
 
 
 def other_rows(rows: int) -> Callable[[Tensor], Tensor]:
-    return lambda value: noise((max(0, value.shape[0] + rows) if value.dim() else 2, *value.shape[1:]), rows + 9).abs()
+    return lambda value: noise(
+        (max(0, value.shape[0] + rows) if value.dim() else 2, *value.shape[1:]), rows + 9
+    ).abs()
 
 
 def cast(dtype: torch.dtype) -> Callable[[dict[str, Any], int], None]:
@@ -75,7 +77,9 @@ def _without_tau(state: dict[str, Any], number: int) -> None:
 
 
 def _swapped(state: dict[str, Any], number: int) -> None:
-    """Give two parameters each other's state, as where a model lists its parameters in another order."""
+    """Give two parameters each other's state, as where a model lists its parameters in another
+    order.
+    """
     keys = sorted(state["state"])
     if len(keys) > 1:
         one, other = keys[number % len(keys)], keys[(number + 1) % len(keys)]
@@ -91,7 +95,9 @@ EDITS: dict[str, Callable[[dict[str, Any], int], None]] = {
     "flat": _reshaped(lambda value: value.reshape(-1)),
     "one number": _reshaped(lambda value: torch.ones(())),
     "transposed": _reshaped(lambda value: reversed_dims(value).contiguous()),
-    "transposed in memory": _reshaped(lambda value: reversed_dims(reversed_dims(value).contiguous())),
+    "transposed in memory": _reshaped(
+        lambda value: reversed_dims(reversed_dims(value).contiguous())
+    ),
     "one more dimension": _reshaped(lambda value: value[None]),
     "expanded": _reshaped(lambda value: torch.full((), 0.5).expand(value.shape)),
     "float64": cast(torch.float64),

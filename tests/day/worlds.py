@@ -62,7 +62,8 @@ class World:
 
     Args:
         kind: which.
-        kernel: what AdamW2 is to step in, as the environment variable has it; "" is the compiled one if it can.
+        kernel: what AdamW2 is to step in, as the environment variable has it; "" is the compiled
+            one if it can.
         pieces: of the model, by the names in ``PIECES``.
         named: whether the optimizer is given names.
         is_fenced: whether weights and state are moved between fences wherever they can be.
@@ -70,7 +71,13 @@ class World:
     """
 
     def __init__(
-        self, kind: str, kernel: str, pieces: tuple[str, ...], named: bool, is_fenced: bool, others: list[World]
+        self,
+        kind: str,
+        kernel: str,
+        pieces: tuple[str, ...],
+        named: bool,
+        is_fenced: bool,
+        others: list[World],
     ) -> None:
         self.kind, self.named, self.is_fenced, self.others = kind, named, is_fenced, others
         os.environ[VARIABLE] = kernel
@@ -82,7 +89,9 @@ class World:
             self.fence()
         self.optimizer: torch.optim.Optimizer = self.make_optimizer()
         self.saved: list[dict[str, Any]] = []  #: state dicts of the optimizer
-        self.current: dict[str, Any] = {}  #: a copy of that of before this action, for all worlds to load
+        self.current: dict[
+            str, Any
+        ] = {}  #: a copy of that of before this action, for all worlds to load
         self.average: list[Tensor] | None = None  #: of the weights, once it was taken
         self.diverges = False  #: whether gradients depend on the weights
 
@@ -103,7 +112,9 @@ class World:
 
     def module(self, number: int) -> nn.Module:
         """A module that has a weight which torch.nn.utils can work on."""
-        modules = [module for module in self.net if isinstance(getattr(module, "weight", None), Tensor)]
+        modules = [
+            module for module in self.net if isinstance(getattr(module, "weight", None), Tensor)
+        ]
         return modules[number % len(modules)] if modules else self.net
 
     def copied(self, tensor: Tensor) -> Tensor:
@@ -144,7 +155,12 @@ class World:
         """Return a loss whose gradient is the same in all worlds."""
         generator = torch.Generator().manual_seed(seed)
         terms = [
-            (weight * torch.randn(weight.shape, generator=generator, dtype=torch.float32).to(weight.dtype)).sum()
+            (
+                weight
+                * torch.randn(weight.shape, generator=generator, dtype=torch.float32).to(
+                    weight.dtype
+                )
+            ).sum()
             for weight in self.effective()
             if weight.is_floating_point()
         ]

@@ -1,4 +1,6 @@
-"""Writes the logs of a demo that was never run: small, and with the final losses that a test wants."""
+"""Writes the logs of a demo that was never run: small, and with the final losses that a test
+wants.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,13 @@ def synthetic_results(out: Path, **losses: float) -> Results:
 
 
 def setting() -> dict[str, Any]:
-    text = {"files": 3, "train_bytes": 100, "validation_bytes": 10, "digest": "0123", "unigram_entropy": UNIGRAM}
+    text = {
+        "files": 3,
+        "train_bytes": 100,
+        "validation_bytes": 10,
+        "digest": "0123",
+        "unigram_entropy": UNIGRAM,
+    }
     return {
         "steps": STEPS,
         "seed": 0,
@@ -40,7 +48,9 @@ def setting() -> dict[str, Any]:
         "model": {"context": 64, "layers": 2, "heads": 2, "width": 8, "parameters": 1},
         "uniform_entropy": uniform_entropy(64),
         "text": text,
-        "machine": dict.fromkeys(["processor", "system", "python", "torch", "deepspeed", "weyl-megatron"], "0"),
+        "machine": dict.fromkeys(
+            ["processor", "system", "python", "torch", "deepspeed", "weyl-megatron"], "0"
+        ),
     }
 
 
@@ -57,9 +67,19 @@ def records(run: Run, final: float) -> list[dict[str, Any]]:
     ]
     for step in range(STEPS):
         lr = learning_rate(run, step, STEPS)
-        record = {"event": "step", "step": step + 1, "loss": final + math.exp(-step), "lr": lr, "elapsed": step + 1}
+        record = {
+            "event": "step",
+            "step": step + 1,
+            "loss": final + math.exp(-step),
+            "lr": lr,
+            "elapsed": step + 1,
+        }
         if "tau" in run.optimizer["params"]:
-            record |= {"clipped": 1, "matrices": len(matrices), "alpha": dict.fromkeys(matrices, lr / 2)}
+            record |= {
+                "clipped": 1,
+                "matrices": len(matrices),
+                "alpha": dict.fromkeys(matrices, lr / 2),
+            }
         record["entropy"] = [[3.0, 2.5], [2.9, 2.0]]
         log.append(record)
     return [*log, {"event": "end", "validation_loss": final, "elapsed": STEPS + 1}]

@@ -16,7 +16,9 @@ from weyl_megatron.cli import main
         (["--seed", "-1"], "argument --seed: takes an integer of 0 or more, got '-1'"),
     ],
 )
-def test_an_impossible_option_is_named(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_impossible_option_is_named(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         main(["demo", *arguments])
     assert sentence in capsys.readouterr().err
@@ -29,7 +31,9 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(option in text for option in ("--out", "--steps", "--seed", "--procs"))
 
 
-def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_cannot_be_made_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     assert main(["demo", "--out", str(tmp_path / "file" / "demo")]) == 2
     error = capsys.readouterr().err

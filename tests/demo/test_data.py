@@ -51,7 +51,9 @@ def test_unigram_entropy_is_the_entropy_of_the_frequencies() -> None:
     text = b"abracadabra"
     frequencies = [count / len(text) for count in Counter(text).values()]
     expected = -sum(frequency * math.log(frequency) for frequency in frequencies)
-    assert data.unigram_entropy(torch.tensor(list(text), dtype=torch.uint8)) == pytest.approx(expected, rel=1e-12)
+    assert data.unigram_entropy(torch.tensor(list(text), dtype=torch.uint8)) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_no_guess_that_ignores_the_context_beats_the_unigram_entropy(corpus: data.Corpus) -> None:

@@ -1,4 +1,6 @@
-"""The demo itself, from the command line to the report. It takes minutes; `-m "not demo"` leaves it out."""
+"""The demo itself, from the command line to the report. It takes minutes; `-m "not demo"` leaves it
+out.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ for (const svg of document.querySelectorAll("svg.chart")) {
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     out = tmp_path_factory.mktemp("demo")
     command = [sys.executable, "-m", "weyl_megatron.cli", "demo", "--out", str(out)]
-    return out, subprocess.run(command, capture_output=True, text=True, timeout=600, env=dict(os.environ))
+    return out, subprocess.run(
+        command, capture_output=True, text=True, timeout=600, env=dict(os.environ)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +60,14 @@ def test_adamw2_auto_is_no_worse_than_warmup(results: dict[str, Any]) -> None:
     assert losses["adamw2-auto"] <= losses["adamw-warmup"] < results["unigram_entropy"]
 
 
-def test_the_command_says_so(demo: tuple[Path, subprocess.CompletedProcess[str]], results: dict[str, Any]) -> None:
+def test_the_command_says_so(
+    demo: tuple[Path, subprocess.CompletedProcess[str]], results: dict[str, Any]
+) -> None:
     out, run = demo
     assert run.returncode == 0 and run.stderr == ""
-    assert all(claim["holds"] and f"✓ {claim['claim']}" in run.stdout for claim in results["claims"])
+    assert all(
+        claim["holds"] and f"✓ {claim['claim']}" in run.stdout for claim in results["claims"]
+    )
     assert str(out / "report.html") in run.stdout
     assert "left" in run.stdout and "clipped" in run.stdout
 
@@ -68,8 +76,13 @@ def test_the_runs_take_less_than_five_minutes(results: dict[str, Any]) -> None:
     assert sum(run["seconds"] for run in results["runs"].values()) < 300
 
 
-def test_all_runs_start_alike(demo: tuple[Path, subprocess.CompletedProcess[str]], results: dict[str, Any]) -> None:
-    logs = [(demo[0] / name / "log.jsonl").read_text(encoding="utf-8").splitlines() for name in results["runs"]]
+def test_all_runs_start_alike(
+    demo: tuple[Path, subprocess.CompletedProcess[str]], results: dict[str, Any]
+) -> None:
+    logs = [
+        (demo[0] / name / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        for name in results["runs"]
+    ]
     assert len({json.loads(log[1])["loss"] for log in logs}) == 1
 
 

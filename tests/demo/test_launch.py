@@ -35,7 +35,8 @@ def test_what_an_earlier_demo_left_is_removed(tmp_path: Path) -> None:
 def test_a_failure_is_told_by_its_exception(tmp_path: Path) -> None:
     log = tmp_path / "worker.log"
     log.write_text(
-        "noise\n[rank0]: Traceback\n[rank0]:   raise ValueError\n[rank0]: ValueError: tau takes …, got -1\nmore\n"
+        "noise\n[rank0]: Traceback\n[rank0]:   raise ValueError\n[rank0]: ValueError: tau takes …, "
+        "got -1\nmore\n"
     )
     assert launch.cause(log) == "ValueError: tau takes …, got -1"
     log.write_text("noise\nImportError: no deepspeed\ntorch.elastic.ChildFailedError:\n")

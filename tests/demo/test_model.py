@@ -40,7 +40,9 @@ def test_entropy_of_attention_without_preference(model: GPT, tokens: torch.Tenso
     per_query = model.h[1].attn.entropy(torch.randn(3, 16, 16))
     visible = torch.arange(1, 17).log()
     assert torch.allclose(per_query, visible.expand(2, 16), atol=1e-6)
-    assert torch.allclose(model.attention_entropy(tokens)[1], torch.tensor(uniform_entropy(16)), atol=1e-6)
+    assert torch.allclose(
+        model.attention_entropy(tokens)[1], torch.tensor(uniform_entropy(16)), atol=1e-6
+    )
 
 
 def test_entropy_of_attention_to_one_key_is_zero(model: GPT) -> None:
@@ -49,7 +51,9 @@ def test_entropy_of_attention_to_one_key_is_zero(model: GPT) -> None:
     torch.nn.init.eye_(attention.k.weight)
     x = 100 * torch.eye(16)[None].repeat(1, 1, 1)
     entropy = attention.entropy(x)
-    assert entropy[0, :8].max() < 1e-6, "head 0 sees the first eight coordinates, in which each key is its own"
+    assert entropy[0, :8].max() < 1e-6, (
+        "head 0 sees the first eight coordinates, in which each key is its own"
+    )
 
 
 def test_entropy_is_per_layer_and_head(model: GPT, tokens: torch.Tensor) -> None:

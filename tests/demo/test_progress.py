@@ -13,7 +13,10 @@ class Terminal(io.StringIO):
 
 
 def step(number: int, **more: int) -> str:
-    return json.dumps({"event": "step", "step": number, "loss": 2.5, "elapsed": number / 10, **more}) + "\n"
+    return (
+        json.dumps({"event": "step", "step": number, "loss": 2.5, "elapsed": number / 10, **more})
+        + "\n"
+    )
 
 
 def log(out: Path, run: str, text: str) -> None:
@@ -27,10 +30,16 @@ def test_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     progress = Progress(tmp_path, 100, stream)
     log(tmp_path, "adamw2", step(49, clipped=3, matrices=39) + step(50, clipped=2, matrices=39))
     progress.update()
-    log(tmp_path, "adamw2", json.dumps({"event": "end", "validation_loss": 2.25, "elapsed": 10.0}) + "\n")
+    log(
+        tmp_path,
+        "adamw2",
+        json.dumps({"event": "end", "validation_loss": 2.25, "elapsed": 10.0}) + "\n",
+    )
     progress.update()
     first, last = stream.getvalue().splitlines()
-    assert first == "AdamW², τ = 0.01      step  50/100  loss 2.500  clipped  2/39 matrices  0:35 left"
+    assert (
+        first == "AdamW², τ = 0.01      step  50/100  loss 2.500  clipped  2/39 matrices  0:35 left"
+    )
     assert last == "AdamW², τ = 0.01      validation loss 2.250  in 10 s"
 
 

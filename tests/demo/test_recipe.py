@@ -30,11 +30,17 @@ def test_every_schedule_has_the_same_peak_and_end(run) -> None:
 
 
 def test_only_the_warmup_run_warms_up() -> None:
-    assert learning_rate(ADAMW_ALONE, 0, STEPS) == learning_rate(ADAMW2_AUTO, 0, STEPS) == pytest.approx(PEAK_LR)
+    assert (
+        learning_rate(ADAMW_ALONE, 0, STEPS)
+        == learning_rate(ADAMW2_AUTO, 0, STEPS)
+        == pytest.approx(PEAK_LR)
+    )
     warmup = warmup_steps(STEPS)
     rates = [learning_rate(ADAMW_WARMUP, step, STEPS) for step in range(warmup)]
     assert (
-        rates[0] == pytest.approx(PEAK_LR / warmup) and rates == sorted(rates) and rates[-1] == pytest.approx(PEAK_LR)
+        rates[0] == pytest.approx(PEAK_LR / warmup)
+        and rates == sorted(rates)
+        and rates[-1] == pytest.approx(PEAK_LR)
     )
 
 
@@ -42,7 +48,9 @@ def test_the_scheduler_sets_these_rates() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK_LR)
     scheduler = schedule(ADAMW_WARMUP, STEPS)(optimizer)
     for step in range(STEPS):
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(learning_rate(ADAMW_WARMUP, step, STEPS))
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(
+            learning_rate(ADAMW_WARMUP, step, STEPS)
+        )
         optimizer.step()
         scheduler.step()
 

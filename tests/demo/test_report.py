@@ -55,14 +55,18 @@ def page(html: str) -> Page:
 
 def test_it_is_self_contained(html: str, page: Page) -> None:
     assert not re.search(r"https?://|@import|url\(", html)
-    assert not [name for name, _ in page.attributes if name in {"src", "href", "srcset", "xlink:href"}]
+    assert not [
+        name for name, _ in page.attributes if name in {"src", "href", "srcset", "xlink:href"}
+    ]
 
 
 def test_every_run_has_its_numbers_and_its_curves(page: Page) -> None:
     names = [value for name, value in page.attributes if name == "data-name"]
     for run, loss in zip(RUNS, ["3.150", "2.350", "2.410", "2.330"], strict=True):
         assert run.title in page.text and loss in page.text
-        assert names.count(run.title) == 2 + 2, "the loss twice, smooth and faint, and the entropy of two layers"
+        assert names.count(run.title) == 2 + 2, (
+            "the loss twice, smooth and faint, and the entropy of two layers"
+        )
 
 
 def test_every_matrix_has_its_rate_in_both_runs(page: Page) -> None:

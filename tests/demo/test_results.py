@@ -29,11 +29,15 @@ def test_all_claims_hold(tmp_path: Path) -> None:
         ({"adamw_warmup": 3.2, "adamw2": 3.2, "adamw2_auto": 3.2}, [True, False, False]),
     ],
 )
-def test_a_claim_that_is_not_met(tmp_path: Path, losses: dict[str, float], expected: list[bool]) -> None:
+def test_a_claim_that_is_not_met(
+    tmp_path: Path, losses: dict[str, float], expected: list[bool]
+) -> None:
     assert holds(tmp_path, **losses) == expected
 
 
-def test_the_exit_status_and_one_sentence_tell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_exit_status_and_one_sentence_tell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert verdict(synthetic_results(tmp_path), tmp_path) == 0
     assert capsys.readouterr().err == ""
     assert verdict(synthetic_results(tmp_path, adamw2=2.5), tmp_path) == 1
@@ -42,7 +46,9 @@ def test_the_exit_status_and_one_sentence_tell(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_the_summary_is_json_with_every_run(tmp_path: Path) -> None:
-    written = json.loads(json.dumps(summary(synthetic_results(tmp_path, adamw=float("nan"))), allow_nan=False))
+    written = json.loads(
+        json.dumps(summary(synthetic_results(tmp_path, adamw=float("nan"))), allow_nan=False)
+    )
     assert list(written["runs"]) == ["adamw", "adamw-warmup", "adamw2", "adamw2-auto"]
     assert written["runs"]["adamw"]["validation_loss"] is None
     assert written["runs"]["adamw2"]["clipped_share"] == pytest.approx(1 / 15)
@@ -52,7 +58,12 @@ def test_the_summary_is_json_with_every_run(tmp_path: Path) -> None:
 def test_the_table_is_aligned(tmp_path: Path) -> None:
     lines = table(synthetic_results(tmp_path)).splitlines()
     column = lines[0].index("validation loss") + len("validation loss")
-    assert [line[column - 5 : column] for line in lines[2:6]] == ["3.150", "2.350", "2.410", "2.330"]
+    assert [line[column - 5 : column] for line in lines[2:6]] == [
+        "3.150",
+        "2.350",
+        "2.410",
+        "2.330",
+    ]
     assert "−0.020" in lines[5] and lines[-1].split()[-1] == f"{UNIGRAM:.3f}"
 
 
@@ -60,5 +71,7 @@ def test_an_unfinished_run_is_named(tmp_path: Path) -> None:
     synthetic_results(tmp_path)
     log = tmp_path / "adamw2" / "log.jsonl"
     log.write_text("\n".join(log.read_text().splitlines()[:-1]) + "\n")
-    with pytest.raises(RuntimeError, match=r"adamw2/log\.jsonl takes an 'end' record as its last, got 'step'"):
+    with pytest.raises(
+        RuntimeError, match=r"adamw2/log\.jsonl takes an 'end' record as its last, got 'step'"
+    ):
         load_results(tmp_path)

@@ -1,4 +1,6 @@
-"""Makes the Megatron example's files importable, and a small corpus for them: the standard library's own sources."""
+"""Makes the Megatron example's files importable, and a small corpus for them: the standard
+library's own sources.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from tests.processes import ROOT
-from weyl_megatron.integrations.leave import leave
+from weyl_megatron.engines.shutdown import shutdown
 
 if __name__ == "__main__":  # Megatron's checkpoint writers import this file again
     from tests import megatron_cpu
@@ -14,4 +14,4 @@ if __name__ == "__main__":  # Megatron's checkpoint writers import this file aga
     sys.path.insert(0, str(ROOT / "examples" / "megatron"))
     import pretrain_gpt
 
-    leave(pretrain_gpt.main())
+    shutdown(pretrain_gpt.main())

@@ -1,4 +1,5 @@
-"""One real step of a recipe's model in plain PyTorch: 16 bytes a parameter, where an engine takes more.
+"""One real step of a recipe's model in plain PyTorch: 16 bytes a parameter, where an engine takes
+more.
 
 Usage: step_worker.py RECIPE.yaml [KEY=VALUE…] prints one JSON object.
 """
@@ -31,7 +32,9 @@ def main() -> None:
     else:
         model = build(recipe)
         images = torch.randn(recipe.micro_batch_size, 3, recipe.image_size, recipe.image_size)
-        loss = loss_of(recipe)(model, (images, torch.randint(recipe.classes, (recipe.micro_batch_size,))))
+        loss = loss_of(recipe)(
+            model, (images, torch.randint(recipe.classes, (recipe.micro_batch_size,)))
+        )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     named = [
         {**group, "params": [(names[id(parameter)], parameter) for parameter in group["params"]]}

@@ -1,4 +1,6 @@
-"""The comparison: every method trains, runs are resumed, and the page is made from the raw results alone."""
+"""The comparison: every method trains, runs are resumed, and the page is made from the raw results
+alone.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,20 @@ from examples.compare.table import comparisons
 from examples.compare.train import TASKS, Run, schedule, train
 
 RUN = Run("vit", 2, "post", "adamw", 3e-3, 0, 0.95, 4, 0.0)
-TINY = ["--task", "vit", "--depths", "1", "--norm", "post", "--lrs", "3e-3", "--seeds", "0", "--beta2", "0.95"]
+TINY = [
+    "--task",
+    "vit",
+    "--depths",
+    "1",
+    "--norm",
+    "post",
+    "--lrs",
+    "3e-3",
+    "--seeds",
+    "0",
+    "--beta2",
+    "0.95",
+]
 TINY += ["--steps", "2", "--procs", "1"]
 
 
@@ -38,9 +53,13 @@ def write(out: Path, made: list[dict[str, Any]]) -> None:
 
 
 def a_grid(out: Path) -> list[dict[str, Any]]:
-    """Results of the grid's shape: AdamW diverges at the largest rate, AdamW² is .05 above the warmup elsewhere."""
+    """Results of the grid's shape: AdamW diverges at the largest rate, AdamW² is .05 above the
+    warmup elsewhere.
+    """
     grid = Grid(parse(["--depths", "6", "12", "--beta2", "0.95"]))
-    runs = [run for run in grid.first() if run.seed != TUNING_SEED] + [replace(run, warmup=0.2) for run in grid.tuned()]
+    runs = [run for run in grid.first() if run.seed != TUNING_SEED] + [
+        replace(run, warmup=0.2) for run in grid.tuned()
+    ]
     levels = {"warmup": 2.4, "adamw2": 2.45}
     losses = [levels.get(run.method, 2.6) + 0.01 * run.seed for run in runs]
     made = [
@@ -55,8 +74,14 @@ def a_grid(out: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains(method: str, task: str) -> None:
     for norm in ("pre", "post"):
-        result = train(replace(RUN, task=task, method=method, norm=norm, warmup=METHODS[method].warmup or 0.0))
-        assert math.isfinite(result["loss"]) and 0 <= result["accuracy"] <= 1 and not result["diverged"]
+        result = train(
+            replace(RUN, task=task, method=method, norm=norm, warmup=METHODS[method].warmup or 0.0)
+        )
+        assert (
+            math.isfinite(result["loss"])
+            and 0 <= result["accuracy"] <= 1
+            and not result["diverged"]
+        )
 
 
 def test_a_run_repeats() -> None:
@@ -95,7 +120,9 @@ def test_the_schedule_warms_up_and_ends_at_a_tenth() -> None:
     assert schedule(0, 100, 0.0) == 1.0 and schedule(99, 100, 0.0) == pytest.approx(0.1, abs=1e-3)
 
 
-def test_what_is_there_is_skipped_and_half_a_line_made_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_there_is_skipped_and_half_a_line_made_again(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     command = [*TINY, "--methods", "adamw", "warmup", "--out", str(tmp_path)]
     assert main(command) == 0
     whole = (tmp_path / results.FILE).read_text()
@@ -128,9 +155,14 @@ def test_the_page_is_made_from_the_results_alone(tmp_path: Path) -> None:
     made = a_grid(tmp_path / "a")
     write(tmp_path / "b", made[::-1])
     for name in ("a", "a", "b"):
-        assert main(["table", "--out", str(tmp_path / name), "--docs", str(tmp_path / f"docs-{name}")]) == 0
+        assert (
+            main(["table", "--out", str(tmp_path / name), "--docs", str(tmp_path / f"docs-{name}")])
+            == 0
+        )
         for page in ("compare.md", "compare.svg"):
-            assert (tmp_path / f"docs-{name}" / page).read_bytes() == (tmp_path / "docs-a" / page).read_bytes()
+            assert (tmp_path / f"docs-{name}" / page).read_bytes() == (
+                tmp_path / "docs-a" / page
+            ).read_bytes()
     text = (tmp_path / "docs-a/compare.md").read_text()
     assert "| AdamW, tuned warmup | **2.410** at 0.001 |" in text
     assert "| AdamW², τ = 0.01 | 2.460 at 0.001 |" in text
@@ -141,7 +173,9 @@ def test_the_page_is_made_from_the_results_alone(tmp_path: Path) -> None:
     assert "Not whole yet" not in text
 
 
-def test_a_grid_that_is_not_whole_says_so_and_names_no_winner_without_a_rival(tmp_path: Path) -> None:
+def test_a_grid_that_is_not_whole_says_so_and_names_no_winner_without_a_rival(
+    tmp_path: Path,
+) -> None:
     lone = synthetic(replace(RUN, task="gpt", depth=24, lr=1e-3), 2.5)
     write(tmp_path, [*a_grid(tmp_path / "whole"), lone])
     assert main(["table", "--out", str(tmp_path), "--docs", str(tmp_path)]) == 0
@@ -174,8 +208,14 @@ def test_no_rate_is_good_where_nothing_trains(tmp_path: Path) -> None:
         (["--norm", "mid"], "compare: --norm got 'mid', it takes pre, post."),
         (["--depths", "0"], "compare: --depths got 0, it takes whole numbers from 1 on."),
         (["--lrs", "nan"], "compare: --lrs got nan, it takes numbers above 0."),
-        (["--seeds", "1000"], "compare: --seeds got 1000, it takes whole numbers but 1000, which tunes."),
-        (["--beta2", "1"], "compare: --beta2 got 1.0, it takes numbers from 0 up to, but without, 1."),
+        (
+            ["--seeds", "1000"],
+            "compare: --seeds got 1000, it takes whole numbers but 1000, which tunes.",
+        ),
+        (
+            ["--beta2", "1"],
+            "compare: --beta2 got 1.0, it takes numbers from 0 up to, but without, 1.",
+        ),
         (["--procs", "0"], "compare: --procs got 0, it takes a whole number from 1 on."),
     ],
 )
@@ -187,9 +227,13 @@ def test_an_impossible_option_is_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_table_of_nothing_and_a_line_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_of_nothing_and_a_line_that_is_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["table", "--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.endswith("it takes a folder whose results.jsonl has a finished run.\n")
+    assert capsys.readouterr().err.endswith(
+        "it takes a folder whose results.jsonl has a finished run.\n"
+    )
     (tmp_path / results.FILE).write_text("nonsense\n")
     assert main(["table", "--out", str(tmp_path)]) == 2
     assert "line 1 of" in capsys.readouterr().err

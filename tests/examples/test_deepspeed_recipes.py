@@ -48,11 +48,29 @@ def test_shipped_recipes_are_the_paper_s(path: Path) -> None:
     recipe = recipe_of(path)
     assert recipe.optimizer == "AdamW2" and recipe.lr_warmup_steps == 0
     if path.stem in ("gpt_125m", "gpt_774m", "gpt_1.3b"):
-        assert (recipe.tau, recipe.betas, recipe.weight_decay, recipe.clip_grad) == (0.01, (0.9, 0.95), 0.1, 1.0)
+        assert (recipe.tau, recipe.betas, recipe.weight_decay, recipe.clip_grad) == (
+            0.01,
+            (0.9, 0.95),
+            0.1,
+            1.0,
+        )
     if path.stem in ("vit_b", "vit_l", "vit_g"):
-        assert recipe.tau in (0.004, 0.003) and recipe.betas == (0.9, 0.99) and recipe.weight_decay in (0.05, 0.1)
-        assert (recipe.lr, recipe.epochs, recipe.global_batch_size, recipe.smoothing) == (1e-3, 150, 1024, 0.1)
-        assert (recipe.randaugment, recipe.mixup, recipe.cutmix) == ("rand-m9-mstd0.5-inc1", 0.8, 1.0)
+        assert (
+            recipe.tau in (0.004, 0.003)
+            and recipe.betas == (0.9, 0.99)
+            and recipe.weight_decay in (0.05, 0.1)
+        )
+        assert (recipe.lr, recipe.epochs, recipe.global_batch_size, recipe.smoothing) == (
+            1e-3,
+            150,
+            1024,
+            0.1,
+        )
+        assert (recipe.randaugment, recipe.mixup, recipe.cutmix) == (
+            "rand-m9-mstd0.5-inc1",
+            0.8,
+            1.0,
+        )
         assert recipe.drop_path in (0.1, 0.5) and recipe.random_erasing == 0
     if "swin" in path.stem:
         assert recipe.tau == 0.004 and recipe.epochs == 300
@@ -66,7 +84,9 @@ def test_parameters_are_what_the_name_says(name: str) -> None:
 
 def test_vit_g_is_the_paper_s_of_1011_million() -> None:
     model = on_meta(recipe_of(RECIPES / "vit_g.yaml"))
-    headless = [parameter for name, parameter in model.named_parameters() if not name.startswith("head")]
+    headless = [
+        parameter for name, parameter in model.named_parameters() if not name.startswith("head")
+    ]
     assert round(sum(parameter.numel() for parameter in headless) / 1e6) == 1011
     assert len(model.blocks) == 40 and model.embed_dim == 1408
     assert model.blocks[0].attn.num_heads == 16 and model.blocks[0].mlp.fc1.out_features == 6144
@@ -88,13 +108,17 @@ def test_flops_are_six_for_each_parameter_of_a_matrix_and_token() -> None:
     recipe = recipe_of(RECIPES / "gpt_125m.yaml")
     counted = training_flops(lambda: GPT(recipe), lambda: torch.zeros(1, 1024, dtype=torch.long))
     matrices = 12 * 12 * 768**2 + 768 * 50304  # the blocks', and the head
-    attention = 12 * 2 * 2 * 768 * 1024**2  # q kᵀ and its product with v, forward; torch computes the masked half, too
+    attention = (
+        12 * 2 * 2 * 768 * 1024**2
+    )  # q kᵀ and its product with v, forward; torch computes the masked half, too
     assert counted == pytest.approx(6 * matrices * 1024 + 3 * attention, rel=1e-6)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_every_auto_of_the_json_files_is_filled(stage: int) -> None:
-    recipe = recipe_of(RECIPES / "gpt_tiny.yaml", f"deepspeed=zero{stage}.json", "min_lr=1e-3", world_size=2)
+    recipe = recipe_of(
+        RECIPES / "gpt_tiny.yaml", f"deepspeed=zero{stage}.json", "min_lr=1e-3", world_size=2
+    )
     config = deepspeed_config(recipe, 100, world_size=2)
     assert config["zero_optimization"]["stage"] == stage
     assert (config["train_batch_size"], config["gradient_accumulation_steps"]) == (24, 3)
@@ -120,10 +144,16 @@ def test_adamw_with_a_warmup_is_two_keys_away() -> None:
     [
         ("optimizer=Adam2", "optimizer takes AdamW2 or AdamW, got 'Adam2'"),
         ("tau=0", "tau takes a number above 0 or balanced, got 0"),
-        ("global_batch_size=10", "global_batch_size takes a multiple of micro_batch_size × ranks = 4 × 2, got 10"),
+        (
+            "global_batch_size=10",
+            "global_batch_size takes a multiple of micro_batch_size × ranks = 4 × 2, got 10",
+        ),
         ("num_attention_heads=3", "num_attention_heads takes a divisor of hidden_size 64, got 3"),
         ("min_lr=1", "min_lr takes at most lr 0.005, got 1.0"),
-        ("lr_warmup_steps=100", "lr_warmup_steps takes less than the 100 steps of the run, got 100"),
+        (
+            "lr_warmup_steps=100",
+            "lr_warmup_steps takes less than the 100 steps of the run, got 100",
+        ),
         ("model=vit", "takes the keys deepspeed, optimizer, tau"),
     ],
 )
@@ -138,13 +168,24 @@ def test_a_json_file_that_is_none_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty.json").write_text("{}")
     for name in ("broken.json", "empty.json", "missing.json"):
         recipe = recipe_of(RECIPES / "gpt_tiny.yaml", f"deepspeed={tmp_path / name}", world_size=1)
-        with pytest.raises(ValueError, match=r'deepspeed takes a JSON file with an "optimizer" and its "params", got'):
+        with pytest.raises(
+            ValueError,
+            match=r'deepspeed takes a JSON file with an "optimizer" and its "params", got',
+        ):
             deepspeed_config(recipe, 100, 1)
-    (tmp_path / "auto.json").write_text('{"optimizer": {"params": {}}, "prescale_gradients": "auto"}')
-    recipe = recipe_of(RECIPES / "gpt_tiny.yaml", f"deepspeed={tmp_path / 'auto.json'}", world_size=1)
+    (tmp_path / "auto.json").write_text(
+        '{"optimizer": {"params": {}}, "prescale_gradients": "auto"}'
+    )
+    recipe = recipe_of(
+        RECIPES / "gpt_tiny.yaml", f"deepspeed={tmp_path / 'auto.json'}", world_size=1
+    )
     with pytest.raises(ValueError, match='got it for "prescale_gradients"'):
         deepspeed_config(recipe, 100, 1)
     (tmp_path / "batch.json").write_text('{"optimizer": {"params": {}}, "train_batch_size": 8}')
-    recipe = recipe_of(RECIPES / "gpt_tiny.yaml", f"deepspeed={tmp_path / 'batch.json'}", world_size=1)
-    with pytest.raises(ValueError, match='takes "auto" or global_batch_size 24 for "train_batch_size", got 8'):
+    recipe = recipe_of(
+        RECIPES / "gpt_tiny.yaml", f"deepspeed={tmp_path / 'batch.json'}", world_size=1
+    )
+    with pytest.raises(
+        ValueError, match='takes "auto" or global_batch_size 24 for "train_batch_size", got 8'
+    ):
         deepspeed_config(recipe, 100, 1)

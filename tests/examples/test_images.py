@@ -23,14 +23,16 @@ from examples.data import digits, tars  # noqa: E402
 from examples.data.images import Images, open_images  # noqa: E402
 
 Members = list[tuple[str, bytes]]
-AUGMENT = transforms.Compose([transforms.RandomCrop(6), transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+AUGMENT = transforms.Compose(
+    [transforms.RandomCrop(6), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+)
 
 
 def picture(value: int, kind: str = "PNG", size: int = 8) -> bytes:
     data = io.BytesIO()
-    Image.fromarray(numpy.random.RandomState(value).randint(0, 255, (size, size, 3), dtype=numpy.uint8)).save(
-        data, kind
-    )
+    Image.fromarray(
+        numpy.random.RandomState(value).randint(0, 255, (size, size, 3), dtype=numpy.uint8)
+    ).save(data, kind)
     return data.getvalue()
 
 
@@ -81,10 +83,19 @@ def test_digits_are_the_same_in_folders_and_tars_and_split_as_in_compare(
     from examples.compare.vit import digits as compared
 
     for split, (pixels, labels) in zip(("train", "valid"), compared(), strict=True):
-        both = [open_images(tmp_path / kind, split, transforms.ToTensor(), seed=1) for kind in ("folder", "tar")]
-        assert [each.num_classes for each in both] == [10, 10] and len(both[0]) == len(both[1]) == len(labels)
+        both = [
+            open_images(tmp_path / kind, split, transforms.ToTensor(), seed=1)
+            for kind in ("folder", "tar")
+        ]
+        assert [each.num_classes for each in both] == [10, 10] and len(both[0]) == len(
+            both[1]
+        ) == len(labels)
         folder, tar = ([each[i] for i in range(len(each))] for each in both)
-        assert sorted(label for _, label in folder) == sorted(label for _, label in tar) == sorted(labels.tolist())
+        assert (
+            sorted(label for _, label in folder)
+            == sorted(label for _, label in tar)
+            == sorted(labels.tolist())
+        )
         source = both[1].source  # the tars keep the split's order
         assert [source.label(item) for item in range(len(source))] == labels.tolist()
         grey = transforms.ToTensor()(Image.open(io.BytesIO(source.read(0))))[0]
@@ -149,10 +160,17 @@ def test_every_kind_of_member(tmp_path: Path) -> None:
     ]
     write_tar(tmp_path / "train" / "a.tar", members)
     train = open_images(tmp_path, "train")
-    assert [train.source.label(item) for item in range(len(train))] == [4, 2, 0, 7] and train.num_classes == 8
+    assert [train.source.label(item) for item in range(len(train))] == [
+        4,
+        2,
+        0,
+        7,
+    ] and train.num_classes == 8
     for item, member in enumerate((1, 3, 6, 9)):
         assert train.source.read(item) == members[member][1]
-        assert train.source.name(item) == f"{tmp_path}/train/a.tar:{members[member][0]} (image {item})"
+        assert (
+            train.source.name(item) == f"{tmp_path}/train/a.tar:{members[member][0]} (image {item})"
+        )
     assert train[0][0].mode == "RGB"
 
 
@@ -181,7 +199,10 @@ def test_a_tar_cut_at_any_place_is_named(tmp_path: Path) -> None:
     end = max(i for i in range(0, len(whole), 512) if any(whole[i : i + 512])) + 512
     for size in (0, 100, *range(512, end, 700), end - 512, end - 1, end, end + 511):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"^a tar takes all of its members, got .*a\.tar, which is cut short at "):
+        with pytest.raises(
+            ValueError,
+            match=r"^a tar takes all of its members, got .*a\.tar, which is cut short at ",
+        ):
             open_images(tmp_path, "train")
     path.write_bytes(whole[: end + 512])
     train = open_images(tmp_path, "train")
@@ -196,10 +217,19 @@ def test_a_tar_cut_at_any_place_is_named(tmp_path: Path) -> None:
     [
         ([], "tars take images, got none in "),
         ([("a.png", b"x")], 'a sample takes a .cls, or a .json with "label", got {path}:a without'),
-        ([("a.png", b"x"), ("a.json", b"[")], 'a sample takes a .cls, or a .json with "label", got {path}:a without'),
-        ([("a.cls", b"cat")], "a .cls takes a class' number from 0 on, got another in {path}:a.cls"),
+        (
+            [("a.png", b"x"), ("a.json", b"[")],
+            'a sample takes a .cls, or a .json with "label", got {path}:a without',
+        ),
+        (
+            [("a.cls", b"cat")],
+            "a .cls takes a class' number from 0 on, got another in {path}:a.cls",
+        ),
         ([("a.cls", b"-1")], "a .cls takes a class' number from 0 on, got another in {path}:a.cls"),
-        ([("a.png", b"x"), ("a.jpg", b"x")], "a sample takes one image, got a second in {path}:a.jpg"),
+        (
+            [("a.png", b"x"), ("a.jpg", b"x")],
+            "a sample takes one image, got a second in {path}:a.jpg",
+        ),
     ],
 )
 def test_bad_members_are_one_sentence(members: Members, sentence: str, tmp_path: Path) -> None:
@@ -242,9 +272,14 @@ def test_an_image_that_cannot_be_read_is_named_or_skipped(
         order = [skipping[i] for i in range(60)]
     assert len(caplog.messages) == 2 and sum(name in message for message in caplog.messages) == 1
     at = next(i for i in range(30) if skipping.order(i) == (11 if kind == "tar" else 4))
-    taken = (13, 3) if kind == "tar" else (21, 1)  # the next in the tar, which skips the cut one too; or in the folder
+    taken = (
+        (13, 3) if kind == "tar" else (21, 1)
+    )  # the next in the tar, which skips the cut one too; or in the folder
     expected = picture(taken[0])
-    assert order[at][0].tobytes() == Image.open(io.BytesIO(expected)).tobytes() and order[at][1] == taken[1]
+    assert (
+        order[at][0].tobytes() == Image.open(io.BytesIO(expected)).tobytes()
+        and order[at][1] == taken[1]
+    )
     with pytest.raises(ValueError, match=r"^on_error takes .*, got 'ignore'$"):
         open_images(tmp_path, "train", on_error="ignore")
 
@@ -265,15 +300,20 @@ def test_bad_folders_are_one_sentence(tmp_path: Path) -> None:
     write_folder(tmp_path / "val", 2)
     (tmp_path / "empty").mkdir()
     fails(f"split takes a folder in {tmp_path}, got valid, and there is empty, train, val", "valid")
-    fails(f"val takes the class folders of train, got {tmp_path}/val, which differs in class2", "val")
+    fails(
+        f"val takes the class folders of train, got {tmp_path}/val, which differs in class2", "val"
+    )
     fails("path takes images in every class' folder, got ", "empty")
     (tmp_path / "train" / "class3").mkdir()
     fails("path takes images in every class' folder, got ", "train")
-    with pytest.raises(ValueError, match=r"^split takes a folder in .*missing, got train, and there is none$"):
+    with pytest.raises(
+        ValueError, match=r"^split takes a folder in .*missing, got train, and there is none$"
+    ):
         open_images(tmp_path / "missing", "train")
 
 
 def test_labels_of_json_must_be_numbers() -> None:
-    assert [tars._label(json.dumps({"label": label}).encode(), "json") for label in (3, -1, "3", 1.5, None)] == [
-        *(3, None, None, None, None)
-    ]
+    assert [
+        tars._label(json.dumps({"label": label}).encode(), "json")
+        for label in (3, -1, "3", 1.5, None)
+    ] == [*(3, None, None, None, None)]

@@ -16,7 +16,12 @@ TEXT = "def f(x):\r\n    return  x\n\n\ttab σ₁ 🙂 \x00\n" * 50
 
 
 def prepared(tmp_path: Path, vocab_size: int, *files: str) -> tuple[IndexedDataset, data.Tokenizer]:
-    assert prepare.main([*files, "--prefix", str(tmp_path / "out" / "x"), "--vocab-size", str(vocab_size)]) == 0
+    assert (
+        prepare.main(
+            [*files, "--prefix", str(tmp_path / "out" / "x"), "--vocab-size", str(vocab_size)]
+        )
+        == 0
+    )
     model = tmp_path / "out" / "x.model"
     return IndexedDataset(str(tmp_path / "out" / "x_text_document")), data.Tokenizer(model)
 
@@ -31,11 +36,16 @@ def test_the_tokens_give_back_the_text(tmp_path: Path, capsys: pytest.CaptureFix
     assert [document[-1] for document in indexed] == [tokenizer.eod] * len(texts)
     assert [tokenizer.pieces.decode(document[:-1].tolist()) for document in indexed] == texts
     first, second = capsys.readouterr().out.splitlines()
-    assert "x.model: 400 pieces" in first and f"4 documents, {sum(indexed.sequence_lengths):,} tokens, uint16" in second
+    assert (
+        "x.model: 400 pieces" in first
+        and f"4 documents, {sum(indexed.sequence_lengths):,} tokens, uint16" in second
+    )
 
 
 def test_documents_of_json_lines_and_of_a_separator(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in ("one\ntwo", "  ", "three")))
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps({"text": text}) for text in ("one\ntwo", "  ", "three"))
+    )
     (tmp_path / "b.txt").write_text("four<|end|>\n<|end|>five")
     files = [tmp_path / "a.jsonl", tmp_path / "b.txt"]
     assert list(prepare.documents(files, "<|end|>")) == ["one\ntwo", "three", "four", "five"]
@@ -47,7 +57,9 @@ def test_a_given_tokenizer_is_used(tmp_path: Path) -> None:
     text.write_text(TEXT)
     first, _ = prepared(tmp_path, 290, str(text))
     model = tmp_path / "out" / "x.model"
-    assert prepare.main([str(text), "--prefix", str(tmp_path / "y"), "--tokenizer", str(model)]) == 0
+    assert (
+        prepare.main([str(text), "--prefix", str(tmp_path / "y"), "--tokenizer", str(model)]) == 0
+    )
     assert not (tmp_path / "y.model").exists()
     second = IndexedDataset(str(tmp_path / "y_text_document"))
     assert (second[0] == first[0]).all()
@@ -59,15 +71,30 @@ def test_a_given_tokenizer_is_used(tmp_path: Path) -> None:
         ("a.txt", b"", [], "FILE takes text, got none in "),
         ("a.txt", b" \n\t\n", [], "FILE takes text, got none in "),
         ("a.txt", b"abc \xff", [], "FILE takes UTF-8, got "),
-        ("a.jsonl", b'{"texts": "x"}\n', [], 'FILE takes {"text": "..."} on each line of a .jsonl, got {"texts"'),
+        (
+            "a.jsonl",
+            b'{"texts": "x"}\n',
+            [],
+            'FILE takes {"text": "..."} on each line of a .jsonl, got {"texts"',
+        ),
         (
             "a.txt",
             b"hello world",
             ["--vocab-size", "9999"],
             "takes a size that this text can fill, got 9999: ",
         ),
-        ("a.txt", b"hello world", ["--vocab-size", "10"], "takes a size that this text can fill, got 10: "),
-        ("a.txt", b"hello", ["--tokenizer", "missing.model"], "--tokenizer takes a SentencePiece model, got missing"),
+        (
+            "a.txt",
+            b"hello world",
+            ["--vocab-size", "10"],
+            "takes a size that this text can fill, got 10: ",
+        ),
+        (
+            "a.txt",
+            b"hello",
+            ["--tokenizer", "missing.model"],
+            "--tokenizer takes a SentencePiece model, got missing",
+        ),
         ("a.txt", b"hello", ["--tokenizer", __file__], "which is not one"),
     ],
 )

@@ -102,7 +102,9 @@ def test_json_lines_as_people_have_them(kind: str, run: Run, tmp_path: Path, mod
         assert run(tmp_path / f"out {file}", path, "--tokenizer", model) == (0, ["one", "two"])
 
 
-def test_what_ends_lines_elsewhere_stays_in_its_record(run: Run, tmp_path: Path, model: Path) -> None:
+def test_what_ends_lines_elsewhere_stays_in_its_record(
+    run: Run, tmp_path: Path, model: Path
+) -> None:
     texts = ["a\u2028b\x85c\x0bd", "a\rb\r\nc", "\0", "\ufeff"]
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
     (tmp_path / "a.jsonl").write_text("\n".join(lines), newline="\n")
@@ -205,7 +207,12 @@ def test_other_bytes_are_named_with_their_line(
     ],
 )
 def test_without_text_it_says_so(
-    name: str, content: bytes, which: str, run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    name: str,
+    content: bytes,
+    which: str,
+    run: Run,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / name
     path.write_bytes(content)
@@ -237,7 +244,9 @@ def test_very_many_short_documents(run: Run, tmp_path: Path) -> None:
     assert run(tmp_path / "out", tmp_path / "a.jsonl", "--vocab-size", 300) == (0, texts)
 
 
-def test_a_directory_is_its_text_files_in_upper_case_too(run: Run, tmp_path: Path, model: Path) -> None:
+def test_a_directory_is_its_text_files_in_upper_case_too(
+    run: Run, tmp_path: Path, model: Path
+) -> None:
     (tmp_path / "in/deep").mkdir(parents=True)
     for name, content in (
         ("a.TXT", b"one"),
@@ -262,7 +271,9 @@ def test_a_file_counts_once(run: Run, tmp_path: Path, capfd: pytest.CaptureFixtu
         assert sentence(capfd) == f"FILE takes each file once, got {both}, which are one"
 
 
-def test_other_than_files_are_refused(run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_other_than_files_are_refused(
+    run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A pipe gives its text once, and it is read more than once."""
     os.mkfifo(tmp_path / "a.txt")
     for path in (tmp_path / "a.txt", tmp_path):

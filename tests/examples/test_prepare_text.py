@@ -39,7 +39,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Some 180 parts of 20 kB: text files, and one .jsonl of 2,000 lines that is cut into ranges."""
+    """Some 180 parts of 20 kB: text files, and one .jsonl of 2,000 lines that is cut into
+    ranges.
+    """
     folder = tmp_path_factory.mktemp("corpus")
     for index in range(60):
         (folder / f"{index:02}.txt").write_bytes(f"{index} {TEXT}".encode() * 10)
@@ -67,7 +69,11 @@ def texts(out: Path, split: str) -> list[str]:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in out.rglob("*")
+        if path.is_file()
+    }
 
 
 def tar(members: dict[str, bytes]) -> bytes:
@@ -85,7 +91,9 @@ def test_the_tokens_give_back_the_text_of_every_kind_of_file(
 ) -> None:
     folder = tmp_path / "in"
     (folder / "deep").mkdir(parents=True)
-    lines = "".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in ("one\ntwo", "  ", TEXT)).encode()
+    lines = "".join(
+        json.dumps({"text": text, "url": "x"}) + "\n" for text in ("one\ntwo", "  ", TEXT)
+    ).encode()
     (folder / "a.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
     (folder / "b.jsonl").write_bytes(lines)
     (folder / "c.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
@@ -102,10 +110,15 @@ def test_the_tokens_give_back_the_text_of_every_kind_of_file(
     ]
     out = capsys.readouterr().out.splitlines()
     assert out[0].endswith("tokenizer.model: 300 tokens, end of document 2")
-    assert out[1].startswith("train: 9 documents, ") and out[2] == "valid: 0 documents, 0 tokens, 0 shards"
+    assert (
+        out[1].startswith("train: 9 documents, ")
+        and out[2] == "valid: 0 documents, 0 tokens, 0 shards"
+    )
 
 
-def test_a_given_file_is_text_whatever_its_suffix_and_can_hold_many_documents(tmp_path: Path, model: Path) -> None:
+def test_a_given_file_is_text_whatever_its_suffix_and_can_hold_many_documents(
+    tmp_path: Path, model: Path
+) -> None:
     (tmp_path / "a.data").write_text("four<|end|>\n<|end|>five")
     arguments = [tmp_path / "a.data", "--out", tmp_path / "out", "--tokenizer", model, "--valid", 0]
     assert run(*arguments, "--separator", "<|end|>") == 0
@@ -114,28 +127,41 @@ def test_a_given_file_is_text_whatever_its_suffix_and_can_hold_many_documents(tm
 
 @settings(max_examples=40, deadline=None)
 @given(
-    lines=st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=30), min_size=1, max_size=12),
+    lines=st.lists(
+        st.text(st.characters(codec="utf-8"), min_size=1, max_size=30), min_size=1, max_size=12
+    ),
     part_bytes=st.integers(1, 80),
 )
 def test_every_line_is_in_one_range(
     lines: list[str], part_bytes: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "ranges.jsonl"
-    path.write_text("\n".join(json.dumps({"text": f"{line}."}, ensure_ascii=False) for line in lines), newline="\n")
+    path.write_text(
+        "\n".join(json.dumps({"text": f"{line}."}, ensure_ascii=False) for line in lines),
+        newline="\n",
+    )
     parts = documents.make_parts(documents.find_files([path]), part_bytes)
     assert len(parts) == -(-path.stat().st_size // part_bytes)
     found = [document for part in parts for document in documents.documents(part, None)]
     assert [text for _, text in found] == [f"{line}." for line in lines]
     whole = documents.make_parts(documents.find_files([path]), 10**6)
-    assert found == list(documents.documents(whole[0], None)), "the places, which decide the split, are the same"
+    assert found == list(documents.documents(whole[0], None)), (
+        "the places, which decide the split, are the same"
+    )
 
 
 def test_workers_do_not_matter_and_the_split_is_a_share(corpus: Path, tmp_path: Path) -> None:
     arguments = [str(corpus), "--vocab-size", "300", "--valid", "0.2", "--part-mb", "0.02"]
     for name, workers in (("one", "1"), ("three", "3")):
-        assert prepare_text.main([*arguments, "--out", str(tmp_path / name), "--workers", workers]) == 0
+        assert (
+            prepare_text.main([*arguments, "--out", str(tmp_path / name), "--workers", workers])
+            == 0
+        )
     one = contents(tmp_path / "one")
-    assert one == contents(tmp_path / "three") and sum(name.endswith(".train.bin") for name in one) > 80
+    assert (
+        one == contents(tmp_path / "three")
+        and sum(name.endswith(".train.bin") for name in one) > 80
+    )
     valid, train = texts(tmp_path / "one", "valid"), texts(tmp_path / "one", "train")
     assert len(valid) + len(train) == 2060 and 320 < len(valid) < 500
     assert sorted(valid) != valid[::-1] and not set(valid) & set(train)
@@ -146,18 +172,24 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "examples.data.prepare_text", *arguments]
     # A shell starts what it puts in the background with SIGINT ignored, and children inherit that.
     heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heeding)
+    return subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heeding
+    )
 
 
 @pytest.fixture(scope="module")
-def undisturbed(corpus: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def undisturbed(
+    corpus: Path, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
     """What a run that nothing stops leaves."""
     out = tmp_path_factory.mktemp("undisturbed")
     assert run(corpus, "--tokenizer", model, "--valid", 0.2, "--part-mb", 0.01, "--out", out) == 0
     return contents(out)
 
 
-@pytest.mark.parametrize(("workers", "stop"), [(1, signal.SIGKILL), (3, signal.SIGKILL), (2, signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("workers", "stop"), [(1, signal.SIGKILL), (3, signal.SIGKILL), (2, signal.SIGINT)]
+)
 def test_a_run_that_was_stopped_goes_on(
     workers: int,
     stop: signal.Signals,
@@ -185,7 +217,9 @@ def test_a_run_that_was_stopped_goes_on(
     capfd.readouterr()
     assert prepare_text.main([*arguments, "--out", str(out), "--workers", str(workers)]) == 0
     assert f"done already: {done} of " in capfd.readouterr().err
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what was done is not done again"
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, (
+        "what was done is not done again"
+    )
     assert contents(out) == undisturbed
 
 
@@ -212,7 +246,9 @@ def test_a_changed_file_costs_its_own_part(tmp_path: Path, model: Path) -> None:
     assert len(list((out / "shards").iterdir())) == 6
 
 
-def test_other_settings_are_refused(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_settings_are_refused(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     arguments = [tmp_path / "a.txt", "--out", tmp_path / "out", "--valid", 0]
     assert run(*arguments, "--vocab-size", 290) == 0
@@ -226,7 +262,10 @@ def test_other_settings_are_refused(tmp_path: Path, model: Path, capsys: pytest.
         assert run(*arguments, *other) == 2
         assert sentence in capsys.readouterr().err and contents(tmp_path / "out") == before
     (tmp_path / "out" / "settings.json").write_text("[1]")
-    assert run(*arguments) == 2 and "--out takes a folder that prepare_text began, got " in capsys.readouterr().err
+    assert (
+        run(*arguments) == 2
+        and "--out takes a folder that prepare_text began, got " in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -234,25 +273,64 @@ def test_other_settings_are_refused(tmp_path: Path, model: Path, capsys: pytest.
     [
         ("a.txt", b"", "FILE takes text to train on, got 1 files with none"),
         ("a.txt", b"one\ntwo \xff", "FILE takes UTF-8, got b'\\xff' in {path}:2"),
-        ("a.jsonl", b'{"text": "x"}\n\n{"text": "\xff"}\n', "FILE takes UTF-8, got b'\\xff' in {path}:3"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud800"}\n', "FILE takes UTF-8, got '\\ud800' in {path}:2"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "cu', 'each line of a .jsonl, got {{"text": "cu in {path}:2'),
-        ("a.jsonl", b'{"texts": "x"}\n', 'FILE takes {{"text": "..."}} on each line of a .jsonl, got {{"texts"'),
-        ("a.jsonl.gz", gzip.compress(b"{}\n[1]\n", mtime=0), "on each line of a .jsonl, got {{}} in {path}:1"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-9], "FILE takes whole archives, got {path}: "),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n\n{"text": "\xff"}\n',
+            "FILE takes UTF-8, got b'\\xff' in {path}:3",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "\\ud800"}\n',
+            "FILE takes UTF-8, got '\\ud800' in {path}:2",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "cu',
+            'each line of a .jsonl, got {{"text": "cu in {path}:2',
+        ),
+        (
+            "a.jsonl",
+            b'{"texts": "x"}\n',
+            'FILE takes {{"text": "..."}} on each line of a .jsonl, got {{"texts"',
+        ),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b"{}\n[1]\n", mtime=0),
+            "on each line of a .jsonl, got {{}} in {path}:1",
+        ),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-9],
+            "FILE takes whole archives, got {path}: ",
+        ),
         ("a.txt.gz", b"plain", "FILE takes whole archives, got {path}: Not a gzipped file"),
-        ("a.xz", lzma.compress(tar({"a.txt": Random(0).randbytes(18000)}))[:-99], "takes whole archives, got"),
-        ("a.xz", lzma.compress(tar({"a.txt": b"one\n\xff"})), "FILE takes UTF-8, got b'\\xff' in {path}:a.txt:2"),
+        (
+            "a.xz",
+            lzma.compress(tar({"a.txt": Random(0).randbytes(18000)}))[:-99],
+            "takes whole archives, got",
+        ),
+        (
+            "a.xz",
+            lzma.compress(tar({"a.txt": b"one\n\xff"})),
+            "FILE takes UTF-8, got b'\\xff' in {path}:a.txt:2",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(
-    name: str, content: bytes, sentence: str, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    content: bytes,
+    sentence: str,
+    tmp_path: Path,
+    model: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     assert run(path, "--out", tmp_path / "out", "--tokenizer", model) == 2
     error = capsys.readouterr().err
-    assert sentence.format(path=path) in error and error.splitlines()[-1].startswith("prepare_text: error: ")
+    assert sentence.format(path=path) in error and error.splitlines()[-1].startswith(
+        "prepare_text: error: "
+    )
     assert "Traceback" not in error and not (tmp_path / "out" / "tokens.json").exists()
 
 
@@ -262,7 +340,9 @@ def test_a_bad_file_is_named_while_a_tokenizer_is_trained_too(
     (tmp_path / "a.py").write_bytes(b"# \xb1")
     assert run(tmp_path / "a.py", "--out", tmp_path / "out") == 2
     sentence = f"prepare_text: error: FILE takes UTF-8, got b'\\xb1' in {tmp_path}/a.py:1\n"
-    assert capsys.readouterr().err == sentence and not (tmp_path / "out" / "tokenizer.model").exists()
+    assert (
+        capsys.readouterr().err == sentence and not (tmp_path / "out" / "tokenizer.model").exists()
+    )
 
 
 def test_a_bad_line_is_found_in_any_range_and_the_rest_is_kept(
@@ -271,7 +351,17 @@ def test_a_bad_line_is_found_in_any_range_and_the_rest_is_kept(
     lines = [json.dumps({"text": f"{index} {TEXT}"}) for index in range(60)]
     path, out = tmp_path / "a.jsonl", tmp_path / "out"
     path.write_text("\n".join([*lines[:40], "not JSON", *lines[40:]]))
-    arguments = [str(path), "--out", str(out), "--tokenizer", str(model), "--part-mb", "0.004", "--valid", "0"]
+    arguments = [
+        str(path),
+        "--out",
+        str(out),
+        "--tokenizer",
+        str(model),
+        "--part-mb",
+        "0.004",
+        "--valid",
+        "0",
+    ]
     assert prepare_text.main([*arguments, "--workers", "2"]) == 2
     error = capfd.readouterr().err
     assert f"got not JSON in {path}:41" in error and error.count("\n") == 1
@@ -289,9 +379,18 @@ def test_a_bad_line_is_found_in_any_range_and_the_rest_is_kept(
         (["a.txt", "--part-mb", "0"], "--part-mb takes a size above 0, got 0"),
         (["a.txt", "--workers", "0"], "--workers takes 1 or more, got 0"),
         (["a.txt", "--vocab-size", "9999"], "takes a size that this text can fill, got 9999: "),
-        (["a.txt", "--tokenizer", "no.model"], "--tokenizer takes a SentencePiece model or a tokenizer.json, got no"),
-        (["a.txt", "--tokenizer", "a.txt"], "--tokenizer takes a SentencePiece model, got a.txt, which is not one"),
-        (["a.txt", "--tokenizer", "empty"], "--tokenizer takes a folder with a tokenizer.json, got empty without"),
+        (
+            ["a.txt", "--tokenizer", "no.model"],
+            "--tokenizer takes a SentencePiece model or a tokenizer.json, got no",
+        ),
+        (
+            ["a.txt", "--tokenizer", "a.txt"],
+            "--tokenizer takes a SentencePiece model, got a.txt, which is not one",
+        ),
+        (
+            ["a.txt", "--tokenizer", "empty"],
+            "--tokenizer takes a folder with a tokenizer.json, got empty without",
+        ),
     ],
 )
 def test_bad_arguments_are_one_sentence(
@@ -312,10 +411,16 @@ def test_bad_arguments_are_one_sentence(
 
 
 @pytest.mark.parametrize("named", ["tokenizer_config.json", "by its usual name", None])
-def test_a_hugging_face_tokenizer(named: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hugging_face_tokenizer(
+    named: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tokenizers = pytest.importorskip("tokenizers")
-    eod = {"tokenizer_config.json": "[END]", "by its usual name": "<|endoftext|>", None: "[OTHER]"}[named]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"one": 0, "two": 1, "[UNK]": 5}, unk_token="[UNK]"))
+    eod = {"tokenizer_config.json": "[END]", "by its usual name": "<|endoftext|>", None: "[OTHER]"}[
+        named
+    ]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"one": 0, "two": 1, "[UNK]": 5}, unk_token="[UNK]")
+    )
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens([eod])
     tokenizer.enable_truncation(1)
@@ -324,16 +429,24 @@ def test_a_hugging_face_tokenizer(named: str | None, tmp_path: Path, capsys: pyt
     if named == "tokenizer_config.json":
         (tmp_path / "hf" / named).write_text(json.dumps({"eos_token": {"content": eod}}))
     (tmp_path / "a.txt").write_text("two one three two")
-    status = run(tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", tmp_path / "hf", "--valid", 0)
+    status = run(
+        tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", tmp_path / "hf", "--valid", 0
+    )
     if named is None:
-        assert status == 2 and "--tokenizer takes a tokenizer_config.json with eos_token" in capsys.readouterr().err
+        assert (
+            status == 2
+            and "--tokenizer takes a tokenizer_config.json with eos_token"
+            in capsys.readouterr().err
+        )
         return
     tokens = Tokens(tmp_path / "out", context=4)
     loaded = load_tokenizer(tmp_path / "hf")
     assert status == 0 and (tokens.vocab_size, tokens.eod) == (loaded.vocab_size, loaded.eod)
     inputs, targets = tokens[0]
     assert inputs.tolist() == [1, 0, 5, 1] and targets.tolist() == [0, 5, 1, tokens.eod]
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (tmp_path / "hf" / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        tmp_path / "hf" / "tokenizer.json"
+    ).read_bytes()
 
 
 @pytest.fixture
@@ -350,13 +463,21 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_full_disk_keeps_what_was_done(
-    workers: str, small_disk: Path, corpus: Path, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    workers: str,
+    small_disk: Path,
+    corpus: Path,
+    model: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     arguments = [str(corpus), "--tokenizer", str(model), "--part-mb", "0.02", "--workers", workers]
     out = small_disk / "out"
     assert prepare_text.main([*arguments, "--out", str(out)]) == 2
     done, error = len(records(out)), capfd.readouterr().err
-    assert f"--out takes a disk with room, got {out} on a full one: {done} parts are done and kept" in error
+    assert (
+        f"--out takes a disk with room, got {out} on a full one: {done} parts are done and kept"
+        in error
+    )
     assert error.count("\n") == 1 and done > 0 and not list(out.rglob("*.tmp"))
     assert not (out / "tokens.json").exists()
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
@@ -366,7 +487,9 @@ def test_a_full_disk_keeps_what_was_done(
     assert contents(out) == contents(tmp_path / "roomy")
 
 
-def test_the_standard_library(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_standard_library(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = [file for file in documents.find_stdlib() if file.place < "b"]
     assert {"abc.py", "asyncio/tasks.py"} <= {file.place for file in files}
     index = prepare_text.prepare(files, tmp_path / "out", tokenizer=model, valid=0.1)

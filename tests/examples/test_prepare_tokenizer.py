@@ -50,7 +50,9 @@ def test_most_text_in_long_lines_gets_most_pieces(model_type: str, vocab_size: i
 
 def test_a_long_line_without_blanks_is_trained_on() -> None:
     random = Random(0)
-    text = "".join(random.choices(["東京都", "大阪府", "北海道", "沖縄県"], k=21_000))  # 189 kB in UTF-8
+    text = "".join(
+        random.choices(["東京都", "大阪府", "北海道", "沖縄県"], k=21_000)
+    )  # 189 kB in UTF-8
     learned = pieces(train_sentencepiece([text], 290))
     assert {"東京都", "大阪府", "北海道", "沖縄県"} < set(learned)
 
@@ -81,7 +83,9 @@ def test_any_text_trains_or_is_one_sentence_and_comes_back(text: str, times: int
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_the_same_texts_give_the_same_model(model_type: str) -> None:
     text = "".join(words(5000))
-    assert train_sentencepiece([text], 400, model_type) == train_sentencepiece([text], 400, model_type)
+    assert train_sentencepiece([text], 400, model_type) == train_sentencepiece(
+        [text], 400, model_type
+    )
 
 
 NONE = "SentencePiece makes no pieces"
@@ -116,7 +120,9 @@ def test_what_a_text_cannot_fill_is_said_of_the_text(
 
 @pytest.mark.parametrize("text", ["", "\n\r\n", "\0\0", "▅▅\n▅"])
 def test_nothing_to_train_on_is_said_of_the_text(text: str) -> None:
-    with pytest.raises(ValueError, match=r"^FILE takes text to train a tokenizer on, got nothing but "):
+    with pytest.raises(
+        ValueError, match=r"^FILE takes text to train a tokenizer on, got nothing but "
+    ):
         train_sentencepiece([text], 400)
 
 

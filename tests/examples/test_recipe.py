@@ -16,7 +16,12 @@ MILLIONS = {"gpt_125m": 124, "gpt_774m": 774, "gpt_1.3b": 1313}
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes_pass_on_four_ranks(path: Path) -> None:
     recipe = recipes.read_recipe(path, world_size=4)
-    assert (recipe.optimizer, recipe.tau, recipe.betas, recipe.weight_decay) == ("adamw2", 0.01, (0.9, 0.95), 0.1)
+    assert (recipe.optimizer, recipe.tau, recipe.betas, recipe.weight_decay) == (
+        "adamw2",
+        0.01,
+        (0.9, 0.95),
+        0.1,
+    )
     assert recipe.lr_warmup_steps == 0 and recipe.clip_grad == 1.0
 
 
@@ -24,11 +29,15 @@ def test_shipped_recipes_pass_on_four_ranks(path: Path) -> None:
 def test_parameters_are_what_the_name_says(name: str) -> None:
     recipe = recipes.read_recipe(RECIPES / f"{name}.yaml", world_size=8)
     assert recipe.seq_length == 1024
-    assert round(model.parameter_count(recipe, GPT2_VOCABULARY) / 1e6) == pytest.approx(MILLIONS[name], abs=1)
+    assert round(model.parameter_count(recipe, GPT2_VOCABULARY) / 1e6) == pytest.approx(
+        MILLIONS[name], abs=1
+    )
 
 
 def test_overrides_are_put_over_the_file() -> None:
-    recipe = recipes.read_recipe(RECIPES / "tiny.yaml", ["tau=auto", "lr=6e-3", "betas=[0.8, 0.9]"], 4)
+    recipe = recipes.read_recipe(
+        RECIPES / "tiny.yaml", ["tau=auto", "lr=6e-3", "betas=[0.8, 0.9]"], 4
+    )
     assert (recipe.tau, recipe.lr, recipe.betas) == ("balanced", 6e-3, (0.8, 0.9))
     assert recipe.data_parallel(4) == 2 and recipe.micro_batches(4) == 1
 
@@ -54,7 +63,10 @@ def test_overrides_are_put_over_the_file() -> None:
         ("num_attention_heads=3", "num_attention_heads takes a divisor of hidden_size 64, got 3"),
         ("tensor_parallel=3", "tensor_parallel takes a divisor of num_attention_heads 4, got 3"),
         ("pipeline_parallel=3", "pipeline_parallel takes a divisor of num_layers 2, got 3"),
-        ("seq_length=63", "sequence_parallel takes a tensor_parallel above 1 that divides seq_length 63, got 2"),
+        (
+            "seq_length=63",
+            "sequence_parallel takes a tensor_parallel above 1 that divides seq_length 63, got 2",
+        ),
         (
             "global_batch_size=12",
             "global_batch_size takes a multiple of micro_batch_size × data-parallel ranks = 8 × 2",

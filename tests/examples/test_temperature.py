@@ -1,4 +1,6 @@
-"""A temperature below 1 lowers attention's entropy while it lasts, as Watch sees it, and nothing else does."""
+"""A temperature below 1 lowers attention's entropy while it lasts, as Watch sees it, and nothing
+else does.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 from examples.collapse.model import GPT, GPTConfig
 from examples.temperature.__main__ import RUNS, Intervention, Story, main, mean, softened, train
 from weyl_megatron import AdamW2
-from weyl_megatron.stability.watch import Watch
+from weyl_megatron.watch.watch import Watch
 
 CHANGE = Intervention(0.1, 20, 30)
 STEPS = 40
@@ -26,7 +28,9 @@ def stories() -> dict[str, Story]:
 @pytest.mark.parametrize("name", ["adamw", "adamw2"])
 def test_entropy_falls_at_once_and_comes_back(name: str, stories: dict[str, Story]) -> None:
     usual, changed = stories[name], stories[f"{name}-changed"]
-    before, during, after = (mean(changed.entropies, *span) for span in ((10, 20), (20, 30), (30, 40)))
+    before, during, after = (
+        mean(changed.entropies, *span) for span in ((10, 20), (20, 30), (30, 40))
+    )
     assert during < 0.5 * before and after > 0.75 * before
     assert mean(usual.entropies, 20, 30) > 0.75 * before
 
@@ -34,7 +38,9 @@ def test_entropy_falls_at_once_and_comes_back(name: str, stories: dict[str, Stor
 @pytest.mark.parametrize("name", ["adamw", "adamw2"])
 def test_without_it_nothing_changes(name: str, stories: dict[str, Story]) -> None:
     usual, changed = stories[name], stories[f"{name}-changed"]
-    assert [usual.losses[step] for step in range(20)] == [changed.losses[step] for step in range(20)]
+    assert [usual.losses[step] for step in range(20)] == [
+        changed.losses[step] for step in range(20)
+    ]
     assert {step: value for step, value in usual.entropies.items() if step < 20} == {
         step: value for step, value in changed.entropies.items() if step < 20
     }
@@ -77,7 +83,9 @@ def test_watch_measures_the_attention_that_there_is() -> None:
         optimizer.step()
         measured.append(watch.step(loss))
         watch.close()
-    compared = [tag for tag in measured[0] if tag.endswith(("/entropy", "/entropy_bound", "/map_rank"))]
+    compared = [
+        tag for tag in measured[0] if tag.endswith(("/entropy", "/entropy_bound", "/map_rank"))
+    ]
     assert len(compared) == 3 * 8
     for tag in compared:
         assert measured[0][tag] == pytest.approx(measured[1][tag], rel=1e-4), tag
@@ -89,7 +97,10 @@ def test_an_error_inside_leaves_the_model_as_it_was() -> None:
         raise KeyError
     assert "forward" not in vars(model.blocks[0].attn)
     q = torch.randn(1, 1, 4, 8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(F.scaled_dot_product_attention(q, q, q), F.scaled_dot_product_attention(q, q, q, scale=8**-0.5))
+    assert torch.equal(
+        F.scaled_dot_product_attention(q, q, q),
+        F.scaled_dot_product_attention(q, q, q, scale=8**-0.5),
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,10 +108,15 @@ def test_an_error_inside_leaves_the_model_as_it_was() -> None:
     [
         (["--temperature", "0"], "temperature: temperature got 0.0, it takes a number above 0."),
         (["--temperature", "nan"], "temperature: temperature got nan, it takes a number above 0."),
-        (["--at", "5", "--until", "5"], "temperature: at, until got 5, 5, they take steps, until behind at."),
+        (
+            ["--at", "5", "--until", "5"],
+            "temperature: at, until got 5, 5, they take steps, until behind at.",
+        ),
         (["--steps", "120"], "temperature: steps got 120, it takes 150 (until) or more."),
     ],
 )
-def test_an_impossible_option_is_said(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_impossible_option_is_said(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(arguments) == 2
     assert capsys.readouterr().err.strip() == sentence

@@ -20,14 +20,23 @@ def write_folder(folder: Path, shards: list[int], dtype: str = "uint16") -> Path
     (folder / "shards").mkdir(parents=True)
     listed, first = [], 0
     for number, count in enumerate(shards):
-        numpy.arange(first, first + count, dtype=dtype).tofile(folder / f"shards/{number}.train.bin")
+        numpy.arange(first, first + count, dtype=dtype).tofile(
+            folder / f"shards/{number}.train.bin"
+        )
         listed.append([f"shards/{number}.train.bin", count])
         first += count
     splits = {
         "train": {"documents": 1, "tokens": first, "shards": listed},
         "valid": {"documents": 0, "tokens": 0, "shards": []},
     }
-    index = {"version": 1, "vocab_size": 70000, "eod": 2, "dtype": dtype, "tokenizer": "x", "splits": splits}
+    index = {
+        "version": 1,
+        "vocab_size": 70000,
+        "eod": 2,
+        "dtype": dtype,
+        "tokenizer": "x",
+        "splits": splits,
+    }
     (folder / "tokens.json").write_text(json.dumps(index))
     return folder
 
@@ -48,7 +57,9 @@ def test_a_sample_depends_on_its_number_and_the_seed_alone(tmp_path: Path) -> No
     folder = write_folder(tmp_path / "x", [500])
     tokens, again, other = (Tokens(folder, context=4, seed=seed) for seed in (0, 0, 1))
     order = [int(tokens[i][0][0]) for i in range(300)]
-    assert [int(pickle.loads(pickle.dumps(again))[i][0][0]) for i in reversed(range(300))] == order[::-1]
+    assert [int(pickle.loads(pickle.dumps(again))[i][0][0]) for i in reversed(range(300))] == order[
+        ::-1
+    ]
     assert order[:124] != order[124:248] and [int(other[i][0][0]) for i in range(300)] != order
     assert order[:4] == [168, 220, 124, 312], "runs that were begun before would not resume"
 
@@ -71,7 +82,9 @@ def test_an_order_is_a_permutation_of_every_epoch(count: int, seed: int, start: 
 
 
 def test_bad_folders_are_one_sentence(tmp_path: Path) -> None:
-    def fails(sentence: str, folder: Path, split: str = "train", context: int = 4, seed: int = 0) -> None:
+    def fails(
+        sentence: str, folder: Path, split: str = "train", context: int = 4, seed: int = 0
+    ) -> None:
         with pytest.raises(ValueError) as error:
             Tokens(folder, split, context=context, seed=seed)
         assert str(error.value).startswith(sentence) and "\n" not in str(error.value)

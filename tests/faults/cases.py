@@ -46,11 +46,16 @@ class Weight:
         elif self.kind == "stack":
             found = [(f"{name}[{e}]", expert) for e, expert in enumerate(whole)]
         elif self.pattern:
-            parts = whole.view(shape[0] // sum(self.pattern), sum(self.pattern), shape[1]).split(self.pattern, 1)
+            parts = whole.view(shape[0] // sum(self.pattern), sum(self.pattern), shape[1]).split(
+                self.pattern, 1
+            )
             found = [
-                (f"{name}[{n}]", part.reshape(part.shape[0] * part.shape[1], shape[1])) for n, part in enumerate(parts)
+                (f"{name}[{n}]", part.reshape(part.shape[0] * part.shape[1], shape[1]))
+                for n, part in enumerate(parts)
             ]
-        elif self.axis is not None and self.dim != self.axis:  # else its parts are of several ranks: it is kept whole
+        elif (
+            self.axis is not None and self.dim != self.axis
+        ):  # else its parts are of several ranks: it is kept whole
             labels = "qkv" if self.kind == "qkv" else "01"
             parts = whole.chunk(len(labels), self.axis)
             found = [(f"{name}[{label}]", part) for label, part in zip(labels, parts, strict=True)]
@@ -68,7 +73,9 @@ class Weight:
         return whole.narrow(self.dim, self.cuts[tp], self.cuts[tp + 1] - self.cuts[tp])
 
     def parameter(self, group: Any, tp: int) -> Parameter:
-        """Return it as tensor-parallel rank ``tp`` of a (stand-in) group has it; without a group whole."""
+        """Return it as tensor-parallel rank ``tp`` of a (stand-in) group has it; without a group
+        whole.
+        """
         fused: Fused | None = None
         labels = [str(part) for part in range(len(self.pattern))]
         if group is None or self.dim is None:
@@ -101,9 +108,31 @@ class Case:
     groups: tuple[dict[str, Any], ...]
 
 
-KINDS = ("matrix", "matrix", "matrix", "vector", "scalar", "conv", "stack", "qkv", "told", "repeated")
+KINDS = (
+    "matrix",
+    "matrix",
+    "matrix",
+    "vector",
+    "scalar",
+    "conv",
+    "stack",
+    "qkv",
+    "told",
+    "repeated",
+)
 STARTS = ("random", "random", "random", "zero", "1e-30", "1e30", "equal", "rank 1")
-GRADIENTS = ("random", "random", "rank 1", "zero", "1e-30", "1e30", "again", "spike", "one element", "none")
+GRADIENTS = (
+    "random",
+    "random",
+    "rank 1",
+    "zero",
+    "1e-30",
+    "1e30",
+    "again",
+    "spike",
+    "one element",
+    "none",
+)
 EXTENT = st.sampled_from([0, 1, 1, 2, 3, 4, 5, 6, 7, 9, 12])
 SHARE = st.sampled_from([0.0, 0.0, 0.1, 0.25, 1 / 3, 0.5, 0.6, 0.77, 0.9, 1.0])
 
@@ -136,7 +165,9 @@ def weights(draw: st.DrawFn, number: int, tp: int, dp: int) -> Weight:
         inner = sorted(draw(st.lists(st.integers(0, shape[dim]), min_size=tp - 1, max_size=tp - 1)))
         cuts = (0, *inner, shape[dim])
     return Weight(
-        {"qkv": f"h.{number}.c_attn.weight", "told": f"h.{number}.told"}.get(kind, f"h.{number}.{kind}"),
+        {"qkv": f"h.{number}.c_attn.weight", "told": f"h.{number}.told"}.get(
+            kind, f"h.{number}.{kind}"
+        ),
         *(kind, shape, draw(st.sampled_from(STARTS)), draw(st.integers(0, 1)), dim, cuts),
         tuple(sorted(draw(st.lists(SHARE, min_size=dp - 1, max_size=dp - 1)))),
         pattern,
@@ -145,7 +176,9 @@ def weights(draw: st.DrawFn, number: int, tp: int, dp: int) -> Weight:
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    tp, dp = draw(st.sampled_from([(1, 1), (1, 2), (1, 3), (1, 4), (1, 5), (2, 1), (3, 1), (5, 1), (2, 2)]))
+    tp, dp = draw(
+        st.sampled_from([(1, 1), (1, 2), (1, 3), (1, 4), (1, 5), (2, 1), (3, 1), (5, 1), (2, 2)])
+    )
     layout = draw(st.sampled_from(["flat", "pieces", "tensors"])) if dp > 1 else "plain"
     count = draw(st.integers(1, 4))
     drawn = tuple(draw(weights(number, tp, dp)) for number in range(count))
@@ -161,15 +194,26 @@ def cases(draw: st.DrawFn) -> Case:
         {"lr": draw(st.sampled_from([0.05, 1e-3, 1.0])), "weight_decay": decay, "tau": draw(tau)}
         for decay in (0.1, 0.0)
     )
-    told: list[dict[str, Any]] = [{"match": weight.name, "fused": 2} for weight in drawn if weight.kind == "told"]
+    told: list[dict[str, Any]] = [
+        {"match": weight.name, "fused": 2} for weight in drawn if weight.kind == "told"
+    ]
     told += [  # no name tells, and of some shapes a convolution is more likely
         {"match": weight.name, "kind": "experts"}
         for weight in drawn
         if weight.kind == "stack" and guessed_form(weight.shape) != "experts"
     ]
     return Case(
-        *(drawn, tp, dp, layout, tuple(sorted(draw(st.lists(SHARE, min_size=dp - 1, max_size=dp - 1))))),
-        *(draw(st.integers(0, 2)), tuple(draw(st.lists(st.sampled_from(GRADIENTS), min_size=1, max_size=4)))),
+        *(
+            drawn,
+            tp,
+            dp,
+            layout,
+            tuple(sorted(draw(st.lists(SHARE, min_size=dp - 1, max_size=dp - 1)))),
+        ),
+        *(
+            draw(st.integers(0, 2)),
+            tuple(draw(st.lists(st.sampled_from(GRADIENTS), min_size=1, max_size=4))),
+        ),
         *(draw(st.integers(0, 999)), {**options, "overrides": told}, groups),
     )
 
@@ -199,11 +243,15 @@ def numbers(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
 
 
 class Drawn:
-    """A case's numbers: weights, and gradients of every step (None: no gradient), of whole parameters."""
+    """A case's numbers: weights, and gradients of every step (None: no gradient), of whole
+    parameters.
+    """
 
     def __init__(self, case: Case, dtype: torch.dtype) -> None:
         generator = torch.Generator().manual_seed(case.seed)
-        self.start = [numbers(weight.start, weight.shape, generator).to(dtype) for weight in case.weights]
+        self.start = [
+            numbers(weight.start, weight.shape, generator).to(dtype) for weight in case.weights
+        ]
         self.grads: list[list[Tensor | None]] = []
         for step in range(STEPS):
             grads: list[Tensor | None] = []

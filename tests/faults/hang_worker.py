@@ -1,4 +1,6 @@
-"""torchrun worker: rank 1 does not come back from its third step for a while, beside examples/deepspeed's heartbeat."""
+"""torchrun worker: rank 1 does not come back from its third step for a while, beside
+examples/deepspeed's heartbeat.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from examples.deepspeed.heartbeat import Heartbeat
-from weyl_megatron.integrations.leave import leave
+from weyl_megatron.engines.shutdown import shutdown
 
 
 def stuck() -> None:
@@ -23,4 +25,4 @@ for step in range(4):
     dist.all_reduce(torch.ones(1))
     heartbeat.at(step + 1)
 heartbeat.close()
-leave()
+shutdown()

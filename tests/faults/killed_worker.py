@@ -1,6 +1,8 @@
-"""torchrun worker: examples/deepspeed's GPT script on a machine that kills a rank while it writes a checkpoint.
+"""torchrun worker: examples/deepspeed's GPT script on a machine that kills a rank while it writes a
+checkpoint.
 
-Usage: killed_worker.py RANK TAG, then the script's own arguments. RANK writes half of its first file of TAG, no more.
+Usage: killed_worker.py RANK TAG, then the script's own arguments. RANK writes half of its first
+    file of TAG, no more.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""torchrun worker, 3 ranks: DeepSpeed with parameters that some ranks, or some steps, have nothing of.
+"""torchrun worker, 3 ranks: DeepSpeed with parameters that some ranks, or some steps, have nothing
+of.
 
-Every loss is Σ p · c of numbers c that depend on the step, the rank and the parameter, so that the gradients are known
-and one process can be told them: their mean over the ranks, 0 where a rank has none. Where no rank has one, ZeRO-3
-steps with the last one again (DeepSpeed 0.19.8, with torch's AdamW as well).
+Every loss is Σ p · c of numbers c that depend on the step, the rank and the parameter, so that the
+gradients are known and one process can be told them: their mean over the ranks, 0 where a rank has
+none. Where no rank has one, ZeRO-3 steps with the last one again (DeepSpeed 0.19.8, with torch's
+AdamW as well).
 """
 
 from __future__ import annotations
@@ -16,13 +18,14 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from weyl_megatron.integrations.leave import leave
+from weyl_megatron.engines.shutdown import shutdown
 from weyl_megatron.reference import AdamW2Reference, exact_sigma
 
 STEPS = 6
 OPTIONS: dict[str, Any] = {"lr": 0.05, "betas": [0.9, 0.95], "weight_decay": 0.1, "tau": 0.01}
 
-#: What DeepSpeed itself cannot do: gather a parameter of size zero (ZeRO-3); reduce other buckets on other ranks.
+#: What DeepSpeed itself cannot do: gather a parameter of size zero (ZeRO-3); reduce other buckets
+#: on other ranks.
 EXCEPT = {("empty", 3), *(("one rank", stage) for stage in (1, 2, 3))}
 
 #: Which parameters a case has.
@@ -65,7 +68,9 @@ def expected(case: str, stage: int, world: int) -> dict[str, Tensor]:
     for step in range(STEPS):
         for name, p in net.named_parameters():
             ranks = [rank for rank in range(world) if has_gradient(case, name, step, rank)]
-            total = sum((factor(name, step, rank, tuple(p.shape)) for rank in ranks), torch.zeros_like(p))
+            total = sum(
+                (factor(name, step, rank, tuple(p.shape)) for rank in ranks), torch.zeros_like(p)
+            )
             if ranks or p.grad is None or stage < 3:
                 p.grad = total / world if p.numel() else None
         reference.step()
@@ -89,7 +94,11 @@ def train(case: str, stage: int) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in engine.module.named_parameters()}
     if stage == 3:
         return {name: safe_get_full_fp32_param(p) for name, p in engine.module.named_parameters()}
-    return {name: safe_get_full_fp32_param(p) for name, p in engine.module.named_parameters() if p.numel()}
+    return {
+        name: safe_get_full_fp32_param(p)
+        for name, p in engine.module.named_parameters()
+        if p.numel()
+    }
 
 
 def main() -> None:
@@ -101,7 +110,11 @@ def main() -> None:
                 continue
             try:
                 weights, right = train(case, stage), expected(case, stage, dist.get_world_size())
-                off = [float((w - right[n]).norm() / right[n].norm()) for n, w in weights.items() if right[n].numel()]
+                off = [
+                    float((w - right[n]).norm() / right[n].norm())
+                    for n, w in weights.items()
+                    if right[n].numel()
+                ]
                 found[f"{case} {stage}"] = max(off)
             except Exception as error:
                 found[f"{case} {stage}"] = f"{type(error).__name__}: {error}"
@@ -109,7 +122,7 @@ def main() -> None:
     dist.all_gather_object(everyone, found)
     if dist.get_rank() == 0:
         print("odd " + json.dumps(everyone), flush=True)
-    leave()
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -14,19 +14,29 @@ from weyl_megatron.layouts.buffers import Buffer, Layout, Shard
 
 
 class Rank:
-    """What one rank steps: tensors, and which elements of which whole parameter lie where in them."""
+    """What one rank steps: tensors, and which elements of which whole parameter lie where in
+    them.
+    """
 
     def __init__(
-        self, case: Case, drawn: Drawn, rank: int, tensor_group: Group | None, data_group: Group | None
+        self,
+        case: Case,
+        drawn: Drawn,
+        rank: int,
+        tensor_group: Group | None,
+        data_group: Group | None,
     ) -> None:
         self.tp, self.dp = rank % case.tp, rank // case.tp
         self.case, self.dtype = case, drawn.start[0].dtype
         groups = () if data_group is None else (data_group,)
         self.buffers: list[Buffer] = []
-        self.held: list[list[tuple[int, int, int, int]]] = []  # per buffer: weight, start, stop, offset
+        self.held: list[
+            list[tuple[int, int, int, int]]
+        ] = []  # per buffer: weight, start, stop, offset
         self.of_group: list[list[Tensor]] = [[], []]
         self.bands = [
-            weight.band(start, self.tp).reshape(-1) for weight, start in zip(case.weights, drawn.start, strict=True)
+            weight.band(start, self.tp).reshape(-1)
+            for weight, start in zip(case.weights, drawn.start, strict=True)
         ]
         parameters = [weight.parameter(tensor_group, self.tp) for weight in case.weights]
         for group in range(2):
@@ -35,8 +45,12 @@ class Rank:
                 length = max((offset + stop - start for _, start, stop, offset in held), default=0)
                 tensor = nn.Parameter(torch.zeros(length, dtype=self.dtype))
                 if case.layout == "plain":
-                    tensor = nn.Parameter(torch.zeros(parameters[held[0][0]].shape, dtype=self.dtype))
-                shards = tuple(Shard(parameters[n], start, stop, offset) for n, start, stop, offset in held)
+                    tensor = nn.Parameter(
+                        torch.zeros(parameters[held[0][0]].shape, dtype=self.dtype)
+                    )
+                shards = tuple(
+                    Shard(parameters[n], start, stop, offset) for n, start, stop, offset in held
+                )
                 is_listed = case.layout != "tensors" or length > 0
                 self.buffers.append(Buffer(tensor, shards, groups, None if is_listed else group))
                 self.held.append(held)
@@ -73,14 +87,17 @@ class Rank:
             at += spans[n][1] - spans[n][0]
         return [held] if mine else []
 
-    def _fill(self, tensor: Tensor, held: Sequence[tuple[int, int, int, int]], bands: Sequence[Tensor]) -> None:
+    def _fill(
+        self, tensor: Tensor, held: Sequence[tuple[int, int, int, int]], bands: Sequence[Tensor]
+    ) -> None:
         with torch.no_grad():
             for n, start, stop, offset in held:
                 tensor.view(-1)[offset : offset + stop - start] = bands[n][start:stop]
 
     def optimizer(self) -> AdamW2:
         groups = [
-            {"params": params, **options} for params, options in zip(self.of_group, self.case.groups, strict=True)
+            {"params": params, **options}
+            for params, options in zip(self.of_group, self.case.groups, strict=True)
         ]
         optimizer = AdamW2(groups, **self.case.options)
         optimizer._engine_layout = lambda: Layout(self.buffers)
@@ -99,7 +116,9 @@ class Rank:
                 self._fill(buffer.tensor.grad, held, bands)
 
     def pieces(self) -> list[tuple[int, int, Tensor]]:
-        """Return copies of what it holds: the weight's number, where it starts in this rank's band, the elements."""
+        """Return copies of what it holds: the weight's number, where it starts in this rank's band,
+        the elements.
+        """
         return [
             (n, start, buffer.tensor.detach().view(-1)[offset : offset + stop - start].clone())
             for buffer, held in zip(self.buffers, self.held, strict=True)
@@ -137,11 +156,16 @@ def run_whole(case: Case, drawn: Drawn) -> tuple[list[list[Tensor]], list[dict[s
     """Return the weights and stats of one process after every step."""
     params = [nn.Parameter(start.clone()) for start in drawn.start]
     groups = [
-        {"params": [p for p, w in zip(params, case.weights, strict=True) if w.group == group], **options}
+        {
+            "params": [p for p, w in zip(params, case.weights, strict=True) if w.group == group],
+            **options,
+        }
         for group, options in enumerate(case.groups)
     ]
     kept_whole = [
-        {"match": w.name, "fused": 1} for w in case.weights if w.axis is not None and w.axis == w.dim and not w.pattern
+        {"match": w.name, "fused": 1}
+        for w in case.weights
+        if w.axis is not None and w.axis == w.dim and not w.pattern
     ]
     options = {**case.options, "overrides": [*case.options["overrides"], *kept_whole]}
     optimizer = AdamW2(groups, **options)
@@ -172,6 +196,8 @@ def gathered(case: Case, drawn: Drawn, found: Sequence[Found], step: int) -> lis
             where = weight.band(index, rank % case.tp).reshape(-1)[start : start + elements.numel()]
             flat = whole[n].view(-1)
             before = flat[where]
-            assert bool(((before == elements) | before.isnan()).all()), f"{weight.name}: copies differ"
+            assert bool(((before == elements) | before.isnan()).all()), (
+                f"{weight.name}: copies differ"
+            )
             flat[where] = elements
     return whole

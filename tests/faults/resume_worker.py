@@ -1,6 +1,8 @@
-"""torchrun worker: trains, saves, goes on; then a new engine loads what was saved and goes on, too, for every case.
+"""torchrun worker: trains, saves, goes on; then a new engine loads what was saved and goes on, too,
+for every case.
 
-Usage: resume_worker.py CASES.json OUT_DIR. Imports nothing to train with AdamW2: DeepSpeed finds it by its name.
+Usage: resume_worker.py CASES.json OUT_DIR. Imports nothing to train with AdamW2: DeepSpeed finds it
+    by its name.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.faults import runs
-from weyl_megatron.integrations.leave import leave
+from weyl_megatron.engines.shutdown import shutdown
 
 SAVED, MORE = 4, 4
 
@@ -39,7 +41,12 @@ def resume(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     stats_resumed, losses_resumed = steps(resumed)
 
     loaded, ended = unlike(at_save, at_load), unlike(went_on, snapshot(resumed))
-    mine = {"loaded": loaded, "ended": ended, "stats": stats == stats_resumed, "losses": losses == losses_resumed}
+    mine = {
+        "loaded": loaded,
+        "ended": ended,
+        "stats": stats == stats_resumed,
+        "losses": losses == losses_resumed,
+    }
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     last = stats[-1].values()
@@ -48,8 +55,12 @@ def resume(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "tensors": len(went_on),
         "moved": not torch.equal(went_on["module wte.weight"], at_save["module wte.weight"]),
         "wrapper": type(engine.optimizer).__name__,
-        "steppings": len(engine.basic_optimizer._walks),
-        "matrices": {"all": len(last), "clipped": sum(x[3] for x in last), "certified": sum(x[5] for x in last)},
+        "steppings": len(engine.basic_optimizer._matrix_groups),
+        "matrices": {
+            "all": len(last),
+            "clipped": sum(x[3] for x in last),
+            "certified": sum(x[5] for x in last),
+        },
     }
 
 
@@ -62,8 +73,12 @@ def steps(engine: Any) -> tuple[list[Any], list[float]]:
 
 
 def snapshot(engine: Any) -> dict[str, Tensor]:
-    """Copies of this rank's weights, of those that the optimizer steps, and of its whole state, steps included."""
-    found = {f"module {name}": getattr(p, "ds_tensor", p) for name, p in engine.module.named_parameters()}
+    """Copies of this rank's weights, of those that the optimizer steps, and of its whole state,
+    steps included.
+    """
+    found = {
+        f"module {name}": getattr(p, "ds_tensor", p) for name, p in engine.module.named_parameters()
+    }
     for number, (master, state) in enumerate(engine.basic_optimizer.state.items()):
         found[f"master {number}"] = master
         found |= {f"{key} {number}": torch.as_tensor(value) for key, value in state.items()}
@@ -71,7 +86,11 @@ def snapshot(engine: Any) -> dict[str, Tensor]:
 
 
 def unlike(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
-    return [key for key in one.keys() | other.keys() if key not in one or not torch.equal(one[key], other.get(key))]
+    return [
+        key
+        for key in one.keys() | other.keys()
+        if key not in one or not torch.equal(one[key], other.get(key))
+    ]
 
 
 def main() -> None:
@@ -86,7 +105,7 @@ def main() -> None:
         if dist.get_rank() == 0:
             (out / f"{case['name']}.json").write_text(json.dumps(result))
         dist.barrier()
-    leave()
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What the workers here train: a tiny GPT under DeepSpeed, on the same global batch with any number of ranks."""
+"""What the workers here train: a tiny GPT under DeepSpeed, on the same global batch with any number
+of ranks.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from examples.collapse.model import GPT, GPTConfig
 SHAPE = GPTConfig(norm="pre", vocabulary=61, context=12, layers=2, heads=2, width=22)
 GLOBAL_BATCH = 6  # of which 1, 2 and 3 ranks take equal parts
 
-#: A rate at which τ clips most matrices; in the second block τ is so large that the certificate settles them.
+#: A rate at which τ clips most matrices; in the second block τ is so large that the certificate
+#: settles them.
 OPTIONS: dict[str, Any] = {"lr": 0.02, "betas": [0.9, 0.95], "weight_decay": 0.1, "tau": 0.01}
 OVERRIDES = [{"match": "blocks.1.*", "tau": 3.0}]
 
@@ -46,7 +49,9 @@ def config_of(case: dict[str, Any]) -> dict[str, Any]:
 
 
 def engine(case: dict[str, Any]) -> Any:
-    """Return a new engine, with two parameter groups, as most recipes have: with weight decay and without."""
+    """Return a new engine, with two parameter groups, as most recipes have: with weight decay and
+    without.
+    """
     torch.manual_seed(0)
     model = GPT(SHAPE)
     parameters = list(model.parameters())

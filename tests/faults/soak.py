@@ -1,9 +1,11 @@
-"""A soak: a run under ZeRO-3 that is stopped, killed, resumed and resized at random, beside one that is left alone.
+"""A soak: a run under ZeRO-3 that is stopped, killed, resumed and resized at random, beside one
+that is left alone.
 
     python -m tests.faults.soak            2,000 steps at 3 ranks: about 10 minutes on 2 cores
 
-Exits with 1 where a loss differs before the first resize, by more than 1e-3 after it; where ranks do not agree on the
-weights; where memory grows by more than 5 % after the first 200 steps of a process.
+Exits with 1 where a loss differs before the first resize, by more than 1e-3 after it; where ranks
+do not agree on the weights; where memory grows by more than 5 % after the first 200 steps of a
+process.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ WORKER = Path(__file__).with_name("soak_worker.py")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.faults.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tests.faults.soak",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
@@ -72,7 +76,9 @@ def disturb(out: Path, steps: int, dice: random.Random) -> list[tuple[int, str]]
         else:
             segment(out, until, steps, load, ranks)
         before, done = done, newest(out)
-        if done > before:  # else the run was killed before its first save, and starts from where it started
+        if (
+            done > before
+        ):  # else the run was killed before its first save, and starts from where it started
             load = "rigid"
         if kind == "resize" and done < steps:
             ranks = dice.choice([one for one in (1, 2, 3) if one != ranks]) if ranks == 3 else 3
@@ -85,10 +91,25 @@ def disturb(out: Path, steps: int, dice: random.Random) -> list[tuple[int, str]]
 
 
 def segment(
-    out: Path, last: int, total: int, load: str, ranks: int, *, kill_after: int | None = None, victim: int = 0
+    out: Path,
+    last: int,
+    total: int,
+    load: str,
+    ranks: int,
+    *,
+    kill_after: int | None = None,
+    victim: int = 0,
 ) -> None:
-    """Train up to step `last`; with `kill_after`, kill a rank once that step is logged, and with it the run."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    """Train up to step `last`; with `kill_after`, kill a rank once that step is logged, and with it
+    the run.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+    ]
     environment = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", PYTHONPATH=str(ROOT))
     before = len(read(out))
     with (out / "output.txt").open("a") as output:
@@ -111,7 +132,9 @@ def segment(
 
 
 def workers_of(launcher: int) -> list[int]:
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher)], capture_output=True, text=True)
+    listed = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(launcher)], capture_output=True, text=True
+    )
     return sorted(map(int, listed.stdout.split()))
 
 
@@ -124,8 +147,21 @@ def convert(out: Path) -> None:
     """DeepSpeed's own conversion of the newest checkpoint to its universal format."""
     step = newest(out)
     folder = out / "checkpoints" / f"step{step}"
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers", "1"]
-    command += ["--num_merge_workers", "1", "--input_folder", str(folder), "--output_folder", f"{folder}-universal"]
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.checkpoint.ds_to_universal",
+        "--num_extract_workers",
+        "1",
+    ]
+    command += [
+        "--num_merge_workers",
+        "1",
+        "--input_folder",
+        str(folder),
+        "--output_folder",
+        f"{folder}-universal",
+    ]
     environment = dict(os.environ, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -140,7 +176,9 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 def compare(calm: Path, rough: Path, events: Sequence[tuple[int, str]]) -> dict[str, Any]:
     undisturbed = {record["step"]: record["loss"] for record in read(calm)}
-    disturbed = {record["step"]: record["loss"] for record in read(rough)}  # of steps made twice, the last
+    disturbed = {
+        record["step"]: record["loss"] for record in read(rough)
+    }  # of steps made twice, the last
     assert undisturbed.keys() == disturbed.keys()
     resized = min((step for step, kind in events if "resize" in kind), default=len(undisturbed))
     apart = {step: abs(loss - disturbed[step]) / loss for step, loss in undisturbed.items()}
@@ -152,7 +190,9 @@ def compare(calm: Path, rough: Path, events: Sequence[tuple[int, str]]) -> dict[
     return {
         "steps": len(undisturbed),
         "events": ", ".join(f"{kind} after {step}" for step, kind in events),
-        "differences before the first resize": sum(value > 0 for step, value in apart.items() if step <= resized),
+        "differences before the first resize": sum(
+            value > 0 for step, value in apart.items() if step <= resized
+        ),
         "largest relative difference": max(apart.values()),
         "last loss": (undisturbed[len(undisturbed)], disturbed[len(undisturbed)]),
         "checks on which ranks disagreed": sum(not record["agree"] for record in checks),

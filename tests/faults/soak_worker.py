@@ -1,7 +1,9 @@
 """torchrun worker of soak.py: some steps of a run under ZeRO-3, on any of 1, 2, 3 or 6 ranks.
 
-Usage: soak_worker.py OUT LAST TOTAL LOAD: trains up to step LAST of TOTAL, from the newest checkpoint ("rigid"), from
-its universal copy ("universal") or from nothing ("none"). Appends to OUT/log.jsonl. Imports nothing to train with
+Usage: soak_worker.py OUT LAST TOTAL LOAD: trains up to step LAST of TOTAL, from the newest
+    checkpoint ("rigid"), from
+its universal copy ("universal") or from nothing ("none"). Appends to OUT/log.jsonl. Imports nothing
+to train with
 AdamW2: DeepSpeed finds it by its name.
 """
 
@@ -22,7 +24,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 
 from examples.collapse.model import GPT, GPTConfig
 from weyl_megatron.demo import data
-from weyl_megatron.integrations.leave import leave
+from weyl_megatron.engines.shutdown import shutdown
 
 BATCH, CONTEXT, SAVED_EVERY, HASHED_EVERY = 6, 32, 50, 100
 
@@ -32,11 +34,23 @@ def config_of(total: int, is_universal: bool) -> dict[str, Any]:
         "train_batch_size": BATCH,
         "train_micro_batch_size_per_gpu": BATCH // dist.get_world_size(),
         "gradient_clipping": 1.0,
-        "zero_optimization": {"stage": 3, "sub_group_size": 20_000, "stage3_param_persistence_threshold": 200},
-        "optimizer": {"type": "AdamW2", "params": {"lr": 3e-3, "betas": [0.9, 0.95], "tau": 0.01, "weight_decay": 0.1}},
+        "zero_optimization": {
+            "stage": 3,
+            "sub_group_size": 20_000,
+            "stage3_param_persistence_threshold": 200,
+        },
+        "optimizer": {
+            "type": "AdamW2",
+            "params": {"lr": 3e-3, "betas": [0.9, 0.95], "tau": 0.01, "weight_decay": 0.1},
+        },
         "scheduler": {
             "type": "WarmupCosineLR",
-            "params": {"total_num_steps": total, "warmup_num_steps": 1, "warmup_min_ratio": 1.0, "cos_min_ratio": 0.1},
+            "params": {
+                "total_num_steps": total,
+                "warmup_num_steps": 1,
+                "warmup_min_ratio": 1.0,
+                "cos_min_ratio": 0.1,
+            },
         },
         "checkpoint": {"load_universal": is_universal},
         "steps_per_print": 1_000_000,
@@ -44,7 +58,9 @@ def config_of(total: int, is_universal: bool) -> dict[str, Any]:
 
 
 def digest(engine: Any) -> str:
-    """Of all whole weights, and of what the optimizer takes from one step to the next, on this rank."""
+    """Of all whole weights, and of what the optimizer takes from one step to the next, on this
+    rank.
+    """
     found = hashlib.sha256()
     for parameter in engine.module.parameters():
         found.update(safe_get_full_fp32_param(parameter).numpy().tobytes())
@@ -65,12 +81,16 @@ def main() -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(norm="pre", layers=2, context=CONTEXT, width=48))
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=model.parameters(), config=config_of(total, load == "universal")
+        model=model,
+        model_parameters=model.parameters(),
+        config=config_of(total, load == "universal"),
     )
     step, checkpoints = 0, out / "checkpoints"
     if load != "none":
         tag = (checkpoints / "latest").read_text()
-        engine.load_checkpoint(str(checkpoints), tag=f"{tag}-universal" if load == "universal" else tag)
+        engine.load_checkpoint(
+            str(checkpoints), tag=f"{tag}-universal" if load == "universal" else tag
+        )
         step = int(tag.removeprefix("step"))
     log = (out / "log.jsonl").open("a") if rank == 0 else None
     while step < last:
@@ -91,7 +111,7 @@ def main() -> None:
             log.flush()
         if step % SAVED_EVERY == 0 or step == last:
             engine.save_checkpoint(str(checkpoints), tag=f"step{step}")
-    leave()
+    shutdown()
 
 
 def resident() -> float:

@@ -1,6 +1,8 @@
-"""torchrun worker: AdamW's checkpoint into AdamW2, its checkpoint into AdamW, and again, under every ZeRO stage.
+"""torchrun worker: AdamW's checkpoint into AdamW2, its checkpoint into AdamW, and again, under
+every ZeRO stage.
 
-Usage: switch_worker.py STAGES OUT_DIR. Imports nothing to train with AdamW2: DeepSpeed finds it by its name.
+Usage: switch_worker.py STAGES OUT_DIR. Imports nothing to train with AdamW2: DeepSpeed finds it by
+    its name.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch.distributed as dist
 
 from tests.faults import runs
 from tests.faults.resume_worker import snapshot, unlike
-from weyl_megatron.integrations.leave import leave
+from weyl_megatron.engines.shutdown import shutdown
 
 ADAMW: dict[str, Any] = {"optimizer": "AdamW"}
 INFINITE: dict[str, Any] = {"params": {"tau": float("inf"), "overrides": []}}
@@ -61,7 +63,9 @@ def switch(stage: int, folder: Path) -> dict[str, Any]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     passed_on = "adamw2_power" in back.basic_optimizer.param_groups[0]
-    return {"clipped": clipped, "passed on": passed_on} | {key: [one[key] for one in everyone] for key in mine}
+    return {"clipped": clipped, "passed on": passed_on} | {
+        key: [one[key] for one in everyone] for key in mine
+    }
 
 
 def trained(case: dict[str, Any], numbers: range) -> Any:
@@ -94,7 +98,7 @@ def main() -> None:
         dist.barrier()
     if dist.get_rank() == 0:
         (out / "found.json").write_text(json.dumps(found))
-    leave()
+    shutdown()
 
 
 if __name__ == "__main__":

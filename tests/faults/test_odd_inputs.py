@@ -1,4 +1,6 @@
-"""Inputs that training does not promise to spare an optimizer, each step judged by exact singular values."""
+"""Inputs that training does not promise to spare an optimizer, each step judged by exact singular
+values.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ Say = Callable[[str, str], None]
 
 OPTIONS: dict[str, Any] = {"lr": 0.05, "betas": (0.9, 0.95), "weight_decay": 0.1, "tau": 0.01}
 
-#: Of matrices with a side of 4 or less the vectors span everything; what is left is that a direction which is parallel
-#: to the others but for 1 % is not counted (``ritz.INDEPENDENT``), 1e-4 of σ₁ at most.
+#: Of matrices with a side of 4 or less the vectors span everything; what is left is that a
+#: direction which is parallel to the others but for 1 % is not counted (``ritz.INDEPENDENT``), 1e-4
+#: of σ₁ at most.
 SIGMA = 2e-4
 ROUNDING = 4 * torch.finfo(torch.float32).eps
 
@@ -55,7 +58,9 @@ class Judge:
         self.params = dict(named)
         self.twins = {name: p.detach().clone().requires_grad_() for name, p in named}
         self.references = {
-            name: AdamW2Reference([(name, twin)], **{**OPTIONS, **options}, sigma=lambda *_: exact_sigma)
+            name: AdamW2Reference(
+                [(name, twin)], **{**OPTIONS, **options}, sigma=lambda *_: exact_sigma
+            )
             for name, twin in self.twins.items()
         }
         self.worst = 0.0
@@ -86,7 +91,9 @@ class Judge:
                 self.worst = max(self.worst, off)
                 assert off <= max(sigma, rounding), (name, stats[name], rates[name])
             # No element of U is above (1 − β₁) / √(1 − β₂), which is below 5 here.
-            allowed = rounding * float(p.detach().abs().max()) + 5 * max(sigma, rounding) * rates.get(name, 0.0)
+            allowed = rounding * float(p.detach().abs().max()) + 5 * max(
+                sigma, rounding
+            ) * rates.get(name, 0.0)
             assert float((twin.detach() - p.detach()).abs().max()) <= allowed, name
 
 
@@ -94,7 +101,9 @@ def parameter(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float3
     return nn.Parameter((torch.randn(shape) * scale).to(dtype))
 
 
-def noise(named: Sequence[tuple[str, nn.Parameter]], scale: float = 1.0) -> dict[str, Tensor | None]:
+def noise(
+    named: Sequence[tuple[str, nn.Parameter]], scale: float = 1.0
+) -> dict[str, Tensor | None]:
     return {name: torch.randn(p.shape) * scale for name, p in named}
 
 
@@ -144,13 +153,19 @@ def test_parameters_of_size_zero_take_no_share_of_the_auto_budget(say: Say) -> N
 
 
 def test_vectors_of_size_zero_and_scalars_are_not_clipped(say: Say) -> None:
-    named = [("none", parameter(0)), ("one", nn.Parameter(torch.tensor(1.0))), ("three", nn.Parameter(torch.ones(3)))]
+    named = [
+        ("none", parameter(0)),
+        ("one", nn.Parameter(torch.tensor(1.0))),
+        ("three", nn.Parameter(torch.ones(3))),
+    ]
     optimizer = AdamW2(named, lr=0.1, tau=0.01, weight_decay=0.0, clip_vectors=True)
     for _, p in named:
         p.grad = torch.ones_like(p)
     optimizer.step()
     assert set(optimizer.stats()) == {"three"}
-    assert named[1][1].item() == pytest.approx(0.9) and named[2][1].tolist() == pytest.approx([0.99] * 3)
+    assert named[1][1].item() == pytest.approx(0.9) and named[2][1].tolist() == pytest.approx(
+        [0.99] * 3
+    )
     say(
         "clip_vectors with an empty vector and a scalar",
         "both take the scheduled rate",
@@ -159,7 +174,10 @@ def test_vectors_of_size_zero_and_scalars_are_not_clipped(say: Say) -> None:
 
 def test_matrices_of_one_row_or_column_follow_the_reference(say: Say) -> None:
     torch.manual_seed(0)
-    named = [(f"{m}x{n}", parameter(m, n)) for m, n in ((1, 7), (7, 1), (1, 1), (1, 40), (40, 1), (2, 33))]
+    named = [
+        (f"{m}x{n}", parameter(m, n))
+        for m, n in ((1, 7), (7, 1), (1, 1), (1, 40), (40, 1), (2, 33))
+    ]
     optimizer, judge = AdamW2(named, **OPTIONS), Judge(named)
     for _ in range(8):
         judge.step(optimizer, noise(named))
@@ -171,7 +189,10 @@ def test_matrices_of_one_row_or_column_follow_the_reference(say: Say) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weights", "floor_std"),  # σ₁ of numbers of one bit has no digits to compare: they have the floor
+    (
+        "weights",
+        "floor_std",
+    ),  # σ₁ of numbers of one bit has no digits to compare: they have the floor
     [(1e-42, 1e-3), (1e-30, 1e-3), (1e30, 1e-3), (1e-30, 0.0), (1e30, 0.0)],
     ids=str,
 )
@@ -192,10 +213,17 @@ def test_matrices_of_any_size_follow_the_reference(
 
 
 @pytest.mark.parametrize("gradients", [1e-42, 1e-30, 1e19, 1e25, 1e30], ids=str)
-def test_gradients_of_any_size_move_weights_as_adamw_does_where_nothing_is_clipped(gradients: float, say: Say) -> None:
-    """Squares of them vanish or overflow: V is 0 or infinite, U is M / ε or 0, and no number is lost by that."""
+def test_gradients_of_any_size_move_weights_as_adamw_does_where_nothing_is_clipped(
+    gradients: float, say: Say
+) -> None:
+    """Squares of them vanish or overflow: V is 0 or infinite, U is M / ε or 0, and no number is
+    lost by that.
+    """
     weights = []
-    for make in (lambda p: AdamW2([("w", p)], **{**OPTIONS, "tau": 100.0}), lambda p: torch.optim.AdamW([p], **ADAMW)):
+    for make in (
+        lambda p: AdamW2([("w", p)], **{**OPTIONS, "tau": 100.0}),
+        lambda p: torch.optim.AdamW([p], **ADAMW),
+    ):
         torch.manual_seed(0)
         weight = parameter(40, 33)
         optimizer = make(weight)
@@ -216,7 +244,9 @@ ADAMW = {key: value for key, value in OPTIONS.items() if key != "tau"}
 
 
 @pytest.mark.parametrize("columns", [7, 33], ids=str)
-def test_an_update_whose_second_moments_are_infinite_is_measured_as_the_0_that_it_is(columns: int, say: Say) -> None:
+def test_an_update_whose_second_moments_are_infinite_is_measured_as_the_0_that_it_is(
+    columns: int, say: Say
+) -> None:
     weight = parameter(9, columns)
     optimizer = AdamW2([("w", weight)], **OPTIONS)
     weight.grad = torch.full((9, columns), 3e38)
@@ -227,8 +257,12 @@ def test_an_update_whose_second_moments_are_infinite_is_measured_as_the_0_that_i
 
 @pytest.mark.parametrize("first", [1e-42, 1e-30, 1e-20, 0.0], ids=str)
 @pytest.mark.parametrize("steps", [1, 3], ids=lambda steps: f"after {steps}")
-def test_gradients_that_grow_by_thirty_decimals_at_once_are_bounded(first: float, steps: int, say: Say) -> None:
-    """Vectors are scaled by 1/σ₁ where it is tiny, and the next product with them overflows: ‖U‖_F stands in then."""
+def test_gradients_that_grow_by_thirty_decimals_at_once_are_bounded(
+    first: float, steps: int, say: Say
+) -> None:
+    """Vectors are scaled by 1/σ₁ where it is tiny, and the next product with them overflows: ‖U‖_F
+    stands in then.
+    """
     torch.manual_seed(0)
     named = [("w", parameter(12, 9)), ("row", parameter(1, 5))]
     optimizer = AdamW2(named, **OPTIONS)
@@ -241,7 +275,9 @@ def test_gradients_that_grow_by_thirty_decimals_at_once_are_bounded(first: float
             assert p.isfinite().all(), step
             change = exact_sigma(p.detach()) / before[name]
             assert change <= 1 + OPTIONS["tau"] * 1.01, "the step changes σ₁ by more than τ"
-    assert all(entry.clipped for entry in optimizer.stats().values()), "nothing was clipped: the case shows nothing"
+    assert all(entry.clipped for entry in optimizer.stats().values()), (
+        "nothing was clipped: the case shows nothing"
+    )
     say(
         f"gradients of {first:g} for {steps} steps, then of 1",
         "weights stay finite, no step changes σ₁ by more than τ",
@@ -249,7 +285,9 @@ def test_gradients_that_grow_by_thirty_decimals_at_once_are_bounded(first: float
 
 
 @pytest.mark.parametrize("kind", ["weights", "gradients", "both"])
-def test_matrices_whose_singular_values_are_all_equal_follow_the_reference(kind: str, say: Say) -> None:
+def test_matrices_whose_singular_values_are_all_equal_follow_the_reference(
+    kind: str, say: Say
+) -> None:
     torch.manual_seed(0)
     named = [("square", parameter(12, 12)), ("tall", parameter(9, 4))]
     if kind != "gradients":
@@ -257,10 +295,15 @@ def test_matrices_whose_singular_values_are_all_equal_follow_the_reference(kind:
             nn.init.orthogonal_(p)
     optimizer = AdamW2(named, **OPTIONS)
     judge = Judge(named)
-    signs = {name: torch.eye(*p.shape) for name, p in named}  # |M| / √V is 1 where it is not 0: U is orthogonal, too
+    signs = {
+        name: torch.eye(*p.shape) for name, p in named
+    }  # |M| / √V is 1 where it is not 0: U is orthogonal, too
     for _ in range(6):
-        # A step parts singular values by τ at most, and an iteration does not tell those that close apart at once.
-        judge.step(optimizer, signs if kind != "weights" else noise(named, 0.0), sigma=OPTIONS["tau"])
+        # A step parts singular values by τ at most, and an iteration does not tell those that close
+        # apart at once.
+        judge.step(
+            optimizer, signs if kind != "weights" else noise(named, 0.0), sigma=OPTIONS["tau"]
+        )
     say(
         f"{kind} whose singular values are all equal, 6 steps",
         f"every rate is the exact one to {judge.worst:.0e}",
@@ -274,7 +317,9 @@ def test_updates_of_rank_one_follow_the_reference(say: Say) -> None:
     options = {"betas": (0.0, 0.0)}
     optimizer, judge = AdamW2(named, **{**OPTIONS, **options}), Judge(named, **options)
     for _ in range(10):
-        grads = {name: torch.outer(torch.randn(p.shape[0]), torch.randn(p.shape[1])) for name, p in named}
+        grads = {
+            name: torch.outer(torch.randn(p.shape[0]), torch.randn(p.shape[1])) for name, p in named
+        }
         judge.step(optimizer, dict(grads))
     assert all(entry.clipped for entry in optimizer.stats().values())
     say(
@@ -285,13 +330,23 @@ def test_updates_of_rank_one_follow_the_reference(say: Say) -> None:
 
 def test_parameters_without_gradient_at_some_steps_or_ever_follow_the_reference(say: Say) -> None:
     torch.manual_seed(0)
-    named = [(name, parameter(8, 4)) for name in ("always", "odd steps", "from step 3", "until step 3", "never")]
+    named = [
+        (name, parameter(8, 4))
+        for name in ("always", "odd steps", "from step 3", "until step 3", "never")
+    ]
     optimizer, judge = AdamW2(named, **OPTIONS), Judge(named)
     never = named[-1][1].detach().clone()
     for step in range(8):
         grads = noise(named)
-        absent = {"odd steps": step % 2 == 0, "from step 3": step < 3, "until step 3": step >= 3, "never": True}
-        judge.step(optimizer, {name: None if absent.get(name) else grad for name, grad in grads.items()})
+        absent = {
+            "odd steps": step % 2 == 0,
+            "from step 3": step < 3,
+            "until step 3": step >= 3,
+            "never": True,
+        }
+        judge.step(
+            optimizer, {name: None if absent.get(name) else grad for name, grad in grads.items()}
+        )
     counts = {name: int(optimizer.state[p]["step"]) for name, p in named if p in optimizer.state}
     assert counts == {"always": 8, "odd steps": 4, "from step 3": 5, "until step 3": 3}
     assert torch.equal(named[-1][1], never)
@@ -323,7 +378,9 @@ def test_steps_without_any_gradient_change_nothing(say: Say) -> None:
 
 def test_parameters_frozen_unfrozen_and_added_later_follow_the_reference(say: Say) -> None:
     torch.manual_seed(0)
-    named = [(name, parameter(8, 4)) for name in ("plain", "frozen at first", "frozen later", "added")]
+    named = [
+        (name, parameter(8, 4)) for name in ("plain", "frozen at first", "frozen later", "added")
+    ]
     one, first, later, added = (p for _, p in named)
     first.requires_grad_(False)
     optimizer, judge = AdamW2(named[:3], **OPTIONS), Judge(named)
@@ -342,7 +399,9 @@ def test_parameters_frozen_unfrozen_and_added_later_follow_the_reference(say: Sa
             optimizer,
             {n: grads[n] if p.requires_grad and is_there.get(n, True) else None for n, p in named},
         )
-        assert set(optimizer.stats()) == {n for n, p in named if p.requires_grad and is_there.get(n, True)}
+        assert set(optimizer.stats()) == {
+            n for n, p in named if p.requires_grad and is_there.get(n, True)
+        }
     counts = [int(optimizer.state[p]["step"]) for p in (one, first, later, added)]
     assert counts == [9, 6, 6, 4]
     say(
@@ -353,13 +412,19 @@ def test_parameters_frozen_unfrozen_and_added_later_follow_the_reference(say: Sa
 
 @pytest.mark.parametrize("kernel", ["torch"], indirect=True)
 def test_bf16_parameters_without_masters_follow_the_reference(say: Say) -> None:
-    """What is stored has 8 bits: weights, moments and gradients; σ₁ and rates are computed in float32 and float64."""
+    """What is stored has 8 bits: weights, moments and gradients; σ₁ and rates are computed in
+    float32 and float64.
+    """
     torch.manual_seed(0)
     eps = torch.finfo(torch.bfloat16).eps
-    named = [("w", parameter(24, 4, dtype=torch.bfloat16)), ("b", parameter(9, dtype=torch.bfloat16))]
+    named = [
+        ("w", parameter(24, 4, dtype=torch.bfloat16)),
+        ("b", parameter(9, dtype=torch.bfloat16)),
+    ]
     optimizer, judge = AdamW2(named, **OPTIONS), Judge(named)
     for _ in range(8):
-        # M, V and U are rounded at each operation, here and there in another order: a few times 2⁻⁸ of a rate.
+        # M, V and U are rounded at each operation, here and there in another order: a few times 2⁻⁸
+        # of a rate.
         judge.step(optimizer, noise(named), rounding=4 * eps)
     assert optimizer.stats()["w"].clipped
     weights = []
@@ -396,7 +461,9 @@ def test_parameters_of_several_dtypes_are_stepped_side_by_side(say: Say) -> None
 
 
 @pytest.mark.parametrize("kind", ["complex", "sparse", "integer"])
-def test_what_is_no_dense_real_gradient_is_refused_before_anything_moves(kind: str, say: Say) -> None:
+def test_what_is_no_dense_real_gradient_is_refused_before_anything_moves(
+    kind: str, say: Say
+) -> None:
     torch.manual_seed(0)
     good = parameter(4, 4)
     bad = parameter(4, 4)
@@ -407,7 +474,9 @@ def test_what_is_no_dense_real_gradient_is_refused_before_anything_moves(kind: s
     good.grad = torch.ones(4, 4)
     bad.grad = torch.ones(4, 4).to_sparse() if kind == "sparse" else torch.ones_like(bad)
     before = good.detach().clone()
-    message = "sparse gradient, it takes dense" if kind == "sparse" else f"parameter 'bad' is {bad.dtype}"
+    message = (
+        "sparse gradient, it takes dense" if kind == "sparse" else f"parameter 'bad' is {bad.dtype}"
+    )
     with pytest.raises(ValueError, match=message) as refused:
         AdamW2([("good", good), ("bad", bad)]).step()
     assert torch.equal(good, before)
@@ -431,7 +500,9 @@ EXCEPT = {("empty", 3), *(("one rank", stage) for stage in (1, 2, 3))}
 
 @pytest.fixture(scope="module")
 def on_ranks() -> list[dict[str, Any]]:
-    """Every case in one launch, see odd_worker.py: how far each rank found its weights from the reference's."""
+    """Every case in one launch, see odd_worker.py: how far each rank found its weights from the
+    reference's.
+    """
     pytest.importorskip("deepspeed")
     output = torchrun(Path(__file__).with_name("odd_worker.py"), 3)
     found = re.search(r"^odd (.*)$", output, re.M)
@@ -441,7 +512,8 @@ def on_ranks() -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kernel", ["cpu"], indirect=True)
 @pytest.mark.parametrize(
-    ("case", "stage"), [(case, stage) for case in CASES for stage in range(4) if (case, stage) not in EXCEPT]
+    ("case", "stage"),
+    [(case, stage) for case in CASES for stage in range(4) if (case, stage) not in EXCEPT],
 )
 def test_under_deepspeed_on_three_ranks_it_follows_the_reference(
     on_ranks: list[dict[str, Any]], case: str, stage: int, say: Say
@@ -472,18 +544,27 @@ def test_an_update_that_is_orthogonal_to_all_vectors_is_bounded(say: Say) -> Non
     """Products with it are exactly 0, as if it were; ‖U‖_F is not."""
     weight = nn.Parameter(torch.ones(1, 8))
     options = {"lr": 0.5, "betas": (0.0, 0.5)}
-    optimizer, judge = AdamW2([("w", weight)], **{**OPTIONS, **options}), Judge([("w", weight)], **options)
+    optimizer, judge = (
+        AdamW2([("w", weight)], **{**OPTIONS, **options}),
+        Judge([("w", weight)], **options),
+    )
     for step in range(8):
         judge.step(optimizer, {"w": torch.eye(8)[step : step + 1]})
         assert optimizer.stats()["w"].clipped
-    say("one element of a 1×8 matrix moves at each step, another one", f"every rate is exact to {judge.worst:.0e}")
+    say(
+        "one element of a 1×8 matrix moves at each step, another one",
+        f"every rate is exact to {judge.worst:.0e}",
+    )
 
 
 @pytest.mark.xfail(
-    reason="all vectors are 0 in columns that had no gradient, and products never lead there", strict=True
+    reason="all vectors are 0 in columns that had no gradient, and products never lead there",
+    strict=True,
 )
 def test_a_block_of_a_block_diagonal_update_that_wakes_up_is_bounded(say: Say) -> None:
-    """Rows and columns that share nothing with those before: U is block diagonal, and the new block's σ₁ is larger."""
+    """Rows and columns that share nothing with those before: U is block diagonal, and the new
+    block's σ₁ is larger.
+    """
     torch.manual_seed(0)
     named = [("w", parameter(12, 12))]
     optimizer, judge = AdamW2(named, **{**OPTIONS, "lr": 1.0}), Judge(named, lr=1.0)
@@ -493,4 +574,7 @@ def test_a_block_of_a_block_diagonal_update_that_wakes_up_is_bounded(say: Say) -
         if step >= 5:
             grad[6:, 6:] = 1.0
         judge.step(optimizer, {"w": grad}, sigma=0.1)  # of a step whose update is another
-    say("a block of a block-diagonal gradient that is 0 for 5 steps", f"every rate is exact to {judge.worst:.0e}")
+    say(
+        "a block of a block-diagonal gradient that is 0 for 5 steps",
+        f"every rate is exact to {judge.worst:.0e}",
+    )

@@ -1,4 +1,6 @@
-"""A run that goes on with another number of ranks, through DeepSpeed's universal checkpoint: 2, then 3, then 1."""
+"""A run that goes on with another number of ranks, through DeepSpeed's universal checkpoint: 2,
+then 3, then 1.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ pytest.importorskip("deepspeed")
 
 WORKER = Path(__file__).with_name("universal_worker.py")
 
-#: Two ranks save, three go on from there and save, one goes on from there; and one process that nothing disturbs.
+#: Two ranks save, three go on from there and save, one goes on from there; and one process that
+#: nothing disturbs.
 LEGS = {
     "two": (2, {"until": 5, "save": 4}),
     "three": (3, {"load": 4, "until": 7, "save": 6}),
@@ -34,7 +37,8 @@ CASES: list[dict[str, Any]] = [
     {"name": "z1-adamw", "stage": 1, "optimizer": "AdamW"},
 ]
 
-#: DeepSpeed's script on several checkpoints in one process. A key that it asks of whoever saved it can add itself.
+#: DeepSpeed's script on several checkpoints in one process. A key that it asks of whoever saved it
+#: can add itself.
 CONVERT = """
 import runpy, sys
 for folder in sys.argv[1:]:
@@ -46,7 +50,9 @@ for folder in sys.argv[1:]:
 
 def convert(folder: Path, step: int) -> None:
     saved = [str(folder / case["name"] / f"step_{step}") for case in CASES]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
+    environment = dict(
+        os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES=""
+    )
     command = [sys.executable, "-c", CONVERT, *saved]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -64,7 +70,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
             convert(folder, leg["save"])
     found: dict[str, dict[str, Any]] = {}
     for case in CASES:
-        of_case = {name: torch.load(folder / f"{case['name']}-{name}.pt", weights_only=False) for name in LEGS}
+        of_case = {
+            name: torch.load(folder / f"{case['name']}-{name}.pt", weights_only=False)
+            for name in LEGS
+        }
         errors = [told["error"] for told in of_case.values() if "error" in told]
         assert not errors, errors[0]
         found[case["name"]] = of_case
@@ -74,7 +83,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 def apart(one: dict[str, Any], other: dict[str, Any]) -> float:
     """The largest relative distance of a parameter."""
     weights = {name: weight for name, weight in one["state"].items() if " " not in name}
-    return max(float((weights[name] - other["state"][name]).norm() / other["state"][name].norm()) for name in weights)
+    return max(
+        float((weights[name] - other["state"][name]).norm() / other["state"][name].norm())
+        for name in weights
+    )
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -96,16 +108,22 @@ def test_weights_moments_and_steps_are_the_same_right_after_a_resize(
     record_property("survived", "weights, moments and step counts bit for bit at both loads")
 
 
-@pytest.mark.parametrize("name", [case["name"] for case in CASES if case.get("optimizer") != "AdamW"])
+@pytest.mark.parametrize(
+    "name", [case["name"] for case in CASES if case.get("optimizer") != "AdamW"]
+)
 def test_the_first_steps_after_a_resize_are_those_of_the_run_that_went_on(
     runs: dict[str, dict[str, Any]], name: str, record_property: Callable[[str, object], None]
 ) -> None:
     two, three, one, undisturbed = (runs[name][leg] for leg in LEGS)
-    record_property("tried", f"{name}: the steps after 2 ranks → 3 → 1, and the whole run against 1 process")
+    record_property(
+        "tried", f"{name}: the steps after 2 ranks → 3 → 1, and the whole run against 1 process"
+    )
     for states, step in ((three, 5), (one, 7)):
         flags = [(entry[3], entry[5]) for entry in states[step]["stats"].values()]
         assert any(clipped for clipped, _ in flags), "nothing was clipped: the case shows nothing"
-    assert any(entry[5] for entry in two[5]["stats"].values()), "nothing was certified: the case shows nothing"
+    assert any(entry[5] for entry in two[5]["stats"].values()), (
+        "nothing was certified: the case shows nothing"
+    )
     first, second = apart(three[5], two[5]), apart(one[7], three[7])
     # What gradients that are summed in another order make of a step: AdamW's is of the same size.
     control = apart(runs["z1-adamw"]["three"][5], runs["z1-adamw"]["two"][5])
@@ -113,13 +131,19 @@ def test_the_first_steps_after_a_resize_are_those_of_the_run_that_went_on(
     whole = apart(one[8], undisturbed[8])
     assert whole < 1e-5  # eight steps of such sums
     told = (
-        f"first step after 3 and after 1: {first:.0e}, {second:.0e} apart (AdamW's {control:.0e}); 8 steps: {whole:.0e}"
+        f"first step after 3 and after 1: {first:.0e}, {second:.0e} apart (AdamW's "
+        f"{control:.0e}); 8 steps: {whole:.0e}"
     )
     record_property("survived", told)
 
 
-def test_deepspeed_gives_all_groups_the_first_one_s_values_under_zero_3(runs: dict[str, dict[str, Any]]) -> None:
-    # The others' weight decay must be set again; this fails when DeepSpeed does better, and the docs should then, too.
-    decays = {name: [group["weight_decay"] for group in runs[name]["three"]["groups"]] for name in runs}
+def test_deepspeed_gives_all_groups_the_first_one_s_values_under_zero_3(
+    runs: dict[str, dict[str, Any]],
+) -> None:
+    # The others' weight decay must be set again; this fails when DeepSpeed does better, and the
+    # docs should then, too.
+    decays = {
+        name: [group["weight_decay"] for group in runs[name]["three"]["groups"]] for name in runs
+    }
     assert decays["z1"] == decays["z2-offload"] == [0.1, 0.0]
     assert decays["z3-sub-groups"] == [0.1, 0.1]

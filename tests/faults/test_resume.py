@@ -1,4 +1,6 @@
-"""A run under DeepSpeed that was stopped goes on bit for bit as the run that was not, in every way it is spread."""
+"""A run under DeepSpeed that was stopped goes on bit for bit as the run that was not, in every way
+it is spread.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,24 @@ def cases_of() -> list[dict[str, Any]]:
     ]
     # DeepSpeed gives this combination to BF16_Optimizer instead of its ZeRO-1 optimizer.
     cases.append({"stage": 1, "dtype": "bf16", "grad_dtype": "fp32", "label": "bf16-optimizer"})
-    cases.append({"stage": 3, "dtype": "fp32", "zero": {"sub_group_size": 3000}, "label": "sub-groups"})
-    cases.append({"stage": 2, "dtype": "fp32", "zero": {"round_robin_gradients": True}, "label": "round-robin"})
+    cases.append(
+        {"stage": 3, "dtype": "fp32", "zero": {"sub_group_size": 3000}, "label": "sub-groups"}
+    )
+    cases.append(
+        {
+            "stage": 2,
+            "dtype": "fp32",
+            "zero": {"round_robin_gradients": True},
+            "label": "round-robin",
+        }
+    )
     for case in cases:
-        words = [f"z{case['stage']}", case["dtype"], "offload" if case.get("offload") else "", case.get("label", "")]
+        words = [
+            f"z{case['stage']}",
+            case["dtype"],
+            "offload" if case.get("offload") else "",
+            case.get("label", ""),
+        ]
         case["name"] = "-".join(filter(None, words))
     return cases
 
@@ -52,7 +68,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     result = json.loads((results / f"{case['name']}.json").read_text())
     assert "error" not in result, result["error"]
     matrices = result["matrices"]
-    record_property("tried", f"{case['name']}, 2 ranks: saved after 4 steps, loaded by a new engine, 4 steps more")
+    record_property(
+        "tried",
+        f"{case['name']}, 2 ranks: saved after 4 steps, loaded by a new engine, 4 steps more",
+    )
     assert matrices["clipped"] and matrices["certified"], matrices
     if case.get("label") == "bf16-optimizer":
         assert result["wrapper"] == "BF16_Optimizer"
@@ -60,6 +79,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     if case.get("label") == "sub-groups":
         assert result["steppings"] > 2, "there are no sub-groups: the case shows nothing"
     for rank, told in enumerate(result["ranks"]):
-        assert told == {"loaded": [], "ended": [], "stats": True, "losses": True}, f"rank {rank}: {told}"
-    survived = f"bit for bit: weights, masters, moments, steps ({result['tensors']} tensors a rank), losses and σ₁; "
-    record_property("survived", survived + f"{matrices['clipped']} matrices clipped, {matrices['certified']} certified")
+        assert told == {"loaded": [], "ended": [], "stats": True, "losses": True}, (
+            f"rank {rank}: {told}"
+        )
+    survived = (
+        f"bit for bit: weights, masters, moments, steps ({result['tensors']} tensors a "
+        "rank), losses and σ₁; "
+    )
+    record_property(
+        "survived",
+        survived + f"{matrices['clipped']} matrices clipped, {matrices['certified']} certified",
+    )

@@ -1,4 +1,6 @@
-"""What is given to be read is read, never run: checkpoints, recipes, configs; and nothing is fetched by an import."""
+"""What is given to be read is read, never run: checkpoints, recipes, configs; and nothing is
+fetched by an import.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +31,24 @@ FETCHERS = {"urllib", "requests", "httpx", "aiohttp", "ftplib", "http", "hugging
 
 #: What runs or fetches something all the same, by file and call, and why.
 EXCEPTIONS = {
-    ("examples/megatron/checkpoint.py", "dist_checkpointing.load"): "Megatron's own format, whose index is read before",
-    ("examples/megatron/checkpoint.py", "import pickle"): "an unpickler that finds torch's own records only",
-    ("examples/deepspeed/loop.py", "engine.load_checkpoint"): "every file was read with weights_only=True before",
+    (
+        "examples/megatron/checkpoint.py",
+        "dist_checkpointing.load",
+    ): "Megatron's own format, whose index is read before",
+    (
+        "examples/megatron/checkpoint.py",
+        "import pickle",
+    ): "an unpickler that finds torch's own records only",
+    (
+        "examples/deepspeed/loop.py",
+        "engine.load_checkpoint",
+    ): "every file was read with weights_only=True before",
     ("examples/deepspeed/loop.py", "import pickle"): "the class of an error",
-    ("weyl_megatron/stability/plan_models.py", "transformers.AutoConfig.from_pretrained"): "a config that a user names",
-    ("weyl_megatron/stability/plan_models.py", "import pickle"): "the class of an error",
+    (
+        "weyl_megatron/plan/models.py",
+        "transformers.AutoConfig.from_pretrained",
+    ): "a config that a user names",
+    ("weyl_megatron/plan/models.py", "import pickle"): "the class of an error",
 }
 
 
@@ -44,16 +58,24 @@ def called(node: ast.expr) -> str:
 
 
 def keyword(call: ast.Call, name: str) -> Any:
-    """Return the constant that a call gives for a keyword; None where it gives none, or no constant."""
+    """Return the constant that a call gives for a keyword; None where it gives none, or no
+    constant.
+    """
     found = next((each.value for each in call.keywords if each.arg == name), None)
     return found.value if isinstance(found, ast.Constant) else None
 
 
 def offences(source: str) -> Iterator[tuple[int, str]]:
-    """Yield the line and the name of every call and import that may run, or fetch, what it is given."""
+    """Yield the line and the name of every call and import that may run, or fetch, what it is
+    given.
+    """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+            )
             for name in names:
                 if name.split(".")[0] in READERS | FETCHERS:
                     yield node.lineno, f"import {name}"
@@ -67,7 +89,9 @@ def may_run(call: ast.Call) -> bool:
     return (
         name in ("eval", "exec", "compile", "__import__", "os.system", "os.popen")
         or (name == "torch.load" and keyword(call, "weights_only") is not True)
-        or (first == "yaml" and last.endswith(("load", "load_all")) and not last.startswith("safe_"))
+        or (
+            first == "yaml" and last.endswith(("load", "load_all")) and not last.startswith("safe_")
+        )
         or (first in READERS and last in ("load", "loads", "Unpickler", "open"))
         or name in ("dist_checkpointing.load", "torch.hub.load")
         or last in ("load_checkpoint", "from_pretrained")
@@ -125,7 +149,9 @@ def test_no_source_runs_what_it_reads(record_property: Record) -> None:
     unexplained = {place: line for place, line in found.items() if place not in EXCEPTIONS}
     assert not unexplained
     assert not EXCEPTIONS.keys() - found.keys(), "explained, but not there"
-    record_property("tried", f"a search of {len(files)} files for what runs or fetches what it reads")
+    record_property(
+        "tried", f"a search of {len(files)} files for what runs or fetches what it reads"
+    )
     record_property("survived", f"nothing but {len(EXCEPTIONS)} calls with a reason each")
 
 
@@ -172,7 +198,9 @@ def test_plan_refuses_a_checkpoint_that_would_run_code(
         pytest.importorskip("safetensors")
     sentence = weyl("plan", str(path))
     assert sentence.startswith(f"plan: {path} is no ") and not went_off.exists()
-    record_property("tried", f"weyl-megatron plan of a {suffix} file that is a {form} with a call in it")
+    record_property(
+        "tried", f"weyl-megatron plan of a {suffix} file that is a {form} with a call in it"
+    )
     record_property("survived", "refused in one sentence, nothing ran")
     with path.open("rb") as file:  # it is a bomb
         (torch.load(file, weights_only=False) if form != "pickle" else pickle.load(file))
@@ -195,7 +223,10 @@ def test_plan_refuses_a_recipe_that_would_run_code(
     path.write_text(YAML_BOMBS[bomb].format(path=went_off))
     sentence = weyl("plan", str(path))
     assert "is no YAML" in sentence and not went_off.exists()
-    record_property("tried", f"weyl-megatron plan of a YAML recipe with {YAML_BOMBS[bomb].split('[')[0].strip()}")
+    record_property(
+        "tried",
+        f"weyl-megatron plan of a YAML recipe with {YAML_BOMBS[bomb].split('[')[0].strip()}",
+    )
     record_property("survived", "refused in one sentence, nothing ran")
 
 
@@ -225,16 +256,39 @@ def test_examples_refuse_a_recipe_that_would_run_code(
     else:
         override = ["--set", text.replace("lr: ", "lr=")]
     script = ROOT / "examples" / example / "pretrain_gpt.py"
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    environment = {
+        **os.environ,
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(ROOT),
+    }
+    environment |= {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
     data = ["--data", str(tmp_path)]
     command = [sys.executable, str(script), str(path), *data, *override]
-    command += ["--out", str(tmp_path / "out")] if example == "deepspeed" else ["--tokenizer", str(tmp_path)]
+    command += (
+        ["--out", str(tmp_path / "out")]
+        if example == "deepspeed"
+        else ["--tokenizer", str(tmp_path)]
+    )
     run = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, cwd=tmp_path
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
     )
     assert run.returncode != 0 and "Traceback" not in run.stderr, run.stderr[-3000:]
-    assert "take YAML, got could not determine a constructor for the tag" in run.stderr, run.stderr[-3000:]
+    assert "take YAML, got could not determine a constructor for the tag" in run.stderr, run.stderr[
+        -3000:
+    ]
     assert not went_off.exists()
     record_property("tried", f"examples/{example} with a call in the recipe's {where}")
     record_property("survived", "refused in one sentence, nothing ran")
@@ -242,7 +296,11 @@ def test_examples_refuse_a_recipe_that_would_run_code(
 
 @pytest.mark.parametrize("log", ["stability.jsonl", "log.jsonl"])
 def test_the_report_runs_nothing_that_it_reads(
-    log: str, tmp_path: Path, went_off: Path, capsys: pytest.CaptureFixture[str], record_property: Record
+    log: str,
+    tmp_path: Path,
+    went_off: Path,
+    capsys: pytest.CaptureFixture[str],
+    record_property: Record,
 ) -> None:
     folder, page = tmp_path / "run", tmp_path / "report.html"
     folder.mkdir()
@@ -255,8 +313,12 @@ def test_the_report_runs_nothing_that_it_reads(
     record_property("survived", "named as no JSON, nothing ran")
 
 
-def test_plan_runs_no_code_that_a_config_brings_along(tmp_path: Path, went_off: Path, record_property: Record) -> None:
-    """Hugging Face's configs may name Python files beside them, which transformers runs where it is told to."""
+def test_plan_runs_no_code_that_a_config_brings_along(
+    tmp_path: Path, went_off: Path, record_property: Record
+) -> None:
+    """Hugging Face's configs may name Python files beside them, which transformers runs where it is
+    told to.
+    """
     pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text(
         '{"model_type": "of its own", "auto_map": {"AutoConfig": "configuration_bomb.Config"}}'
@@ -299,7 +361,12 @@ def test_the_deepspeed_example_refuses_a_checkpoint_that_would_run_code(
     torch.save({"module": Bomb(went_off)}, path, _use_new_zipfile_serialization=form == "zip")
     run = subprocess.run(
         [sys.executable, "-c", RESUME, str(tmp_path)],
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        env={
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": str(ROOT),
+        },
         capture_output=True,
         text=True,
         timeout=120,
@@ -331,7 +398,11 @@ def test_the_megatron_example_refuses_a_checkpoint_that_would_run_code(
     path = tmp_path / ".metadata"
     path.write_bytes(pickle.dumps({"state_dict_metadata": Bomb(went_off)}))
     run = subprocess.run(
-        [sys.executable, "-c", INDEX, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", INDEX, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert run.returncode == 1 and run.stderr.strip().splitlines()[-1] == (
         f"--load takes torch's own records in {path}, got posix.mkdir, which could run code"
@@ -365,7 +436,9 @@ print(count, "modules")
 
 
 def test_no_import_uses_the_network(record_property: Record) -> None:
-    run = subprocess.run([sys.executable, "-c", NO_NETWORK], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    run = subprocess.run(
+        [sys.executable, "-c", NO_NETWORK], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     count = re.search(r"(\d+) modules", run.stdout)
     assert count is not None and int(count[1]) > 60, run.stdout
@@ -374,7 +447,9 @@ def test_no_import_uses_the_network(record_property: Record) -> None:
 
 
 def test_the_forbidden_network_is_noticed() -> None:
-    code = NO_NETWORK.replace("import torch, weyl_megatron\n", "socket.create_connection(('127.0.0.1', 1))\n")
+    code = NO_NETWORK.replace(
+        "import torch, weyl_megatron\n", "socket.create_connection(('127.0.0.1', 1))\n"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.returncode != 0 and "the network was used" in run.stderr
 
@@ -394,7 +469,11 @@ def test_every_dependency_has_a_bound_and_says_what_it_is_for(record_property: R
     lines, found = source.splitlines(), list(dependencies(source))
     assert len(found) > 20
     for number, requirement in found:
-        assert re.fullmatch(r"[A-Za-z0-9_.-]+>=\d[\d.]*", requirement), f"{requirement} takes a lower bound"
-        assert re.search(r"#\s*\S.{4,}", lines[number - 1]), f"setup.py does not say what {requirement} is for"
+        assert re.fullmatch(r"[A-Za-z0-9_.-]+>=\d[\d.]*", requirement), (
+            f"{requirement} takes a lower bound"
+        )
+        assert re.search(r"#\s*\S.{4,}", lines[number - 1]), (
+            f"setup.py does not say what {requirement} is for"
+        )
     record_property("tried", f"{len(found)} dependencies in setup.py")
     record_property("survived", "each has a lower bound and says what it is for")

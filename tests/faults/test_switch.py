@@ -31,7 +31,9 @@ class Run:
         generator = torch.Generator().manual_seed(0)
         shapes = (24, 10), (7, 24), (24,)
         self.weights = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
-        self.gradients = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(12)]
+        self.gradients = [
+            [torch.randn(shape, generator=generator) for shape in shapes] for _ in range(12)
+        ]
         self.optimizer: Optimizer | None = None
         self.step = 0
 
@@ -57,7 +59,11 @@ class Run:
 
     def moments(self) -> list[Tensor]:
         assert self.optimizer is not None
-        return [state[key] for state in self.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+        return [
+            state[key]
+            for state in self.optimizer.state.values()
+            for key in ("exp_avg", "exp_avg_sq")
+        ]
 
 
 def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
@@ -73,27 +79,42 @@ def equal(one: list[Any], other: list[Any]) -> bool:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_with_infinite_tau_a_run_that_switches_is_adamw_s(kind: str, record_property: Record) -> None:
-    record_property("tried", f"PyTorch, AdamW{f' ({kind})' if kind else ''} → AdamW² with τ = ∞ → AdamW, 4 steps each")
+def test_with_infinite_tau_a_run_that_switches_is_adamw_s(
+    kind: str, record_property: Record
+) -> None:
+    record_property(
+        "tried",
+        f"PyTorch, AdamW{f' ({kind})' if kind else ''} → AdamW² with τ = ∞ → AdamW, 4 steps each",
+    )
     switched, stayed = Run(), Run().adamw(12, **KINDS[kind])
     switched.adamw(4, **KINDS[kind]).adamw2(4, tau=float("inf")).adamw(4, **KINDS[kind])
     if kind:  # torch's own kinds differ by rounding, and AdamW² computes as its default does
-        apart = max(float((a - b).detach().abs().max()) for a, b in zip(switched.weights, stayed.weights, strict=True))
+        apart = max(
+            float((a - b).detach().abs().max())
+            for a, b in zip(switched.weights, stayed.weights, strict=True)
+        )
         assert apart < 1e-6
         record_property("survived", f"weights within {apart:.0e} of AdamW's")
     else:
-        assert equal(switched.weights, stayed.weights) and equal(switched.moments(), stayed.moments())
+        assert equal(switched.weights, stayed.weights) and equal(
+            switched.moments(), stayed.moments()
+        )
         record_property("survived", "weights and moments of AdamW, bit for bit")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_moments_go_on_from_adamw_to_adamw2_and_back(kind: str, record_property: Record) -> None:
-    record_property("tried", f"PyTorch, AdamW{f' ({kind})' if kind else ''} → AdamW² → AdamW through torch.save files")
+    record_property(
+        "tried",
+        f"PyTorch, AdamW{f' ({kind})' if kind else ''} → AdamW² → AdamW through torch.save files",
+    )
     run = Run().adamw(4, **KINDS[kind])
     before = copy.deepcopy(run.moments())
     assert equal(run.adamw2(0).moments(), before)
     run = Run().adamw(4, **KINDS[kind]).adamw2(1)
-    assert isinstance(run.optimizer, AdamW2) and any(entry.clipped for entry in run.optimizer.stats().values())
+    assert isinstance(run.optimizer, AdamW2) and any(
+        entry.clipped for entry in run.optimizer.stats().values()
+    )
     run = Run().adamw(4, **KINDS[kind]).adamw2(4)
     after = copy.deepcopy(run.moments())
     assert equal(run.adamw(0, **KINDS[kind]).moments(), after)
@@ -103,17 +124,28 @@ def test_moments_go_on_from_adamw_to_adamw2_and_back(kind: str, record_property:
     # Moments depend on the gradients alone, which all runs share.
     for ours, theirs in zip(run.moments(), Run().adamw(12, **KINDS[kind]).moments(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
-    record_property("survived", "moments and steps bit for bit at both loads; clipped from the first step on")
+    record_property(
+        "survived", "moments and steps bit for bit at both loads; clipped from the first step on"
+    )
 
 
 def test_vectors_that_an_adamw_run_passed_on_are_not_used(record_property: Record) -> None:
-    record_property("tried", "PyTorch, AdamW² → AdamW → AdamW²: AdamW's checkpoint passes old power vectors on")
+    record_property(
+        "tried", "PyTorch, AdamW² → AdamW → AdamW²: AdamW's checkpoint passes old power vectors on"
+    )
     old, none = Run().adamw2(4).adamw(4), Run().adamw2(4).adamw(4)
-    assert old.optimizer is not None and "adamw2_power" in old.optimizer.state_dict()["param_groups"][0]
+    assert (
+        old.optimizer is not None
+        and "adamw2_power" in old.optimizer.state_dict()["param_groups"][0]
+    )
     assert equal(old.adamw2(4).weights, none.adamw2(4, forget=True).weights)
     used = Run().adamw2(8).adamw2(4), Run().adamw2(8).adamw2(4, forget=True)
-    assert not equal(used[0].weights, used[1].weights), "vectors make no difference: the test shows nothing"
-    record_property("survived", "their step count gives them away: the run is one without them, bit for bit")
+    assert not equal(used[0].weights, used[1].weights), (
+        "vectors make no difference: the test shows nothing"
+    )
+    record_property(
+        "survived", "their step count gives them away: the run is one without them, bit for bit"
+    )
 
 
 def test_a_group_s_own_tau_outlives_an_adamw_s_checkpoint() -> None:
@@ -127,8 +159,12 @@ def test_a_group_s_own_tau_outlives_an_adamw_s_checkpoint() -> None:
 
 
 def test_deepspeed_s_cpu_adam_s_state_is_taken_over(record_property: Record) -> None:
-    # What DeepSpeedCPUAdam 0.19 saves, which takes minutes to compile: whole numbers for steps, groups of other keys.
-    record_property("tried", "AdamW² from the state of DeepSpeedCPUAdam: steps that are no tensors, other group keys")
+    # What DeepSpeedCPUAdam 0.19 saves, which takes minutes to compile: whole numbers for steps,
+    # groups of other keys.
+    record_property(
+        "tried",
+        "AdamW² from the state of DeepSpeedCPUAdam: steps that are no tensors, other group keys",
+    )
     run = Run().adamw(4)
     assert run.optimizer is not None
     state = copy.deepcopy(run.optimizer.state_dict())
@@ -143,7 +179,9 @@ def test_deepspeed_s_cpu_adam_s_state_is_taken_over(record_property: Record) -> 
     ours.load_state_dict(state)
     run.optimizer = None
     assert equal(run.on(ours, 4).weights, Run().adamw(8).weights)
-    assert ours.state_dict()["param_groups"][0]["bias_correction"] is True  # which it asks for on the way back
+    assert (
+        ours.state_dict()["param_groups"][0]["bias_correction"] is True
+    )  # which it asks for on the way back
     record_property("survived", "goes on as AdamW, bit for bit with τ = ∞")
 
 
@@ -151,19 +189,33 @@ def test_deepspeed_s_cpu_adam_s_state_is_taken_over(record_property: Record) -> 
 def switched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("switch")
-    torchrun(Path(__file__).with_name("switch_worker.py"), 2, json.dumps(STAGES), str(folder), timeout=300)
+    torchrun(
+        Path(__file__).with_name("switch_worker.py"),
+        2,
+        json.dumps(STAGES),
+        str(folder),
+        timeout=300,
+    )
     found: dict[str, Any] = json.loads((folder / "found.json").read_text())
     return found
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_deepspeed_runs_switch_in_the_middle(switched: dict[str, Any], stage: int, record_property: Record) -> None:
-    record_property("tried", f"ZeRO-{stage}, 2 ranks: AdamW's checkpoint into AdamW², AdamW²'s into AdamW, and again")
+def test_deepspeed_runs_switch_in_the_middle(
+    switched: dict[str, Any], stage: int, record_property: Record
+) -> None:
+    record_property(
+        "tried",
+        f"ZeRO-{stage}, 2 ranks: AdamW's checkpoint into AdamW², AdamW²'s into AdamW, and again",
+    )
     found = switched[str(stage)]
     assert "error" not in found, found["error"]
     assert found["clipped"] > 0, "nothing was clipped: the case shows nothing"
     assert found["passed on"], "AdamW passed no vectors on: the case shows nothing"
     for key in ("infinite tau", "into adamw2", "into adamw", "and again", "old vectors"):
         assert found[key] == [[], []], (key, found[key])
-    told = "weights, moments, steps bit for bit at each load; with τ = ∞ AdamW's whole run; old vectors are not used"
+    told = (
+        "weights, moments, steps bit for bit at each load; with τ = ∞ AdamW's whole run; "
+        "old vectors are not used"
+    )
     record_property("survived", told)

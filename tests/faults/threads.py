@@ -1,4 +1,6 @@
-"""Ranks as threads of one process, whose process groups really sum: as many layouts a second as no launcher makes."""
+"""Ranks as threads of one process, whose process groups really sum: as many layouts a second as no
+launcher makes.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +21,19 @@ T = TypeVar("T")
 
 _here = threading.local()
 
-#: Held by the rank that computes: every operation of torch lets the interpreter go, and threads that compute at once
-#: spend their time taking it from each other.
+#: Held by the rank that computes: every operation of torch lets the interpreter go, and threads
+#: that compute at once spend their time taking it from each other.
 _turn = threading.Lock()
 
-#: Kept: what torch sets up for a new thread takes longer than a case. No case has more than 8 ranks.
+#: Kept: what torch sets up for a new thread takes longer than a case. No case has more than 8
+#: ranks.
 _pool = ThreadPoolExecutor(7)
 
 
 class Group:
-    """A process group of the threads ``ranks``; every member gets the same bits, as from a real one."""
+    """A process group of the threads ``ranks``; every member gets the same bits, as from a real
+    one.
+    """
 
     def __init__(self, ranks: Sequence[int]) -> None:
         self.ranks = list(ranks)

@@ -2,8 +2,9 @@
 
     python -m tests.kernels.sanitizers PYTEST'S ARGUMENTS          `make asan` tells it which tests
 
-The sanitizers' library has to be there before Python, which is not built with it; what Python itself leaks at
-its end is not looked at. tests/kernels/test_sanitizers.py shows that faults are found.
+The sanitizers' library has to be there before Python, which is not built with it; what Python
+itself leaks at its end is not looked at. tests/kernels/test_sanitizers.py shows that faults are
+found.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def stepped(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[AdamW2,
 
 
 def kernel_of(optimizer: AdamW2) -> str:
-    return next(iter(optimizer._walks.values()))._kernel.name
+    return next(iter(optimizer._matrix_groups.values()))._kernel.name
 
 
 def test_float32_on_the_cpu_is_stepped_in_compiled_code() -> None:
@@ -67,8 +67,12 @@ def test_without_a_working_compiler_the_plain_path_steps_and_says_so_once(
     assert torch.allclose(weight, expected, rtol=1e-5, atol=1e-6)  # roundings of two steps
 
 
-def test_a_c_compiler_that_cxx_names_builds_the_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As PEFT's BOFT leaves the environment where it cannot build its extension: CC and CXX are "gcc"."""
+def test_a_c_compiler_that_cxx_names_builds_the_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PEFT's BOFT leaves the environment where it cannot build its extension: CC and CXX are
+    "gcc".
+    """
     if shutil.which("gcc") is None:
         pytest.skip("there is no gcc")
     monkeypatch.setenv("CXX", "gcc")
@@ -97,10 +101,14 @@ def test_infinite_tau_is_torch_s_adamw_and_takes_plain_torch() -> None:
 
 def test_a_wish_that_cannot_be_granted_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(choice.VARIABLE, "fast")
-    with pytest.raises(ValueError, match="WEYL_MEGATRON_KERNEL got 'fast', it takes one of torch, cpu, triton"):
+    with pytest.raises(
+        ValueError, match="WEYL_MEGATRON_KERNEL got 'fast', it takes one of torch, cpu, triton"
+    ):
         stepped()
     monkeypatch.setenv(choice.VARIABLE, "cpu")
-    with pytest.raises(ValueError, match="WEYL_MEGATRON_KERNEL got 'cpu', but it takes torch\\.float32, not"):
+    with pytest.raises(
+        ValueError, match="WEYL_MEGATRON_KERNEL got 'cpu', but it takes torch\\.float32, not"
+    ):
         stepped(torch.float64)
     monkeypatch.setenv(choice.VARIABLE, "triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -117,7 +125,9 @@ def test_without_triton_a_gpu_s_tensors_are_stepped_in_plain_torch(
     assert "plain torch, not in the fused kernel 'triton'" in caplog.text
 
 
-@pytest.mark.parametrize(("version", "name"), [("3.3.1", "torch"), ("3.5.0", "triton"), ("3.10.0+git1", "triton")])
+@pytest.mark.parametrize(
+    ("version", "name"), [("3.3.1", "torch"), ("3.5.0", "triton"), ("3.10.0+git1", "triton")]
+)
 def test_a_triton_that_is_too_old_for_the_kernels_is_left_alone(
     version: str, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -137,7 +147,9 @@ def fake_compiler(folder: Path, says: str, status: int) -> Path:
 def test_without_a_c_compiler_for_triton_s_launcher_plain_torch_steps_and_says_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As in an image with no gcc: Triton would raise at its first launch, in the middle of a step."""
+    """As in an image with no gcc: Triton would raise at its first launch, in the middle of a
+    step.
+    """
     pytest.importorskip("triton")
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -147,7 +159,9 @@ def test_without_a_c_compiler_for_triton_s_launcher_plain_torch_steps_and_says_s
     with caplog.at_level(logging.WARNING, logger="weyl_megatron"):
         assert [choice.pick_name("cuda", {torch.float32}) for _ in range(2)] == ["torch", "torch"]
     assert len(caplog.records) == 1
-    assert "plain torch, not in the fused kernel 'triton': there is no C compiler for" in caplog.text
+    assert (
+        "plain torch, not in the fused kernel 'triton': there is no C compiler for" in caplog.text
+    )
     monkeypatch.setenv(choice.VARIABLE, "triton")
     with pytest.raises(ValueError, match="got 'triton', but there is no C compiler"):
         choice.pick_name("cuda", {torch.float32})
@@ -163,24 +177,35 @@ def test_without_a_c_compiler_for_triton_s_launcher_plain_torch_steps_and_says_s
 
 @pytest.mark.parametrize(
     ("says", "status", "name"),
-    [("launcher.c:1:10: fatal error: Python.h: No such file", 1, "torch"), ("a warning", 0, "triton")],
+    [
+        ("launcher.c:1:10: fatal error: Python.h: No such file", 1, "torch"),
+        ("a warning", 0, "triton"),
+    ],
 )
 def test_a_c_compiler_that_cannot_build_the_launcher_is_none(
-    says: str, status: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    says: str,
+    status: int,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("CC", str(fake_compiler(tmp_path, says, status)))
     with caplog.at_level(logging.WARNING, logger="weyl_megatron"):
         assert choice.pick_name("cuda", {torch.float32}) == name
-    assert ("cannot build Triton's launcher" in caplog.text) == (says in caplog.text) == (status == 1)
+    assert (
+        ("cannot build Triton's launcher" in caplog.text) == (says in caplog.text) == (status == 1)
+    )
 
 
 def test_a_gradient_or_state_of_another_dtype_is_refused() -> None:
     optimizer, weight = stepped()
     optimizer.state[weight]["exp_avg"] = optimizer.state[weight]["exp_avg"].double()
     with pytest.raises(
-        ValueError, match=r"'exp_avg' of parameter '\S+' is \(9, 7\), torch.float64, .* takes its parameter's"
+        ValueError,
+        match=r"'exp_avg' of parameter '\S+' is \(9, 7\), torch.float64, .* takes its parameter's",
     ):
         optimizer.step()
 
@@ -194,7 +219,9 @@ def test_a_gradient_does_not_outlive_the_step(kernel: str, monkeypatch: pytest.M
     assert optimizer.stats() and gone() is None, "its memory is missing in the next backward pass"
 
 
-def test_code_is_not_loaded_from_where_others_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_is_not_loaded_from_where_others_may_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     folder = cpu.cache_folder()
     assert folder.parent == tmp_path and stat.S_IMODE(folder.stat().st_mode) & 0o022 == 0
@@ -202,17 +229,26 @@ def test_code_is_not_loaded_from_where_others_may_write(tmp_path: Path, monkeypa
     with pytest.raises(OSError, match="can be written by others"):
         cpu.cache_folder()
     folder.chmod(0o700)
-    assert cpu.library() and [path.suffix for path in folder.iterdir()] == [".so"]  # nothing else is left behind
+    assert cpu.library() and [path.suffix for path in folder.iterdir()] == [
+        ".so"
+    ]  # nothing else is left behind
 
 
-#: The optimizer's own tests with every other kernel, and the kernels' tests with Triton's, whose interpreter takes a
-#: second where a GPU takes none. By name: the kernel, and what pytest is told.
+#: The optimizer's own tests with every other kernel, and the kernels' tests with Triton's, whose
+#: interpreter takes a second where a GPU takes none. By name: the kernel, and what pytest is told.
 OTHERS = {
-    "plain torch, the optimizer": ("torch", ["tests/test_optimizer.py", "tests/test_state_dict.py"]),
+    "plain torch, the optimizer": (
+        "torch",
+        ["tests/test_optimizer.py", "tests/test_state_dict.py"],
+    ),
     "triton, its kernels": ("triton", ["tests/kernels/test_kernels.py"]),
     "triton, the optimizer": (
         "triton",
-        ["tests/test_optimizer.py", "-k", "stats_say or experts or not_finite or vectors_take or overrides or moves"],
+        [
+            "tests/test_optimizer.py",
+            "-k",
+            "stats_say or experts or not_finite or vectors_take or overrides or moves",
+        ],
     ),
 }
 
@@ -222,12 +258,22 @@ def others() -> Iterator[dict[str, subprocess.Popen[str]]]:
     """All of them at once, beside each other."""
     runs = {}
     for name, (kernel, tests) in OTHERS.items():
-        environment = {**os.environ, choice.VARIABLE: kernel, "TEST_KERNEL": kernel, "TRITON_INTERPRET": "1"}
+        environment = {
+            **os.environ,
+            choice.VARIABLE: kernel,
+            "TEST_KERNEL": kernel,
+            "TRITON_INTERPRET": "1",
+        }
         if "test_kernels" in tests[0]:
             del environment[choice.VARIABLE]  # they choose for themselves
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
         runs[name] = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
     yield runs
     for run in runs.values():
@@ -235,8 +281,12 @@ def others() -> Iterator[dict[str, subprocess.Popen[str]]]:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_every_kernel_passes_the_optimizer_s_tests(name: str, others: dict[str, subprocess.Popen[str]]) -> None:
-    reason = choice.why_not("triton", "cuda", {torch.float32}) if OTHERS[name][0] == "triton" else None
+def test_every_kernel_passes_the_optimizer_s_tests(
+    name: str, others: dict[str, subprocess.Popen[str]]
+) -> None:
+    reason = (
+        choice.why_not("triton", "cuda", {torch.float32}) if OTHERS[name][0] == "triton" else None
+    )
     if reason is not None:
         pytest.skip(reason)
     output, _ = others[name].communicate(timeout=900)

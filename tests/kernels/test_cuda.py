@@ -1,4 +1,6 @@
-"""On a GPU: Triton's kernels compiled, against plain torch, and a step that never waits for the device."""
+"""On a GPU: Triton's kernels compiled, against plain torch, and a step that never waits for the
+device.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def trained(kernel: str, monkeypatch: pytest.MonkeyPatch, *, watched: bool = False) -> list[torch.Tensor]:
+def trained(
+    kernel: str, monkeypatch: pytest.MonkeyPatch, *, watched: bool = False
+) -> list[torch.Tensor]:
     monkeypatch.setenv(VARIABLE, kernel)
     net = nets.make_net(mixed=True).cuda()
     optimizer = AdamW2(net.named_parameters(), **nets.OPTIONS)
@@ -34,8 +38,12 @@ def trained(kernel: str, monkeypatch: pytest.MonkeyPatch, *, watched: bool = Fal
 
 
 def test_a_training_run_is_that_of_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    for one, other in zip(trained("triton", monkeypatch), trained("torch", monkeypatch), strict=True):
-        assert torch.allclose(one, other, rtol=0, atol=1e-5 * float(other.abs().max()))  # roundings, carried on
+    for one, other in zip(
+        trained("triton", monkeypatch), trained("torch", monkeypatch), strict=True
+    ):
+        assert torch.allclose(
+            one, other, rtol=0, atol=1e-5 * float(other.abs().max())
+        )  # roundings, carried on
 
 
 def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch, no_waiting: None) -> None:

@@ -1,6 +1,8 @@
-"""Every fused kernel against plain torch on the same tables: odd shapes, cut rows, strides, replicas, no gradients.
+"""Every fused kernel against plain torch on the same tables: odd shapes, cut rows, strides,
+replicas, no gradients.
 
-The kernel is the compiled one; test_triton.py runs this file again for Triton, under its interpreter.
+The kernel is the compiled one; test_triton.py runs this file again for Triton, under its
+interpreter.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests import net as nets
-from weyl_megatron import AdamW2, walk
+from weyl_megatron import AdamW2, matrices
 from weyl_megatron.kernels import Hyper, Kernel, Stepped
 from weyl_megatron.kernels.choice import VARIABLE, why_not
 from weyl_megatron.kernels.plain import PlainKernel
@@ -38,7 +40,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     if IS_SLOW:  # both sides make fewer iterations
-        monkeypatch.setattr(walk, "COLD_ITERS", 3)
+        monkeypatch.setattr(matrices, "COLD_ITERS", 3)
     yield
     torch.set_num_threads(before)
 
@@ -56,7 +58,9 @@ def make(blocks: Blocks) -> Kernel:
 class Case:
     """Matrices in flat buffers, cut into pieces; two copies of everything, one per kernel."""
 
-    def __init__(self, shapes: list[tuple[int, int]], cuts: list[float], gap: int, seed: int) -> None:
+    def __init__(
+        self, shapes: list[tuple[int, int]], cuts: list[float], gap: int, seed: int
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.specs = [MatrixSpec(f"w{number}", *shape) for number, shape in enumerate(shapes)]
         tiles: list[Tile] = []
@@ -65,7 +69,9 @@ class Case:
             edges = [0, *sorted(int(cut * rows * cols) for cut in cuts), rows * cols]
             at = gap
             for start, stop in pairwise(edges):
-                tiles += tiles_of_range([Block(k, 0, 0, rows, cols, 0, 0)], cols, start, stop, at, buffer=k)
+                tiles += tiles_of_range(
+                    [Block(k, 0, 0, rows, cols, 0, 0)], cols, start, stop, at, buffer=k
+                )
                 at += stop - start + gap
             sizes.append(at)
         rest = Tile(-1, 0, 0, 3, 5, 1, 6, buffer=len(sizes))  # of no matrix, with a stride
@@ -74,7 +80,10 @@ class Case:
         self.specs.append(MatrixSpec("still", 2, 2))
         tiles.append(Tile(len(shapes), 0, 0, 2, 2, 0, 2, buffer=len(sizes) - 1))
         self.tiles, self.others = tiles, [without, rest]
-        self.hypers = [Hyper(0.01 * (n + 1), 0.9, 0.95, 1e-8, 0.1 * (n % 2), 3.0 + n) for n in range(len(sizes))]
+        self.hypers = [
+            Hyper(0.01 * (n + 1), 0.9, 0.95, 1e-8, 0.1 * (n % 2), 3.0 + n)
+            for n in range(len(sizes))
+        ]
         self.weights = [torch.randn(size, generator=generator) for size in sizes]
         self.grads = [torch.randn(size, generator=generator) for size in sizes]
         self.first = [torch.randn(size, generator=generator) * 0.1 for size in sizes]
@@ -90,8 +99,10 @@ class Case:
 class Copy:
     def __init__(self, case: Case, kernel: str) -> None:
         self.case = case
-        waves = [range(len(case.specs))]
-        self.blocks = Blocks(case.specs, case.tiles, (4, 4), waves, False, torch.device("cpu"), torch.float32)
+        batches = [range(len(case.specs))]
+        self.blocks = Blocks(
+            case.specs, case.tiles, (4, 4), batches, False, torch.device("cpu"), torch.float32
+        )
         self.kernel: Kernel = make(self.blocks) if kernel == "fused" else PlainKernel(self.blocks)
         self.sums = torch.zeros(len(case.specs), 3, dtype=torch.float64)
         self.sigma, self.gain = torch.zeros(2, len(case.specs), dtype=torch.float64)
@@ -106,7 +117,10 @@ class Copy:
         operand = self.blocks.operands[1]
         tiles = sorted(self.case.tiles, key=lambda tile: tile.matrix)
         rows = [operand.row(tile) for tile in tiles]
-        rows += [[*(t.buffer, t.offset, t.rows, t.cols, t.stride, t.matrix), *[0] * 7] for t in self.case.others]
+        rows += [
+            [*(t.buffer, t.offset, t.rows, t.cols, t.stride, t.matrix), *[0] * 7]
+            for t in self.case.others
+        ]
         assert all(len(row) == len(COLUMNS) for row in rows)
         return table(rows, torch.device("cpu"), tiles + self.case.others)
 
@@ -157,9 +171,13 @@ def test_products_and_blocks_are_those_of_plain_torch(case: Case) -> None:
     fused, plain = case.copy("fused"), case.copy("plain")
     for each in (fused, plain):
         kernel, mine = each.kernel, each.blocks
-        of_wave = each.table
-        tiles = [tile for tile in of_wave.tiles if tile.matrix >= 0]  # a wave's table has matrices only
-        kernel.moments(Table(tiles, of_wave.columns[: len(tiles)].contiguous()), case.mask, each.sums)
+        of_batch = each.table
+        tiles = [
+            tile for tile in of_batch.tiles if tile.matrix >= 0
+        ]  # a batch's table has matrices only
+        kernel.moments(
+            Table(tiles, of_batch.columns[: len(tiles)].contiguous()), case.mask, each.sums
+        )
         kernel.multiply_back(1, mine.operands[1].cut[0], case.mask)
         for table_of in (mine.operands[0].cut[0], mine.operands[0].whole[0]):
             kernel.multiply(0, table_of, case.mask)
@@ -170,13 +188,20 @@ def test_products_and_blocks_are_those_of_plain_torch(case: Case) -> None:
     for operand in (0, 1):
         for each in (fused, plain):
             each.kernel.orthonormalize(operand, 0, case.mask, case.none, each.sigma, each.gain)
-        assert near(fused.sigma, plain.sigma, 1e-4)  # Y that are almost parallel are told apart in other ways
+        assert near(
+            fused.sigma, plain.sigma, 1e-4
+        )  # Y that are almost parallel are told apart in other ways
         assert torch.equal(fused.gain.isinf(), plain.gain.isinf())
         assert torch.allclose(fused.gain, plain.gain, rtol=0, atol=1e-4), "a gain is a share of σ₁"
         for k in range(len(case.specs)):
-            one, other = fused.blocks.operands[operand].block(k), plain.blocks.operands[operand].block(k)
+            one, other = (
+                fused.blocks.operands[operand].block(k),
+                plain.blocks.operands[operand].block(k),
+            )
             assert near(one @ one.T, torch.eye(len(one)), 1e-3), "not orthonormal"
-            if (case.specs[k].rows, case.specs[k].cols) != (2, 2) and len(one) == min(case.specs[k].rows, 4):
+            if (case.specs[k].rows, case.specs[k].cols) != (2, 2) and len(one) == min(
+                case.specs[k].rows, 4
+            ):
                 overlap = torch.linalg.svdvals(one @ other.T)
                 assert float(overlap.max()) > 0.99
 
@@ -199,7 +224,9 @@ def test_what_is_masked_is_left_alone(case: Case, number: int) -> None:
     assert fused.sigma[number] == 0
 
 
-@pytest.mark.parametrize(("scale", "rank"), [(1.0, 1), (1.0, 40), (1e-30, 40), (1e30, 40), (0.0, 1)], ids=str)
+@pytest.mark.parametrize(
+    ("scale", "rank"), [(1.0, 1), (1.0, 40), (1e-30, 40), (1e30, 40), (0.0, 1)], ids=str
+)
 def test_matrices_of_any_size_and_rank(scale: float, rank: int) -> None:
     case = Case([(40, 50)], [], 0, 0)
     generator = torch.Generator().manual_seed(1)
@@ -210,7 +237,9 @@ def test_matrices_of_any_size_and_rank(scale: float, rank: int) -> None:
     for iteration in range(12):
         fused.blocks.clear(0)
         fused.kernel.multiply(0, fused.blocks.operands[0].whole[0], case.mask)
-        fused.kernel.orthonormalize(0, 0, case.mask, more if iteration < 11 else case.none, fused.sigma, fused.gain)
+        fused.kernel.orthonormalize(
+            0, 0, case.mask, more if iteration < 11 else case.none, fused.sigma, fused.gain
+        )
     exact = float(torch.linalg.matrix_norm(case.weights[0].view(40, 50).double(), 2))
     assert float(fused.sigma[0]) == pytest.approx(exact, rel=2e-3)
     assert float(fused.sigma[0]) <= exact * (1 + 1e-5)
@@ -232,9 +261,14 @@ def test_a_value_that_is_not_finite_is_not_a_number_and_harms_no_other() -> None
     [(0.0, 0.0), (0.1, float("inf")), (1e-20, 0.0), (0.1, float("nan")), (float("nan"), 1.0)],
     ids=str,
 )
-def test_an_update_of_moments_that_are_zero_infinite_or_no_number_is_plain_torch_s(m: float, v: float) -> None:
+def test_an_update_of_moments_that_are_zero_infinite_or_no_number_is_plain_torch_s(
+    m: float, v: float
+) -> None:
     case = Case([(20, 37)], [], 0, 0)
-    case.first[0][5:200], case.second[0][5:200] = m, v  # in vector registers and at the ends of rows
+    case.first[0][5:200], case.second[0][5:200] = (
+        m,
+        v,
+    )  # in vector registers and at the ends of rows
     fused, plain = case.copy("fused"), case.copy("plain")
     for each in (fused, plain):
         each.kernel.multiply(1, each.blocks.operands[1].whole[0], case.mask)
@@ -254,7 +288,9 @@ def train(kernel: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple
     return net, optimizer
 
 
-@pytest.mark.parametrize("options", [{}, {"tau": 0.3, "lr": 1e-3}, {"tau": "auto", "lr": 0.3}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"tau": 0.3, "lr": 1e-3}, {"tau": "auto", "lr": 0.3}], ids=str
+)
 @pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16][IS_SLOW:], ids=str)
 def test_a_training_run_is_that_of_plain_torch(
     options: dict[str, Any], kept: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -269,29 +305,35 @@ def test_a_training_run_is_that_of_plain_torch(
         expected = plain.stats()[name]
         assert entry.certified == expected.certified and entry.clipped == expected.clipped
         # What is rounded the other way on the way to bfloat16 is 0.4 % of an element.
-        assert tuple(entry)[:3] == pytest.approx(tuple(expected)[:3], rel=1e-4 if kept == torch.float32 else 1e-3)
+        assert tuple(entry)[:3] == pytest.approx(
+            tuple(expected)[:3], rel=1e-4 if kept == torch.float32 else 1e-3
+        )
     for (name, weight), twin in zip(one.named_parameters(), other.parameters(), strict=True):
         assert near(weight.detach(), twin.detach(), 1e-5 if kept == torch.float32 else 1e-4), name
 
 
 def test_where_the_host_may_not_look_the_step_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path that CUDA takes, on which nothing waits for the device: all by masks, also empty ones."""
-    from weyl_megatron.walk import Walk
+    """The path that CUDA takes, on which nothing waits for the device: all by masks, also empty
+    ones.
+    """
+    from weyl_megatron.matrices import MatrixGroup
 
     one, chosen = train(KERNEL, monkeypatch, tau=0.3, lr=1e-2)
-    made = Walk.__init__
+    made = MatrixGroup.__init__
 
-    def blind(self: Walk, *args: Any, **kwargs: Any) -> None:
+    def blind(self: MatrixGroup, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **kwargs)
         self._on_host = False
         if hasattr(type(self._kernel), "step_alone"):  # that is the CPU's alone
             monkeypatch.delattr(type(self._kernel), "step_alone")
 
-    monkeypatch.setattr(Walk, "__init__", blind)
+    monkeypatch.setattr(MatrixGroup, "__init__", blind)
     other, masked = train(KERNEL, monkeypatch, tau=0.3, lr=1e-2)
     for (name, weight), twin in zip(one.named_parameters(), other.parameters(), strict=True):
         assert near(weight.detach(), twin.detach(), 1e-5), name
-    assert {n: e.certified for n, e in chosen.stats().items()} == {n: e.certified for n, e in masked.stats().items()}
+    assert {n: e.certified for n, e in chosen.stats().items()} == {
+        n: e.certified for n, e in masked.stats().items()
+    }
 
 
 def test_the_same_step_twice_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,17 +342,23 @@ def test_the_same_step_twice_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch
     assert runs[0][1].stats() == runs[1][1].stats()
 
 
-@pytest.mark.parametrize(("lr", "weight_decay"), [(1e-3, 0.1), (1e-7, 0.0), (1e-7, 0.1)][: 1 if IS_SLOW else 3])
+@pytest.mark.parametrize(
+    ("lr", "weight_decay"), [(1e-3, 0.1), (1e-7, 0.0), (1e-7, 0.1)][: 1 if IS_SLOW else 3]
+)
 def test_where_nothing_is_clipped_it_is_torch_s_adamw(
     lr: float, weight_decay: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Measured in the first step, settled in the others; rows of 37 and 22 elements end within vector registers."""
+    """Measured in the first step, settled in the others; rows of 37 and 22 elements end within
+    vector registers.
+    """
     monkeypatch.setenv(VARIABLE, KERNEL)
     runs = []
     for make_optimizer in (AdamW2, torch.optim.AdamW):
         net = nets.make_net()
         more = {"tau": 1e6} if make_optimizer is AdamW2 else {}
-        optimizer = make_optimizer(net.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, **more)
+        optimizer = make_optimizer(
+            net.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, **more
+        )
         generator = torch.Generator().manual_seed(3)
         for _ in range(3 if IS_SLOW else 8):
             for p in net.parameters():
@@ -318,8 +366,11 @@ def test_where_nothing_is_clipped_it_is_torch_s_adamw(
             optimizer.step()
         runs.append(list(net.parameters()))
     for one, other in zip(*runs, strict=True):
-        # One rounding of a weight a step, and of torch's square root, which MKL rounds otherwise than the processor.
-        assert float((one - other).abs().max()) <= 8 * torch.finfo(torch.float32).eps * float(other.abs().max())
+        # One rounding of a weight a step, and of torch's square root, which MKL rounds otherwise
+        # than the processor.
+        assert float((one - other).abs().max()) <= 8 * torch.finfo(torch.float32).eps * float(
+            other.abs().max()
+        )
 
 
 def test_it_can_run_here() -> None:

@@ -13,7 +13,9 @@ import pytest
 from tests.processes import ROOT
 from weyl_megatron.kernels import cpu
 
-pytestmark = pytest.mark.skipif("-fsanitize" not in os.environ.get(cpu.FLAGS, ""), reason="`make asan` runs it")
+pytestmark = pytest.mark.skipif(
+    "-fsanitize" not in os.environ.get(cpu.FLAGS, ""), reason="`make asan` runs it"
+)
 
 #: Steps a (9, 7) matrix, W, G, M and V of which are tensors of their own, in a process per call.
 _CALLS = """

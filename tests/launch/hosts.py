@@ -1,8 +1,10 @@
-"""Three hosts on one machine: namespaces of Linux with their own network, name, processes and mounts.
+"""Three hosts on one machine: namespaces of Linux with their own network, name, processes and
+mounts.
 
-Each has an address on a common bridge, `sshd` on port 22, and, where a test asks for SLURM, `munged` and `slurmd`.
-Nothing of the machine itself is changed: files in /etc are replaced by bind mounts that only the namespaces see, and a
-host goes with all its processes when its first process does, which is when the pipe to this one closes.
+Each has an address on a common bridge, `sshd` on port 22, and, where a test asks for SLURM,
+`munged` and `slurmd`. Nothing of the machine itself is changed: files in /etc are replaced by bind
+mounts that only the namespaces see, and a host goes with all its processes when its first process
+does, which is when the pipe to this one closes.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ ENVIRONMENT = {
     "GPUS_PER_NODE": "1",
 }
 
-# The first process of a host. It reaps what it inherits, as bash does, and ends when its input does.
+# The first process of a host. It reaps what it inherits, as bash does, and ends when its input
+# does.
 FIRST = """
 set -e
 hostname "$1"
@@ -73,7 +76,8 @@ StrictModes no
 UsePAM no
 """
 
-# Accounting, cgroups and task plugins want more than a test has; everything else is Debian's SLURM as it is.
+# Accounting, cgroups and task plugins want more than a test has; everything else is Debian's SLURM
+# as it is.
 SLURM_CONF = """
 ClusterName=launch
 SlurmctldHost=node1({address})
@@ -109,8 +113,14 @@ def missing(*needs: dict[str, str]) -> str | None:
     lacking = sorted({package for program, package in wanted.items() if not shutil.which(program)})
     if lacking:
         return f"three hosts on one machine need apt-get install {' '.join(lacking)}"
-    unshared = subprocess.run(["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"], capture_output=True)
-    return f"namespaces cannot be made here: {unshared.stderr.decode().strip()}" if unshared.returncode else None
+    unshared = subprocess.run(
+        ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "true"], capture_output=True
+    )
+    return (
+        f"namespaces cannot be made here: {unshared.stderr.decode().strip()}"
+        if unshared.returncode
+        else None
+    )
 
 
 class Hosts:
@@ -145,7 +155,16 @@ class Hosts:
             self._in(name, f"ip address add {address}/24 dev eth0 && ip link set eth0 up")
 
     def _make(self, name: str) -> None:
-        unshare = ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        unshare = [
+            "unshare",
+            "--net",
+            "--uts",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+        ]
         first = subprocess.Popen(
             [*unshare, "bash", "-c", FIRST, "first", name, str(self.folder)],
             stdin=subprocess.PIPE,
@@ -160,29 +179,44 @@ class Hosts:
     def _ssh(self) -> None:
         for key in ("key", "host_key"):
             subprocess.run(
-                ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", key, "-f", self.folder / key], check=True
+                ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", key, "-f", self.folder / key],
+                check=True,
             )
         public = (self.folder / "host_key.pub").read_text()
         known = [f"{name},{address} {public}" for name, address in ADDRESSES.items()]
         (self.folder / "known_hosts").write_text("".join(known))
         (self.folder / "sshd_config").write_text(SSHD_CONFIG.format(folder=self.folder))
         for name in NAMES:
-            self.start(name, ["/usr/sbin/sshd", "-D", "-f", str(self.folder / "sshd_config")], "sshd")
+            self.start(
+                name, ["/usr/sbin/sshd", "-D", "-f", str(self.folder / "sshd_config")], "sshd"
+            )
         for name in NAMES:
             self.until(name, ["ssh", name, "true"])
 
     def slurm(self) -> None:
         """Start Debian's SLURM: a controller on node1, a munged and a slurmd on every host."""
         (self.folder / "state").mkdir()
-        nodes = [f"NodeName={name} NodeAddr={address} CPUs=2 State=UNKNOWN" for name, address in ADDRESSES.items()]
-        conf = SLURM_CONF.format(folder=self.folder, address=ADDRESSES["node1"], nodes="\n".join(nodes))
+        nodes = [
+            f"NodeName={name} NodeAddr={address} CPUs=2 State=UNKNOWN"
+            for name, address in ADDRESSES.items()
+        ]
+        conf = SLURM_CONF.format(
+            folder=self.folder, address=ADDRESSES["node1"], nodes="\n".join(nodes)
+        )
         (self.folder / "slurm.conf").write_text(conf)
         (self.folder / "munge.key").write_bytes(os.urandom(128))
         (self.folder / "munge.key").chmod(0o400)
         for name in NAMES:
             files = [f"--{kind}-file={self.folder}/munge-{name}.{kind}" for kind in ("log", "seed")]
             key = f"--key-file={self.folder}/munge.key"
-            command = ["munged", "--foreground", "--force", key, "--pid-file=/run/munge/pid", *files]
+            command = [
+                "munged",
+                "--foreground",
+                "--force",
+                key,
+                "--pid-file=/run/munge/pid",
+                *files,
+            ]
             self.start(name, command, "munged")
         for name in NAMES:
             self.until(name, ["munge", "--no-input"])
@@ -190,7 +224,11 @@ class Hosts:
         self.start("node1", ["slurmctld", "-D"], "slurmctld", **environment)
         for name in NAMES:
             self.start(name, ["slurmd", "-D", "-N", name], "slurmd", **environment)
-        self.until("node1", ["bash", "-c", "test $(sinfo --noheader --states=idle --format=%D) = 3"], **environment)
+        self.until(
+            "node1",
+            ["bash", "-c", "test $(sinfo --noheader --states=idle --format=%D) = 3"],
+            **environment,
+        )
 
     def _in(self, name: str, script: str, processes: bool = True) -> None:
         subprocess.run([*self.enter(name, processes), "bash", "-c", script], check=True, timeout=30)
@@ -200,7 +238,9 @@ class Hosts:
         spaces = ["--net", "--uts", *(["--mount", "--pid", f"--wdns={ROOT}"] if processes else [])]
         return ["nsenter", "--target", str(self.pids[name]), *spaces]
 
-    def start(self, name: str, command: list[str], log: str, **environment: str) -> subprocess.Popen[bytes]:
+    def start(
+        self, name: str, command: list[str], log: str, **environment: str
+    ) -> subprocess.Popen[bytes]:
         """Start a command on a host, with both its streams in `<folder>/<log>-<host>.log`."""
         with (self.folder / f"{log}-{name}.log").open("ab") as out:
             process = subprocess.Popen(
@@ -214,7 +254,9 @@ class Hosts:
         self.started.append(process)
         return process
 
-    def run(self, name: str, command: list[str], timeout: float = 120, **environment: str) -> tuple[int, str]:
+    def run(
+        self, name: str, command: list[str], timeout: float = 120, **environment: str
+    ) -> tuple[int, str]:
         """Run a command on a host; return its exit status and what it printed, both streams."""
         done = subprocess.run(
             [*self.enter(name), *command],
@@ -236,7 +278,9 @@ class Hosts:
             status, output = self.run(name, command, **environment)
             if status == 0:
                 return
-            assert time.monotonic() < end, f"{' '.join(command)} on {name} failed for {seconds} s: {output}"
+            assert time.monotonic() < end, (
+                f"{' '.join(command)} on {name} failed for {seconds} s: {output}"
+            )
             time.sleep(0.2)
 
     def workers(self, name: str) -> list[int]:

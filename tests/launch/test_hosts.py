@@ -1,4 +1,5 @@
-"""Each launcher trains a GPT over three hosts, and its losses are those of one host; a run that loses a worker, or its
+"""Each launcher trains a GPT over three hosts, and its losses are those of one host; a run that
+loses a worker, or its
 nodes to another job, resumes and ends at them, too.
 """
 
@@ -23,7 +24,11 @@ from tests.launch.test_launch import ODD
 from tests.processes import ROOT
 
 reason = missing(PROGRAMS)
-lacking = [name for name in ("deepspeed", "yaml", "sentencepiece") if importlib.util.find_spec(name) is None]
+lacking = [
+    name
+    for name in ("deepspeed", "yaml", "sentencepiece")
+    if importlib.util.find_spec(name) is None
+]
 if reason is None and lacking:
     reason = f"the runs take {', '.join(lacking)}"
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
@@ -65,7 +70,14 @@ def data(folder: Path) -> Path:
     """Some files of the standard library, as tokens."""
     library = Path(sysconfig.get_paths()["stdlib"])
     files = [str(file) for file in sorted(library.glob("[ac]*.py"))]
-    command = [sys.executable, "-m", "examples.data.prepare_text", *files, "--out", str(folder / "data")]
+    command = [
+        sys.executable,
+        "-m",
+        "examples.data.prepare_text",
+        *files,
+        "--out",
+        str(folder / "data"),
+    ]
     command += ["--vocab-size", "512", "--valid", "0.3"]
     subprocess.run(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, check=True, timeout=300)
     return folder / "data"
@@ -102,7 +114,9 @@ def reference(hosts: Hosts, data: Path, folder: Path) -> dict[int, float]:
     return losses(folder / "one")
 
 
-def torchrun(hosts: Hosts, log: str, command: list[str], nodes: int = 3) -> list[subprocess.Popen[bytes]]:
+def torchrun(
+    hosts: Hosts, log: str, command: list[str], nodes: int = 3
+) -> list[subprocess.Popen[bytes]]:
     """Start torchrun.sh on the hosts, the last of which comes first."""
     started = []
     for rank, name in reversed(list(enumerate(NAMES[:nodes]))):
@@ -111,7 +125,9 @@ def torchrun(hosts: Hosts, log: str, command: list[str], nodes: int = 3) -> list
     return started
 
 
-def until_end(hosts: Hosts, log: str, started: list[subprocess.Popen[bytes]], seconds: float = 400) -> str:
+def until_end(
+    hosts: Hosts, log: str, started: list[subprocess.Popen[bytes]], seconds: float = 400
+) -> str:
     """Wait until all have ended well; return what they printed."""
     end = time.monotonic() + seconds
     try:
@@ -119,7 +135,9 @@ def until_end(hosts: Hosts, log: str, started: list[subprocess.Popen[bytes]], se
             process.wait(max(1.0, end - time.monotonic()))
     except subprocess.TimeoutExpired:
         pass
-    printed = "".join(file.read_text(errors="replace") for file in sorted(hosts.folder.glob(f"{log}-node*.log")))
+    printed = "".join(
+        file.read_text(errors="replace") for file in sorted(hosts.folder.glob(f"{log}-node*.log"))
+    )
     assert all(process.poll() == 0 for process in started), printed[-6000:]
     return printed
 
@@ -142,7 +160,9 @@ def test_torchrun(hosts: Hosts, data: Path, folder: Path, reference: dict[int, f
     assert difference(folder / "static", reference) <= 1e-6
 
 
-def test_torchrun_that_loses_a_worker(hosts: Hosts, data: Path, folder: Path, reference: dict[int, float]) -> None:
+def test_torchrun_that_loses_a_worker(
+    hosts: Hosts, data: Path, folder: Path, reference: dict[int, float]
+) -> None:
     out = folder / "elastic"
     started = torchrun(hosts, "elastic", ["--elastic", "3:3", "--no-preflight", *gpt(data, out)])
     until_step(out, 1)
@@ -154,27 +174,52 @@ def test_torchrun_that_loses_a_worker(hosts: Hosts, data: Path, folder: Path, re
     assert difference(out, reference) <= 1e-6
 
 
-@pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="Megatron's run takes megatron-core")
+@pytest.mark.skipif(
+    importlib.util.find_spec("megatron") is None, reason="Megatron's run takes megatron-core"
+)
 def test_torchrun_with_megatron(hosts: Hosts, folder: Path) -> None:
     """The other engine, tensor parallel over two hosts: the losses to the digits that it prints."""
     library = Path(sysconfig.get_paths()["stdlib"])
     files = [str(file) for file in sorted(library.glob("[ac]*.py"))]
-    prepare = [sys.executable, "examples/megatron/prepare.py", *files, "--prefix", str(folder / "text")]
-    subprocess.run([*prepare, "--vocab-size", "512"], cwd=ROOT, check=True, timeout=300, capture_output=True)
+    prepare = [
+        sys.executable,
+        "examples/megatron/prepare.py",
+        *files,
+        "--prefix",
+        str(folder / "text"),
+    ]
+    subprocess.run(
+        [*prepare, "--vocab-size", "512"], cwd=ROOT, check=True, timeout=300, capture_output=True
+    )
     # The worker is examples/megatron/pretrain_gpt.py, made to run without a GPU.
     command = ["tests/examples/pretrain_worker.py", "examples/megatron/recipes/tiny.yaml"]
-    command += ["--data", str(folder / "text_text_document"), "--tokenizer", str(folder / "text.model")]
+    command += [
+        "--data",
+        str(folder / "text_text_document"),
+        "--tokenizer",
+        str(folder / "text.model"),
+    ]
     command += ["--set", "train_steps=4", "--set", "log_interval=1", "--set", "eval_batches=1"]
-    printed = until_end(hosts, "megatron", torchrun(hosts, "megatron", ["--engine", "megatron", *command], nodes=2))
-    status, one = hosts.run("node1", ["launch/torchrun.sh", "--no-preflight", *command], GPUS_PER_NODE="2", timeout=300)
+    printed = until_end(
+        hosts, "megatron", torchrun(hosts, "megatron", ["--engine", "megatron", *command], nodes=2)
+    )
+    status, one = hosts.run(
+        "node1", ["launch/torchrun.sh", "--no-preflight", *command], GPUS_PER_NODE="2", timeout=300
+    )
     assert status == 0, one[-6000:]
     steps = re.findall(r"step \d: loss [\d.]+, lr [\d.e-]+, grad norm [\d.]+", one)
-    assert len(steps) == 4 and steps == re.findall(r"step \d: loss [\d.]+, lr [\d.e-]+, grad norm [\d.]+", printed)
+    assert len(steps) == 4 and steps == re.findall(
+        r"step \d: loss [\d.]+, lr [\d.e-]+, grad norm [\d.]+", printed
+    )
 
 
-def test_deepspeed_by_pdsh(hosts: Hosts, data: Path, folder: Path, reference: dict[int, float]) -> None:
+def test_deepspeed_by_pdsh(
+    hosts: Hosts, data: Path, folder: Path, reference: dict[int, float]
+) -> None:
     hostfile = folder / "hostfile"
-    hostfile.write_text("# rank 0 is on the first\n\n" + "".join(f"{name} slots=1\n" for name in NAMES))
+    hostfile.write_text(
+        "# rank 0 is on the first\n\n" + "".join(f"{name} slots=1\n" for name in NAMES)
+    )
     out = folder / '$(touch pwned) "it\'s" 50%n \\'
     command = ["launch/deepspeed.sh", "--hostfile", str(hostfile), *gpt(data, out)]
     status, output = hosts.run("node1", command, timeout=400)
@@ -194,12 +239,27 @@ sys.exit(7)
 
 
 def test_deepspeed_by_openssh(hosts: Hosts, folder: Path) -> None:
-    """Without pdsh, with rank 0 where the hostfile says; a worker that fails ends the others, which would wait."""
+    """Without pdsh, with rank 0 where the hostfile says; a worker that fails ends the others, which
+    would wait.
+    """
     (folder / "hostfile2").write_text("node3 slots=2\nnode1 slots=1\n")
     (folder / "show me.py").write_text(SHOW)
     odd = " ".join(ODD[:-1])
-    command = ["launch/deepspeed.sh", "--hostfile", str(folder / "hostfile2"), "--launcher", "openssh"]
-    command += ["--no-preflight", "--export", "ODD", str(folder / "show me.py"), str(folder / "shown"), *ODD]
+    command = [
+        "launch/deepspeed.sh",
+        "--hostfile",
+        str(folder / "hostfile2"),
+        "--launcher",
+        "openssh",
+    ]
+    command += [
+        "--no-preflight",
+        "--export",
+        "ODD",
+        str(folder / "show me.py"),
+        str(folder / "shown"),
+        *ODD,
+    ]
     status, output = hosts.run("node2", command, timeout=300, ODD=odd, GPUS_PER_NODE="")
     assert status == 7, output[-6000:]
     shown = [json.loads((folder / f"shown-{rank}").read_text()) for rank in range(3)]
@@ -216,7 +276,14 @@ def test_slurm_that_is_preempted(
     hosts: Hosts, slurm: dict[str, str], data: Path, folder: Path, reference: dict[int, float]
 ) -> None:
     out, log = folder / "slurm", folder / "job.log"
-    command = ["sbatch", "--parsable", "--nodes=3", f"--output={log}", "launch/slurm.sbatch", *gpt(data, out)]
+    command = [
+        "sbatch",
+        "--parsable",
+        "--nodes=3",
+        f"--output={log}",
+        "launch/slurm.sbatch",
+        *gpt(data, out),
+    ]
     status, job = hosts.run("node1", command, **slurm)
     assert status == 0, job
     until_step(out, SAVED + 2)
@@ -227,7 +294,9 @@ def test_slurm_that_is_preempted(
     hosts.until("node1", ended(job), 400, **slurm)
     printed = log.read_text(errors="replace")
     first, *others = resumed_at(printed)
-    assert "DUE TO PREEMPTION" in printed and first == 0 and len(others) == 1 and others[0] > 0, printed[-6000:]
+    assert "DUE TO PREEMPTION" in printed and first == 0 and len(others) == 1 and others[0] > 0, (
+        printed[-6000:]
+    )
     assert difference(out, reference) <= 1e-6
 
 
@@ -251,21 +320,35 @@ def test_slurm_near_its_time_limit(hosts: Hosts, slurm: dict[str, str], folder: 
     hosts.until("node1", ended(job), 120, **slurm)
     printed = log.read_text(errors="replace")
     assert f"job {job.strip()} is near its time limit and goes back into the queue" in printed
-    shown = [json.loads(line) for line in printed.splitlines() if line.startswith("[null") or line.startswith('["1"')]
+    shown = [
+        json.loads(line)
+        for line in printed.splitlines()
+        if line.startswith("[null") or line.startswith('["1"')
+    ]
     assert shown == [[None, ODD], ["1", ODD]] and not (ROOT / "pwned").exists()
 
 
 def ended(job: str) -> list[str]:
     """A command that succeeds when a job has ended well, or badly for good."""
-    show = f"scontrol show job {job.strip()} | grep -qE 'JobState=(COMPLETED|FAILED|CANCELLED|NODE_FAIL)'"
+    show = (
+        f"scontrol show job {job.strip()} | grep -qE "
+        "'JobState=(COMPLETED|FAILED|CANCELLED|NODE_FAIL)'"
+    )
     return ["bash", "-c", show]
 
 
 def preflight(hosts: Hosts, log: str, environment: dict[str, dict[str, str]]) -> dict[str, str]:
-    """Run the preflight on all hosts, each with its own environment; it fails on all. Return what each says."""
+    """Run the preflight on all hosts, each with its own environment; it fails on all. Return what
+    each says.
+    """
     started = []
     for rank, name in enumerate(NAMES):
-        variables = {"NUM_NODES": "3", "NODE_RANK": str(rank), "MASTER_ADDR": "node1", **environment.get(name, {})}
+        variables = {
+            "NUM_NODES": "3",
+            "NODE_RANK": str(rank),
+            "MASTER_ADDR": "node1",
+            **environment.get(name, {}),
+        }
         started.append(hosts.start(name, ["python", "launch/preflight.py"], log, **variables))
     assert [process.wait(300) for process in started] == [1, 1, 1]
     return {name: (hosts.folder / f"{log}-{name}.log").read_text() for name in NAMES}
@@ -273,13 +356,16 @@ def preflight(hosts: Hosts, log: str, environment: dict[str, dict[str, str]]) ->
 
 def test_preflight_names_what_hosts_lack(hosts: Hosts, folder: Path) -> None:
     (folder / "broken" / "weyl_megatron").mkdir(parents=True)
-    (folder / "broken" / "weyl_megatron" / "__init__.py").write_text("raise ImportError('not here')\n")
+    (folder / "broken" / "weyl_megatron" / "__init__.py").write_text(
+        "raise ImportError('not here')\n"
+    )
     without = {"PYTHONPATH": str(folder / "broken")}
     said = preflight(hosts, "lacking", {"node2": {"GLOO_SOCKET_IFNAME": "eth9"}, "node3": without})
     python = f"{Path(sys.executable).parent}/python"
     lines = [
         "preflight: node2: GLOO_SOCKET_IFNAME takes an interface of lo, eth0, got eth9\n",
-        f"preflight: node3: weyl_megatron takes an installation in {python}, got ImportError: not here\n",
+        f"preflight: node3: weyl_megatron takes an installation in {python}, got ImportError: not "
+        "here\n",
     ]
     assert said == {"node1": "".join(lines), "node2": lines[0], "node3": lines[1]}
 
@@ -291,5 +377,7 @@ def test_preflight_names_hosts_that_do_not_reach_each_other(hosts: Hosts) -> Non
     finally:
         hosts.run("node2", ["ip", "route", "delete", "unreachable", "10.77.0.3/32"])
     assert re.search(
-        r"^preflight: node2: the others' ports take connections, got .* from node3 \(10", said["node1"], re.M
+        r"^preflight: node2: the others' ports take connections, got .* from node3 \(10",
+        said["node1"],
+        re.M,
     )

@@ -1,4 +1,6 @@
-"""The launchers by themselves: what they would run, what they say of wrong input, and one host's preflight."""
+"""The launchers by themselves: what they would run, what they say of wrong input, and one host's
+preflight.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def run(command: list[str], **environment: str) -> tuple[int, str, str]:
 
 
 def refusal(command: list[str], **environment: str) -> str:
-    """The one line that a launcher says before it ends with status 2, without having started anything."""
+    """The one line that a launcher says before it ends with status 2, without having started
+    anything.
+    """
     status, printed, said = run(command, **environment)
     assert status == 2 and not printed and said.count("\n") == 1, (status, printed, said)
     return said.strip()
@@ -68,7 +72,9 @@ def commands(printed: str) -> list[list[str]]:
 @pytest.fixture
 def hostfile(tmp_path: Path) -> Path:
     file = tmp_path / "hostfile"
-    file.write_text("node1 slots=8\nnode2\tslots=4 # half\n\n# node3 slots=8\nroot@node-4.cluster slots=8")
+    file.write_text(
+        "node1 slots=8\nnode2\tslots=4 # half\n\n# node3 slots=8\nroot@node-4.cluster slots=8"
+    )
     return file
 
 
@@ -89,23 +95,30 @@ def test_torchrun_takes_both_engines() -> None:
     assert (
         start
         == (
-            "python -m torch.distributed.run --nproc-per-node=8 --nnodes=3 --node-rank=1 --master-addr=node1 "
-            f"--master-port=29500 {SCRIPT} r.yaml"
+            "python -m torch.distributed.run --nproc-per-node=8 --nnodes=3 --node-rank=1 "
+            f"--master-addr=node1 --master-port=29500 {SCRIPT} r.yaml"
         ).split()
     )
-    megatron = ["-m", "weyl_megatron.integrations.megatron", "pretrain_gpt.py", "--optimizer", "adamw2"]
-    status, printed, said = run(["launch/torchrun.sh", "--dry-run", "--no-preflight", *megatron], **several)
+    megatron = ["-m", "weyl_megatron.engines.megatron", "pretrain_gpt.py", "--optimizer", "adamw2"]
+    status, printed, said = run(
+        ["launch/torchrun.sh", "--dry-run", "--no-preflight", *megatron], **several
+    )
     assert commands(printed)[-1] == [*start[:8], *megatron] and "preflight" not in printed
 
 
 def test_torchrun_on_one_host_takes_no_variables() -> None:
     status, printed, _ = run(["launch/torchrun.sh", "--dry-run", SCRIPT])
-    assert status == 0 and "--nnodes=1 --node-rank=0 --master-addr=localhost --master-port=29500" in printed
+    assert (
+        status == 0
+        and "--nnodes=1 --node-rank=0 --master-addr=localhost --master-port=29500" in printed
+    )
 
 
 def test_torchrun_elastic_meets_at_the_first_host() -> None:
     several = {"MASTER_ADDR": "node1", "MASTER_PORT": "4000", "MAX_RESTARTS": "7"}
-    status, printed, _ = run(["launch/torchrun.sh", "--dry-run", "--elastic", "2:4", SCRIPT], **several)
+    status, printed, _ = run(
+        ["launch/torchrun.sh", "--dry-run", "--elastic", "2:4", SCRIPT], **several
+    )
     check, start = commands(printed)[-2:]
     assert status == 0 and "--local" in check
     assert (
@@ -115,21 +128,26 @@ def test_torchrun_elastic_meets_at_the_first_host() -> None:
             f"--rdzv-endpoint=node1:4000 --rdzv-id=weyl_megatron --max-restarts=7 {SCRIPT}"
         ).split()
     )
-    # With as many hosts as at the start, all are met before, and the first is known to hold the meeting place.
-    status, printed, _ = run(["launch/torchrun.sh", "--dry-run", "--elastic", "3:3", SCRIPT], NODE_RANK="0", **several)
+    # With as many hosts as at the start, all are met before, and the first is known to hold the
+    # meeting place.
+    status, printed, _ = run(
+        ["launch/torchrun.sh", "--dry-run", "--elastic", "3:3", SCRIPT], NODE_RANK="0", **several
+    )
     check, start = commands(printed)[-2:]
     assert status == 0 and "--local" not in check and "--rdzv-conf=is_host=1" in start
 
 
 def test_slurm_starts_a_task_per_node() -> None:
-    status, printed, said = run(["launch/slurm.sbatch", "--dry-run", "--engine", "megatron", SCRIPT, *ODD])
+    status, printed, said = run(
+        ["launch/slurm.sbatch", "--dry-run", "--engine", "megatron", SCRIPT, *ODD]
+    )
     assert status == 0 and not said
     assert (ROOT / "launch/torchrun.sh").is_file()
     assert (
         shlex.split(printed.splitlines()[-1])[: -len(ODD)]
         == (
-            f"srun --nodes=1 --ntasks-per-node=1 --kill-on-bad-exit=1 {ROOT}/launch/torchrun.sh --elastic 1:1 "
-            f"--engine megatron {SCRIPT}"
+            f"srun --nodes=1 --ntasks-per-node=1 --kill-on-bad-exit=1 {ROOT}/launch/torchrun.sh "
+            f"--elastic 1:1 --engine megatron {SCRIPT}"
         ).split()
     )
 
@@ -140,16 +158,34 @@ def test_deepspeed_reads_the_hostfile(hostfile: Path) -> None:
     assert status == 0 and not said and "secret" not in printed
     *checks, start = commands(printed)
     assert [command[3] for command in checks] == ["node1", "node2", "root@node-4.cluster"] * 2
-    assert "NCCL_DEBUG=INFO" in start and "GPUS_PER_NODE=4" in checks[-2][-1] and "GPUS_PER_NODE=8" in checks[-1][-1]
+    assert (
+        "NCCL_DEBUG=INFO" in start
+        and "GPUS_PER_NODE=4" in checks[-2][-1]
+        and "GPUS_PER_NODE=8" in checks[-1][-1]
+    )
     assert "NODE_RANK=2" in checks[-1][-1] and "NUM_NODES=3" in checks[-1][-1]
     python = str(Path(sys.executable).parent / "python")
     assert start[:4] == [python, "-m", "deepspeed.launcher.runner", "--hostfile"]
-    assert "--num_nodes=3" in start and "--master_addr=node1" in start and "CUDA_VISIBLE_DEVICES=" not in start
+    assert (
+        "--num_nodes=3" in start
+        and "--master_addr=node1" in start
+        and "CUDA_VISIBLE_DEVICES=" not in start
+    )
     assert start[-4:] == [python, "-u", SCRIPT, "r.yaml"]
-    command = ["launch/deepspeed.sh", "--hostfile", str(hostfile), "--dry-run", "--launcher", "openssh", SCRIPT]
+    command = [
+        "launch/deepspeed.sh",
+        "--hostfile",
+        str(hostfile),
+        "--dry-run",
+        "--launcher",
+        "openssh",
+        SCRIPT,
+    ]
     status, printed, _ = run(command, NUM_NODES="2", GPUS_PER_NODE="2")
     assert status == 0 and len(commands(printed)) == 6
-    assert "--node_rank=1" in commands(printed)[-1][-1] and "NUM_NODES=2" in commands(printed)[-1][-1]
+    assert (
+        "--node_rank=1" in commands(printed)[-1][-1] and "NUM_NODES=2" in commands(printed)[-1][-1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,7 +206,10 @@ def test_deepspeed_reads_the_hostfile(hostfile: Path) -> None:
 def test_a_wrong_line_of_a_hostfile_is_named(tmp_path: Path, line: str, what: str) -> None:
     file = tmp_path / "hosts of mine"
     file.write_text(f"# two\nnode1 slots=8\n{line}\nnode9 slots=8\n")
-    assert refusal(["launch/deepspeed.sh", "--hostfile", str(file), SCRIPT]) == f'{file}:3 {what}, got "{line}"'
+    assert (
+        refusal(["launch/deepspeed.sh", "--hostfile", str(file), SCRIPT])
+        == f'{file}:3 {what}, got "{line}"'
+    )
 
 
 def test_an_empty_hostfile_is_named(tmp_path: Path) -> None:
@@ -188,7 +227,11 @@ def test_an_empty_hostfile_is_named(tmp_path: Path) -> None:
         (["--fast", SCRIPT], {}, "OPTIONS take those of --help, got --fast"),
         (["--engine"], {}, "the last option takes a value, got none"),
         (["--engine", "jax", SCRIPT], {}, "--engine takes deepspeed or megatron, got jax"),
-        ([SCRIPT], {"GPUS_PER_NODE": "all"}, "GPUS_PER_NODE takes a whole number from 1 on, got all"),
+        (
+            [SCRIPT],
+            {"GPUS_PER_NODE": "all"},
+            "GPUS_PER_NODE takes a whole number from 1 on, got all",
+        ),
         ([SCRIPT], {"MASTER_PORT": "70000"}, "MASTER_PORT takes a port from 1 to 65535, got 70000"),
         (
             [SCRIPT],
@@ -209,30 +252,52 @@ def test_wrong_input_is_told_in_a_line(
     ("options", "environment", "said"),
     [
         ([], {"NUM_NODES": "0"}, "NUM_NODES takes a whole number from 1 on, got 0"),
-        ([], {"NUM_NODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR takes the first host's name or address, got nothing"),
-        ([], {"NUM_NODES": "2", "MASTER_ADDR": "node1"}, "NODE_RANK takes 0 to 1, another on every host, got nothing"),
-        ([], {"NUM_NODES": "2", "MASTER_ADDR": "node1", "NODE_RANK": "2"}, "NODE_RANK takes 0 to 1, got 2"),
+        (
+            [],
+            {"NUM_NODES": "2", "NODE_RANK": "0"},
+            "MASTER_ADDR takes the first host's name or address, got nothing",
+        ),
+        (
+            [],
+            {"NUM_NODES": "2", "MASTER_ADDR": "node1"},
+            "NODE_RANK takes 0 to 1, another on every host, got nothing",
+        ),
+        (
+            [],
+            {"NUM_NODES": "2", "MASTER_ADDR": "node1", "NODE_RANK": "2"},
+            "NODE_RANK takes 0 to 1, got 2",
+        ),
         (["--elastic", "4:2"], {}, "--elastic takes MIN:MAX hosts, as 2:4, got 4:2"),
     ],
 )
-def test_torchruns_wrong_input_is_told_in_a_line(options: list[str], environment: dict[str, str], said: str) -> None:
-    assert refusal(["launch/torchrun.sh", *options, SCRIPT], **environment) == f"torchrun.sh: {said}"
+def test_torchruns_wrong_input_is_told_in_a_line(
+    options: list[str], environment: dict[str, str], said: str
+) -> None:
+    assert (
+        refusal(["launch/torchrun.sh", *options, SCRIPT], **environment) == f"torchrun.sh: {said}"
+    )
 
 
 def test_deepspeeds_wrong_input_is_told_in_a_line(hostfile: Path) -> None:
     command = ["launch/deepspeed.sh", "--hostfile", str(hostfile)]
     said = "deepspeed.sh: NUM_NODES takes 1 to the 3 hosts of"
     assert refusal([*command, SCRIPT], NUM_NODES="4") == f"{said} {hostfile}, got 4"
-    assert "--launcher takes pdsh or openssh, got mpi" in refusal([*command, "--launcher", "mpi", SCRIPT])
+    assert "--launcher takes pdsh or openssh, got mpi" in refusal(
+        [*command, "--launcher", "mpi", SCRIPT]
+    )
     assert "--hostfile takes a file, got nothing" in refusal(["launch/deepspeed.sh", SCRIPT])
-    assert "name of a variable that is set, got NOT_SET" in refusal([*command, "--export", "NOT_SET", SCRIPT])
+    assert "name of a variable that is set, got NOT_SET" in refusal(
+        [*command, "--export", "NOT_SET", SCRIPT]
+    )
     assert "a name or an address, got $(id)" in refusal([*command, SCRIPT], MASTER_ADDR="$(id)")
 
 
 def test_torchrun_hands_over_what_it_is_given(tmp_path: Path) -> None:
     script = tmp_path / "show me.py"
     script.write_text("import json, sys\nprint(json.dumps(sys.argv[1:]))\n")
-    status, printed, _ = run(["launch/torchrun.sh", "--no-preflight", str(script), *ODD], MASTER_PORT=str(free_port()))
+    status, printed, _ = run(
+        ["launch/torchrun.sh", "--no-preflight", str(script), *ODD], MASTER_PORT=str(free_port())
+    )
 
     assert status == 0 and json.loads(printed.splitlines()[-1]) == ODD
     assert not (ROOT / "pwned").exists()
@@ -248,13 +313,20 @@ def test_preflight_of_one_host() -> None:
     command = [sys.executable, "launch/preflight.py"]
     variables = {**os.environ, **ENVIRONMENT, "MASTER_PORT": str(port)}
     del variables["GLOO_SOCKET_IFNAME"]
-    good = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    good = subprocess.run(
+        command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert good.returncode == 0 and not good.stderr
     with socket.create_server(("", port)):
-        bad = subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        bad = subprocess.run(
+            command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
     name = socket.gethostname()
     assert bad.returncode == 1
-    assert bad.stderr == f"preflight: {name}: MASTER_PORT takes a free port, got {port}, which is in use\n"
+    assert (
+        bad.stderr
+        == f"preflight: {name}: MASTER_PORT takes a free port, got {port}, which is in use\n"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +340,15 @@ def preflight() -> ModuleType:
 
 def facts(host: str, rank: int, **others: Any) -> dict[str, Any]:
     versions = {"torch": "2.15.0", "deepspeed": "0.19.8", **others.pop("versions", {})}
-    common = {"errors": [], "gpus": 8, "backend": "nccl", "num_nodes": 2, "gpus_per_node": 8, "door": 1, "store": 2}
+    common = {
+        "errors": [],
+        "gpus": 8,
+        "backend": "nccl",
+        "num_nodes": 2,
+        "gpus_per_node": 8,
+        "door": 1,
+        "store": 2,
+    }
     return {"host": host, "rank": rank, "versions": versions, **common, **others}
 
 
@@ -290,7 +370,9 @@ def verdict(preflight: ModuleType, *peers: dict[str, Any], timeout: float = 20) 
 
 
 def test_preflight_compares_hosts(preflight: ModuleType) -> None:
-    other = facts("b", 1, versions={"torch": "2.9.1", "deepspeed": "not installed"}, gpus_per_node=4)
+    other = facts(
+        "b", 1, versions={"torch": "2.9.1", "deepspeed": "not installed"}, gpus_per_node=4
+    )
     assert verdict(preflight, facts("a", 0), other) == [
         "b: GPUS_PER_NODE takes a's 8, got 4",
         "b: torch takes a's version 2.15.0, got 2.9.1",

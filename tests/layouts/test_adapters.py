@@ -11,7 +11,8 @@ from weyl_megatron.layouts.modules import kind_by_name, kinds_of
 
 peft = pytest.importorskip("peft")
 
-#: PEFT's methods and, of each, how many of its parameters are matrices; what is left is scales, kernels and the like.
+#: PEFT's methods and, of each, how many of its parameters are matrices; what is left is scales,
+#: kernels and the like.
 METHODS: dict[str, tuple[Any, int]] = {
     "LoRA": (lambda: peft.LoraConfig(r=2, target_modules=["up"]), 2),
     "DoRA": (lambda: peft.LoraConfig(r=2, target_modules=["up"], use_dora=True), 2),
@@ -25,7 +26,10 @@ METHODS: dict[str, tuple[Any, int]] = {
     "OFT": (lambda: peft.OFTConfig(oft_block_size=4, target_modules=["up"]), 0),
     "BOFT": (lambda: peft.BOFTConfig(boft_block_size=4, target_modules=["up"]), 0),
     "HRA": (lambda: peft.HRAConfig(r=2, target_modules=["up"]), 1),
-    "VB-LoRA": (lambda: peft.VBLoRAConfig(target_modules=["up"], vector_length=4, num_vectors=6), 1),
+    "VB-LoRA": (
+        lambda: peft.VBLoRAConfig(target_modules=["up"], vector_length=4, num_vectors=6),
+        1,
+    ),
     "RandLoRA": (lambda: peft.RandLoraConfig(r=2, target_modules=["up"]), 0),
     "DeLoRA": (lambda: peft.DeloraConfig(r=2, target_modules=["up"]), 2),
 }
@@ -40,7 +44,9 @@ class Base(nn.Module):
         self.head = nn.Linear(24, 12)
 
 
-@pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly")
+@pytest.mark.filterwarnings(
+    "ignore:Failed to load the CUDA extension", "ignore:Setting boft_n_butterfly"
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_of_peft_is_an_adapter_by_its_module_and_by_its_name(method: str) -> None:
     make, matrices = METHODS[method]
@@ -127,6 +133,11 @@ class HomeMade(nn.Module):
 
 
 def test_a_home_made_adapter_is_known_beside_what_is_frozen() -> None:
-    kinds = kinds_of(nn.ModuleDict({"q": HomeMade(), "norm": nn.LayerNorm(4), "out": nn.Linear(128, 64)}))
-    assert {name for name, kind in kinds.items() if kind.role == "adapter"} == {"q.first", "q.second"}
+    kinds = kinds_of(
+        nn.ModuleDict({"q": HomeMade(), "norm": nn.LayerNorm(4), "out": nn.Linear(128, 64)})
+    )
+    assert {name for name, kind in kinds.items() if kind.role == "adapter"} == {
+        "q.first",
+        "q.second",
+    }
     assert kinds["q.first"].partner == "q.second"

@@ -15,12 +15,12 @@ from weyl_megatron.layouts.grid import (
     Grid,
     Kind,
     Sharding,
+    explicit_fused,
     grid_of,
     interleaved,
     known_fused,
     plain_name,
     stacked,
-    told_fused,
 )
 
 
@@ -47,11 +47,14 @@ def test_a_convolution_is_out_by_in_times_kernel() -> None:
 def test_stacked_experts_are_one_matrix_each() -> None:
     weight = torch.randn(3, 4, 5)
     matrices = rebuild(grid_of(weight.shape), weight)
-    assert len(matrices) == 3 and all(torch.equal(m, w) for m, w in zip(matrices, weight, strict=True))
+    assert len(matrices) == 3 and all(
+        torch.equal(m, w) for m, w in zip(matrices, weight, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "axis"), [("h.0.attn.c_attn.weight", (12, 4), 0), ("c_attn.weight", (4, 12), 1)]
+    ("name", "shape", "axis"),
+    [("h.0.attn.c_attn.weight", (12, 4), 0), ("c_attn.weight", (4, 12), 1)],
 )
 def test_gpt2_s_stacked_qkv_is_three_matrices(name: str, shape: tuple[int, int], axis: int) -> None:
     weight = torch.randn(shape)
@@ -67,8 +70,12 @@ def test_a_grouped_query_weight_of_that_name_is_left_whole() -> None:
     assert known_fused("h.0.attn.qkv.weight", (8, 4)) is None
 
 
-@pytest.mark.parametrize(("dim", "fused"), [(0, None), (1, None), (1, stacked(0, (2, 4), ("0", "1")))])
-def test_tensor_parallel_bands_of_uneven_size_make_up_the_matrix(dim: int, fused: Fused | None) -> None:
+@pytest.mark.parametrize(
+    ("dim", "fused"), [(0, None), (1, None), (1, stacked(0, (2, 4), ("0", "1")))]
+)
+def test_tensor_parallel_bands_of_uneven_size_make_up_the_matrix(
+    dim: int, fused: Fused | None
+) -> None:
     weight = torch.randn(6, 5)
     sizes = (4, 2) if dim == 0 else (2, 3)
     total: list[Any] = [0.0, 0.0]
@@ -87,19 +94,22 @@ def test_a_tensor_parallel_stack_of_experts_is_refused() -> None:
 
 def test_told_parts_that_do_not_divide_name_the_parameter() -> None:
     with pytest.raises(ValueError, match=r"'fused' of parameter 'w' got 4, but it takes"):
-        told_fused("w", (5, 3), 4)
-    assert told_fused("w", (5, 3), [2, 3]) == stacked(0, (2, 3), ("0", "1"))
+        explicit_fused("w", (5, 3), 4)
+    assert explicit_fused("w", (5, 3), [2, 3]) == stacked(0, (2, 3), ("0", "1"))
 
 
 @pytest.mark.parametrize(
-    ("shape", "is_vector"), [((3,), True), ((), True), ((1, 1, 9), True), ((1, 4, 9), False), ((1, 9), False)]
+    ("shape", "is_vector"),
+    [((3,), True), ((), True), ((1, 1, 9), True), ((1, 4, 9), False), ((1, 9), False)],
 )
 def test_gains_biases_and_class_tokens_are_vectors(shape: tuple[int, ...], is_vector: bool) -> None:
     assert Parameter("p", shape).is_vector is is_vector
 
 
 def test_a_stack_that_tensor_parallelism_cuts_along_itself_is_kept_whole() -> None:
-    grid = grid_of((6, 5), sharding=Sharding(None, 0, (6, 6), 1), fused=stacked(0, (2, 2, 2), ("q", "k", "v")))  # type: ignore[arg-type]
+    grid = grid_of(
+        (6, 5), sharding=Sharding(None, 0, (6, 6), 1), fused=stacked(0, (2, 2, 2), ("q", "k", "v"))
+    )  # type: ignore[arg-type]
     assert [(matrix.rows, matrix.cols) for matrix in grid.matrices] == [(12, 5)]
 
 
@@ -108,7 +118,9 @@ def test_a_stack_that_tensor_parallelism_cuts_along_itself_is_kept_whole() -> No
     repeats=st.integers(1, 5),
     cuts=st.lists(st.integers(0, 60), max_size=4),
 )
-def test_bands_of_an_interleaved_weight_make_up_its_matrices(pattern: list[int], repeats: int, cuts: list[int]) -> None:
+def test_bands_of_an_interleaved_weight_make_up_its_matrices(
+    pattern: list[int], repeats: int, cuts: list[int]
+) -> None:
     """Megatron's linear_qkv, cut anywhere: also where a query group spans ranks."""
     rows, labels = sum(pattern) * repeats, [str(part) for part in range(len(pattern))]
     weight = torch.arange(1, rows * 3 + 1.0).view(rows, 3)
@@ -123,13 +135,17 @@ def test_bands_of_an_interleaved_weight_make_up_its_matrices(pattern: list[int],
             whole += mine
     for part, matrix in enumerate(found):
         start = sum(pattern[:part])
-        expected = weight.view(repeats, sum(pattern), 3)[:, start : start + pattern[part]].reshape(-1, 3)
+        expected = weight.view(repeats, sum(pattern), 3)[:, start : start + pattern[part]].reshape(
+            -1, 3
+        )
         assert torch.equal(matrix, expected)
 
 
 def test_a_parametrized_weight_is_fused_as_the_plain_one_is() -> None:
     plain = known_fused("h.0.attn.c_attn.weight", (12, 4))
-    assert plain is not None and plain == known_fused("h.0.attn.c_attn.parametrizations.weight.original", (12, 4))
+    assert plain is not None and plain == known_fused(
+        "h.0.attn.c_attn.parametrizations.weight.original", (12, 4)
+    )
 
 
 @pytest.mark.parametrize(
@@ -165,19 +181,30 @@ def test_bands_of_a_weight_that_lies_transposed_make_up_its_matrices(dim: int, a
 
 
 @given(shape=st.lists(st.integers(1, 4), min_size=3, max_size=5), data=st.data())
-def test_every_element_of_a_weight_is_in_one_place_of_one_matrix(shape: list[int], data: st.DataObject) -> None:
+def test_every_element_of_a_weight_is_in_one_place_of_one_matrix(
+    shape: list[int], data: st.DataObject
+) -> None:
     order = data.draw(st.permutations(range(len(shape))))
     form = data.draw(st.sampled_from(["experts", "convolution", "matrix", None]))
     groups = data.draw(st.sampled_from([g for g in range(1, shape[0] + 1) if shape[0] % g == 0]))
     kind = None if form is None else Kind(form, groups=groups if form == "convolution" else 1)
     grid = grid_of(shape, kind=kind, order=order)
     places = {
-        (block.grid_row + row, block.grid_col + col): (block.matrix, block.row + row, block.col + col)
+        (block.grid_row + row, block.grid_col + col): (
+            block.matrix,
+            block.row + row,
+            block.col + col,
+        )
         for block in grid.blocks
         for row in range(block.rows)
         for col in range(block.cols)
     }
     assert len(places) == len(set(places.values())) == prod(shape)
-    assert all(0 <= row * grid.width + col < prod(shape) and col < grid.width for row, col in places)
+    assert all(
+        0 <= row * grid.width + col < prod(shape) and col < grid.width for row, col in places
+    )
     assert sum(matrix.rows * matrix.cols for matrix in grid.matrices) == prod(shape)
-    assert all(row < grid.matrices[m].rows and col < grid.matrices[m].cols for m, row, col in places.values())
+    assert all(
+        row < grid.matrices[m].rows and col < grid.matrices[m].cols
+        for m, row, col in places.values()
+    )

@@ -15,11 +15,17 @@ from tests.layouts.test_grid import rebuild
 from weyl_megatron.layouts.buffers import Layout, Parameter
 from weyl_megatron.layouts.grid import Kind
 from weyl_megatron.layouts.modules import SeenModel, kind_by_name, kinds_of
-from weyl_megatron.reparam import sigma_reparam
 from weyl_megatron.settings import check_settings
 from weyl_megatron.thresholds import Thresholds
+from weyl_megatron.transformer.reparam import sigma_reparam
 
-OPTIONS: dict[str, Any] = {"power_iters": 2, "floor_std": 1e-3, "clip_vectors": False, "io": None, "others": {}}
+OPTIONS: dict[str, Any] = {
+    "power_iters": 2,
+    "floor_std": 1e-3,
+    "clip_vectors": False,
+    "io": None,
+    "others": {},
+}
 
 
 def matrices_of(module: nn.Module, name: str, **override: Any) -> list[Tensor]:
@@ -33,13 +39,17 @@ def matrices_of(module: nn.Module, name: str, **override: Any) -> list[Tensor]:
 
 
 def singular_values(*matrices: Tensor) -> Tensor:
-    """All that are not 0, the largest first: also those of the block-diagonal matrix of ``matrices``."""
+    """All that are not 0, the largest first: also those of the block-diagonal matrix of
+    ``matrices``.
+    """
     values = torch.cat([torch.linalg.svdvals(matrix.double()) for matrix in matrices])
     return values[values > 1e-6].sort(descending=True).values
 
 
 def applied(module: nn.Module, features: int, taps: tuple[int, ...]) -> Tensor:
-    """The matrix of the linear map that a convolution makes of one window, or of one place that it spreads."""
+    """The matrix of the linear map that a convolution makes of one window, or of one place that it
+    spreads.
+    """
     place = torch.zeros(features, *taps)
     jacobian: Tensor = jacrev(lambda x: module(x[None]).flatten())(place)
     return jacobian.flatten(1)
@@ -47,7 +57,9 @@ def applied(module: nn.Module, features: int, taps: tuple[int, ...]) -> Tensor:
 
 @pytest.mark.parametrize("taps", [(3,), (3, 2), (2, 1, 2)], ids=["1d", "2d", "3d"])
 @pytest.mark.parametrize("groups", [1, 2, 3])
-def test_a_convolution_is_the_matrices_that_it_applies_to_a_window(taps: tuple[int, ...], groups: int) -> None:
+def test_a_convolution_is_the_matrices_that_it_applies_to_a_window(
+    taps: tuple[int, ...], groups: int
+) -> None:
     conv = [nn.Conv1d, nn.Conv2d, nn.Conv3d][len(taps) - 1](12, 6, taps, groups=groups, bias=False)
     matrices = matrices_of(conv, "weight")
     assert len(matrices) == groups
@@ -59,7 +71,9 @@ def test_a_convolution_is_the_matrices_that_it_applies_to_a_window(taps: tuple[i
 
 @pytest.mark.parametrize("taps", [(3,), (3, 2), (2, 1, 2)], ids=["1d", "2d", "3d"])
 @pytest.mark.parametrize("groups", [1, 2, 3])
-def test_a_transposed_convolution_is_the_matrices_that_spread_a_place(taps: tuple[int, ...], groups: int) -> None:
+def test_a_transposed_convolution_is_the_matrices_that_spread_a_place(
+    taps: tuple[int, ...], groups: int
+) -> None:
     kinds = [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
     conv = kinds[len(taps) - 1](12, 6, taps, groups=groups, bias=False)
     matrices = matrices_of(conv, "weight")
@@ -83,7 +97,9 @@ def test_a_depthwise_convolution_is_one_matrix_of_all_its_taps(conv: nn.Module) 
     weight = dict(conv.named_parameters())["weight"].detach()
     (matrix,) = matrices_of(conv, "weight")
     assert torch.equal(matrix, weight.flatten(1))
-    assert torch.linalg.matrix_norm(matrix, 2) >= weight.flatten(1).norm(dim=1).max()  # the layer's own σ₁
+    assert (
+        torch.linalg.matrix_norm(matrix, 2) >= weight.flatten(1).norm(dim=1).max()
+    )  # the layer's own σ₁
 
 
 def test_attention_is_q_k_and_v() -> None:
@@ -92,7 +108,9 @@ def test_attention_is_q_k_and_v() -> None:
     assert all(map(torch.equal, found, attention.in_proj_weight.detach().chunk(3)))
     apart = nn.MultiheadAttention(6, 2, kdim=5, vdim=4)
     for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
-        assert torch.equal(matrices_of(apart, name)[0], dict(apart.named_parameters())[name].detach())
+        assert torch.equal(
+            matrices_of(apart, name)[0], dict(apart.named_parameters())[name].detach()
+        )
 
 
 @pytest.mark.parametrize(
@@ -108,7 +126,9 @@ def test_attention_is_q_k_and_v() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
-def test_a_recurrent_weight_is_a_matrix_for_each_gate(net: nn.Module, name: str, gates: int) -> None:
+def test_a_recurrent_weight_is_a_matrix_for_each_gate(
+    net: nn.Module, name: str, gates: int
+) -> None:
     found, weight = matrices_of(net, name), dict(net.named_parameters())[name].detach()
     assert len(found) == gates and all(map(torch.equal, found, weight.chunk(gates)))
 
@@ -117,7 +137,9 @@ def test_a_bilinear_map_is_linear_in_the_outer_product() -> None:
     several, single = nn.Bilinear(3, 4, 5), nn.Bilinear(3, 4, 1)
     left, right = torch.randn(3), torch.randn(4)
     (matrix,) = matrices_of(several, "weight")
-    torch.testing.assert_close(matrix @ torch.outer(left, right).flatten() + several.bias, several(left, right))
+    torch.testing.assert_close(
+        matrix @ torch.outer(left, right).flatten() + several.bias, several(left, right)
+    )
     (matrix,) = matrices_of(single, "weight")
     torch.testing.assert_close((left @ matrix @ right)[None] + single.bias, single(left, right))
 
@@ -166,7 +188,11 @@ def test_gate_and_up_of_experts_are_apart_where_their_module_says_how_they_lie()
     known = {"has_gate": True, "is_concatenated": True}
     for transposed in (False, True):
         net = GatedExperts(**known, is_transposed=transposed)
-        expected = [part for expert in net.gate_up_proj.detach() for part in expert.chunk(2, int(transposed))]
+        expected = [
+            part
+            for expert in net.gate_up_proj.detach()
+            for part in expert.chunk(2, int(transposed))
+        ]
         assert all(map(torch.equal, matrices_of(net, "gate_up_proj"), expected))
     assert len(matrices_of(GatedExperts(has_gate=True, is_concatenated=False), "gate_up_proj")) == 2
     assert len(matrices_of(GatedExperts(), "gate_up_proj")) == 2
@@ -194,9 +220,13 @@ def test_an_override_says_what_a_weight_of_three_dimensions_is() -> None:
     net = Experts()
     assert torch.equal(matrices_of(net, "up", kind="convolution")[0], net.up.detach().flatten(1))
     assert len(matrices_of(net, "conv.weight", kind="experts")) == 16
-    assert len(matrices_of(nn.Conv1d(4, 6, 3, groups=2), "weight", kind="convolution")) == 2  # its module knows more
+    assert (
+        len(matrices_of(nn.Conv1d(4, 6, 3, groups=2), "weight", kind="convolution")) == 2
+    )  # its module knows more
     assert len(matrices_of(nn.Linear(3, 4), "weight", kind="experts")) == 1
-    with pytest.raises(ValueError, match="overrides' kind got 'linear', it takes 'convolution' or 'experts'"):
+    with pytest.raises(
+        ValueError, match="overrides' kind got 'linear', it takes 'convolution' or 'experts'"
+    ):
         matrices_of(net, "up", kind="linear")
 
 
@@ -212,7 +242,9 @@ def test_an_override_says_what_a_weight_of_three_dimensions_is() -> None:
     ids=["weight_norm", "weight_norm's parametrization", "spectral_norm", "prune", "σReparam"],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
-def test_a_weight_that_is_computed_from_another_is_its_module_s(change: Callable[[nn.Module], Any]) -> None:
+def test_a_weight_that_is_computed_from_another_is_its_module_s(
+    change: Callable[[nn.Module], Any],
+) -> None:
     conv = nn.Conv2d(6, 4, 3, groups=2)
     change(conv)
     forms = {name: kind for name, kind in kinds_of(conv).items() if name != "bias"}
@@ -225,7 +257,9 @@ def test_a_weight_that_is_computed_from_another_is_its_module_s(change: Callable
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
 def test_the_lengths_of_weight_norm_are_known_by_name_alone() -> None:
     for net in (weight_norm(nn.Linear(3, 4)), parametrizations.weight_norm(nn.Linear(3, 4))):
-        forms = {name: kind_by_name(name, tuple(param.shape)) for name, param in net.named_parameters()}
+        forms = {
+            name: kind_by_name(name, tuple(param.shape)) for name, param in net.named_parameters()
+        }
         assert [kind.form for kind in forms.values() if kind is not None] == ["vector"]
 
 
@@ -233,7 +267,9 @@ def test_lora_s_factors_know_each_other() -> None:
     """PEFT's, and what goes by the same names elsewhere."""
     peft = pytest.importorskip("peft")
     base = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 5), nn.Conv1d(5, 6, 3))
-    net = peft.get_peft_model(base, peft.LoraConfig(target_modules=["0", "1", "2"], r=2, use_dora=False))
+    net = peft.get_peft_model(
+        base, peft.LoraConfig(target_modules=["0", "1", "2"], r=2, use_dora=False)
+    )
     kinds = kinds_of(net)
     trained = [name for name, param in net.named_parameters() if param.requires_grad]
     assert len(trained) == 6
@@ -252,11 +288,17 @@ def test_lora_s_factors_know_each_other() -> None:
         ("h.0.q.ia3_l.default", (4, 1), Kind("vector")),
         ("h.0.q.lora_E.default", (4, 1), Kind("vector")),
         ("h.0.q.weight", (4, 3), None),
-        ("h.0.q.lora_up.weight", (4, 2), Kind("matrix", role="adapter", partner="h.0.q.lora_down.weight")),
+        (
+            "h.0.q.lora_up.weight",
+            (4, 2),
+            Kind("matrix", role="adapter", partner="h.0.q.lora_down.weight"),
+        ),
         ("h.0.q.lora_A", (2, 4), Kind("matrix", role="adapter", partner="h.0.q.lora_B")),
     ],
 )
-def test_adapters_are_known_by_their_names(name: str, shape: tuple[int, ...], kind: Kind | None) -> None:
+def test_adapters_are_known_by_their_names(
+    name: str, shape: tuple[int, ...], kind: Kind | None
+) -> None:
     assert kind_by_name(name, shape) == kind
 
 
@@ -289,7 +331,9 @@ def test_wrappers_do_not_change_what_a_parameter_is() -> None:
 def test_any_convolution_in_any_memory_order_is_what_it_applies(
     data: st.DataObject, transposed: bool, dims: int
 ) -> None:
-    """Channels last, and weights that are views of another framework's (k, in, out), have the same σ₁."""
+    """Channels last, and weights that are views of another framework's (k, in, out), have the same
+    σ₁.
+    """
     groups = data.draw(st.integers(1, 3))
     inputs, outputs = (groups * data.draw(st.integers(2, 4)) for _ in range(2))
     taps = tuple(data.draw(st.lists(st.integers(1, 3), min_size=dims, max_size=dims)))
@@ -297,19 +341,25 @@ def test_any_convolution_in_any_memory_order_is_what_it_applies(
     conv = getattr(nn, names)(inputs, outputs, taps, groups=groups, bias=False)
     weight = conv.weight.detach()
     order = data.draw(st.permutations(range(weight.dim())))
-    parameter = Parameter("weight", tuple(weight.shape), kind=kinds_of(conv)["weight"], order=tuple(order))
+    parameter = Parameter(
+        "weight", tuple(weight.shape), kind=kinds_of(conv)["weight"], order=tuple(order)
+    )
     plain = check_settings(tau=0.01, overrides=(), **OPTIONS)
     grid = Thresholds(plain, Layout([], parameters=[parameter]), False).grid(parameter)
     assert grid is not None
     assert sum(block.rows * block.cols for block in grid.blocks) == weight.numel()
     matrices = rebuild(grid, weight.permute(order).contiguous())
     expected = applied(conv, inputs, (1,) * dims if transposed else taps)
-    torch.testing.assert_close(singular_values(*matrices), singular_values(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        singular_values(*matrices), singular_values(expected), rtol=1e-5, atol=1e-5
+    )
 
 
 @given(shape=st.lists(st.integers(1, 5), min_size=3, max_size=4), data=st.data())
 @settings(deadline=None, max_examples=100)
-def test_experts_in_any_memory_order_are_the_same_matrices(shape: list[int], data: st.DataObject) -> None:
+def test_experts_in_any_memory_order_are_the_same_matrices(
+    shape: list[int], data: st.DataObject
+) -> None:
     weight = torch.randn(shape)
     order = data.draw(st.permutations(range(len(shape))))
     fused = data.draw(st.sampled_from([None, 2, 3]))

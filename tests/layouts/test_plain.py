@@ -1,4 +1,6 @@
-"""What AdamW2 makes of a model's parameters in plain PyTorch: shown the model, given names, given neither."""
+"""What AdamW2 makes of a model's parameters in plain PyTorch: shown the model, given names, given
+neither.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ SHOWN = pytest.mark.parametrize("shown", [True, False], ids=["model shown", "nam
 
 
 def steps(
-    optimizer: AdamW2, model: nn.Module, number: int, shapes: dict[str, tuple[int, ...]] | None = None
+    optimizer: AdamW2,
+    model: nn.Module,
+    number: int,
+    shapes: dict[str, tuple[int, ...]] | None = None,
 ) -> dict[str, Tensor]:
     """Step on gradients that depend on the parameter's name alone; return the weights."""
     for step in range(number):
@@ -88,15 +93,24 @@ def test_whisper_s_stem_has_the_balanced_tau_of_its_2d_twin(shown: bool) -> None
         net = Stem(dims)
         optimizer = AdamW2(net.named_parameters(), tau="auto", model=net if shown else None)
         steps(optimizer, net, 1)
-        assert optimizer.stats().keys() == {"conv1.weight", "conv2.weight", "fc.weight", "head.weight"}
+        assert optimizer.stats().keys() == {
+            "conv1.weight",
+            "conv2.weight",
+            "fc.weight",
+            "head.weight",
+        }
         (buffer,) = (b for b in optimizer._buffers.values() if b.name == "fc.weight")  # type: ignore[union-attr]
-        taus.append(optimizer._thresholds.floor_and_tau(buffer.shards[0].parameter, 8, 8, "balanced")[1])
+        taus.append(
+            optimizer._thresholds.floor_and_tau(buffer.shards[0].parameter, 8, 8, "balanced")[1]
+        )
     assert taus == [0.144 / 3, 0.144 / 3]
 
 
 def test_groups_of_a_convolution_share_one_part_of_the_budget() -> None:
     """They are blocks of one block-diagonal matrix, whose σ₁ is the largest of theirs."""
-    net = nn.ModuleDict({"conv": nn.Conv1d(12, 12, 3, groups=4), "fc": nn.Linear(3, 3), "head": nn.Linear(3, 2)})
+    net = nn.ModuleDict(
+        {"conv": nn.Conv1d(12, 12, 3, groups=4), "fc": nn.Linear(3, 3), "head": nn.Linear(3, 2)}
+    )
     optimizer = AdamW2(net.named_parameters(), tau="auto", model=net)
     steps(optimizer, net, 1)
     assert len(optimizer.stats()) == 6 and optimizer._thresholds._hidden == 2
@@ -112,18 +126,30 @@ def test_what_is_measured_is_what_the_module_applies() -> None:
             "gru": nn.GRU(5, 4),
         }
     )
-    grouped, spread = (net.get_parameter(f"{name}.weight").detach().clone() for name in ("grouped", "spread"))
-    attention, gates = net["attention"].in_proj_weight.detach().clone(), net["gru"].weight_ih_l0.detach().clone()
+    grouped, spread = (
+        net.get_parameter(f"{name}.weight").detach().clone() for name in ("grouped", "spread")
+    )
+    attention, gates = (
+        net["attention"].in_proj_weight.detach().clone(),
+        net["gru"].weight_ih_l0.detach().clone(),
+    )
     optimizer = AdamW2(net.parameters(), lr=10.0, model=net)  # a rate at which nothing is certified
     steps(optimizer, net, 1)
     expected = {f"grouped.weight[{g}]": part.flatten(1) for g, part in enumerate(grouped.chunk(2))}
     expected |= {f"spread.weight[{g}]": part.flatten(1) for g, part in enumerate(spread.chunk(2))}
-    expected |= {f"attention.in_proj_weight[{part}]": m for part, m in zip("qkv", attention.chunk(3), strict=True)}
-    expected |= {f"gru.weight_ih_l0[{gate}]": m for gate, m in zip("rzn", gates.chunk(3), strict=True)}
+    expected |= {
+        f"attention.in_proj_weight[{part}]": m
+        for part, m in zip("qkv", attention.chunk(3), strict=True)
+    }
+    expected |= {
+        f"gru.weight_ih_l0[{gate}]": m for gate, m in zip("rzn", gates.chunk(3), strict=True)
+    }
     stats = optimizer.stats()
     assert expected.keys() <= stats.keys()
     for name, matrix in expected.items():
-        assert stats[name].sigma_weight == pytest.approx(float(torch.linalg.matrix_norm(matrix, 2)), rel=1e-3), name
+        assert stats[name].sigma_weight == pytest.approx(
+            float(torch.linalg.matrix_norm(matrix, 2)), rel=1e-3
+        ), name
 
 
 class Attention(nn.Module):
@@ -151,7 +177,10 @@ def test_without_names_it_says_once_what_is_not_split(caplog: pytest.LogCaptureF
     steps(optimizer, net, 1)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert "'group1.param0' (96, 32) may be q, k and v" in record.message and "model=model" in record.message
+    assert (
+        "'group1.param0' (96, 32) may be q, k and v" in record.message
+        and "model=model" in record.message
+    )
     assert "group1.param0" in optimizer.stats()
 
 
@@ -185,7 +214,9 @@ def test_the_model_gives_names_to_groups_that_have_none(caplog: pytest.LogCaptur
             optimizer = AdamW2([{**g, "params": named} for g, named in named_groups(net)], lr=0.05)
         ends.append(steps(optimizer, net, 5))
         rates.append({name: entry.lr for name, entry in optimizer.stats().items()})
-    assert rates[0] == rates[1] and rates[0].keys() == {f"c_attn.weight[{part}]" for part in "qkv"} | {"c_proj.weight"}
+    assert rates[0] == rates[1] and rates[0].keys() == {
+        f"c_attn.weight[{part}]" for part in "qkv"
+    } | {"c_proj.weight"}
     assert rates[0]["c_attn.weight[q]"] > 2 * rates[0]["c_attn.weight[k]"]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     assert not caplog.records
@@ -196,7 +227,9 @@ def named_groups(net: nn.Module) -> list[tuple[dict[str, Any], list[tuple[str, n
     return [(group, [(names[id(p)], p) for p in group["params"]]) for group in groups_of(net)]
 
 
-def test_it_says_once_what_weights_of_three_dimensions_were_taken_for(caplog: pytest.LogCaptureFixture) -> None:
+def test_it_says_once_what_weights_of_three_dimensions_were_taken_for(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     net = nn.Module()
     net.conv, net.deep = nn.Conv1d(24, 16, 3), nn.Conv1d(4, 4, 9, groups=4)
     net.experts = nn.Parameter(torch.randn(2, 6, 8))
@@ -206,7 +239,10 @@ def test_it_says_once_what_weights_of_three_dimensions_were_taken_for(caplog: py
     steps(optimizer, net, 2)
     stacks, convolutions = (record.message for record in caplog.records)
     assert "'experts' (2, 6, 8)" in stacks and "pos_embed" not in stacks
-    assert "'conv.weight' (16, 24, 3), 'deep.weight' (4, 1, 9)" in convolutions and "patch" not in convolutions
+    assert (
+        "'conv.weight' (16, 24, 3), 'deep.weight' (4, 1, 9)" in convolutions
+        and "patch" not in convolutions
+    )
     assert "'kind': 'convolution' or 'experts'" in convolutions
     caplog.clear()
     told = [{"match": "*", "kind": "convolution"}, {"match": "experts", "kind": "experts"}]
@@ -215,7 +251,9 @@ def test_it_says_once_what_weights_of_three_dimensions_were_taken_for(caplog: py
     assert not caplog.records
 
 
-def test_a_stack_that_has_the_shape_of_a_convolution_is_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stack_that_has_the_shape_of_a_convolution_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Its module is no convolution, and may still use it as one."""
     net = nn.Module()
     net.per_head = nn.Parameter(torch.randn(24, 2, 4))
@@ -237,7 +275,9 @@ def test_a_stack_that_has_the_shape_of_a_convolution_is_named(caplog: pytest.Log
         ((1, 9, 16), 1),
     ],
 )
-def test_shapes_alone_tell_common_convolutions_from_common_experts(shape: tuple[int, ...], matrices: int) -> None:
+def test_shapes_alone_tell_common_convolutions_from_common_experts(
+    shape: tuple[int, ...], matrices: int
+) -> None:
     weight = nn.Parameter(torch.randn(shape))
     optimizer = AdamW2([("weight", weight)])
     weight.grad = torch.randn(shape)
@@ -272,7 +312,9 @@ def test_a_group_that_is_added_later_goes_by_the_model_s_names() -> None:
 
 def test_names_of_the_user_s_own_are_kept_and_known() -> None:
     net = nn.Sequential(nn.Conv1d(12, 8, 3, groups=2))
-    optimizer = AdamW2([(f"encoder.{name}", param) for name, param in net[0].named_parameters()], model=net)
+    optimizer = AdamW2(
+        [(f"encoder.{name}", param) for name, param in net[0].named_parameters()], model=net
+    )
     steps(optimizer, net, 1)
     assert optimizer.stats().keys() == {"encoder.weight[0]", "encoder.weight[1]"}
 

@@ -1,6 +1,8 @@
-"""torchrun worker: tests/integrations/deepspeed_worker.py on a tree of DeepSpeed that has the patch, or on none ("").
+"""torchrun worker: tests/engines/deepspeed/train_worker.py on a tree of DeepSpeed that has the
+patch, or on none ("").
 
-Usage: deepspeed_worker.py TREE CASES.json OUT_DIR. A case's "type" is the optimizer's name in the JSON.
+Usage: deepspeed_worker.py TREE CASES.json OUT_DIR. A case's "type" is the optimizer's name in the
+    JSON.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ if __name__ == "__main__":
     import deepspeed
     import torch
 
-    from tests.integrations import deepspeed_worker
+    from tests.engines import deepspeed_worker
 
     assert deepspeed.__file__.startswith(tree)
-    assert hasattr(torch.optim, "AdamW2") == (not tree), "the plugin is on for the tree, or off without it"
+    assert hasattr(torch.optim, "AdamW2") == (not tree), (
+        "the plugin is on for the tree, or off without it"
+    )
     config_of = deepspeed_worker.config_of
 
     def named(case: dict[str, Any]) -> dict[str, Any]:
@@ -27,7 +31,8 @@ if __name__ == "__main__":
         config["optimizer"]["type"] = case.get("type", "AdamW2")
         return config
 
-    # Compiled per tree, and kept where the installed DeepSpeed's is: the one would undo the other's.
+    # Compiled per tree, and kept where the installed DeepSpeed's is: the one would undo the
+    # other's.
     import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     deepspeed_worker.config_of = named
     sys.argv[1:] = [cases, out]

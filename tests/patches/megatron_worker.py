@@ -1,7 +1,10 @@
-"""torchrun worker: tests/integrations/megatron/train_worker.py on a tree of megatron-core that has the patch.
+"""torchrun worker: tests/engines/megatron/train_worker.py on a tree of megatron-core that has the
+patch.
 
-Usage: megatron_worker.py TREE CASES.json OUT_DIR. Without a TREE ("") the installed megatron-core trains, through the
-door. In a TREE nothing of ours is called: a case's options are fields of Megatron's OptimizerConfig.
+Usage: megatron_worker.py TREE CASES.json OUT_DIR. Without a TREE ("") the installed megatron-core
+    trains, through the
+door. In a TREE nothing of ours is called: a case's options are fields of Megatron's
+OptimizerConfig.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ if __name__ == "__main__":
     _, tree, cases, out = sys.argv
     if tree:
         sys.path.insert(0, tree)
-    from tests.integrations.megatron import train_worker
+    from tests.engines.megatron import train_worker
 
     train, optimizer_config = train_worker.train, train_worker.optimizer_config
 

@@ -1,4 +1,6 @@
-"""The installed DeepSpeed with its patch knows AdamW2 itself: PyTorch's plugins are off, and it trains as with ours."""
+"""The installed DeepSpeed with its patch knows AdamW2 itself: PyTorch's plugins are off, and it
+trains as with ours.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     shutil.copytree(SITE / "deepspeed", tree / "deepspeed")
     check_round_trip(tree, PATCHES / patch)
     folders = {}
-    for way, path, cases in (("patched", str(tree), [*CASES, *NAMES, *REFUSED]), ("plugin", "", CASES)):
+    for way, path, cases in (
+        ("patched", str(tree), [*CASES, *NAMES, *REFUSED]),
+        ("plugin", "", CASES),
+    ):
         folders[way] = folder = tmp_path_factory.mktemp(way)
         (folder / "cases.json").write_text(json.dumps(cases))
         with pytest.MonkeyPatch.context() as patched:
@@ -64,17 +69,28 @@ def load(folder: Path, name: str) -> dict[str, Any]:
     ("name", "against"),
     [*((case["name"], case["name"]) for case in CASES), *((case["name"], "z2") for case in NAMES)],
 )
-def test_the_patched_tree_trains_as_the_plugin_does_bit_for_bit(runs: dict[str, Path], name: str, against: str) -> None:
+def test_the_patched_tree_trains_as_the_plugin_does_bit_for_bit(
+    runs: dict[str, Path], name: str, against: str
+) -> None:
     patched, plugin = load(runs["patched"], name), load(runs["plugin"], against)
     assert "error" not in patched, patched["error"]
     assert "error" not in plugin, plugin["error"]
-    assert all(torch.equal(weight, plugin["weights"][key]) for key, weight in patched["weights"].items())
+    assert all(
+        torch.equal(weight, plugin["weights"][key]) for key, weight in patched["weights"].items()
+    )
     assert patched["stats"] == plugin["stats"] and patched["wrapper"] == plugin["wrapper"]
-    assert any(entry[3] for entry in patched["stats"][0].values()), "nothing was clipped: the case shows nothing"
+    assert any(entry[3] for entry in patched["stats"][0].values()), (
+        "nothing was clipped: the case shows nothing"
+    )
 
 
 def test_what_adamw2_does_not_take_stops(runs: dict[str, Path]) -> None:
-    said = {case["name"]: load(runs["patched"], case["name"])["error"].rstrip().splitlines()[-1] for case in REFUSED}
-    assert said["max-grad-norm"].startswith("ValueError: 'max_grad_norm' is not supported as an optimizer parameter")
+    said = {
+        case["name"]: load(runs["patched"], case["name"])["error"].rstrip().splitlines()[-1]
+        for case in REFUSED
+    }
+    assert said["max-grad-norm"].startswith(
+        "ValueError: 'max_grad_norm' is not supported as an optimizer parameter"
+    )
     assert said["unknown-key"].startswith("ValueError: AdamW2: unknown key 'tua' got 0.01;")
     assert said["l2"] == "ValueError: AdamW2: adam_w_mode got False, it takes True."

@@ -16,7 +16,9 @@ each = pytest.mark.parametrize("patch", ALL, ids=[patch.stem for patch in ALL])
 
 
 def test_every_supported_version_has_a_patch_and_every_patch_a_version() -> None:
-    assert {patch.name for patch in ALL} == {name for versions in SUPPORTED.values() for name in versions.values()}
+    assert {patch.name for patch in ALL} == {
+        name for versions in SUPPORTED.values() for name in versions.values()
+    }
 
 
 @each
@@ -29,7 +31,11 @@ def test_a_patch_is_well_formed_and_names_one_version(patch: Path) -> None:
 
 @each
 def test_a_patch_touches_what_the_readme_says(patch: Path) -> None:
-    row = next(line for line in README.read_text().splitlines() if f"`{patch.name}`" in line and line.startswith("|"))
+    row = next(
+        line
+        for line in README.read_text().splitlines()
+        if f"`{patch.name}`" in line and line.startswith("|")
+    )
     named = re.findall(r"`(\S+\.py)`", row)
     package = {"megatron": "megatron/", "deepspeed": "deepspeed/runtime/"}[patch.name.split("-")[0]]
     assert {package + name for name in named} == set(files(patch))
@@ -38,6 +44,8 @@ def test_a_patch_touches_what_the_readme_says(patch: Path) -> None:
 @each
 def test_a_patch_imports_us_in_branches_only_and_quotes_little(patch: Path) -> None:
     lines = [line for line in patch.read_text().splitlines() if not line.startswith(("+++", "---"))]
-    assert all(line.startswith("+    ") for line in lines if "import" in line and "weyl_megatron" in line)
+    assert all(
+        line.startswith("+    ") for line in lines if "import" in line and "weyl_megatron" in line
+    )
     assert sum(line.startswith("-") for line in lines) <= 7
     assert all(line.endswith("@@") for line in lines if line.startswith("@@"))

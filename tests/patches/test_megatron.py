@@ -1,4 +1,6 @@
-"""The installed megatron-core with its patch trains as it does through the door, and adam as without the patch."""
+"""The installed megatron-core with its patch trains as it does through the door, and adam as
+without the patch.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ import torch
 
 from tests.patches.trees import CORE, PATCHES, SITE, SUPPORTED, check_round_trip
 from tests.processes import torchrun
-from weyl_megatron.integrations.megatron import enable
+from weyl_megatron.engines.megatron import enable
 
 WORKER = Path(__file__).with_name("megatron_worker.py")
 
@@ -27,8 +29,17 @@ CASES: dict[int, list[dict[str, Any]]] = {
     1: [
         {"name": "adam", **ADAM},
         {"name": "one"},
-        {"name": "every-option", "options": {"tau": "auto", "power_iters": 3, "floor_std": 0.0, "clip_vectors": True}},
-        {"name": "whole", "options": {"split_fused": False, "overrides": [{"match": "*.linear_fc1.*", "tau": 0.1}]}},
+        {
+            "name": "every-option",
+            "options": {"tau": "auto", "power_iters": 3, "floor_std": 0.0, "clip_vectors": True},
+        },
+        {
+            "name": "whole",
+            "options": {
+                "split_fused": False,
+                "overrides": [{"match": "*.linear_fc1.*", "tau": 0.1}],
+            },
+        },
         {"name": "moe", "moe": True},
     ],
     2: [
@@ -87,19 +98,28 @@ def load(folder: Path, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_the_patched_tree_trains_as_the_door_does_bit_for_bit(runs: dict[str, Path], name: str) -> None:
+def test_the_patched_tree_trains_as_the_door_does_bit_for_bit(
+    runs: dict[str, Path], name: str
+) -> None:
     patched, door = load(runs["patched"], name), load(runs["door"], name)
     assert "error" not in patched, patched["error"]
     assert "error" not in door, door["error"]
     assert patched["inner"] == door["inner"] == ("AdamW" if name.startswith("adam") else "AdamW2")
     assert patched["wrappers"] == door["wrappers"]
-    assert all(torch.equal(weight, door["weights"][key]) for key, weight in patched["weights"].items())
+    assert all(
+        torch.equal(weight, door["weights"][key]) for key, weight in patched["weights"].items()
+    )
     assert patched["stats"] == door["stats"]  # σ₁ and rates of every matrix, on every rank
-    assert name.startswith("adam") or any(entry[3] for mine in patched["stats"] for entry in mine.values())
+    assert name.startswith("adam") or any(
+        entry[3] for mine in patched["stats"] for entry in mine.values()
+    )
 
 
 def test_what_another_path_would_take_stops(runs: dict[str, Path]) -> None:
-    said = {case["name"]: load(runs["patched"], case["name"])["error"].rstrip().splitlines()[-1] for case in REFUSED}
+    said = {
+        case["name"]: load(runs["patched"], case["name"])["error"].rstrip().splitlines()[-1]
+        for case in REFUSED
+    }
     assert said["offload"] == "ValueError: AdamW2: optimizer_cpu_offload got True, it takes False."
     assert said["bad-tau"].startswith("ValueError: AdamW2: tau got -1, it takes a number above 0")
     assert "adamw3" in said["unknown"]
@@ -115,4 +135,6 @@ def test_the_fields_are_the_options_of_enable(tree: Path) -> None:
         and node.target.id.startswith("adamw2_")
         if node.value is not None
     }
-    assert fields == {key: parameter.default for key, parameter in inspect.signature(enable).parameters.items()}
+    assert fields == {
+        key: parameter.default for key, parameter in inspect.signature(enable).parameters.items()
+    }

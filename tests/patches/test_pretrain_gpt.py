@@ -1,4 +1,5 @@
-"""A Megatron-LM checkout with its patch runs pretrain_gpt.py as it is, and trains as the unpatched one with the door.
+"""A Megatron-LM checkout with its patch runs pretrain_gpt.py as it is, and trains as the unpatched
+one with the door.
 
 MEGATRON_LM names the checkout, of which a copy is patched.
 """
@@ -16,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integrations import megatron
-from tests.integrations.megatron.test_pretrain_gpt import SMALL
+from tests.engines import megatron
+from tests.engines.megatron.test_pretrain_gpt import SMALL
 from tests.patches.trees import PATCHES, SUPPORTED, check_round_trip
 from tests.processes import ROOT, torchrun
 
@@ -25,7 +26,8 @@ INTEGRATION = Path(megatron.__file__).parent
 CHECKOUT = os.environ.get("MEGATRON_LM", "")
 
 pytestmark = pytest.mark.skipif(
-    not Path(CHECKOUT, "pretrain_gpt.py").is_file(), reason="MEGATRON_LM names no checkout of Megatron-LM"
+    not Path(CHECKOUT, "pretrain_gpt.py").is_file(),
+    reason="MEGATRON_LM names no checkout of Megatron-LM",
 )
 
 Losses = list[tuple[str, ...]]
@@ -33,7 +35,9 @@ Losses = list[tuple[str, ...]]
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    version = runpy.run_path(str(Path(CHECKOUT, "megatron/core/package_info.py")))["__shortversion__"]
+    version = runpy.run_path(str(Path(CHECKOUT, "megatron/core/package_info.py")))[
+        "__shortversion__"
+    ]
     patch = SUPPORTED["megatron-core"].get(version)
     if patch is None:
         pytest.skip(f"MEGATRON_LM is of version {version}, for which there is no patch")
@@ -48,10 +52,14 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pretrain(tree: Path) -> Callable[[str, str], tuple[Losses, set[str]]]:
     def run(way: str, flags: str) -> tuple[Losses, set[str]]:
-        """Return iteration, rate, loss and gradient norm as printed, and the classes that made the steps."""
-        checkout, door = {"patched": (str(tree), "plain"), "plain": (CHECKOUT, "plain"), "door": (CHECKOUT, "door")}[
-            way
-        ]
+        """Return iteration, rate, loss and gradient norm as printed, and the classes that made the
+        steps.
+        """
+        checkout, door = {
+            "patched": (str(tree), "plain"),
+            "plain": (CHECKOUT, "plain"),
+            "door": (CHECKOUT, "door"),
+        }[way]
         argv = [door, checkout, *SMALL.split(), "--tensor-model-parallel-size", "2", *flags.split()]
         printed = torchrun(INTEGRATION / "pretrain_worker.py", 2, *argv)
         number = r"([-+.\dE]+|nan|inf)"
@@ -65,8 +73,8 @@ def pretrain(tree: Path) -> Callable[[str, str], tuple[Losses, set[str]]]:
     "flags",
     [
         "--adamw2-tau 0.01",
-        "--adamw2-tau auto --adamw2-no-split-fused --use-distributed-optimizer --overlap-grad-reduce "
-        "--overlap-param-gather",
+        "--adamw2-tau auto --adamw2-no-split-fused --use-distributed-optimizer "
+        "--overlap-grad-reduce --overlap-param-gather",
     ],
     ids=["tau", "auto-distopt-overlap"],
 )
@@ -79,7 +87,9 @@ def test_the_patched_script_prints_the_losses_of_the_door(
     assert len(patched) == 5 and patched == door
 
 
-def test_adam_of_the_patched_script_is_adam(pretrain: Callable[[str, str], tuple[Losses, set[str]]]) -> None:
+def test_adam_of_the_patched_script_is_adam(
+    pretrain: Callable[[str, str], tuple[Losses, set[str]]],
+) -> None:
     patched, classes = pretrain("patched", "--optimizer adam")
     assert (patched, classes) == pretrain("plain", "--optimizer adam")
     assert len(patched) == 5 and "AdamW2" not in classes
@@ -88,13 +98,29 @@ def test_adam_of_the_patched_script_is_adam(pretrain: Callable[[str, str], tuple
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        ("--optimizer adam --adamw2-tau 0.01", "--adamw2-tau takes --optimizer adamw2, but --optimizer got 'adam'."),
-        ("--optimizer adamw2 --adamw2-tau 0", "--adamw2-tau got 0.0, it takes a number above 0 (infinity is AdamW) or"),
-        ("--optimizer adamw2 --adamw2-overrides {", "argument --adamw2-overrides: invalid loads value: '{'"),
+        (
+            "--optimizer adam --adamw2-tau 0.01",
+            "--adamw2-tau takes --optimizer adamw2, but --optimizer got 'adam'.",
+        ),
+        (
+            "--optimizer adamw2 --adamw2-tau 0",
+            "--adamw2-tau got 0.0, it takes a number above 0 (infinity is AdamW) or",
+        ),
+        (
+            "--optimizer adamw2 --adamw2-overrides {",
+            "argument --adamw2-overrides: invalid loads value: '{'",
+        ),
     ],
 )
 def test_flags_that_cannot_be_right_stop(tree: Path, flags: str, sentence: str) -> None:
-    command = [sys.executable, str(INTEGRATION / "pretrain_script.py"), *SMALL.split(), *flags.split()]
-    environment = dict(os.environ, PYTHONPATH=f"{tree}:{ROOT}", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1")
+    command = [
+        sys.executable,
+        str(INTEGRATION / "pretrain_script.py"),
+        *SMALL.split(),
+        *flags.split(),
+    ]
+    environment = dict(
+        os.environ, PYTHONPATH=f"{tree}:{ROOT}", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"
+    )
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode != 0 and sentence in run.stderr, run.stderr[-2000:]

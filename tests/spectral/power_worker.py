@@ -1,11 +1,13 @@
-"""torchrun worker, 3 ranks: σ₁ in several layouts against the whole matrices, and the collectives counted."""
+"""torchrun worker, 3 ranks: σ₁ in several layouts against the whole matrices, and the collectives
+counted.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
 
-from weyl_megatron.integrations.leave import leave
+from weyl_megatron.engines.shutdown import shutdown
 from weyl_megatron.spectral import Block, MatrixSpec, PowerIteration, Tile, tiles_of_range
 
 
@@ -27,8 +29,8 @@ def main() -> None:
 
     dist.all_reduce = count
 
-    # Matrix 0 flattened over all ranks, the last of which holds nothing; matrix 1 in row bands over a pair; matrix 2
-    # is repeated on every rank.
+    # Matrix 0 flattened over all ranks, the last of which holds nothing; matrix 1 in row bands over
+    # a pair; matrix 2 is repeated on every rank.
     edges = [0, 40, ragged.numel(), ragged.numel()]
     start, stop = edges[rank], edges[rank + 1]
     tiles = list(tiles_of_range([Block(0, 0, 0, 11, 7, 0, 0)], 7, start, stop, 0, buffer=0))
@@ -47,7 +49,8 @@ def main() -> None:
     sigmas = power.sigmas([buffers])[0]
     exact = torch.stack([torch.linalg.matrix_norm(matrix, 2) for matrix in matrices])
     assert torch.allclose(sigmas, exact, rtol=1e-5), (rank, sigmas, exact)
-    # Per iteration two over all ranks, whose ranges cut rows, and one over the pair, whose bands do not.
+    # Per iteration two over all ranks, whose ranges cut rows, and one over the pair, whose bands do
+    # not.
     assert counted["collectives"] == 30 * (3 if rank < 2 else 2), counted
 
     gathered = [torch.zeros(2) for _ in range(world)]
@@ -55,7 +58,7 @@ def main() -> None:
     assert all(torch.equal(one[0], gathered[0][0]) for one in gathered)
     if rank == 0:
         print("all layouts agree")
-    leave()
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -14,8 +14,16 @@ def test_ranks_keep_the_vectors_of_a_shared_matrix_in_one_dtype_whatever_else_th
     def kept(rank: int) -> list[torch.dtype]:
         shared = MatrixSpec("embedding", 40, 30, (group,))
         own = [MatrixSpec(f"layer{number}", 4, 9000) for number in range(3)] if rank else []
-        waves = [[0], list(range(1, len(own) + 1))]
-        blocks = Blocks([shared, *own], [], (4, 4), waves[: 1 + bool(own)], False, torch.device("cpu"), torch.float32)
+        batches = [[0], list(range(1, len(own) + 1))]
+        blocks = Blocks(
+            [shared, *own],
+            [],
+            (4, 4),
+            batches[: 1 + bool(own)],
+            False,
+            torch.device("cpu"),
+            torch.float32,
+        )
         return [each.dtype for each in blocks.operands[0].kept]
 
     with summing_groups():
@@ -24,7 +32,9 @@ def test_ranks_keep_the_vectors_of_a_shared_matrix_in_one_dtype_whatever_else_th
 
 
 def test_starting_again_leaves_the_vectors_where_they_were() -> None:
-    blocks = Blocks([MatrixSpec("w", 8, 5)], [], (4, 4), [[0]], False, torch.device("cpu"), torch.float32)
+    blocks = Blocks(
+        [MatrixSpec("w", 8, 5)], [], (4, 4), [[0]], False, torch.device("cpu"), torch.float32
+    )
     kept = blocks.operands[1].kept[0]
     first, address = kept.clone(), kept.data_ptr()
     kept.zero_()

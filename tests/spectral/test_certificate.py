@@ -40,13 +40,18 @@ KINDS = ("against the top", "against all", "one row", "random")
 class Run:
     """One matrix under AdamW2 whose updates are chosen freely; every certified step is checked.
 
-    ``decay`` is what a step at the scheduled rate takes from W by weight decay, ``scale`` is W's size.
+    ``decay`` is what a step at the scheduled rate takes from W by weight decay, ``scale`` is W's
+    size.
     """
 
-    def __init__(self, shape: tuple[int, int], seed: int, tau: float, decay: float, scale: float = 1.0) -> None:
+    def __init__(
+        self, shape: tuple[int, int], seed: int, tau: float, decay: float, scale: float = 1.0
+    ) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.weight = torch.nn.Parameter(torch.randn(shape, generator=self.generator) * scale)
-        rate = 100 * scale  # so that the updates are small beside 1, which U = G / (|G| + ε) cannot exceed
+        rate = (
+            100 * scale
+        )  # so that the updates are small beside 1, which U = G / (|G| + ε) cannot exceed
         self.optimizer = AdamW2(
             [("w", self.weight)],
             lr=rate,
@@ -60,9 +65,15 @@ class Run:
         self.certified = 0
 
     def step(self, kind: str, share: float) -> None:
-        """Step by an update whose α ‖U‖_F is ``share`` of what the certificate now allows; judge what it did."""
-        walks = list(self.optimizer._walks.values())
-        lower = float(walks[0].certificate.lower) if walks else sigma(self.weight.detach())
+        """Step by an update whose α ‖U‖_F is ``share`` of what the certificate now allows; judge
+        what it did.
+        """
+        matrix_groups = list(self.optimizer._matrix_groups.values())
+        lower = (
+            float(matrix_groups[0].certificate.lower)
+            if matrix_groups
+            else sigma(self.weight.detach())
+        )
         rate = self.optimizer.param_groups[0]["lr"]
         size = share * self.tau * max(lower, 1e-12) / rate
         move = update(kind, self.weight.detach(), self.generator) * size
@@ -76,10 +87,14 @@ class Run:
             self.certified += 1
             floor = FLOOR_STD * (before.shape[0] ** 0.5 + before.shape[1] ** 0.5)
             allowed = self.tau * max(sigma(before), floor)
-            assert rate * exact <= allowed, "a step was skipped that exact arithmetic would have clipped"
-            assert entry.sigma_weight <= sigma(before) and entry.sigma_update >= exact * (1 - 1e-6)  # float32 sums
+            assert rate * exact <= allowed, (
+                "a step was skipped that exact arithmetic would have clipped"
+            )
+            assert entry.sigma_weight <= sigma(before) and entry.sigma_update >= exact * (
+                1 - 1e-6
+            )  # float32 sums
             assert not entry.clipped and entry.lr == rate
-        bound = float(next(iter(self.optimizer._walks.values())).certificate.lower)
+        bound = float(next(iter(self.optimizer._matrix_groups.values())).certificate.lower)
         assert bound <= sigma(self.weight.detach()), "the carried bound is above σ₁(W)"
 
 
@@ -104,7 +119,12 @@ def test_no_adversary_gets_a_step_skipped_that_exact_arithmetic_would_clip(
         steps,
     )
     def attack(
-        shape: tuple[int, int], seed: int, tau: float, decay: float, scale: float, moves: list[tuple[str, float]]
+        shape: tuple[int, int],
+        seed: int,
+        tau: float,
+        decay: float,
+        scale: float,
+        moves: list[tuple[str, float]],
     ) -> None:
         run = Run(shape, seed, tau, decay, scale)
         run.step("random", 0.5)
@@ -115,10 +135,14 @@ def test_no_adversary_gets_a_step_skipped_that_exact_arithmetic_would_clip(
 
     attack()
     print(f"{certified[0]} of {certified[1]} steps of the adversary were certified")
-    assert certified[0] > 0.2 * certified[1], "hardly a step was certified: the attack shows nothing"
+    assert certified[0] > 0.2 * certified[1], (
+        "hardly a step was certified: the attack shows nothing"
+    )
 
 
-def test_the_attack_breaks_a_bound_that_forgets_what_was_applied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_attack_breaks_a_bound_that_forgets_what_was_applied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     moved = Certificate.moved
 
     def forgetful(self: Certificate, rates: Tensor, *others: Tensor) -> None:
@@ -141,7 +165,9 @@ def test_the_attack_breaks_a_bound_that_forgets_what_was_applied(monkeypatch: py
 def test_weights_that_others_change_are_not_trusted(
     kernel: str, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even through ``.data``, which leaves no trace but the values: DeepSpeed loads checkpoints that way."""
+    """Not even through ``.data``, which leaves no trace but the values: DeepSpeed loads checkpoints
+    that way.
+    """
     monkeypatch.setenv("WEYL_MEGATRON_KERNEL", kernel)
     run = Run((7, 5), seed=1, tau=0.1, decay=0.0)
     for _ in range(3):
@@ -157,7 +183,9 @@ def test_weights_that_others_change_are_not_trusted(
 def test_an_update_larger_than_expected_is_taken_back_and_clipped() -> None:
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(9, 6))
-    optimizer = AdamW2([("w", weight)], lr=0.1, betas=(0.0, 0.0), eps=EPS, weight_decay=0.1, tau=0.05)
+    optimizer = AdamW2(
+        [("w", weight)], lr=0.1, betas=(0.0, 0.0), eps=EPS, weight_decay=0.1, tau=0.05
+    )
     direction = torch.randn(9, 6)
     for _ in range(3):
         weight.grad = direction
@@ -173,10 +201,17 @@ def test_an_update_larger_than_expected_is_taken_back_and_clipped() -> None:
     assert entry.clipped and entry.lr == pytest.approx(expected_rate, rel=1e-3)
     expected = before * (1 - entry.lr * 0.1) - entry.lr * moved
     # The step at the scheduled rate was made and taken back: two more roundings.
-    assert torch.allclose(weight, expected, rtol=0, atol=4 * torch.finfo(torch.float32).eps * float(before.abs().max()))
+    assert torch.allclose(
+        weight,
+        expected,
+        rtol=0,
+        atol=4 * torch.finfo(torch.float32).eps * float(before.abs().max()),
+    )
 
 
-def test_a_settled_matrix_costs_no_product_and_a_stale_one_iterates_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_settled_matrix_costs_no_product_and_a_stale_one_iterates_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("WEYL_MEGATRON_KERNEL", "torch")
     from weyl_megatron.spectral.power import TorchProducts
 
@@ -187,9 +222,9 @@ def test_a_settled_matrix_costs_no_product_and_a_stale_one_iterates_more(monkeyp
         counted["products"] += sum(bool(mask[tile.matrix]) for tile in table.tiles)
         multiply(self, operand, table, mask)
 
-    def counting_orthonormalize(self, operand, wave, mask, more, sigma, gain):  # type: ignore[no-untyped-def]
+    def counting_orthonormalize(self, operand, batch, mask, more, sigma, gain):  # type: ignore[no-untyped-def]
         counted["iterations"] += int(mask.sum()) if operand == 1 else 0
-        orthonormalize(self, operand, wave, mask, more, sigma, gain)
+        orthonormalize(self, operand, batch, mask, more, sigma, gain)
 
     monkeypatch.setattr(TorchProducts, "multiply", counting_multiply)
     monkeypatch.setattr(TorchProducts, "orthonormalize", counting_orthonormalize)

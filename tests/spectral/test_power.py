@@ -25,7 +25,9 @@ def whole(matrices: list[torch.Tensor], **options: object) -> PowerIteration:
     tiles = [
         tile
         for number, m in enumerate(matrices)
-        for tile in tiles_of_range([Block(number, 0, 0, *m.shape, 0, 0)], m.shape[1], 0, m.numel(), 0, number)
+        for tile in tiles_of_range(
+            [Block(number, 0, 0, *m.shape, 0, 0)], m.shape[1], 0, m.numel(), 0, number
+        )
     ]
     return PowerIteration(specs, tiles, **options)  # type: ignore[arg-type]
 
@@ -35,8 +37,13 @@ def flat(matrices: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=4), st.integers(0, 99))
-def test_sigma_is_never_above_and_soon_at_the_exact_one(shapes: list[tuple[int, int]], seed: int) -> None:
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=4),
+    st.integers(0, 99),
+)
+def test_sigma_is_never_above_and_soon_at_the_exact_one(
+    shapes: list[tuple[int, int]], seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     matrices = [torch.randn(shape, generator=generator) for shape in shapes]
     exact = torch.stack([torch.linalg.matrix_norm(matrix, 2) for matrix in matrices])
@@ -93,7 +100,9 @@ def test_what_is_not_finite_is_not_a_number_and_leaves_the_others_alone() -> Non
     matrices[1][2, 3] = float("inf")
     sigmas = whole(matrices).sigmas([flat(matrices)])[0]
     assert sigmas.isnan().tolist() == [False, True, False]
-    assert sigmas[0].item() == pytest.approx(float(torch.linalg.matrix_norm(matrices[0], 2)), rel=1e-3)
+    assert sigmas[0].item() == pytest.approx(
+        float(torch.linalg.matrix_norm(matrices[0], 2)), rel=1e-3
+    )
 
 
 def test_operands_keep_vectors_of_their_own() -> None:
@@ -109,7 +118,9 @@ def test_start_vectors_belong_to_the_name() -> None:
     assert not torch.equal(start_block("h.0.w", 9, 4), start_block("h.1.w", 9, 4))
 
 
-def test_cpu_tensors_of_an_nccl_group_travel_through_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_tensors_of_an_nccl_group_travel_through_the_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     assert _collective_device("nccl", torch.device("cpu")) == torch.device("cuda", 3)
     assert _collective_device("nccl", torch.device("cuda", 1)) == torch.device("cuda", 1)
@@ -117,7 +128,9 @@ def test_cpu_tensors_of_an_nccl_group_travel_through_the_gpu(monkeypatch: pytest
 
 
 def test_nothing_keeps_process_groups_alive_but_what_is_in_use() -> None:
-    """A cycle would keep them until the interpreter ends, when gloo's threads can no longer be joined."""
+    """A cycle would keep them until the interpreter ends, when gloo's threads can no longer be
+    joined.
+    """
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(6, 5))
     weight.grad = torch.randn(6, 5)
@@ -129,17 +142,19 @@ def test_nothing_keeps_process_groups_alive_but_what_is_in_use() -> None:
                 patch.setenv("WEYL_MEGATRON_KERNEL", kernel)
                 optimizer = AdamW2([("w", weight)])
                 optimizer.step()
-            walk = next(iter(optimizer._walks.values()))
-            gone = weakref.ref(walk._power.blocks)
-            del walk
-            optimizer._walks.clear()
+            matrix_group = next(iter(optimizer._matrix_groups.values()))
+            gone = weakref.ref(matrix_group._power.blocks)
+            del matrix_group
+            optimizer._matrix_groups.clear()
             assert gone() is None, kernel
     finally:
         gc.enable()
 
 
 def test_spread_over_ranks_in_any_layout_it_is_one_process_s_sigma() -> None:
-    """Three ranks: ranges that cut rows, bands over two groups, an empty rank (see power_worker.py)."""
+    """Three ranks: ranges that cut rows, bands over two groups, an empty rank (see
+    power_worker.py).
+    """
     assert "all layouts agree" in torchrun(Path(__file__).with_name("power_worker.py"), 3)
 
 
@@ -150,9 +165,9 @@ def test_an_iteration_that_would_gain_nothing_is_left_out(monkeypatch: pytest.Mo
     iterations = [0, 0]
     orthonormalize = TorchProducts.orthonormalize
 
-    def counting(self, operand, wave, mask, more, sigma, gain):  # type: ignore[no-untyped-def]
+    def counting(self, operand, batch, mask, more, sigma, gain):  # type: ignore[no-untyped-def]
         iterations[:] = [count + int(made) for count, made in zip(iterations, mask, strict=True)]
-        orthonormalize(self, operand, wave, mask, more, sigma, gain)
+        orthonormalize(self, operand, batch, mask, more, sigma, gain)
 
     monkeypatch.setattr(TorchProducts, "orthonormalize", counting)
     power.sigmas([flat([steady, moving])])
@@ -173,5 +188,7 @@ def test_a_gain_is_what_the_second_half_of_an_iteration_adds() -> None:
     sigma = largest_ratio(y.T @ y, z.T @ z, 1e-16).item()
     whole_block = exact_sigma(matrix @ block)
     assert gain(y.T @ y, block.T, sigma) == pytest.approx(1 - whole_block / sigma, rel=1e-12)
-    assert gain(y.T @ y, 1e20 * block.T, sigma) == float("inf"), "a block of another length tells nothing"
+    assert gain(y.T @ y, 1e20 * block.T, sigma) == float("inf"), (
+        "a block of another length tells nothing"
+    )
     assert gain(y.T @ y, block.T, float("nan")) == float("inf")

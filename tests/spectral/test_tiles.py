@@ -10,7 +10,9 @@ from weyl_megatron.spectral.tiles import Block, Tile, range_rectangles, tiles_of
 
 
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(1, 9))
-def test_a_range_is_at_most_three_rectangles_that_cover_it_once(one: int, other: int, width: int) -> None:
+def test_a_range_is_at_most_three_rectangles_that_cover_it_once(
+    one: int, other: int, width: int
+) -> None:
     start, stop = sorted((one, other))
     covered = [
         (row + r) * width + col + c
@@ -33,11 +35,15 @@ def test_a_range_is_at_most_three_rectangles_that_cover_it_once(one: int, other:
 def test_tiles_of_all_ranks_rebuild_every_matrix(
     rows: int, cols: int, parts: int, axis: int, cuts: list[float], gap: int
 ) -> None:
-    """Fused matrices side by side, flattened, cut anywhere, each range packed behind a gap in a rank's buffer."""
+    """Fused matrices side by side, flattened, cut anywhere, each range packed behind a gap in a
+    rank's buffer.
+    """
     shape = (rows * parts, cols) if axis == 0 else (rows, cols * parts)
     weight = torch.arange(1.0, shape[0] * shape[1] + 1).view(shape)
     blocks = [
-        Block(part, part * rows if axis == 0 else 0, part * cols if axis == 1 else 0, rows, cols, 0, 0)
+        Block(
+            part, part * rows if axis == 0 else 0, part * cols if axis == 1 else 0, rows, cols, 0, 0
+        )
         for part in range(parts)
     ]
     rebuilt = torch.zeros(parts, rows, cols)
@@ -46,7 +52,9 @@ def test_tiles_of_all_ranks_rebuild_every_matrix(
         buffer = torch.cat([torch.full((gap,), -1.0), weight.flatten()[start:stop]])
         for tile in tiles_of_range(blocks, shape[1], start, stop, gap):
             piece = buffer.as_strided((tile.rows, tile.cols), (tile.stride, 1), tile.offset)
-            rebuilt[tile.matrix, tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols] += piece
+            rebuilt[
+                tile.matrix, tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols
+            ] += piece
     assert torch.equal(rebuilt, torch.stack(weight.chunk(parts, axis)))
 
 

@@ -1,7 +1,7 @@
 """The text: the Python standard library's own sources, as bytes.
 
-Nothing is downloaded, and every machine with the same Python reads the same bytes. A token is a byte, so the
-vocabulary has 256 entries and there is no tokenizer.
+Nothing is downloaded, and every machine with the same Python reads the same bytes. A token is a
+byte, so the vocabulary has 256 entries and there is no tokenizer.
 """
 
 from __future__ import annotations
@@ -18,10 +18,20 @@ from torch import Tensor
 
 VOCABULARY = 256
 
-# Distributions ship these apart from the interpreter, so they are not on every machine; `encodings` and
-# `pydoc_data` are generated tables rather than text that someone wrote.
+# Distributions ship these apart from the interpreter, so they are not on every machine; `encodings`
+# and `pydoc_data` are generated tables rather than text that someone wrote.
 LEFT_OUT = frozenset(
-    {"distutils", "encodings", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "test", "tkinter", "turtle"}
+    {
+        "distutils",
+        "encodings",
+        "ensurepip",
+        "idlelib",
+        "lib2to3",
+        "pydoc_data",
+        "test",
+        "tkinter",
+        "turtle",
+    }
     | {"turtledemo", "venv"}
 )
 
@@ -40,10 +50,16 @@ class Corpus:
 
 
 def source_files(root: Path) -> list[Path]:
-    """The `.py` files under `root` that belong to the standard library's modules, in a fixed order."""
+    """The `.py` files under `root` that belong to the standard library's modules, in a fixed
+    order.
+    """
     wanted = sys.stdlib_module_names - LEFT_OUT
     parts = {path: path.relative_to(root).parts for path in root.rglob("*.py")}
-    files = [path for path, names in parts.items() if names[0].removesuffix(".py") in wanted and "test" not in names]
+    files = [
+        path
+        for path, names in parts.items()
+        if names[0].removesuffix(".py") in wanted and "test" not in names
+    ]
     return sorted(files, key=lambda path: parts[path])
 
 
@@ -52,7 +68,9 @@ def load_corpus(root: Path | None = None) -> Corpus:
     root = root or Path(sysconfig.get_paths()["stdlib"])
     texts = [path.read_bytes() for path in source_files(root)]
     if len(texts) < HELD_OUT:
-        raise ValueError(f"the corpus takes {HELD_OUT} or more library sources, got {len(texts)} under {root}")
+        raise ValueError(
+            f"the corpus takes {HELD_OUT} or more library sources, got {len(texts)} under {root}"
+        )
     return Corpus(
         train=_tokens(text for index, text in enumerate(texts) if (index + 1) % HELD_OUT),
         validation=_tokens(texts[HELD_OUT - 1 :: HELD_OUT]),
@@ -62,14 +80,18 @@ def load_corpus(root: Path | None = None) -> Corpus:
 
 
 def training_offsets(corpus: Corpus, steps: int, batch: int, context: int, seed: int) -> Tensor:
-    """Where each sequence of each step's global batch starts, (steps, batch), whatever the number of ranks."""
+    """Where each sequence of each step's global batch starts, (steps, batch), whatever the number
+    of ranks.
+    """
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(corpus.train.numel() - context, (steps, batch), generator=generator)
 
 
 def validation_offsets(corpus: Corpus, windows: int, context: int) -> Tensor:
     """Where the fixed validation sequences start, spread evenly over the validation part."""
-    return torch.linspace(0, corpus.validation.numel() - context - 1, windows, dtype=torch.float64).long()
+    return torch.linspace(
+        0, corpus.validation.numel() - context - 1, windows, dtype=torch.float64
+    ).long()
 
 
 def sequences(tokens: Tensor, offsets: Tensor, context: int) -> tuple[Tensor, Tensor]:
@@ -80,7 +102,9 @@ def sequences(tokens: Tensor, offsets: Tensor, context: int) -> tuple[Tensor, Te
 
 
 def unigram_entropy(tokens: Tensor) -> float:
-    """Entropy of the bytes' own frequencies in nats: no model that ignores the context scores below it on `tokens`."""
+    """Entropy of the bytes' own frequencies in nats: no model that ignores the context scores below
+    it on `tokens`.
+    """
     counts = torch.bincount(tokens.flatten().long(), minlength=VOCABULARY).double()
     entropy: Tensor = torch.special.entr(counts / counts.sum()).sum()
     return entropy.item()

@@ -13,10 +13,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from weyl_megatron.demo.progress import Progress
-from weyl_megatron.demo.recipe import RUNS
-from weyl_megatron.demo.report import write_report
-from weyl_megatron.demo.results import Results, claims, load_results, summary, table
+from .progress import Progress
+from .recipe import RUNS
+from .report import write_report
+from .results import Results, claims, load_results, summary, table
 
 CPU_PROCESSES = 2
 POLL_SECONDS = 0.2
@@ -36,9 +36,13 @@ class Devices:
 
 
 def run_demo(out: Path, steps: int, seed: int, processes: int | None) -> int:
-    """Trains the four runs and reports; returns 0 if the claims hold of the final numbers, 1 if not."""
+    """Trains the four runs and reports; returns 0 if the claims hold of the final numbers, 1 if
+    not.
+    """
     if importlib.util.find_spec("deepspeed") is None:
-        raise RuntimeError("the demo takes DeepSpeed, got none installed: pip install 'weyl-megatron[demo]'")
+        raise RuntimeError(
+            "the demo takes DeepSpeed, got none installed: pip install 'weyl-megatron[demo]'"
+        )
     devices = choose_devices(processes)
     clear(out)
     print(f"{len(RUNS)} runs of {steps} steps under DeepSpeed ZeRO-2, {devices}, logs in {out}\n")
@@ -71,9 +75,14 @@ def train(out: Path, steps: int, seed: int, devices: Devices) -> None:
     command += [f"--out={out}", f"--steps={steps}", f"--seed={seed}"]
     progress = Progress(out, steps, sys.stdout)
     with (out / "worker.log").open("w", encoding="utf-8") as log:
-        # A session of its own, so that Ctrl-C reaches the worker once, by way of the `finally` here.
+        # A session of its own, so that Ctrl-C reaches the worker once, by way of the `finally`
+        # here.
         worker = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment(devices), start_new_session=True
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment(devices),
+            start_new_session=True,
         )
         try:
             while worker.poll() is None:
@@ -84,11 +93,15 @@ def train(out: Path, steps: int, seed: int, devices: Devices) -> None:
             progress.close()
             stop(worker)
     if worker.returncode:
-        raise RuntimeError(f"the worker failed with {cause(out / 'worker.log')}, see {out / 'worker.log'}")
+        raise RuntimeError(
+            f"the worker failed with {cause(out / 'worker.log')}, see {out / 'worker.log'}"
+        )
 
 
 def environment(devices: Devices) -> dict[str, str]:
-    """The worker's environment; without GPUs it says so, where DeepSpeed would look for an accelerator."""
+    """The worker's environment; without GPUs it says so, where DeepSpeed would look for an
+    accelerator.
+    """
     own = {} if devices.gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     # The autoload of torch's plugins is how DeepSpeed finds AdamW2 by its name.
     return {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "1", **own}
@@ -98,7 +111,9 @@ def cause(log: Path) -> str:
     """The first exception in the worker's log."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [match[1] for match in map(EXCEPTION.match, lines) if match]
-    own = [error for error in errors if "ChildFailedError" not in error]  # torchrun's, which names no reason
+    own = [
+        error for error in errors if "ChildFailedError" not in error
+    ]  # torchrun's, which names no reason
     return own[0] if own else "no exception"
 
 

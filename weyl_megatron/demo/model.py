@@ -1,4 +1,6 @@
-"""A byte-level GPT with the layer norm behind each residual sum (post-LN), where warmup matters most."""
+"""A byte-level GPT with the layer norm behind each residual sum (post-LN), where warmup matters
+most.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def attention_entropy(self, tokens: Tensor) -> Tensor:
-        """Entropy of every head's attention in nats, averaged over batch and queries: (layers, heads)."""
+        """Entropy of every head's attention in nats, averaged over batch and queries: (layers,
+        heads).
+        """
         x = self._embed(tokens)
         entropies = []
         for block in self.h:
@@ -114,13 +118,17 @@ class GPT(nn.Module):
 
     def _embed(self, tokens: Tensor) -> Tensor:
         if tokens.size(1) > self.config.context:
-            raise ValueError(f"tokens takes at most {self.config.context} positions, got {tokens.size(1)}")
+            raise ValueError(
+                f"tokens takes at most {self.config.context} positions, got {tokens.size(1)}"
+            )
         x: Tensor = self.wte(tokens) + self.wpe(torch.arange(tokens.size(1), device=tokens.device))
         return x
 
 
 def uniform_entropy(context: int) -> float:
-    """What `attention_entropy` gives for attention that is uniform over the visible keys: mean log 1 … log T."""
+    """What `attention_entropy` gives for attention that is uniform over the visible keys: mean log
+    1 … log T.
+    """
     return torch.arange(1, context + 1).double().log().mean().item()
 
 

@@ -1,8 +1,10 @@
-"""The report's page: its layout, its colours in light and dark, and the values under the pointer."""
+"""The report's page: its layout, its colours in light and dark, and the values under the
+pointer.
+"""
 
 from string import Template
 
-from weyl_megatron.demo.style import STYLE
+from ..report.style import STYLE
 
 PAGE = Template(
     """<!doctype html>

@@ -1,4 +1,6 @@
-"""The live lines: which run, how far, its loss, how many matrices were clipped, and the time left."""
+"""The live lines: which run, how far, its loss, how many matrices were clipped, and the time
+left.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from weyl_megatron.demo.recipe import RUNS, Run
+from .recipe import RUNS, Run
 
 BAR = 20
 LINE_EVERY = 50  # steps, where the output is no terminal
@@ -47,7 +49,9 @@ class Progress:
         for record in records:
             if record["event"] == "end":
                 self.finished.append(record["elapsed"])
-                final = f"validation loss {record['validation_loss']:.3f}  in {record['elapsed']:.0f} s"
+                final = (
+                    f"validation loss {record['validation_loss']:.3f}  in {record['elapsed']:.0f} s"
+                )
                 self._line(f"{run.title:<{self.width}}  {final}")
             elif record["event"] == "step" and not self.live and record["step"] % LINE_EVERY == 0:
                 self._line(self._describe(run, record))
@@ -58,7 +62,11 @@ class Progress:
         step = record["step"]
         done = BAR * step // self.steps
         bar = f"{'━' * done}{'·' * (BAR - done)}  " if self.live else ""
-        clipped = f"clipped {record['clipped']:>2}/{record['matrices']} matrices  " if "clipped" in record else ""
+        clipped = (
+            f"clipped {record['clipped']:>2}/{record['matrices']} matrices  "
+            if "clipped" in record
+            else ""
+        )
         left = self._seconds_left(record)
         return (
             f"{run.title:<{self.width}}  {bar}step {step:>{len(str(self.steps))}}/{self.steps}  "

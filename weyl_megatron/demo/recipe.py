@@ -1,4 +1,6 @@
-"""The runs: four DeepSpeed configurations that differ in the optimizer and in the schedule, and in nothing else."""
+"""The runs: four DeepSpeed configurations that differ in the optimizer and in the schedule, and in
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,19 @@ class Run:
 
 
 def _params(**more: Any) -> dict[str, Any]:
-    # torch_adam: DeepSpeed's own AdamW is a kernel that compiles for minutes where there is no GPU. AdamW² ignores it.
+    # torch_adam: DeepSpeed's own AdamW is a kernel that compiles for minutes where there is no GPU.
+    # AdamW² ignores it.
     return {"lr": PEAK_LR, "betas": [0.9, 0.95], "weight_decay": 0.1, **more, "torch_adam": True}
 
 
 ADAMW_ALONE = Run("adamw", "AdamW, no warmup", {"type": "AdamW", "params": _params()})
-ADAMW_WARMUP = Run("adamw-warmup", "AdamW, warmup", {"type": "AdamW", "params": _params()}, warmup=True)
+ADAMW_WARMUP = Run(
+    "adamw-warmup", "AdamW, warmup", {"type": "AdamW", "params": _params()}, warmup=True
+)
 ADAMW2 = Run("adamw2", "AdamW², τ = 0.01", {"type": "AdamW2", "params": _params(tau=0.01)})
-ADAMW2_AUTO = Run("adamw2-auto", "AdamW², τ = balanced", {"type": "AdamW2", "params": _params(tau="balanced")})
+ADAMW2_AUTO = Run(
+    "adamw2-auto", "AdamW², τ = balanced", {"type": "AdamW2", "params": _params(tau="balanced")}
+)
 
 RUNS = (ADAMW_ALONE, ADAMW_WARMUP, ADAMW2, ADAMW2_AUTO)
 
@@ -45,7 +52,9 @@ def warmup_steps(steps: int) -> int:
 
 
 def learning_rate(run: Run, step: int, steps: int) -> float:
-    """The rate of `step` (from 0): a cosine from PEAK_LR to END_LR, behind a linear warmup if the run has one."""
+    """The rate of `step` (from 0): a cosine from PEAK_LR to END_LR, behind a linear warmup if the
+    run has one.
+    """
     warmup = warmup_steps(steps) if run.warmup else 0
     if step < warmup:
         return PEAK_LR * (step + 1) / warmup
@@ -54,8 +63,12 @@ def learning_rate(run: Run, step: int, steps: int) -> float:
 
 
 def schedule(run: Run, steps: int) -> Callable[[Optimizer], LambdaLR]:
-    """What DeepSpeed takes as `lr_scheduler`; its own schedules all make their first step at rate 0."""
-    return lambda optimizer: LambdaLR(optimizer, lambda step: learning_rate(run, step, steps) / PEAK_LR)
+    """What DeepSpeed takes as `lr_scheduler`; its own schedules all make their first step at rate
+    0.
+    """
+    return lambda optimizer: LambdaLR(
+        optimizer, lambda step: learning_rate(run, step, steps) / PEAK_LR
+    )
 
 
 def deepspeed_config(run: Run, ranks: int, bf16: bool) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""The report: one HTML file with everything in it, readable without a network, in light and in dark mode."""
+"""The report: one HTML file with everything in it, readable without a network, in light and in dark
+mode.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +8,14 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from weyl_megatron.demo.charts import Axis, Chart, Line, Rule
-from weyl_megatron.demo.page import PAGE
-from weyl_megatron.demo.recipe import (
+from ..report.charts import Axis, Chart, Line, Rule, depth_color, smooth
+from .page import PAGE
+from .recipe import (
     ADAMW2,
     ADAMW2_AUTO,
     ADAMW_ALONE,
@@ -23,7 +24,7 @@ from weyl_megatron.demo.recipe import (
     RUNS,
     warmup_steps,
 )
-from weyl_megatron.demo.results import Results, RunResult, claims, row
+from .results import Results, RunResult, claims, row
 
 COLORS = {run.name: f"var(--{run.name})" for run in RUNS}
 KINDS = {
@@ -49,11 +50,14 @@ def sections(results: Results) -> dict[str, str]:
     layers = results.setting["model"]["layers"]
     judged = claims(results)
     return {
-        "headline": "AdamW² trains without warmup" if all(claim.holds for claim in judged) else "A claim is not met",
+        "headline": "AdamW² trains without warmup"
+        if all(claim.holds for claim in judged)
+        else "A claim is not met",
         "takeaway": takeaway(results),
         "tiles": "".join(tile(results, result) for result in results.runs.values()),
         "claims": "".join(
-            f'<li class="{"met" if claim.holds else "unmet"}">{escape(claim.text)}</li>' for claim in judged
+            f'<li class="{"met" if claim.holds else "unmet"}">{escape(claim.text)}</li>'
+            for claim in judged
         ),
         "legend": legend(),
         "loss": loss_chart(results).svg(),
@@ -73,10 +77,11 @@ def takeaway(results: Results) -> str:
     alone, warmup = results.loss(ADAMW_ALONE), results.loss(ADAMW_WARMUP)
     steps = results.setting["steps"]
     return (
-        f"Without warmup, AdamW ends at {alone:.2f} nats per byte, where a model that ignores all context can get "
-        f"to {results.unigram_entropy:.2f}. AdamW², without warmup too, trains the same model on the same batches to "
-        f"{results.loss(ADAMW2):.2f} with τ = 0.01 and to {results.loss(ADAMW2_AUTO):.2f} with τ = balanced. "
-        f"AdamW with a warmup over {warmup_steps(steps)} of its {steps} steps ends at {warmup:.2f}."
+        f"Without warmup, AdamW ends at {alone:.2f} nats per byte, where a model that ignores all "
+        f"context can get to {results.unigram_entropy:.2f}. AdamW², without warmup too, trains the "
+        f"same model on the same batches to {results.loss(ADAMW2):.2f} with τ = 0.01 and to "
+        f"{results.loss(ADAMW2_AUTO):.2f} with τ = balanced. AdamW with a warmup over "
+        f"{warmup_steps(steps)} of its {steps} steps ends at {warmup:.2f}."
     )
 
 
@@ -85,7 +90,10 @@ def tile(results: Results, result: RunResult) -> str:
     if result.clipped_share is not None:
         note = f"{result.clipped_share:.0%} of matrix-steps clipped"
     elif result.run.warmup:
-        note = f"warmup over {warmup_steps(results.setting['steps'])} of {results.setting['steps']} steps"
+        note = (
+            f"warmup over {warmup_steps(results.setting['steps'])} of "
+            f"{results.setting['steps']} steps"
+        )
     else:
         note = f"the unigram entropy is {results.unigram_entropy:.3f}"
     return (
@@ -96,14 +104,22 @@ def tile(results: Results, result: RunResult) -> str:
 
 def legend() -> str:
     """The runs and their colours."""
-    return "".join(f'<span style="--run:{COLORS[run.name]}">{escape(run.title)}</span>' for run in RUNS)
+    return "".join(
+        f'<span style="--run:{COLORS[run.name]}">{escape(run.title)}</span>' for run in RUNS
+    )
 
 
 def loss_chart(results: Results) -> Chart:
-    """Training loss of all runs, smoothed, with the final validation loss as the end point's label."""
+    """Training loss of all runs, smoothed, with the final validation loss as the end point's
+    label.
+    """
     steps = results.setting["steps"]
-    smooth_lines = [loss_line(result, reach=max(1, steps // 20)) for result in results.runs.values()]
-    faint_lines = [replace(loss_line(result), faint=True, width=0.75) for result in results.runs.values()]
+    smooth_lines = [
+        loss_line(result, reach=max(1, steps // 20)) for result in results.runs.values()
+    ]
+    faint_lines = [
+        replace(loss_line(result), faint=True, width=0.75) for result in results.runs.values()
+    ]
     finals = [result.validation_loss for result in results.runs.values()]
     drawn = [results.unigram_entropy, *finals, *(loss for line in smooth_lines for loss in line.y)]
     lowest = min(loss for loss in drawn if math.isfinite(loss))
@@ -133,17 +149,6 @@ def loss_line(result: RunResult, reach: int = 0) -> Line:
     )
 
 
-def smooth(values: Sequence[float], reach: int) -> list[float]:
-    """The mean of each value and its neighbours less than `reach` away, the nearer the heavier (a Hann window)."""
-    weights = {offset: 1 + math.cos(math.pi * offset / reach) for offset in range(1 - reach, reach)}
-    means = []
-    for index in range(len(values)):
-        near = {offset: weight for offset, weight in weights.items() if 0 <= index + offset < len(values)}
-        total = sum(weight * values[index + offset] for offset, weight in near.items())
-        means.append(total / sum(near.values()))
-    return means
-
-
 def place(matrix: str) -> tuple[str, int | None]:
     """A matrix's kind, and its layer where it is in one."""
     inside = re.fullmatch(r"h\.(\d+)\.(?:attn|mlp)\.(\w+)\.weight", matrix)
@@ -154,33 +159,42 @@ def rate_charts(result: RunResult, layers: int) -> str:
     """The rate of every matrix of a run beside the schedule, one chart per kind."""
     logged = [record for record in result.steps if record.get("alpha")]
     steps = [record["step"] for record in logged]
-    schedule = Line("schedule", steps, [record["lr"] for record in logged], "var(--ink-3)", dashed=True, width=1)
+    schedule = Line(
+        "schedule", steps, [record["lr"] for record in logged], "var(--ink-3)", dashed=True, width=1
+    )
     lines = {kind: [schedule] for kind in KINDS}
     for matrix in logged[0]["alpha"]:
         kind, layer = place(matrix)
-        name, color = ("α", "var(--ink)") if layer is None else (f"layer {layer + 1}", depth_color(layer, layers))
-        lines[kind].append(Line(name, steps, [record["alpha"][matrix] for record in logged], color, width=1.25))
+        name, color = (
+            ("α", "var(--ink)")
+            if layer is None
+            else (f"layer {layer + 1}", depth_color(layer, layers))
+        )
+        lines[kind].append(
+            Line(name, steps, [record["alpha"][matrix] for record in logged], color, width=1.25)
+        )
     x = Axis("step", 0, len(result.steps))
     y = Axis("rate α, log scale", lowest_rate(result) * 0.8, PEAK_LR * 1.4, log=True)
-    charts = (Chart(title, x, y, lines[kind], width=350, height=190) for kind, title in KINDS.items())
+    charts = (
+        Chart(title, x, y, lines[kind], width=350, height=190) for kind, title in KINDS.items()
+    )
     return "".join(f"<figure>{chart.svg()}</figure>" for chart in charts)
 
 
 def lowest_rate(result: RunResult) -> float:
     """The smallest rate that a matrix got."""
-    rates: list[float] = [rate for record in result.steps for rate in record.get("alpha", {}).values()]
+    rates: list[float] = [
+        rate for record in result.steps for rate in record.get("alpha", {}).values()
+    ]
     return min(rate for rate in rates if rate > 0)
-
-
-def depth_color(layer: int, layers: int) -> str:
-    """A layer's colour, from blue (first) to orange (last), readable on light and on dark ground."""
-    fraction = layer / max(1, layers - 1)
-    return f"hsl({235 + 160 * fraction:.0f} 68% {57 - 5 * fraction:.0f}%)"
 
 
 def depth_legend(layers: int) -> str:
     """The layers and their colours."""
-    names = (f'<span style="--run:{depth_color(layer, layers)}">layer {layer + 1}</span>' for layer in range(layers))
+    names = (
+        f'<span style="--run:{depth_color(layer, layers)}">layer {layer + 1}</span>'
+        for layer in range(layers)
+    )
     return "".join(names) + '<span class="dashed">schedule</span>'
 
 
@@ -188,7 +202,11 @@ def entropy_charts(results: Results) -> list[Chart]:
     """Attention entropy, one chart per layer: each run's mean over the heads and their range."""
     uniform = results.setting["uniform_entropy"]
     layers = results.setting["model"]["layers"]
-    lowest = min(min(map(min, record["entropy"])) for result in results.runs.values() for record in snapshots(result))
+    lowest = min(
+        min(map(min, record["entropy"]))
+        for result in results.runs.values()
+        for record in snapshots(result)
+    )
     return [
         Chart(
             title=f"layer {layer + 1}",
@@ -225,7 +243,10 @@ def table_row(results: Results, result: RunResult) -> str:
     title, *numbers = row(results, result)
     warmup = warmup_steps(results.setting["steps"]) if result.run.warmup else 0
     cells = "".join(f"<td>{escape(cell)}</td>" for cell in [str(warmup), *numbers])
-    return f'<tr style="--run:{COLORS[result.run.name]}"><th scope="row">{escape(title)}</th>{cells}</tr>'
+    return (
+        f'<tr style="--run:{COLORS[result.run.name]}"><th '
+        f'scope="row">{escape(title)}</th>{cells}</tr>'
+    )
 
 
 def change(results: Results) -> str:
@@ -233,7 +254,9 @@ def change(results: Results) -> str:
     before, after = (printed(results.runs[run.name].config) for run in (ADAMW_ALONE, ADAMW2_AUTO))
     element = {"-": "del", "+": "ins", " ": "span"}
     marked = (line for line in difflib.ndiff(before, after) if line[0] in element)
-    return "".join(f"<{element[line[0]]}>{escape(line, quote=False)}</{element[line[0]]}>" for line in marked)
+    return "".join(
+        f"<{element[line[0]]}>{escape(line, quote=False)}</{element[line[0]]}>" for line in marked
+    )
 
 
 def printed(config: dict[str, Any]) -> list[str]:
@@ -248,13 +271,17 @@ def facts(results: Results) -> str:
     model, text, machine = setting["model"], setting["text"], setting["machine"]
     entries = {
         "Model": f"byte-level GPT, post-LN, {model['layers']} layers, width {model['width']}, "
-        f"{model['heads']} heads, context {model['context']}, {model['parameters']:,} parameters, no biases",
+        f"{model['heads']} heads, context {model['context']}, {model['parameters']:,} parameters, "
+        "no biases",
         "Text": f"{text['files']} files of the Python {machine['python']} standard library (sha256 {text['digest']}…), "
         f"{text['train_bytes']:,} bytes to train on and {text['validation_bytes']:,} held out",
         "Training": f"{setting['steps']} steps of {setting['batch']} sequences, cosine from {PEAK_LR:g} to a tenth, "
-        f"no gradient clipping, seed {setting['seed']}; all runs start from the same weights and see the same batches",
+        f"no gradient clipping, seed {setting['seed']}; all runs start from the same weights and "
+        "see the same batches",
         "Engine": f"DeepSpeed {machine['deepspeed']} ZeRO-2, {setting['ranks']} processes, {setting['precision']}, "
         f"torch {machine['torch']}, weyl-megatron {machine['weyl-megatron']}",
         "Machine": f"{setting['device']}: {machine['processor']}, {machine['system']}",
     }
-    return "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in entries.items())
+    return "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in entries.items()
+    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weyl_megatron.demo.recipe import ADAMW2, ADAMW2_AUTO, ADAMW_ALONE, ADAMW_WARMUP, RUNS, Run
+from .recipe import ADAMW2, ADAMW2_AUTO, ADAMW_ALONE, ADAMW_WARMUP, RUNS, Run
 
 # How far above the warmup run the paper's τ may end, in nats per byte.
 TOLERANCE = 0.10
@@ -28,7 +28,9 @@ class RunResult:
 
     @property
     def clipped_share(self) -> float | None:
-        """The share of all (matrix, step) pairs that were clipped; None for an optimizer that does not clip."""
+        """The share of all (matrix, step) pairs that were clipped; None for an optimizer that does
+        not clip.
+        """
         pairs = sum(record.get("matrices", 0) for record in self.steps)
         return sum(record.get("clipped", 0) for record in self.steps) / pairs if pairs else None
 
@@ -61,14 +63,18 @@ class Claim:
 def load_results(out: Path) -> Results:
     """Reads what the worker left under `out`."""
     setting = json.loads((out / "setting.json").read_text(encoding="utf-8"))
-    return Results(setting, {run.name: _load_run(run, out / run.name / "log.jsonl") for run in RUNS})
+    return Results(
+        setting, {run.name: _load_run(run, out / run.name / "log.jsonl") for run in RUNS}
+    )
 
 
 def _load_run(run: Run, log: Path) -> RunResult:
     records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     start, *steps, end = records
     if end["event"] != "end":
-        raise RuntimeError(f"{log} takes an 'end' record as its last, got {end['event']!r}: an unfinished run")
+        raise RuntimeError(
+            f"{log} takes an 'end' record as its last, got {end['event']!r}: an unfinished run"
+        )
     return RunResult(run, start["config"], steps, end["validation_loss"], end["elapsed"])
 
 
@@ -79,12 +85,13 @@ def claims(results: Results) -> list[Claim]:
     paper, auto = results.loss(ADAMW2), results.loss(ADAMW2_AUTO)
     return [
         Claim(
-            f"AdamW without warmup fails: {alone:.3f} is at the unigram entropy of {unigram:.3f} or above",
+            f"AdamW without warmup fails: {alone:.3f} is at the unigram entropy of {unigram:.3f} "
+            "or above",
             not alone < unigram,
         ),
         Claim(
-            f"AdamW² with τ = 0.01 and no warmup trains to within {TOLERANCE:.2f} of AdamW with warmup: "
-            f"{paper:.3f} against {warmup:.3f}",
+            f"AdamW² with τ = 0.01 and no warmup trains to within {TOLERANCE:.2f} of AdamW with "
+            f"warmup: {paper:.3f} against {warmup:.3f}",
             paper <= warmup + TOLERANCE and paper < unigram,
         ),
         Claim(
@@ -120,14 +127,18 @@ def table(results: Results) -> str:
     rows = [head, *(row(results, result) for result in results.runs.values())]
     rows.append(("unigram entropy", f"{results.unigram_entropy:.3f}", "", "", ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = ([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])] for cells in rows)
+    aligned = (
+        [cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])] for cells in rows
+    )
     lines = ["   ".join(cells).rstrip() for cells in aligned]
     rule = "─" * (sum(widths) + 3 * (len(widths) - 1))
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
 def row(results: Results, result: RunResult) -> tuple[str, str, str, str, str]:
-    """One run's cells: title, validation loss, difference to the warmup run, share of clipped rates, time."""
+    """One run's cells: title, validation loss, difference to the warmup run, share of clipped
+    rates, time.
+    """
     warmup = result.run is ADAMW_WARMUP
     share = result.clipped_share
     return (

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from weyl_megatron.demo.data import Corpus, unigram_entropy
-from weyl_megatron.demo.model import GPT, uniform_entropy
-from weyl_megatron.demo.recipe import sequences_per_rank
+from .data import Corpus, unigram_entropy
+from .model import GPT, uniform_entropy
+from .recipe import sequences_per_rank
 
 
 def training_facts(steps: int, seed: int, ranks: int, device: torch.device) -> dict[str, Any]:

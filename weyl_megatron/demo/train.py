@@ -1,6 +1,7 @@
 """The worker that torchrun starts on every rank: trains the runs one after another and logs them.
 
-`train` is what a user's own script would hold. It never names the optimizer: DeepSpeed finds it by the JSON.
+`train` is what a user's own script would hold. It never names the optimizer: DeepSpeed finds it by
+the JSON.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from weyl_megatron.demo import data
-from weyl_megatron.demo.model import GPT, GPTConfig
-from weyl_megatron.demo.recipe import RUNS, Run, deepspeed_config, schedule, sequences_per_rank
-from weyl_megatron.demo.setting import machine_facts, model_facts, text_facts, training_facts
-from weyl_megatron.integrations.leave import leave
+from ..engines.shutdown import shutdown
+from . import data
+from .model import GPT, GPTConfig
+from .recipe import RUNS, Run, deepspeed_config, schedule, sequences_per_rank
+from .setting import machine_facts, model_facts, text_facts, training_facts
 
 VALIDATION_WINDOWS = 512
 VALIDATION_CHUNK = 32
@@ -52,7 +53,10 @@ def train(run: Run, steps: int, seed: int, batches: Batches, log: Log) -> None:
     model = GPT(GPTConfig())
     config = deepspeed_config(run, dist.get_world_size(), bf16=torch.cuda.is_available())
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=model.parameters(), config=config, lr_scheduler=schedule(run, steps)
+        model=model,
+        model_parameters=model.parameters(),
+        config=config,
+        lr_scheduler=schedule(run, steps),
     )
 
     log.start(run, steps, config)
@@ -102,7 +106,9 @@ class Log:
             self._write("start", {"run": run.name, "steps": steps, "config": config})
 
     def step(self, engine: Any, step: int, loss: float, lr: float, batches: Batches) -> None:
-        """Writes one step: loss, scheduled rate, how many matrices were clipped, and now and then the details."""
+        """Writes one step: loss, scheduled rate, how many matrices were clipped, and now and then
+        the details.
+        """
         if self.file is None:
             return
         stats = matrix_stats(engine)
@@ -143,7 +149,13 @@ def load_batches(corpus: data.Corpus, steps: int, seed: int, device: torch.devic
     offsets = data.training_offsets(corpus, steps, sequences_per_rank(ranks) * ranks, context, seed)
     windows = data.validation_offsets(corpus, VALIDATION_WINDOWS, context)
     inputs, targets = data.sequences(corpus.validation, windows, context)
-    return Batches(corpus.train, offsets[:, rank::ranks], (inputs.to(device), targets.to(device)), context, device)
+    return Batches(
+        corpus.train,
+        offsets[:, rank::ranks],
+        (inputs.to(device), targets.to(device)),
+        context,
+        device,
+    )
 
 
 def describe(corpus: data.Corpus, batches: Batches, steps: int, seed: int) -> dict[str, Any]:
@@ -159,8 +171,8 @@ def describe(corpus: data.Corpus, batches: Batches, steps: int, seed: int) -> di
 def forgo_compiled_collectives() -> None:
     """Keeps DeepSpeed to gloo between CPU processes.
 
-    Its shared-memory collectives need a C++ compiler and up to a minute at first use, and wait by spinning, which
-    costs more than it gains where processes share cores.
+    Its shared-memory collectives need a C++ compiler and up to a minute at first use, and wait by
+    spinning, which costs more than it gains where processes share cores.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -189,4 +201,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave()
+    shutdown()

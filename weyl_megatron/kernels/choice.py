@@ -16,10 +16,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from weyl_megatron.kernels.plain import PlainKernel
-from weyl_megatron.kernels.stepped import Stepped
-from weyl_megatron.spectral.blocks import Blocks, Table
-from weyl_megatron.spectral.power import Products
+from ..spectral.blocks import Blocks, Table
+from ..spectral.power import Products
+from .plain import PlainKernel
+from .stepped import Stepped
 
 _log = logging.getLogger("weyl_megatron")
 
@@ -28,15 +28,18 @@ VARIABLE = "WEYL_MEGATRON_KERNEL"
 
 NAMES = ("torch", "cpu", "triton")
 
-#: The oldest Triton under whose interpreter the kernels give what plain torch gives; 3.1 to 3.3 do not.
+#: The oldest Triton under whose interpreter the kernels give what plain torch gives; 3.1 to 3.3 do
+#: not.
 _OLDEST_TRITON = (3, 5)
 
 
 class Kernel(Products, Protocol):
-    """One optimizer step's arithmetic on the tiles of tables, as far as masks, uint8 ``(matrices,)``, let it.
+    """One optimizer step's arithmetic on the tiles of tables, as far as masks, uint8
+    ``(matrices,)``, let it.
 
-    Operand 0 of the products are the weights, operand 1 the updates U, which are formed from M and V where they are
-    needed. ``sums`` is ``(matrices, 3)``, float64: Σ u², Σ w² before and Σ w² after the step, over this rank's tiles.
+    Operand 0 of the products are the weights, operand 1 the updates U, which are formed from M and
+    V where they are needed. ``sums`` is ``(matrices, 3)``, float64: Σ u², Σ w² before and Σ w²
+    after the step, over this rank's tiles.
     """
 
     name: str
@@ -48,27 +51,35 @@ class Kernel(Products, Protocol):
         """Let go of the tensors of this step: a gradient must not outlive it."""
 
     def step(self, table: Table, mask: Tensor, sums: Tensor) -> None:
-        """Update M and V and move W at the scheduled rate, in one pass; also of what is no matrix."""
+        """Update M and V and move W at the scheduled rate, in one pass; also of what is no
+        matrix.
+        """
 
     def moments(self, table: Table, mask: Tensor, sums: Tensor) -> None:
-        """Update M and V, add Σ u² to the sums and the first products with U to where the table says."""
+        """Update M and V, add Σ u² to the sums and the first products with U to where the table
+        says.
+        """
 
     def undo(self, table: Table, mask: Tensor) -> None:
         """Take the move at the scheduled rate back."""
 
     def move(self, table: Table, mask: Tensor, rates: Tensor, sums: Tensor) -> None:
-        """W ← W − α_W λ W − α_W U at ``rates``, float64 ``(matrices,)``; add to Σ w² after the step."""
+        """W ← W − α_W λ W − α_W U at ``rates``, float64 ``(matrices,)``; add to Σ w² after the
+        step.
+        """
 
 
 def pick(blocks: Blocks, tensors: Sequence[Tensor], *, plain: bool = False) -> Kernel:
-    """Return the kernel for ``tensors``, which lie on one device: the fused one where it can run and takes their dtype.
+    """Return the kernel for ``tensors``, which lie on one device: the fused one where it can run
+    and takes their dtype.
 
     Where it cannot, the plain one steps them, as right and slower, and the log says why, once.
 
     Args:
         blocks: the vectors of the matrices in the tensors.
         tensors: what is stepped.
-        plain: whether AdamW is wanted bit for bit, which plain torch alone promises on every machine.
+        plain: whether AdamW is wanted bit for bit, which plain torch alone promises on every
+            machine.
 
     Raises:
         ValueError: the environment asks for a kernel that cannot step them.
@@ -108,7 +119,7 @@ def why_not(name: str, device: str, dtypes: Collection[torch.dtype]) -> str | No
         if name == "cpu":
             if device != "cpu":
                 return f"it takes tensors on the CPU, not on {device}"
-            from weyl_megatron.kernels.cpu import library
+            from .cpu import library
 
             library()
         else:
@@ -117,7 +128,10 @@ def why_not(name: str, device: str, dtypes: Collection[torch.dtype]) -> str | No
             if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
                 return f"it takes tensors on a GPU, not on {device} (unless TRITON_INTERPRET=1)"
             if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST_TRITON:
-                return f"it takes Triton {'.'.join(map(str, _OLDEST_TRITON))} or newer, not {triton.__version__}"
+                return (
+                    f"it takes Triton {'.'.join(map(str, _OLDEST_TRITON))} or newer, not "
+                    f"{triton.__version__}"
+                )
             if os.environ.get("TRITON_INTERPRET") != "1" and triton.knobs.build.impl is None:
                 return why_no_launcher()
     except (ImportError, OSError, RuntimeError) as error:
@@ -128,10 +142,13 @@ def why_not(name: str, device: str, dtypes: Collection[torch.dtype]) -> str | No
 def why_no_launcher() -> str | None:
     """Return why Triton cannot build what launches its kernels, or None where it can.
 
-    That is in C and includes Python's headers. Triton builds it at the first launch, in the middle of a step.
+    That is in C and includes Python's headers. Triton builds it at the first launch, in the middle
+    of a step.
     """
     named = os.environ.get("CC")
-    found = next(filter(None, map(shutil.which, ["gcc", "clang"] if named is None else [named])), None)
+    found = next(
+        filter(None, map(shutil.which, ["gcc", "clang"] if named is None else [named])), None
+    )
     if found is None:
         return "there is no C compiler for Triton's launcher (gcc, clang, or the one that CC names)"
     return _trouble_of(found)
@@ -146,7 +163,15 @@ def _trouble_of(compiler: str) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "launcher.c"
         source.write_text("#include <Python.h>\n")
-        command = [compiler, str(source), "-shared", "-fPIC", f"-I{headers}", "-o", f"{folder}/launcher.so"]
+        command = [
+            compiler,
+            str(source),
+            "-shared",
+            "-fPIC",
+            f"-I{headers}",
+            "-o",
+            f"{folder}/launcher.so",
+        ]
         try:
             run = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
@@ -162,10 +187,10 @@ def _make(name: str, blocks: Blocks) -> Kernel:
     if name == "torch":
         return PlainKernel(blocks)
     if name == "triton":
-        from weyl_megatron.kernels.triton_step import TritonKernel
+        from .triton_step import TritonKernel
 
         return TritonKernel(blocks)
-    from weyl_megatron.kernels.cpu import CpuKernel
+    from .cpu import CpuKernel
 
     return CpuKernel(blocks)
 

@@ -1,7 +1,8 @@
 """The step on a CPU in compiled code (cpu_step.cpp): float32, any number of threads.
 
-The file is compiled on first use, for the machine's own instruction set, with nothing but a C++ compiler: it includes
-no header of torch, so that takes four seconds, and there is no lock that a killed build could leave behind, because a
+The file is compiled on first use, for the machine's own instruction set, with nothing but a C++
+compiler: it includes no header of torch, so that takes four seconds, and there is no lock that a
+    killed build could leave behind, because a
 finished library is moved into its place at once.
 """
 
@@ -23,9 +24,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weyl_megatron.kernels.stepped import Hyper, Stepped
-from weyl_megatron.spectral.blocks import Blocks, Table
-from weyl_megatron.spectral.ritz import INDEPENDENT, SETTLED
+from ..spectral.blocks import Blocks, Table
+from ..spectral.ritz import INDEPENDENT, SETTLED
+from .stepped import Hyper, Stepped
 
 _SOURCE = Path(__file__).with_name("cpu_step.cpp")
 
@@ -53,7 +54,7 @@ class CpuKernel:
 
     def __init__(self, blocks: Blocks) -> None:
         self._blocks, self._library = blocks, library()
-        self._waves = [torch.tensor(wave, dtype=torch.int64) for wave in blocks.waves]
+        self._batches = [torch.tensor(batch, dtype=torch.int64) for batch in blocks.batches]
         self._structs: dict[int, Tensor] = {}
         self._kept_alive: list[list[Tensor | int]] = []  # what their addresses point to
         self._count = len(blocks.matrices)
@@ -95,7 +96,9 @@ class CpuKernel:
         self._call("undo", *_table(table), mask, self._buffers, self._hypers)
 
     def move(self, table: Table, mask: Tensor, rates: Tensor, sums: Tensor) -> None:
-        self._call("move", *_table(table), mask, self._count, self._buffers, self._hypers, rates, sums)
+        self._call(
+            "move", *_table(table), mask, self._count, self._buffers, self._hypers, rates, sums
+        )
 
     def multiply(self, operand: int, table: Table, mask: Tensor) -> None:
         self._multiply(operand, 0, table, mask)
@@ -103,8 +106,10 @@ class CpuKernel:
     def multiply_back(self, operand: int, table: Table, mask: Tensor) -> None:
         self._multiply(operand, 1, table, mask)
 
-    def orthonormalize(self, operand: int, wave: int, mask: Tensor, more: Tensor, sigma: Tensor, gain: Tensor) -> None:
-        blocks, numbers = self._blocks, self._waves[wave]
+    def orthonormalize(
+        self, operand: int, batch: int, mask: Tensor, more: Tensor, sigma: Tensor, gain: Tensor
+    ) -> None:
+        blocks, numbers = self._blocks, self._batches[batch]
         independent = INDEPENDENT * torch.finfo(torch.float32).eps
         self._call(
             *("orthonormalize", blocks.operands[operand].shape, numbers, len(numbers), mask, more),
@@ -113,7 +118,7 @@ class CpuKernel:
 
     def step_alone(
         self,
-        waves: Sequence[int],
+        batches: Sequence[int],
         tables: Sequence[Table],
         sigma: Tensor,
         gain: Tensor,
@@ -124,59 +129,80 @@ class CpuKernel:
         limits: Sequence[Tensor],
         sums: Tensor,
     ) -> None:
-        """Do lines 3 to 14 of the algorithm for waves of matrices that no other rank has pieces of.
+        """Do lines 3 to 14 of the algorithm for batches of matrices that no other rank has pieces
+        of.
 
         Args:
-            waves: their numbers.
-            tables: of every wave, all tiles.
+            batches: their numbers.
+            tables: of every batch, all tiles.
             sigma, gain: what becomes σ₁ and what its last iteration gained, ``(2, matrices)``.
-            need, least: iterations at most, and where the last one gained nothing, ``(2, matrices)``.
-            active, waiting: the matrices that are not settled; those of them whose moments are not updated yet.
+            need, least: iterations at most, and where the last one gained nothing, ``(2,
+                matrices)``.
+            active, waiting: the matrices that are not settled; those of them whose moments are not
+                updated yet.
             limits: the scheduled rate, τ and the floor under σ₁(W) of every matrix.
             sums: see :class:`weyl_megatron.kernels.Kernel`.
         """
-        for wave in waves:
-            if wave not in self._structs:
-                self._structs[wave] = self._struct(wave, tables[wave], sigma, gain)
-        addresses = torch.tensor([self._structs[wave].data_ptr() for wave in waves])
+        for batch in batches:
+            if batch not in self._structs:
+                self._structs[batch] = self._struct(batch, tables[batch], sigma, gain)
+        addresses = torch.tensor([self._structs[batch].data_ptr() for batch in batches])
         self._call(
-            *("step_alone", addresses, len(waves), need, least, active, waiting, self._count),
+            *("step_alone", addresses, len(batches), need, least, active, waiting, self._count),
             *(self._buffers, self._hypers, *limits),
-            *(torch.empty_like(limits[0]), sums, INDEPENDENT * torch.finfo(torch.float32).eps, SETTLED),
+            *(
+                torch.empty_like(limits[0]),
+                sums,
+                INDEPENDENT * torch.finfo(torch.float32).eps,
+                SETTLED,
+            ),
         )
 
-    def _struct(self, wave: int, table: Table, sigma: Tensor, gain: Tensor) -> Tensor:
-        """Return the struct Wave of cpu_step.cpp."""
+    def _struct(self, batch: int, table: Table, sigma: Tensor, gain: Tensor) -> Tensor:
+        """Return the struct Batch of cpu_step.cpp."""
         blocks = self._blocks
         fields: list[Tensor | int] = []
         for number, operand in enumerate(blocks.operands):
-            kept, working = operand.kept[wave], operand.working[wave]
-            fields += [*_table(operand.whole[wave]), *_table(operand.cut[wave])]
+            kept, working = operand.kept[batch], operand.working[batch]
+            fields += [*_table(operand.whole[batch]), *_table(operand.cut[batch])]
             fields += [operand.shape, kept, int(kept.dtype == torch.float32), working, len(kept)]
             fields += [sigma[number], gain[number]]
         fields += [
             table.columns,
             len(table.tiles),
-            self._waves[wave],
-            len(self._waves[wave]),
+            self._batches[batch],
+            len(self._batches[batch]),
             blocks.x,
             blocks.z,
             blocks.left,
         ]
-        fields += [blocks.z_sizes[wave], blocks.left_sizes[wave]]
+        fields += [blocks.z_sizes[batch], blocks.left_sizes[batch]]
         self._kept_alive.append(fields)
-        return torch.tensor([each.data_ptr() if isinstance(each, Tensor) else each for each in fields])
+        return torch.tensor(
+            [each.data_ptr() if isinstance(each, Tensor) else each for each in fields]
+        )
 
     def _multiply(self, operand: int, is_back: int, table: Table, mask: Tensor) -> None:
         if table.tiles:
             blocks = self._blocks
             self._call(
-                *("multiply", operand, is_back, *_table(table), mask, self._count, self._buffers, self._hypers),
+                *(
+                    "multiply",
+                    operand,
+                    is_back,
+                    *_table(table),
+                    mask,
+                    self._count,
+                    self._buffers,
+                    self._hypers,
+                ),
                 *(blocks.x, blocks.z, blocks.left),
             )
 
     def _call(self, name: str, *arguments: Tensor | float) -> None:
-        """Call a function of the library, with as many threads as torch has; tensors are passed by address."""
+        """Call a function of the library, with as many threads as torch has; tensors are passed by
+        address.
+        """
         assert all(each.is_contiguous() for each in arguments if isinstance(each, Tensor))
         given = [
             ctypes.c_void_p(each.data_ptr())
@@ -198,9 +224,15 @@ def _hyper(hyper: Hyper) -> bytes:
     floats = [
         *(1 - beta1, beta2, 1 - beta2, root, eps),
         *(1 - lr * weight_decay, -(lr / correction1)),
-        *(correction1 / root, 1 / float(torch.tensor(root, dtype=torch.float32)), eps * correction1),
+        *(
+            correction1 / root,
+            1 / float(torch.tensor(root, dtype=torch.float32)),
+            eps * correction1,
+        ),
     ]
-    return bytes((ctypes.c_float * 10)(*floats)) + bytes((ctypes.c_double * 2)(weight_decay, correction1))
+    return bytes((ctypes.c_float * 10)(*floats)) + bytes(
+        (ctypes.c_double * 2)(weight_decay, correction1)
+    )
 
 
 @functools.cache
@@ -222,15 +254,25 @@ def build() -> Path:
     compiler = find_compiler()
     if compiler is None:
         raise OSError("there is no C++ compiler (c++, g++, clang++, or the one that CXX names)")
-    flags = [*_FLAGS, *_machine_flags(), *_library_flags(compiler), *shlex.split(os.environ.get(FLAGS, ""))]
-    key = hashlib.sha256(_SOURCE.read_bytes() + " ".join([compiler, *flags, _cpu()]).encode()).hexdigest()[:16]
+    flags = [
+        *_FLAGS,
+        *_machine_flags(),
+        *_library_flags(compiler),
+        *shlex.split(os.environ.get(FLAGS, "")),
+    ]
+    key = hashlib.sha256(
+        _SOURCE.read_bytes() + " ".join([compiler, *flags, _cpu()]).encode()
+    ).hexdigest()[:16]
     folder = cache_folder()
     path = folder / f"cpu_step-{key}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
             built = Path(temporary) / path.name
             run = subprocess.run(
-                [compiler, str(_SOURCE), *flags, "-o", str(built)], capture_output=True, text=True, check=False
+                [compiler, str(_SOURCE), *flags, "-o", str(built)],
+                capture_output=True,
+                text=True,
+                check=False,
             )
             if run.returncode != 0:
                 raise OSError(f"{compiler} failed: {run.stderr.strip()[-500:]}")
@@ -241,7 +283,9 @@ def build() -> Path:
 def find_compiler() -> str | None:
     """Return the C++ compiler that ``CXX`` names, or the first of the usual ones that is there."""
     named = os.environ.get("CXX")
-    return next(filter(None, map(shutil.which, [named] if named else ["c++", "g++", "clang++"])), None)
+    return next(
+        filter(None, map(shutil.which, [named] if named else ["c++", "g++", "clang++"])), None
+    )
 
 
 def cache_folder() -> Path:
@@ -250,7 +294,9 @@ def cache_folder() -> Path:
     Raises:
         OSError: others may write to it: code is not loaded from there.
     """
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(
+        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    )
     folder = Path(root) / "weyl_megatron"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     status = folder.stat()
@@ -260,7 +306,9 @@ def cache_folder() -> Path:
 
 
 def _library_flags(compiler: str) -> list[str]:
-    """Return what links C++'s library where ``CXX`` names a C compiler, as PEFT's BOFT leaves it behind."""
+    """Return what links C++'s library where ``CXX`` names a C compiler, as PEFT's BOFT leaves it
+    behind.
+    """
     is_for_c = re.fullmatch(r"(.*-)?(gcc|cc|clang)(-[\d.]+)?", Path(compiler).name) is not None
     return ["-lstdc++"] if is_for_c and platform.system() == "Linux" else []
 
@@ -272,9 +320,14 @@ def _machine_flags() -> list[str]:
 
 
 def _cpu() -> str:
-    """Return what tells machines of different instruction sets apart that share a home directory."""
+    """Return what tells machines of different instruction sets apart that share a home
+    directory.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
+    return next(
+        (line for line in lines if line.lower().startswith(("flags", "features"))),
+        platform.processor(),
+    )

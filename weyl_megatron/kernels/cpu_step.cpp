@@ -213,7 +213,7 @@ struct Target {
     float *z, *gram;
 };
 
-struct Arena {  // x, z and left of the wave that is measured
+struct Arena {  // x, z and left of the batch that is measured
     const float *x;
     float *z, *left;
 };
@@ -685,7 +685,7 @@ void orthonormalize(const Shape &shape, float *x, float *z, double independent, 
     next_block(b, shape.n, z + shape.z, x + shape.x, gram_z, sigma, more);
 }
 
-struct Operand {  // of a wave, made by cpu.py
+struct Operand {  // of a batch, made by cpu.py
     const Tile *whole;
     int64_t whole_count;
     const Tile *cut;
@@ -697,9 +697,9 @@ struct Operand {  // of a wave, made by cpu.py
     int64_t length;
     double *sigma, *gain;
 };
-struct Wave {
+struct Batch {
     Operand operands[2];
-    const Tile *tiles;  // all of the wave's
+    const Tile *tiles;  // all of the batch's
     int64_t tile_count;
     const int64_t *members;
     int64_t count;
@@ -734,38 +734,38 @@ void keep(const Operand &operand) {
             static_cast<uint16_t *>(operand.kept)[i] = to_bfloat16(operand.block[i]);
 }
 
-// What PowerIteration.measure does, for a wave of matrices that no other rank has pieces of. At most need[k] and at least
+// What PowerIteration.measure does, for a batch of matrices that no other rank has pieces of. At most need[k] and at least
 // least[k] iterations are made for matrix k's weights, [matrices + k] for its update; of those in `waiting` the moments
 // are updated, too.
-void measure(const Wave *wave, const int64_t *need, const int64_t *least, const uint8_t *waiting, int64_t matrices,
+void measure(const Batch *batch, const int64_t *need, const int64_t *least, const uint8_t *waiting, int64_t matrices,
              const Buffer *buffers, const Hyper *hypers, double *sums, double independent, double settled, int threads) {
-    const Arena arena{wave->x, wave->z, wave->left};
-    for (const Operand &operand : wave->operands)
+    const Arena arena{batch->x, batch->z, batch->left};
+    for (const Operand &operand : batch->operands)
         load(operand);
     std::vector<uint8_t> masks[2], more[2], rest[2];
     int64_t most = 0;
     for (int o = 0; o < 2; o++) {
         masks[o].resize(matrices), more[o].resize(matrices), rest[o].resize(matrices);
-        for (int64_t i = 0; i < wave->count; i++) most = std::max(most, need[o * matrices + wave->members[i]]);
+        for (int64_t i = 0; i < batch->count; i++) most = std::max(most, need[o * matrices + batch->members[i]]);
     }
     for (int64_t iteration = 0; iteration < most; iteration++) {
-        for (int64_t i = 0; i < wave->count; i++) {
-            const int64_t k = wave->members[i];
+        for (int64_t i = 0; i < batch->count; i++) {
+            const int64_t k = batch->members[i];
             for (int o = 0; o < 2; o++) {
                 const int64_t needed = need[o * matrices + k];
                 const bool is_sure = least[o * matrices + k] > iteration;
-                masks[o][k] = needed > iteration && (is_sure || !(wave->operands[o].gain[k] <= settled));
+                masks[o][k] = needed > iteration && (is_sure || !(batch->operands[o].gain[k] <= settled));
                 more[o][k] = needed > iteration + 1;
                 rest[o][k] = masks[o][k] && !(o == 1 && iteration == 0 && waiting[k]);
             }
         }
-        std::fill(wave->z, wave->z + wave->z_size, 0.f);
-        std::fill(wave->left, wave->left + wave->left_size, 0.f);
+        std::fill(batch->z, batch->z + batch->z_size, 0.f);
+        std::fill(batch->left, batch->left + batch->left_size, 0.f);
         if (iteration == 0)
-            multiply<MOMENTS>(false, wave->tiles, wave->tile_count, waiting, matrices, buffers, hypers, arena, sums,
+            multiply<MOMENTS>(false, batch->tiles, batch->tile_count, waiting, matrices, buffers, hypers, arena, sums,
                               threads);
         for (int o = 1; o >= 0; o--) {
-            const Operand &operand = wave->operands[o];
+            const Operand &operand = batch->operands[o];
             const auto product = o ? multiply<UPDATES> : multiply<WEIGHTS>;
             const uint8_t *active = rest[o].data(), *all = masks[o].data();
             const auto run = [&](bool is_back, const Tile *tiles, int64_t count, const uint8_t *chosen) {
@@ -775,16 +775,16 @@ void measure(const Wave *wave, const int64_t *need, const int64_t *least, const 
             run(false, operand.whole, operand.whole_count, active);
             run(true, operand.cut, operand.cut_count, all);
         }
-#pragma omp parallel for num_threads(int(std::min<int64_t>(threads, 2 * wave->count))) schedule(static, 1)
-        for (int64_t i = 0; i < 2 * wave->count; i++) {  // each matrix of each operand is one thread's
-            const int64_t k = wave->members[i / 2], o = i % 2;
-            const Operand &operand = wave->operands[o];
+#pragma omp parallel for num_threads(int(std::min<int64_t>(threads, 2 * batch->count))) schedule(static, 1)
+        for (int64_t i = 0; i < 2 * batch->count; i++) {  // each matrix of each operand is one thread's
+            const int64_t k = batch->members[i / 2], o = i % 2;
+            const Operand &operand = batch->operands[o];
             if (masks[o][k])
-                orthonormalize(operand.shapes[k], wave->x, wave->z, independent, more[o][k], operand.sigma[k],
+                orthonormalize(operand.shapes[k], batch->x, batch->z, independent, more[o][k], operand.sigma[k],
                                operand.gain[k]);
         }
     }
-    for (const Operand &operand : wave->operands)
+    for (const Operand &operand : batch->operands)
         keep(operand);
 }
 
@@ -861,33 +861,33 @@ void weyl_multiply(int operand, int is_back, const Tile *tiles, int64_t count, c
     function(is_back != 0, tiles, count, active, matrices, buffers, hypers, arena, nullptr, threads);
 }
 
-void weyl_orthonormalize(const Shape *shapes, const int64_t *wave, int64_t count, const uint8_t *mask,
+void weyl_orthonormalize(const Shape *shapes, const int64_t *batch, int64_t count, const uint8_t *mask,
                          const uint8_t *more, float *x, float *z, double *sigma, double *gain, double independent,
                          int threads) {
 #pragma omp parallel for num_threads(int(std::min<int64_t>(threads, std::max<int64_t>(1, count)))) schedule(static, 1)
     for (int64_t i = 0; i < count; i++) {
-        const int64_t k = wave[i];
+        const int64_t k = batch[i];
         if (mask[k]) orthonormalize(shapes[k], x, z, independent, more[k], sigma[k], gain[k]);
     }
 }
 
-// Lines 3 to 14 of the algorithm for waves that no other rank has pieces of, each while its numbers are in the cache.
-void weyl_step_alone(const Wave *const *waves, int64_t count, const int64_t *need, const int64_t *least,
+// Lines 3 to 14 of the algorithm for batches that no other rank has pieces of, each while its numbers are in the cache.
+void weyl_step_alone(const Batch *const *batches, int64_t count, const int64_t *need, const int64_t *least,
                      const uint8_t *active, const uint8_t *waiting, int64_t matrices, const Buffer *buffers, const Hyper *hypers,
                      const double *lr, const double *tau, const double *floor, double *rates, double *sums,
                      double independent, double settled, int threads) {
     for (int64_t i = 0; i < count; i++) {
-        const Wave *wave = waves[i];
-        measure(wave, need, least, waiting, matrices, buffers, hypers, sums, independent, settled, threads);
-        for (int64_t m = 0; m < wave->count; m++) {
-            const int64_t k = wave->members[m];
-            const double weight = std::fmax(wave->operands[0].sigma[k], floor[k]);  // not NaN, see walk.py: rates
-            double update = wave->operands[1].sigma[k];
+        const Batch *batch = batches[i];
+        measure(batch, need, least, waiting, matrices, buffers, hypers, sums, independent, settled, threads);
+        for (int64_t m = 0; m < batch->count; m++) {
+            const int64_t k = batch->members[m];
+            const double weight = std::fmax(batch->operands[0].sigma[k], floor[k]);  // not NaN, see walk.py: rates
+            double update = batch->operands[1].sigma[k];
             if (!(update > 0)) update = std::sqrt(sums[3 * k]);
             const double bound = update == 0 || std::isinf(tau[k]) ? INFINITY : tau[k] * weight / update;
             rates[k] = std::isnan(bound) ? NAN : std::min(lr[k], bound);
         }
-        weyl_move(wave->tiles, wave->tile_count, active, matrices, buffers, hypers, rates, sums, threads);
+        weyl_move(batch->tiles, batch->tile_count, active, matrices, buffers, hypers, rates, sums, threads);
     }
 }
 

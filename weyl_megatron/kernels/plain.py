@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from weyl_megatron.kernels.stepped import Stepped, flat
-from weyl_megatron.kernels.torch_adamw import adamw_direction, adamw_moments, adamw_move, adamw_undo
-from weyl_megatron.spectral.blocks import COLUMNS, Blocks, Table
-from weyl_megatron.spectral.power import TorchProducts, multiply_band, rows_of
-from weyl_megatron.spectral.tiles import Tile
+from ..spectral.blocks import COLUMNS, Blocks, Table
+from ..spectral.power import TorchProducts, multiply_band, rows_of
+from ..spectral.tiles import Tile
+from .stepped import Stepped, flat
+from .torch_adamw import adamw_direction, adamw_moments, adamw_move, adamw_undo
 
-#: Elements that are worked on at once: U is formed anew wherever it is needed and never stored whole.
+#: Elements that are worked on at once: U is formed anew wherever it is needed and never stored
+#: whole.
 _BAND = 1 << 20
 
 
@@ -32,7 +33,10 @@ class PlainKernel:
     def bind(self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None]) -> None:
         self._weights = [flat(weight) for weight in weights]
         self._stepped = [None if one is None else _flat(one) for one in stepped]
-        pieces = partial(_weights_of, self._weights), partial(_updates_of, self._weights, self._stepped)
+        pieces = (
+            partial(_weights_of, self._weights),
+            partial(_updates_of, self._weights, self._stepped),
+        )
         products = TorchProducts(self._blocks, pieces)
         self.multiply, self.multiply_back = products.multiply, products.multiply_back
         self.orthonormalize = products.orthonormalize
@@ -78,7 +82,9 @@ class PlainKernel:
                 if is_measured:
                     sums[tile.matrix, 2] += _squares(band.weight)
 
-    def _chosen(self, table: Table, mask: Tensor, *, rest: bool = False) -> Iterator[tuple[Tile, Stepped, bool]]:
+    def _chosen(
+        self, table: Table, mask: Tensor, *, rest: bool = False
+    ) -> Iterator[tuple[Tile, Stepped, bool]]:
         """Yield the tiles of a mask that have gradients, and whether they are measured here."""
         chosen = mask.tolist()
         measured = (table.columns[:, COLUMNS.index("width")] > 0).tolist()
@@ -146,5 +152,7 @@ def _rows(tile: Tile) -> Iterator[tuple[int, int]]:
 
 
 def _squares(tensor: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    norm: Tensor = torch.linalg.vector_norm(
+        tensor, dtype=torch.promote_types(tensor.dtype, torch.float32)
+    )
     return norm.double().square()

@@ -1,4 +1,6 @@
-"""What a kernel is given of one tensor in one step, and what has to be so before it goes by addresses."""
+"""What a kernel is given of one tensor in one step, and what has to be so before it goes by
+addresses.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from weyl_megatron.layouts.plain import storage_order
+from ..layouts.plain import storage_order
 
 
 class Hyper(NamedTuple):
@@ -98,7 +100,8 @@ def has_form(tensor: Tensor, form: Form) -> bool:
 
 
 def check_form(tensor: Tensor, form: Form, extent: int, what: str, name: str) -> None:
-    """Check that a kernel may go by a tensor's address: its form is ``form``, and its storage reaches to its end.
+    """Check that a kernel may go by a tensor's address: its form is ``form``, and its storage
+    reaches to its end.
 
     Args:
         tensor: G, M or V.
@@ -111,16 +114,21 @@ def check_form(tensor: Tensor, form: Form, extent: int, what: str, name: str) ->
         ValueError: it is of another form, or without memory.
     """
     if not has_form(tensor, form):
-        raise ValueError(f"AdamW2: {what} of parameter '{name}' is {form_of(tensor)}, it takes its parameter's {form}.")
+        raise ValueError(
+            f"AdamW2: {what} of parameter '{name}' is {form_of(tensor)}, it takes its parameter's "
+            f"{form}."
+        )
     check_memory(tensor, extent, what, name)
 
 
 def check_memory(tensor: Tensor, extent: int, what: str, name: str) -> None:
-    """Raise ValueError where a tensor's storage ends before its ``extent`` elements do, as after ``resize_(0)``."""
+    """Raise ValueError where a tensor's storage ends before its ``extent`` elements do, as after
+    ``resize_(0)``.
+    """
     end = (tensor.storage_offset() + extent) * tensor.itemsize
     held = tensor.untyped_storage().nbytes()
     if held < end and extent:
         raise ValueError(
-            f"AdamW2: {what} of parameter '{name}', of shape {tuple(tensor.shape)}, got a storage of {held} bytes, "
-            f"it takes {end}."
+            f"AdamW2: {what} of parameter '{name}', of shape {tuple(tensor.shape)}, got a storage "
+            f"of {held} bytes, it takes {end}."
         )

@@ -1,4 +1,5 @@
-"""AdamW's arithmetic in plain torch, operation for operation as ``torch.optim.AdamW`` does it on one tensor.
+"""AdamW's arithmetic in plain torch, operation for operation as ``torch.optim.AdamW`` does it on
+one tensor.
 
 The order of the operations is what makes AdamW2 with τ = ∞ equal to torch's AdamW bit for bit.
 """
@@ -8,12 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from weyl_megatron.kernels.stepped import Hyper
+from .stepped import Hyper
 
 
-def adamw_moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, largest: Tensor | None, hyper: Hyper) -> None:
-    """M ← β₁M + (1 − β₁)G and V ← β₂V + (1 − β₂)G², in place; ``largest``, if any, grows to V (amsgrad)."""
-    beta1 = hyper.beta1.to(grad.device, grad.dtype) if isinstance(hyper.beta1, Tensor) else hyper.beta1
+def adamw_moments(
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, largest: Tensor | None, hyper: Hyper
+) -> None:
+    """M ← β₁M + (1 − β₁)G and V ← β₂V + (1 − β₂)G², in place; ``largest``, if any, grows to V
+    (amsgrad).
+    """
+    beta1 = (
+        hyper.beta1.to(grad.device, grad.dtype) if isinstance(hyper.beta1, Tensor) else hyper.beta1
+    )
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)  # type: ignore[arg-type]
     if largest is not None:
@@ -21,12 +28,18 @@ def adamw_moments(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, largest: Te
 
 
 def adamw_direction(exp_avg: Tensor, second: Tensor, hyper: Hyper) -> Tensor:
-    """Return U = M̂ / (√V̂ + ε), both corrections in the denominator's constants; ``second`` is V, or its largest."""
+    """Return U = M̂ / (√V̂ + ε), both corrections in the denominator's constants; ``second`` is V,
+    or its largest.
+    """
     correction = hyper.correction1
-    return exp_avg / second.sqrt().mul_(correction / hyper.correction2**0.5).add_(hyper.eps * correction)
+    return exp_avg / second.sqrt().mul_(correction / hyper.correction2**0.5).add_(
+        hyper.eps * correction
+    )
 
 
-def adamw_move(param: Tensor, exp_avg: Tensor, second: Tensor, hyper: Hyper, rate: float | Tensor) -> None:
+def adamw_move(
+    param: Tensor, exp_avg: Tensor, second: Tensor, hyper: Hyper, rate: float | Tensor
+) -> None:
     """W ← W − α_W λ W − α_W U at the rate α_W, in place."""
     if hyper.weight_decay != 0:
         param.mul_(1 - rate * hyper.weight_decay)
@@ -34,7 +47,9 @@ def adamw_move(param: Tensor, exp_avg: Tensor, second: Tensor, hyper: Hyper, rat
     param.addcdiv_(exp_avg, _denominator(second, hyper), value=size)  # type: ignore[arg-type]
 
 
-def adamw_undo(param: Tensor, exp_avg: Tensor, second: Tensor, hyper: Hyper, rate: float | Tensor) -> None:
+def adamw_undo(
+    param: Tensor, exp_avg: Tensor, second: Tensor, hyper: Hyper, rate: float | Tensor
+) -> None:
     """Take :func:`adamw_move` back, up to the rounding of one more step."""
     size = rate / hyper.correction1
     param.addcdiv_(exp_avg, _denominator(second, hyper), value=size)  # type: ignore[arg-type]

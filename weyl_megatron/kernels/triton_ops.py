@@ -1,8 +1,10 @@
-"""The step's kernels in Triton. A table has one row of ``spectral.blocks.COLUMNS`` per tile; a unit is a band of rows.
+"""The step's kernels in Triton. A table has one row of ``spectral.blocks.COLUMNS`` per tile; a unit
+is a band of rows.
 
-Each program works on one unit and writes what it sums to a place of its own; a second kernel adds the places of a
-matrix up in their order. Without atomics a step gives the same bits every time, and copies on several ranks stay equal.
-(The only atomics add two numbers to a zero: a row of which one rank has both parts.)
+Each program works on one unit and writes what it sums to a place of its own; a second kernel adds
+the places of a matrix up in their order. Without atomics a step gives the same bits every time, and
+copies on several ranks stay equal. (The only atomics add two numbers to a zero: a row of which one
+rank has both parts.)
 """
 
 import triton
@@ -17,7 +19,8 @@ WEIGHTS = tl.constexpr(0)
 UPDATES = tl.constexpr(1)
 MOMENTS = tl.constexpr(2)
 
-#: What an elementwise pass does: everything at the scheduled rate, take that back, move at the matrix's rate.
+#: What an elementwise pass does: everything at the scheduled rate, take that back, move at the
+#: matrix's rate.
 STEP = tl.constexpr(0)
 UNDO = tl.constexpr(1)
 MOVE = tl.constexpr(2)
@@ -56,15 +59,31 @@ def products(
     tiles, units, pointers, hypers, mask, x, left, partial, sums, BACK: tl.constexpr, SOURCE: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Z and YᵀY of a unit's rows to ``partial``, or Y of rows that are cut to ``left``; with MOMENTS, Σ u² to ``sums``.
+    """Z and YᵀY of a unit's rows to ``partial``, or Y of rows that are cut to ``left``; with
+    MOMENTS, Σ u² to ``sums``.
 
-    One read: row by row y = r X and Z += rᵀ y, the second time from the cache. BACK: Y are in ``left``, summed.
+    One read: row by row y = r X and Z += rᵀ y, the second time from the cache. BACK: Y are in
+    ``left``, summed.
     """
     unit = tl.program_id(0)
     tile = tiles + tl.load(units + unit * 4) * TILE
-    first, count, place = tl.load(units + unit * 4 + 1), tl.load(units + unit * 4 + 2), tl.load(units + unit * 4 + 3)
-    buffer, offset, cols, stride = tl.load(tile), tl.load(tile + 1), tl.load(tile + 3), tl.load(tile + 4)
-    matrix, n, width, slot = tl.load(tile + 5), tl.load(tile + 8), tl.load(tile + 9), tl.load(tile + 11)
+    first, count, place = (
+        tl.load(units + unit * 4 + 1),
+        tl.load(units + unit * 4 + 2),
+        tl.load(units + unit * 4 + 3),
+    )
+    buffer, offset, cols, stride = (
+        tl.load(tile),
+        tl.load(tile + 1),
+        tl.load(tile + 3),
+        tl.load(tile + 4),
+    )
+    matrix, n, width, slot = (
+        tl.load(tile + 5),
+        tl.load(tile + 8),
+        tl.load(tile + 9),
+        tl.load(tile + 11),
+    )
     counts = tl.load(tile + 12)
     hyper = hypers + buffer * HYPER
     is_there = (SOURCE == 0) | (tl.load(pointers + buffer * 4 + 2) != 0)
@@ -91,7 +110,9 @@ def products(
                     if SOURCE == 2:
                         grad = tl.load(_tensor(pointers, buffer, 1) + at, mask=inside, other=0.0)
                         exp_avg = tl.load(_tensor(pointers, buffer, 2) + at, mask=inside, other=0.0)
-                        exp_avg_sq = tl.load(_tensor(pointers, buffer, 3) + at, mask=inside, other=0.0)
+                        exp_avg_sq = tl.load(
+                            _tensor(pointers, buffer, 3) + at, mask=inside, other=0.0
+                        )
                         exp_avg, exp_avg_sq = _moments(grad, exp_avg, exp_avg_sq, hyper)
                         tl.store(_tensor(pointers, buffer, 2) + at, exp_avg, mask=inside)
                         tl.store(_tensor(pointers, buffer, 3) + at, exp_avg_sq, mask=inside)
@@ -102,8 +123,12 @@ def products(
                     if not BACK:
                         for j in tl.static_range(BLOCK):
                             in_x = ((start + col) < cols) & (j < width)
-                            xs = tl.load(x + tl.load(tile + 6) + j * n + start + col, mask=in_x, other=0.0)
-                            y += tl.where(vectors[None, :] == j, tl.sum(a * xs[None, :], axis=1)[:, None], 0.0)
+                            xs = tl.load(
+                                x + tl.load(tile + 6) + j * n + start + col, mask=in_x, other=0.0
+                            )
+                            y += tl.where(
+                                vectors[None, :] == j, tl.sum(a * xs[None, :], axis=1)[:, None], 0.0
+                            )
             if (not BACK) & (slot >= 0):
                 tl.atomic_add(lefts, y, mask=in_left)
             else:
@@ -133,7 +158,10 @@ def products(
 def add_partials(shapes, spans, places, mask, partial, z, LENGTH: tl.constexpr):
     """Z and YᵀY of a matrix: what its units have summed, in their order."""
     matrix = tl.load(spans + tl.program_id(0) * 3)
-    start, stop = tl.load(spans + tl.program_id(0) * 3 + 1), tl.load(spans + tl.program_id(0) * 3 + 2)
+    start, stop = (
+        tl.load(spans + tl.program_id(0) * 3 + 1),
+        tl.load(spans + tl.program_id(0) * 3 + 2),
+    )
     if tl.load(mask + matrix) != 0:
         shape = shapes + matrix * 5
         n, width = tl.load(shape + 2), tl.load(shape + 3)
@@ -148,17 +176,35 @@ def add_partials(shapes, spans, places, mask, partial, z, LENGTH: tl.constexpr):
 
 @triton.jit(do_not_specialize_on_alignment=["mask"])
 def elementwise(
-    tiles, units, pointers, hypers, mask, rates, sums, MODE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+    tiles,
+    units,
+    pointers,
+    hypers,
+    mask,
+    rates,
+    sums,
+    MODE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
-    """One pass of AdamW's arithmetic over a unit (STEP, UNDO or MOVE); Σ u², Σ w² before and after to ``sums``."""
+    """One pass of AdamW's arithmetic over a unit (STEP, UNDO or MOVE); Σ u², Σ w² before and after
+    to ``sums``.
+    """
     unit = tl.program_id(0)
     tile = tiles + tl.load(units + unit * 4) * TILE
     first, count = tl.load(units + unit * 4 + 1), tl.load(units + unit * 4 + 2)
-    buffer, offset, cols, stride = tl.load(tile), tl.load(tile + 1), tl.load(tile + 3), tl.load(tile + 4)
+    buffer, offset, cols, stride = (
+        tl.load(tile),
+        tl.load(tile + 1),
+        tl.load(tile + 3),
+        tl.load(tile + 4),
+    )
     matrix, width = tl.load(tile + 5), tl.load(tile + 9)
     hyper = hypers + buffer * HYPER
     is_rest = (matrix < 0) & (MODE == 0)
-    is_active = tl.load(mask + matrix, mask=matrix >= 0, other=0) != 0  # there may be no matrix, and no mask
+    is_active = (
+        tl.load(mask + matrix, mask=matrix >= 0, other=0) != 0
+    )  # there may be no matrix, and no mask
     if (is_rest | is_active) & (tl.load(pointers + buffer * 4 + 2) != 0):
         row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
         rate = tl.load(hyper + 5).to(tl.float64)
@@ -199,9 +245,14 @@ def elementwise(
 
 @triton.jit(do_not_specialize_on_alignment=["mask"])
 def add_sums(spans, mask, partial, sums, FIRST: tl.constexpr, LAST: tl.constexpr):
-    """Columns FIRST to LAST, without the latter, of a matrix's sums: those of its units, in their order."""
+    """Columns FIRST to LAST, without the latter, of a matrix's sums: those of its units, in their
+    order.
+    """
     matrix = tl.load(spans + tl.program_id(0) * 3)
-    start, stop = tl.load(spans + tl.program_id(0) * 3 + 1), tl.load(spans + tl.program_id(0) * 3 + 2)
+    start, stop = (
+        tl.load(spans + tl.program_id(0) * 3 + 1),
+        tl.load(spans + tl.program_id(0) * 3 + 2),
+    )
     if tl.load(mask + matrix) != 0:
         column = tl.arange(0, 4)
         inside = (column >= FIRST) & (column < LAST)
@@ -224,7 +275,9 @@ def _at(a, k: tl.constexpr, index):
 
 @triton.jit
 def _inverse_factor(gram, least, index, BLOCK: tl.constexpr):
-    """Return L⁻¹ where gram = L Lᵀ has ones on its diagonal; rows that depend on those above them are 0."""
+    """Return L⁻¹ where gram = L Lᵀ has ones on its diagonal; rows that depend on those above them
+    are 0.
+    """
     rest = gram
     inverse = tl.where(index[:, None] == index[None, :], 1.0, 0.0).to(tl.float64)
     for k in tl.static_range(BLOCK):
@@ -234,7 +287,9 @@ def _inverse_factor(gram, least, index, BLOCK: tl.constexpr):
         column = tl.where(index >= k, column * scale, 0.0)  # of L
         row = _row(inverse, k, index) * scale
         below = tl.where(index > k, column, 0.0)
-        inverse = tl.where(index[:, None] == k, row[None, :], inverse - below[:, None] * row[None, :])
+        inverse = tl.where(
+            index[:, None] == k, row[None, :], inverse - below[:, None] * row[None, :]
+        )
         rest = rest - column[:, None] * column[None, :]
     return inverse
 
@@ -251,7 +306,9 @@ def _trace(a, index):
 
 @triton.jit
 def _largest(a, index):
-    """The largest eigenvalue of a symmetric matrix without negative ones, by squaring: exact but for near ties."""
+    """The largest eigenvalue of a symmetric matrix without negative ones, by squaring: exact but
+    for near ties.
+    """
     size = _trace(a, index)
     power = a / tl.where(size > 0, size, 1.0)
     for _ in range(20):
@@ -262,10 +319,12 @@ def _largest(a, index):
 
 @triton.jit(do_not_specialize_on_alignment=["mask", "more", "sigma", "gain"])
 def orthonormalize(
-    shapes, wave, mask, more, x, z, sigma, gain, independent, BLOCK: tl.constexpr, COLS: tl.constexpr,
+    shapes, batch, mask, more, x, z, sigma, gain, independent, BLOCK: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """The next block, σ₁ and gain of one matrix: spectral/ritz.py, with Cholesky's factors in place of eigenvectors."""
-    matrix = tl.load(wave + tl.program_id(0))
+    """The next block, σ₁ and gain of one matrix: spectral/ritz.py, with Cholesky's factors in place
+    of eigenvectors.
+    """
+    matrix = tl.load(batch + tl.program_id(0))
     if tl.load(mask + matrix) != 0:
         shape = shapes + matrix * 5
         x += tl.load(shape)
@@ -291,19 +350,24 @@ def orthonormalize(
         lengths_z = tl.sqrt(tl.sum(tl.where(diagonal, gram_z, 0.0), axis=1))
         scale_y = tl.where(lengths_y > 0, 1.0 / tl.where(lengths_y > 0, lengths_y, 1.0), 0.0)
         scale_z = tl.where(lengths_z > 0, 1.0 / tl.where(lengths_z > 0, lengths_z, 1.0), 0.0)
-        to_y = _inverse_factor(gram_y * scale_y[:, None] * scale_y[None, :], independent, index, BLOCK)
+        to_y = _inverse_factor(
+            gram_y * scale_y[:, None] * scale_y[None, :], independent, index, BLOCK
+        )
         to_y = to_y * scale_y[None, :]
         ratio = _product(_product(to_y, gram_z), tl.trans(to_y))
         value = tl.sqrt(_largest(ratio, index))
         # NaN and infinity are not less than anything
         finite = (
-            tl.sum(tl.sum(gram_y + gram_z, axis=1), axis=0) - tl.sum(tl.sum(gram_y + gram_z, axis=1), axis=0)
+            tl.sum(tl.sum(gram_y + gram_z, axis=1), axis=0)
+            - tl.sum(tl.sum(gram_y + gram_z, axis=1), axis=0)
         ) == 0
         value = tl.where(finite, value, float("nan"))
         tl.store(sigma + matrix, value)
 
         good = (value > 0) & (value < float("inf"))
-        safe = tl.where((value > 1e-9) & (value < 1e9), 1.0, 1.0 / tl.maximum(tl.where(good, value, 1.0), 1e-38))
+        safe = tl.where(
+            (value > 1e-9) & (value < 1e9), 1.0, 1.0 / tl.maximum(tl.where(good, value, 1.0), 1e-38)
+        )
         norm = tl.sqrt(_at(length, 0, index))
         is_one = (norm > 0.5) & (norm < 2.0)
         gained = 1.0 - tl.sqrt(_largest(gram_y, index)) / (norm * tl.where(good, value, 1.0))

@@ -1,4 +1,5 @@
-"""The step on a GPU in Triton (triton_ops.py): float32, in a number of launches that does not grow with depth.
+"""The step on a GPU in Triton (triton_ops.py): float32, in a number of launches that does not grow
+with depth.
 
 Nothing here waits for the device: which matrices are iterated is read by the kernels, from masks.
 """
@@ -11,13 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from weyl_megatron.kernels import triton_ops as ops
-from weyl_megatron.kernels.stepped import Hyper, Stepped
-from weyl_megatron.spectral.blocks import Blocks, Table
-from weyl_megatron.spectral.power import BLOCK
-from weyl_megatron.spectral.ritz import INDEPENDENT
+from ..spectral.blocks import Blocks, Table
+from ..spectral.power import BLOCK
+from ..spectral.ritz import INDEPENDENT
+from . import triton_ops as ops
+from .stepped import Hyper, Stepped
 
-#: Rows of a tile that one program multiplies: each costs a partial Z, BLOCK / rows of the tile's bytes.
+#: Rows of a tile that one program multiplies: each costs a partial Z, BLOCK / rows of the tile's
+#: bytes.
 _PRODUCT_ROWS = 512
 
 #: Elements that one program of an elementwise pass works on.
@@ -47,7 +49,10 @@ class TritonKernel:
     def __init__(self, blocks: Blocks) -> None:
         self._blocks = blocks
         self._cuts: dict[tuple[int, bool], _Units] = {}
-        self._waves = [torch.tensor(wave, dtype=torch.int64, device=blocks.x.device) for wave in blocks.waves]
+        self._batches = [
+            torch.tensor(batch, dtype=torch.int64, device=blocks.x.device)
+            for batch in blocks.batches
+        ]
         self._pointers = self._hypers = torch.empty(0)
         self._alive: object = None
 
@@ -62,7 +67,9 @@ class TritonKernel:
         self._hypers = _upload(torch.tensor(hypers, dtype=torch.float32), device)
         self._alive = weights, stepped  # the tensors at these addresses
         for weight in weights:
-            torch.autograd.graph.increment_version(weight)  # they are changed behind autograd's back
+            torch.autograd.graph.increment_version(
+                weight
+            )  # they are changed behind autograd's back
 
     def release(self) -> None:
         self._alive = None
@@ -85,11 +92,23 @@ class TritonKernel:
     def multiply_back(self, operand: int, table: Table, mask: Tensor) -> None:
         self._products(table, mask, source=operand, operand=operand, back=True)
 
-    def orthonormalize(self, operand: int, wave: int, mask: Tensor, more: Tensor, sigma: Tensor, gain: Tensor) -> None:
-        blocks, numbers = self._blocks, self._waves[wave]
+    def orthonormalize(
+        self, operand: int, batch: int, mask: Tensor, more: Tensor, sigma: Tensor, gain: Tensor
+    ) -> None:
+        blocks, numbers = self._blocks, self._batches[batch]
         independent = INDEPENDENT * torch.finfo(torch.float32).eps
         ops.orthonormalize[(len(numbers),)](
-            *(blocks.operands[operand].shape, numbers, mask, more, blocks.x, blocks.z, sigma, gain, independent),
+            *(
+                blocks.operands[operand].shape,
+                numbers,
+                mask,
+                more,
+                blocks.x,
+                blocks.z,
+                sigma,
+                gain,
+                independent,
+            ),
             BLOCK=_BLOCK,
             COLS=_COLS,
         )
@@ -111,7 +130,15 @@ class TritonKernel:
         partial = torch.zeros(units.room, device=device)
         partial_sums = torch.zeros(len(units.units), 3, device=device)
         ops.products[(len(units.units),)](
-            *(table.columns, units.units, self._pointers, self._hypers, mask, blocks.x, blocks.left),
+            *(
+                table.columns,
+                units.units,
+                self._pointers,
+                self._hypers,
+                mask,
+                blocks.x,
+                blocks.left,
+            ),
             *(partial, partial_sums),
             BACK=back,
             SOURCE=source,
@@ -121,12 +148,23 @@ class TritonKernel:
         )
         shape = blocks.operands[operand].shape
         grid = (len(units.spans), -(-units.longest // 1024))
-        ops.add_partials[grid](shape, units.spans, units.units, mask, partial, blocks.z, LENGTH=1024)
+        ops.add_partials[grid](
+            shape, units.spans, units.units, mask, partial, blocks.z, LENGTH=1024
+        )
         if sums is not None:
-            ops.add_sums[(len(units.spans),)](units.spans, mask, partial_sums, sums, FIRST=0, LAST=1)
+            ops.add_sums[(len(units.spans),)](
+                units.spans, mask, partial_sums, sums, FIRST=0, LAST=1
+            )
 
     def _elementwise(
-        self, table: Table, mask: Tensor, rates: Tensor, sums: Tensor | None, *, mode: int, columns: tuple[int, int]
+        self,
+        table: Table,
+        mask: Tensor,
+        rates: Tensor,
+        sums: Tensor | None,
+        *,
+        mode: int,
+        columns: tuple[int, int],
     ) -> None:
         if not table.tiles:
             return
@@ -140,7 +178,9 @@ class TritonKernel:
         )
         if sums is not None and len(units.spans):
             first, last = columns
-            ops.add_sums[(len(units.spans),)](units.spans, mask, partial, sums, FIRST=first, LAST=last)
+            ops.add_sums[(len(units.spans),)](
+                units.spans, mask, partial, sums, FIRST=first, LAST=last
+            )
 
     def _units_of(self, table: Table, *, elementwise: bool) -> _Units:
         key = table.columns.data_ptr(), elementwise
@@ -158,7 +198,9 @@ def _cut(table: Table, blocks: Blocks, elementwise: bool) -> _Units:
     widths = table.columns[:, 9].tolist()
     for number, (tile, width) in enumerate(zip(table.tiles, widths, strict=True)):
         rows = max(1, _ELEMENTS // tile.cols) if elementwise else _PRODUCT_ROWS
-        length = 0 if elementwise or not width else width * (blocks.matrices[tile.matrix].cols + width)
+        length = (
+            0 if elementwise or not width else width * (blocks.matrices[tile.matrix].cols + width)
+        )
         for row in range(0, tile.rows, rows):
             if width:
                 first.setdefault(tile.matrix, len(units))

@@ -1,4 +1,6 @@
-"""Which parameters are an adapter's: small, trained beside frozen weights, and in part 0 at the start."""
+"""Which parameters are an adapter's: small, trained beside frozen weights, and in part 0 at the
+start.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from torch import nn
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-#: The two factors of an adapter's product, as parts of their names: PEFT's methods, loralib, torchtune, diffusers,
-#: kohya and LyCORIS, NeMo and Megatron-Bridge.
+#: The two factors of an adapter's product, as parts of their names: PEFT's methods, loralib,
+#: torchtune, diffusers, kohya and LyCORIS, NeMo and Megatron-Bridge.
 _FACTORS = (
     ("lora_A", "lora_B"),
     ("lora_a", "lora_b"),
@@ -35,8 +37,9 @@ _FACTOR = re.compile(rf"(?<![^._])({'|'.join(map(re.escape, _PARTNERS))})(?=\.|$
 #: Matrices of adapters that are no factor of two.
 _ALONE = re.compile(r"(^|\.)(lokr_w[12]|hra_u|miss_block|bone_block|vblora_vector_bank)(\.|$)")
 
-#: What adapters scale and rotate by, whatever its shape, none of it a linear map: DoRA's lengths, VeRA's and IA³'s
-#: scales, AdaLoRA's singular values, the generators of OFT's and BOFT's rotations, kernels, logits and routers.
+#: What adapters scale and rotate by, whatever its shape, none of it a linear map: DoRA's lengths,
+#: VeRA's and IA³'s scales, AdaLoRA's singular values, the generators of OFT's and BOFT's rotations,
+#: kernels, logits and routers.
 _NO_MATRIX = re.compile(
     r"(^|\.)(lora_magnitude_vector|vera_lambda_[bd]|ia3_l|lora_E|boft_[Rs]|oft_(embedding_)?R|psoft_R|c3a_kernel|"
     r"randlora_(lambda|gamma)|vblora_logits_[AB]|\w+_router)(\.|$)"
@@ -45,13 +48,16 @@ _NO_MATRIX = re.compile(
 #: What PEFT lists beside adapters: copies of modules, and rows of an embedding.
 _NO_ADAPTERS = ("modules_to_save", "trainable_tokens_delta", "token_adapter.trainable_tokens_delta")
 
-#: How many times thinner than both outer sides a factor is, at least, where shapes alone tell: A (r, in) before
-#: B (out, r); and the other way round, in which an MLP lists its own two, up to 8 times.
+#: How many times thinner than both outer sides a factor is, at least, where shapes alone tell: A
+#: (r, in) before B (out, r); and the other way round, in which an MLP lists its own two, up to 8
+#: times.
 _THIN, _THIN_TURNED = 4, 9
 
 
 def adapter_partner(name: str) -> str | None:
-    """Return the name that the other factor of an adapter's product has; None: ``name`` is of no factor."""
+    """Return the name that the other factor of an adapter's product has; None: ``name`` is of no
+    factor.
+    """
     found = _FACTOR.search(name)
     if found is None:
         return None
@@ -64,7 +70,9 @@ def is_adapter_name(name: str) -> bool:
 
 
 def is_no_matrix(name: str) -> bool:
-    """Whether a library's name says that an adapter scales or rotates by a parameter, whatever its shape."""
+    """Whether a library's name says that an adapter scales or rotates by a parameter, whatever its
+    shape.
+    """
     return _NO_MATRIX.search(name) is not None
 
 
@@ -83,11 +91,14 @@ def peft_parameters(model: nn.Module) -> set[str]:
     return found
 
 
-def low_rank_pairs(trained: Shapes, known: Iterable[str] = (), *, is_partly_frozen: bool = False) -> dict[str, str]:
+def low_rank_pairs(
+    trained: Shapes, known: Iterable[str] = (), *, is_partly_frozen: bool = False
+) -> dict[str, str]:
     """Return factors that no name tells, each with its partner, by shape: a home-made LoRA.
 
-    A pair are two matrices that one owner lists one after the other, A (r, in) and B (out, r), with an r that is small
-    beside both other sides. In a model that trains other matrices, too, and keeps none frozen, that is a bottleneck.
+    A pair are two matrices that one owner lists one after the other, A (r, in) and B (out, r), with
+    an r that is small beside both other sides. In a model that trains other matrices, too, and
+    keeps none frozen, that is a bottleneck.
 
     Args:
         trained: the shapes of what is trained, by name, in order.

@@ -1,4 +1,6 @@
-"""What every engine's layout is reduced to: local buffers, and which range of which parameter lies where in them."""
+"""What every engine's layout is reduced to: local buffers, and which range of which parameter lies
+where in them.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from weyl_megatron.layouts.grid import Fused, Grid, Kind, Sharding
-from weyl_megatron.spectral.blocks import MatrixSpec
-from weyl_megatron.spectral.tiles import Tile, range_rectangles, tiles_of_range
+from ..spectral.blocks import MatrixSpec
+from ..spectral.tiles import Tile, range_rectangles, tiles_of_range
+from .grid import Fused, Grid, Kind, Sharding
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -25,10 +27,11 @@ _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped
 
 
 def model_name(name: str) -> str:
-    """Return the name that the model itself has for a parameter or module, without what wrappers add to it.
+    """Return the name that the model itself has for a parameter or module, without what wrappers
+    add to it.
 
-    Start vectors, overrides and statistics go by it, so a model that is compiled, or that DDP holds,
-    keeps its own names.
+    Start vectors, overrides and statistics go by it, so a model that is compiled, or that DDP
+    holds, keeps its own names.
     """
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     while len(parts) > 1 and parts[0] == "module":  # DDP and the engines
@@ -56,7 +59,8 @@ class Parameter(NamedTuple):
     tied: Sharding | None = None  # the pipeline stages that each keep a copy
     fused: Fused | None = None  # what the engine knows of its parts
     kind: Kind | None = None  # what it is to its module, where that is seen
-    order: tuple[int, ...] | None = None  # its dimensions as they lie in memory, the slowest first; None: in order
+    # its dimensions as they lie in memory, the slowest first; None: in order
+    order: tuple[int, ...] | None = None
     is_frozen: bool = False  # in a parameter group, and not stepped
 
     @property
@@ -74,14 +78,20 @@ class Parameter(NamedTuple):
 
     @property
     def is_vector(self) -> bool:
-        """True of gains, biases and class tokens: one dimension, or three and more of which only one counts."""
+        """True of gains, biases and class tokens: one dimension, or three and more of which only
+        one counts.
+        """
         if self.kind is not None and self.kind.form == "vector":
             return True
-        return len(self.shape) < 2 or (len(self.shape) > 2 and sum(extent > 1 for extent in self.shape) < 2)
+        return len(self.shape) < 2 or (
+            len(self.shape) > 2 and sum(extent > 1 for extent in self.shape) < 2
+        )
 
 
 class Shard(NamedTuple):
-    """Elements ``[start, stop)`` of a flattened parameter, from ``offset`` on in a buffer; may be empty."""
+    """Elements ``[start, stop)`` of a flattened parameter, from ``offset`` on in a buffer; may be
+    empty.
+    """
 
     parameter: Parameter
     start: int
@@ -93,9 +103,9 @@ class Shard(NamedTuple):
 class Buffer:
     """One tensor that the engine gives the optimizer to step, and what lies in it.
 
-    ``shards`` lists every parameter that any rank of ``groups`` holds a piece of, in the same order on all of them.
-    ``param_group`` is given where other ranks step pieces of a parameter of which this one has none, in an empty
-    ``tensor`` that no parameter group lists.
+    ``shards`` lists every parameter that any rank of ``groups`` holds a piece of, in the same order
+    on all of them. ``param_group`` is given where other ranks step pieces of a parameter of which
+    this one has none, in an empty ``tensor`` that no parameter group lists.
     """
 
     tensor: Tensor
@@ -110,33 +120,43 @@ class Buffer:
 
 
 class Layout(NamedTuple):
-    """What an engine tells, once, at the first step: every buffer that it will ever step, in an order all ranks share.
+    """What an engine tells, once, at the first step: every buffer that it will ever step, in an
+    order all ranks share.
 
-    ``gather`` returns an object of every rank that has other matrices (pipeline stages, experts); it is None where
-    every rank has a piece of all of them, or where the engine's ranks cannot be asked: then ``is_part`` is true.
+    ``gather`` returns an object of every rank that has other matrices (pipeline stages, experts);
+    it is None where every rank has a piece of all of them, or where the engine's ranks cannot be
+    asked: then ``is_part`` is true.
     """
 
     buffers: list[Buffer]
-    kinds: Mapping[str, Kind] | None = None  # of the model's parameters, frozen ones too, where modules are seen
-    parameters: list[Parameter] | None = None  # all of the model's, where other optimizers step some of them
+    # of the model's parameters, frozen ones too, where modules are seen
+    kinds: Mapping[str, Kind] | None = None
+    # all of the model's, where other optimizers step some of them
+    parameters: list[Parameter] | None = None
     gather: Callable[[Any], list[Any]] | None = None
     is_part: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Buffers that are stepped together, as matrices and tiles. Each element of a parameter is in one tile."""
+    """Buffers that are stepped together, as matrices and tiles. Each element of a parameter is in
+    one tile.
+    """
 
     matrices: tuple[MatrixSpec, ...]
     parameters: tuple[Parameter, ...]  # of each matrix
-    buffer_of: tuple[int, ...]  # of each matrix: the buffer that holds, or on other ranks would hold, it
+    buffer_of: tuple[
+        int, ...
+    ]  # of each matrix: the buffer that holds, or on other ranks would hold, it
     tiles: tuple[Tile, ...]  # what is measured here
     replicas: tuple[Tile, ...]  # pieces of matrices that another rank measures
     rest: tuple[Tile, ...]  # what takes the scheduled rate, of matrix -1
 
 
 def plan_of(buffers: Sequence[Buffer], grid_of: Callable[[Parameter], Grid | None]) -> Plan:
-    """Return the plan of ``buffers``; ``grid_of`` says which matrices a parameter holds, or None where it is exempt."""
+    """Return the plan of ``buffers``; ``grid_of`` says which matrices a parameter holds, or None
+    where it is exempt.
+    """
     matrices: list[MatrixSpec] = []
     parameters: list[Parameter] = []
     buffer_of: list[int] = []
@@ -153,16 +173,27 @@ def plan_of(buffers: Sequence[Buffer], grid_of: Callable[[Parameter], Grid | Non
             first = len(matrices)
             groups = (*buffer.groups, *(spread.group for spread in parameter.spreads))
             for shape in grid.matrices:
-                matrices.append(MatrixSpec(parameter.name + shape.suffix, shape.rows, shape.cols, groups))
+                matrices.append(
+                    MatrixSpec(parameter.name + shape.suffix, shape.rows, shape.cols, groups)
+                )
                 parameters.append(parameter)
                 buffer_of.append(number)
             found = [
                 tile._replace(matrix=first + tile.matrix)
-                for tile in tiles_of_range(grid.blocks, grid.width, shard.start, shard.stop, shard.offset, number)
+                for tile in tiles_of_range(
+                    grid.blocks, grid.width, shard.start, shard.stop, shard.offset, number
+                )
             ]
             is_repeated = any(spread.is_repeated for spread in parameter.spreads)
             (replicas if is_repeated else tiles).extend(found)
-    return Plan(tuple(matrices), tuple(parameters), tuple(buffer_of), tuple(tiles), tuple(replicas), tuple(rest))
+    return Plan(
+        tuple(matrices),
+        tuple(parameters),
+        tuple(buffer_of),
+        tuple(tiles),
+        tuple(replicas),
+        tuple(rest),
+    )
 
 
 def _tiles_of_line(shard: Shard, buffer: int) -> Iterator[Tile]:

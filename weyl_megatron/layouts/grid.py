@@ -1,7 +1,7 @@
 """What is a matrix: a parameter of any shape as a 2-D grid whose rectangles are pieces of matrices.
 
-A matrix's σ₁ does not depend on the order of its rows or columns, so a piece may be put at any place that no other
-piece takes; only which elements share a row and which a column has to be right.
+A matrix's σ₁ does not depend on the order of its rows or columns, so a piece may be put at any
+place that no other piece takes; only which elements share a row and which a column has to be right.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from weyl_megatron.spectral.tiles import Block
+from ..spectral.tiles import Block
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
 class Sharding(NamedTuple):
-    """Tensor parallelism of one parameter: every rank of ``group`` has a band of ``dim``, or all where it is None."""
+    """Tensor parallelism of one parameter: every rank of ``group`` has a band of ``dim``, or all
+    where it is None.
+    """
 
     group: ProcessGroup
     dim: int | None
@@ -49,18 +51,25 @@ class Fused(NamedTuple):
     sizes: tuple[int, ...]  # of the matrices
     labels: tuple[str, ...]
     pieces: tuple[Piece, ...]  # of the local weight, in order
-    is_band: bool = False  # whether the pieces are those of this rank's band, where tensor parallelism cuts ``axis``
+    # whether the pieces are those of this rank's band, where tensor parallelism cuts ``axis``
+    is_band: bool = False
 
 
 def stacked(axis: int, sizes: Sequence[int], labels: Sequence[str]) -> Fused:
     """Return the split of a whole weight into parts that lie one after the other."""
     starts = [sum(sizes[:part]) for part in range(len(sizes))]
-    pieces = [Piece(part, begin, size, 0) for part, (begin, size) in enumerate(zip(starts, sizes, strict=True))]
+    pieces = [
+        Piece(part, begin, size, 0)
+        for part, (begin, size) in enumerate(zip(starts, sizes, strict=True))
+    ]
     return Fused(axis, tuple(sizes), tuple(labels), tuple(pieces))
 
 
-def interleaved(pattern: Sequence[int], labels: Sequence[str], rows: int, start: int, stop: int) -> Fused:
-    """Return the split of rows ``[start, stop)`` of a weight of ``rows`` rows in which ``pattern`` repeats.
+def interleaved(
+    pattern: Sequence[int], labels: Sequence[str], rows: int, start: int, stop: int
+) -> Fused:
+    """Return the split of rows ``[start, stop)`` of a weight of ``rows`` rows in which ``pattern``
+    repeats.
 
     Args:
         pattern: consecutive rows of each part in one period, as [q of a group, its k, its v].
@@ -75,9 +84,17 @@ def interleaved(pattern: Sequence[int], labels: Sequence[str], rows: int, start:
         for part, size in enumerate(pattern):
             first, last = max(begin, start), min(begin + size, stop)
             if first < last:
-                pieces.append(Piece(part, first - start, last - first, repeat * size + first - begin))
+                pieces.append(
+                    Piece(part, first - start, last - first, repeat * size + first - begin)
+                )
             begin += size
-    return Fused(0, tuple(size * (rows // period) for size in pattern), tuple(labels), tuple(pieces), is_band=True)
+    return Fused(
+        0,
+        tuple(size * (rows // period) for size in pattern),
+        tuple(labels),
+        tuple(pieces),
+        is_band=True,
+    )
 
 
 class MatrixShape(NamedTuple):
@@ -99,9 +116,12 @@ class Kind(NamedTuple):
     bands of the first dimension: outputs in ``nn.ConvNd``, inputs in ``nn.ConvTransposeNd``.
     """
 
-    form: str  # "vector" (scheduled rate), "matrix", "convolution" (rows: the first dimension) or "experts"
+    # "vector" (scheduled rate), "matrix", "convolution" (rows: the first dimension) or "experts"
+    form: str
     groups: int = 1
-    parts: tuple[str, ...] = ()  # labels of what it stacks along ``axis`` of each matrix, all of one size
+    parts: tuple[
+        str, ...
+    ] = ()  # labels of what it stacks along ``axis`` of each matrix, all of one size
     axis: int = 0
     role: str | None = None  # "embedding", "head" or "adapter"
     partner: str | None = None  # the other factor of an adapter's product, by its parameter's name
@@ -118,8 +138,9 @@ def guessed_form(shape: Sequence[int]) -> str:
     return "experts" if is_stack else "convolution"
 
 
-#: Stacked fused weights that are split without being told, by name: the label of each part, all parts of one size.
-#: Weights that interleave their parts per head (BLOOM, GPT-NeoX) are not stacked and are left whole.
+#: Stacked fused weights that are split without being told, by name: the label of each part, all
+#: parts of one size. Weights that interleave their parts per head (BLOOM, GPT-NeoX) are not stacked
+#: and are left whole.
 KNOWN_FUSED: Mapping[str, tuple[str, ...]] = {
     "*c_attn.weight": ("q", "k", "v"),  # GPT-2 (Hugging Face, nanoGPT)
     "*in_proj_weight": ("q", "k", "v"),  # torch.nn.MultiheadAttention
@@ -127,8 +148,8 @@ KNOWN_FUSED: Mapping[str, tuple[str, ...]] = {
     "*.gate_up_proj.weight": ("gate", "up"),  # Phi-3, GLM
 }
 
-#: What torch's parametrizations, the older weight_norm and pruning make of a weight's name, but for weight_norm's
-#: lengths, and what PEFT adds to the path of a layer.
+#: What torch's parametrizations, the older weight_norm and pruning make of a weight's name, but for
+#: weight_norm's lengths, and what PEFT adds to the path of a layer.
 _REWRITTEN = re.compile(
     r"(^|\.)parametrizations\.(\w+)\.original1?$|(?<=weight)_(?:orig|v)$|\.base_layer(?=\.)|\.modules_to_save\.\w+(?=\.)"
 )
@@ -140,7 +161,9 @@ def plain_name(name: str) -> str:
 
 
 def known_fused(name: str, shape: Sequence[int]) -> Fused | None:
-    """Return how the weight of a well-known name is fused, or None where name or shape do not say so."""
+    """Return how the weight of a well-known name is fused, or None where name or shape do not say
+    so.
+    """
     name = plain_name(name)
     for pattern, labels in KNOWN_FUSED.items():
         if len(shape) == 2 and fnmatchcase(name, pattern):
@@ -155,7 +178,9 @@ def known_fused(name: str, shape: Sequence[int]) -> Fused | None:
 
 
 def stacked_parts(kind: Kind, shape: Sequence[int]) -> Fused | None:
-    """Return the split of a whole weight whose kind says that it stacks parts; None: it does not."""
+    """Return the split of a whole weight whose kind says that it stacks parts; None: it does
+    not.
+    """
     dim = kind.axis + (len(shape) - 2 if kind.form == "experts" else 0)
     if not kind.parts or shape[dim] % len(kind.parts):
         return None
@@ -167,13 +192,18 @@ def looks_fused(shape: Sequence[int]) -> bool:
     return len(shape) == 2 and min(shape) > 1 and max(shape) == 3 * min(shape)
 
 
-def told_fused(
-    name: str, shape: Sequence[int], option: Any, kind: Kind | None = None, order: Sequence[int] | None = None
+def explicit_fused(
+    name: str,
+    shape: Sequence[int],
+    option: Any,
+    kind: Kind | None = None,
+    order: Sequence[int] | None = None,
 ) -> Fused:
-    """Return the split that an override asks for: a number of equal parts, or their sizes along one axis.
+    """Return the split that an override asks for: a number of equal parts, or their sizes along one
+    axis.
 
-    Of experts (experts, m, n) that is an axis of each expert's matrix, of a convolution its first dimension or its
-    second. ``kind`` and ``order`` are those of :func:`grid_of`.
+    Of experts (experts, m, n) that is an axis of each expert's matrix, of a convolution its first
+    dimension or its second. ``kind`` and ``order`` are those of :func:`grid_of`.
 
     Raises:
         ValueError: no axis of ``shape`` divides as asked.
@@ -188,17 +218,20 @@ def told_fused(
         axis = next((axis for axis, dim in enumerate(dims) if shape[dim] == sum(sizes)), None)
     if axis is None:
         raise ValueError(
-            f"overrides: 'fused' of parameter '{name}' got {option!r}, but it takes a number of parts that divides, "
-            f"or sizes that add up to, a dimension of its shape {tuple(shape)}."
+            f"overrides: 'fused' of parameter '{name}' got {option!r}, but it takes a number of "
+            f"parts that divides, or sizes that add up to, a dimension of its shape {tuple(shape)}."
         )
     labels = [str(part) for part in range(len(sizes))]
     if axis == 0 or is_stack:
         return stacked(axis, sizes, labels)
-    # Columns are numbered as they lie in memory: each element of the dimension has all that lies inside it.
+    # Columns are numbered as they lie in memory: each element of the dimension has all that lies
+    # inside it.
     columns = [dim for dim in order or range(len(shape)) if dim > 0]
     inner = prod(shape[dim] for dim in columns[columns.index(1) + 1 :])
     total = prod(shape[1:])
-    return interleaved([size * inner for size in sizes], labels, total, 0, total)._replace(axis=1, is_band=False)
+    return interleaved([size * inner for size in sizes], labels, total, 0, total)._replace(
+        axis=1, is_band=False
+    )
 
 
 def grid_of(
@@ -209,7 +242,8 @@ def grid_of(
     kind: Kind | None = None,
     order: Sequence[int] | None = None,
 ) -> Grid:
-    """Return the grid of a parameter of local ``shape``: how its elements, as they lie in memory, make up matrices.
+    """Return the grid of a parameter of local ``shape``: how its elements, as they lie in memory,
+    make up matrices.
 
     ==============================  ====================================================
     shape                           matrices
@@ -236,7 +270,9 @@ def grid_of(
         sharding = None
     if len(shape) > 2 and sharding is not None:
         raise ValueError(f"a tensor-parallel parameter of shape {tuple(shape)} is not understood")
-    band = None if sharding is None else (1 if len(shape) == 1 else sharding.dim)  # the axis that ranks share out
+    band = (
+        None if sharding is None else (1 if len(shape) == 1 else sharding.dim)
+    )  # the axis that ranks share out
     if fused is not None and band == fused.axis and not fused.is_band:
         fused = None  # a stack that tensor parallelism cuts along itself is kept whole
     form, groups = _form(shape, kind), 1 if kind is None or fused is not None else kind.groups
@@ -247,7 +283,9 @@ def grid_of(
         band = None if band is None else 1 - band
         fused = None if fused is None else fused._replace(axis=1 - fused.axis)
     width, blocks = _rectangles(lying)
-    size = {label: prod(axis.size for axis in lying if axis.label == label) for label in _TRANSPOSED}
+    size = {
+        label: prod(axis.size for axis in lying if axis.label == label) for label in _TRANSPOSED
+    }
     if fused is not None:
         blocks = [piece for block in blocks for piece in _parted(block, fused)]
     if sharding is not None and (fused is None or band != fused.axis):
@@ -255,7 +293,11 @@ def grid_of(
         at = sum(sharding.sizes[: sharding.rank])
         row, col = (at, 0) if band == 0 else (0, at)
         blocks = [block._replace(row=block.row + row, col=block.col + col) for block in blocks]
-    suffixes = [f"[{number}]" for number in range(size["stack"])] if form == "experts" or groups > 1 else [""]
+    suffixes = (
+        [f"[{number}]" for number in range(size["stack"])]
+        if form == "experts" or groups > 1
+        else [""]
+    )
     matrices = [MatrixShape(suffix, size["row"], size["col"]) for suffix in suffixes]
     if fused is not None:
         matrices = [part for matrix in matrices for part in _part_shapes(matrix, fused)]
@@ -278,7 +320,9 @@ def _form(shape: Sequence[int], kind: Kind | None) -> str:
 
 
 def _axes(shape: Sequence[int], form: str, groups: int) -> list[list[_Axis]]:
-    """Return what each dimension is; strides of rows and columns are left to :func:`_rectangles`."""
+    """Return what each dimension is; strides of rows and columns are left to
+    :func:`_rectangles`.
+    """
     if form == "experts":
         stack = shape[:-2]
         dims = [[_Axis("stack", size, prod(stack[dim + 1 :]))] for dim, size in enumerate(stack)]
@@ -290,10 +334,11 @@ def _axes(shape: Sequence[int], form: str, groups: int) -> list[list[_Axis]]:
 
 
 def _rectangles(axes: Sequence[_Axis]) -> tuple[int, list[Block]]:
-    """Return the width of the grid of ``axes``, the slowest first, and the rectangles in it that are in one matrix.
+    """Return the width of the grid of ``axes``, the slowest first, and the rectangles in it that
+    are in one matrix.
 
-    A matrix is one rectangle where its columns are the innermost axes and its rows the next; in memory of another
-    order, it is one for each place along what lies before and between them.
+    A matrix is one rectangle where its columns are the innermost axes and its rows the next; in
+    memory of another order, it is one for each place along what lies before and between them.
     """
     strides = {"row": 1, "col": 1}
     numbered: list[_Axis] = []
@@ -303,7 +348,9 @@ def _rectangles(axes: Sequence[_Axis]) -> tuple[int, list[Block]]:
             strides[axis.label] *= axis.size
         if axis.size != 1:
             numbered.insert(0, axis)
-    stop = max((number + 1 for number, axis in enumerate(numbered) if axis.label == "row"), default=0)
+    stop = max(
+        (number + 1 for number, axis in enumerate(numbered) if axis.label == "row"), default=0
+    )
     start = stop
     while start and numbered[start - 1].label == "row":
         start -= 1
@@ -336,9 +383,17 @@ def _parted(block: Block, fused: Fused) -> Iterator[Block]:
         if low < high:
             matrix = block.matrix * len(fused.labels) + part
             if fused.axis == 0:
-                there = {"grid_row": block.grid_row + low - first, "rows": high - low, "row": at + low - begin}
+                there = {
+                    "grid_row": block.grid_row + low - first,
+                    "rows": high - low,
+                    "row": at + low - begin,
+                }
             else:
-                there = {"grid_col": block.grid_col + low - first, "cols": high - low, "col": at + low - begin}
+                there = {
+                    "grid_col": block.grid_col + low - first,
+                    "cols": high - low,
+                    "col": at + low - begin,
+                }
             yield block._replace(matrix=matrix, **there)
 
 

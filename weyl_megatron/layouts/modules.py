@@ -1,4 +1,6 @@
-"""What a parameter is to the module that owns it: which matrices it holds, and what they are for."""
+"""What a parameter is to the module that owns it: which matrices it holds, and what they are
+for.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +14,20 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedParameter
 
-from weyl_megatron.layouts.adapters import (
+from .adapters import (
     adapter_partner,
     is_adapter_name,
     is_no_matrix,
     low_rank_pairs,
     peft_parameters,
 )
-from weyl_megatron.layouts.buffers import model_names
-from weyl_megatron.layouts.grid import Kind
+from .buffers import model_names
+from .grid import Kind
 
 _VECTOR, _MATRIX, _STACK = Kind("vector"), Kind("matrix"), Kind("experts")
 
-#: The gates that a recurrent weight stacks, each with a nonlinearity of its own, by the module's mode.
+#: The gates that a recurrent weight stacks, each with a nonlinearity of its own, by the module's
+#: mode.
 _GATES = {"LSTM": ("i", "f", "g", "o"), "GRU": ("r", "z", "n")}
 
 #: Convolutions and norms that are no subclasses of torch's.
@@ -73,7 +76,9 @@ def kinds_of(model: nn.Module, names: Mapping[int, str] | None = None) -> dict[s
     shorter = model_names(named)
     owners = dict(model.named_modules(remove_duplicate=False))
     head = _head_parameters(model)
-    adapters = _adapters(model, {name: p for name, p in named.items() if not isinstance(p, UninitializedParameter)})
+    adapters = _adapters(
+        model, {name: p for name, p in named.items() if not isinstance(p, UninitializedParameter)}
+    )
     found: dict[int, Kind] = {}
     for name, param in named.items():
         if isinstance(param, UninitializedParameter):
@@ -82,16 +87,24 @@ def kinds_of(model: nn.Module, names: Mapping[int, str] | None = None) -> dict[s
         if name in adapters:
             whole = adapters[name] or ""
             other = named.get(whole)
-            partner = None if other is None else shorter[whole] if names is None else names.get(id(other))
+            partner = (
+                None if other is None else shorter[whole] if names is None else names.get(id(other))
+            )
             is_scale = partner is None and len(_shape(param)) == 2 and 1 in _shape(param)
-            kind = kind._replace(form="vector" if is_scale else kind.form, role="adapter", partner=partner)
+            kind = kind._replace(
+                form="vector" if is_scale else kind.form, role="adapter", partner=partner
+            )
         elif id(param) in head and kind.role is None:
             kind = kind._replace(role="head")
         known = found.get(id(param))
-        if known is None or (known.role is None and kind.role is not None):  # tied weights have several owners
+        if known is None or (
+            known.role is None and kind.role is not None
+        ):  # tied weights have several owners
             found[id(param)] = kind
     if names is None:
-        return {shorter[name]: found[id(param)] for name, param in named.items() if id(param) in found}
+        return {
+            shorter[name]: found[id(param)] for name, param in named.items() if id(param) in found
+        }
     return {names[number]: kind for number, kind in found.items() if number in names}
 
 
@@ -102,29 +115,39 @@ class SeenModel:
         ValueError: ``model`` is no module.
     """
 
-    def __init__(self, model: nn.Module | None = None, kinds: Mapping[str, Kind] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module | None = None, kinds: Mapping[str, Kind] | None = None
+    ) -> None:
         self._names: dict[int, tuple[weakref.ReferenceType[Tensor], str]] = {}  # by id
         self.kinds = dict(kinds or {})
         if model is None:
             return
         if not isinstance(model, nn.Module):
-            raise ValueError(f"AdamW2: model got a {type(model).__name__}, it takes a torch.nn.Module.")
+            raise ValueError(
+                f"AdamW2: model got a {type(model).__name__}, it takes a torch.nn.Module."
+            )
         named = dict(model.named_parameters())
         names = {id(named[whole]): name for whole, name in model_names(named).items()}
-        self._names = {id(param): (weakref.ref(param), names[id(param)]) for param in named.values()}
+        self._names = {
+            id(param): (weakref.ref(param), names[id(param)]) for param in named.values()
+        }
         self.kinds |= kinds_of(model, names)
 
     def names(self, params: Sequence[Tensor]) -> list[str | None]:
         """Return the model's names of its parameters; None of others."""
         found = (self._names.get(id(param)) for param in params)
-        return [known[1] if known and known[0]() is param else None for known, param in zip(found, params, strict=True)]
+        return [
+            known[1] if known and known[0]() is param else None
+            for known, param in zip(found, params, strict=True)
+        ]
 
     def check_knows(self, names: Iterable[str]) -> None:
         """Raise ValueError where a model was shown that has none of the parameters."""
         if self._names and not any(name in self.kinds for name in names):
             raise ValueError(
-                f"AdamW2: model got a module that has none of the parameters, neither by identity nor by name (its "
-                f"first is '{next(iter(self.kinds))}'), it takes the one that they are of."
+                "AdamW2: model got a module that has none of the parameters, neither by identity "
+                f"nor by name (its first is '{next(iter(self.kinds))}'), it takes the one that "
+                "they are of."
             )
 
     def rename(self, params: Sequence[Tensor], names: Sequence[str]) -> None:
@@ -135,7 +158,9 @@ class SeenModel:
 
 
 def kind_by_name(name: str, shape: tuple[int, ...]) -> Kind | None:
-    """Return what a well-known name says where no module is seen: adapters, and what they and weight_norm scale by."""
+    """Return what a well-known name says where no module is seen: adapters, and what they and
+    weight_norm scale by.
+    """
     if is_no_matrix(name):
         return _VECTOR
     if _LENGTH.search(name) and sum(extent > 1 for extent in shape) < 2:
@@ -147,10 +172,13 @@ def kind_by_name(name: str, shape: tuple[int, ...]) -> Kind | None:
 
 
 def _adapters(model: nn.Module, named: Mapping[str, Tensor]) -> dict[str, str | None]:
-    """Return the names of a model's adapters, each with its partner's: as libraries call and PEFT lists them, or pairs
+    """Return the names of a model's adapters, each with its partner's: as libraries call and PEFT
+    lists them, or pairs
     of low rank beside what is frozen.
     """
-    known = {name for name in named if is_adapter_name(name)} | (peft_parameters(model) & named.keys())
+    known = {name for name in named if is_adapter_name(name)} | (
+        peft_parameters(model) & named.keys()
+    )
     trained = {name: _shape(param) for name, param in named.items() if param.requires_grad}
     is_partly_frozen = any(len(_shape(p)) > 1 and not p.requires_grad for p in named.values())
     pairs = low_rank_pairs(trained, known, is_partly_frozen=is_partly_frozen)
@@ -158,7 +186,9 @@ def _adapters(model: nn.Module, named: Mapping[str, Tensor]) -> dict[str, str | 
 
 
 def _shape(param: Tensor) -> tuple[int, ...]:
-    return tuple(getattr(param, "ds_shape", param.shape))  # ZeRO-3's parameters are empty while they are away
+    return tuple(
+        getattr(param, "ds_shape", param.shape)
+    )  # ZeRO-3's parameters are empty while they are away
 
 
 def _kind(name: str, param: Tensor, owners: Mapping[str, nn.Module]) -> Kind:
@@ -174,7 +204,11 @@ def _kind(name: str, param: Tensor, owners: Mapping[str, nn.Module]) -> Kind:
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
         return Kind("matrix", role="embedding")
     if len(shape) == 2:
-        return _VECTOR if _is_bias(leaf, shape, owner) else Kind("matrix", parts=_parts(leaf, shape, owner))
+        return (
+            _VECTOR
+            if _is_bias(leaf, shape, owner)
+            else Kind("matrix", parts=_parts(leaf, shape, owner))
+        )
     if isinstance(owner, _ConvNd) or (_CONVOLUTION.search(kind) and leaf.startswith("weight")):
         return Kind("convolution", groups=_groups(shape, owner))
     if len(shape) > 3 or (isinstance(owner, nn.Bilinear) and shape[0] > 1):
@@ -197,7 +231,9 @@ def _parts(leaf: str, shape: tuple[int, ...], owner: nn.Module) -> tuple[str, ..
     """Return the labels of equal matrices that a 2-D weight stacks along its rows."""
     if isinstance(owner, nn.MultiheadAttention) and leaf.startswith("in_proj_weight"):
         return ("q", "k", "v") if shape[0] % 3 == 0 else ()
-    if isinstance(owner, (nn.RNNBase, nn.RNNCellBase)) and leaf.startswith(("weight_ih", "weight_hh")):
+    if isinstance(owner, (nn.RNNBase, nn.RNNCellBase)) and leaf.startswith(
+        ("weight_ih", "weight_hh")
+    ):
         mode = getattr(owner, "mode", type(owner).__name__)
         gates = next((gates for name, gates in _GATES.items() if mode.startswith(name)), ())
         return gates if gates and shape[0] % len(gates) == 0 else ()
@@ -207,16 +243,25 @@ def _parts(leaf: str, shape: tuple[int, ...], owner: nn.Module) -> tuple[str, ..
 def _groups(shape: tuple[int, ...], owner: Any) -> int:
     """Return how many matrices a convolution's weight is, bands of its first dimension."""
     groups = getattr(owner, "groups", 1)
-    if not isinstance(groups, int) or groups < 1 or shape[0] % groups or 1 in (shape[0] // groups, shape[1]):
+    if (
+        not isinstance(groups, int)
+        or groups < 1
+        or shape[0] % groups
+        or 1 in (shape[0] // groups, shape[1])
+    ):
         return 1
     return groups
 
 
 def _is_bias(leaf: str, shape: tuple[int, ...], owner: nn.Module) -> bool:
-    """Whether a 2-D parameter is a bias, of one row or column or for each expert of a stack beside it."""
+    """Whether a 2-D parameter is a bias, of one row or column or for each expert of a stack beside
+    it.
+    """
     if leaf == "bias" and 1 in shape:
         return True
-    stacks = [tuple(getattr(param, "ds_shape", param.shape)) for param in owner.parameters(recurse=False)]
+    stacks = [
+        tuple(getattr(param, "ds_shape", param.shape)) for param in owner.parameters(recurse=False)
+    ]
     return "bias" in leaf and any(len(stack) == 3 and stack[0] == shape[0] for stack in stacks)
 
 
@@ -224,12 +269,16 @@ def _experts(leaf: str, owner: Any) -> Kind:
     """Return the kind of a stack, with its parts where Hugging Face's experts say how these lie."""
     is_gated = leaf == "gate_up_proj" and getattr(owner, "has_gate", False)
     if is_gated and getattr(owner, "is_concatenated", False):
-        return _STACK._replace(parts=("gate", "up"), axis=int(bool(getattr(owner, "is_transposed", False))))
+        return _STACK._replace(
+            parts=("gate", "up"), axis=int(bool(getattr(owner, "is_transposed", False)))
+        )
     return _STACK
 
 
 def _head_parameters(model: nn.Module) -> set[int]:
-    """Return the ``id`` of the matrices below what a Hugging Face model calls its output embeddings."""
+    """Return the ``id`` of the matrices below what a Hugging Face model calls its output
+    embeddings.
+    """
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return {id(param) for param in _matrices(head)} if isinstance(head, nn.Module) else set()
 

@@ -7,18 +7,24 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from weyl_megatron.layouts.buffers import Buffer, Parameter, Shard
-from weyl_megatron.layouts.grid import Kind, Sharding
+from .buffers import Buffer, Parameter, Shard
+from .grid import Kind, Sharding
 
 #: Of torch's fused AdamW, the only one that says it; who catches that finds it in ours.
-_FUSED_ON_META = "`fused=True` requires all the params to be floating point Tensors of supported devices"
+_FUSED_ON_META = (
+    "`fused=True` requires all the params to be floating point Tensors of supported devices"
+)
 
 
-def plain_buffer(tensor: Tensor, name: str, shardings: Mapping[int, Sharding], kind: Kind | None = None) -> Buffer:
-    """Return the buffer of one parameter that the optimizer steps as it is; ``kind`` is what it is to its module.
+def plain_buffer(
+    tensor: Tensor, name: str, shardings: Mapping[int, Sharding], kind: Kind | None = None
+) -> Buffer:
+    """Return the buffer of one parameter that the optimizer steps as it is; ``kind`` is what it is
+    to its module.
 
     Raises:
-        ValueError: the parameter's storage is not understood (FSDP, DTensor, sparse, complex, overlapping).
+        ValueError: the parameter's storage is not understood (FSDP, DTensor, sparse, complex,
+            overlapping).
         RuntimeError: it is on the meta device, as torch's fused AdamW raises.
     """
     if reason := why_foreign(tensor):
@@ -26,7 +32,9 @@ def plain_buffer(tensor: Tensor, name: str, shardings: Mapping[int, Sharding], k
         raise kind_of_error(f"AdamW2: parameter '{name}' {reason}.")
     order = None if tensor.is_contiguous() or not is_dense(tensor) else tuple(storage_order(tensor))
     sharding, frozen = shardings.get(id(tensor)), is_frozen(tensor)
-    parameter = Parameter(name, tuple(tensor.shape), sharding, kind=kind, order=order, is_frozen=frozen)
+    parameter = Parameter(
+        name, tuple(tensor.shape), sharding, kind=kind, order=order, is_frozen=frozen
+    )
     return Buffer(tensor, (Shard(parameter, 0, tensor.numel(), 0),))
 
 
@@ -36,8 +44,12 @@ def is_frozen(tensor: Tensor) -> bool:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """Return a tensor whose elements fill a range of memory, in any order: itself, or else a contiguous copy."""
-    return tensor if is_dense(tensor) else tensor.detach().clone(memory_format=torch.contiguous_format)
+    """Return a tensor whose elements fill a range of memory, in any order: itself, or else a
+    contiguous copy.
+    """
+    return (
+        tensor if is_dense(tensor) else tensor.detach().clone(memory_format=torch.contiguous_format)
+    )
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -61,11 +73,18 @@ def why_foreign(tensor: Tensor) -> str | None:
     if "FlatParameter" in kinds or getattr(tensor, "_fsdp_flattened", False):
         return "is flattened by FSDP1, whose layout AdamW2 does not understand"
     if "DTensor" in kinds:
-        return "is a DTensor (FSDP2 or torch tensor parallelism), whose layout AdamW2 does not understand"
+        return (
+            "is a DTensor (FSDP2 or torch tensor parallelism), whose layout AdamW2 does not "
+            "understand"
+        )
     if tensor.is_complex() or tensor.layout != torch.strided or not tensor.is_floating_point():
         return f"is {tensor.dtype}, {tensor.layout}; it takes dense real floats"
     if tensor.is_meta:
-        return f"is on the meta device, it takes one with memory (torch.optim.AdamW: {_FUSED_ON_META})"
-    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return (
+            f"is on the meta device, it takes one with memory (torch.optim.AdamW: {_FUSED_ON_META})"
+        )
+    if any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    ):
         return "has elements that share memory (expand), it takes one without (.contiguous())"
     return None

@@ -1,4 +1,6 @@
-"""Which parameters are bands of a larger matrix under tensor parallelism: Megatron-style attributes, and AutoTP's."""
+"""Which parameters are bands of a larger matrix under tensor parallelism: Megatron-style
+attributes, and AutoTP's.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor
 
-from weyl_megatron.layouts.grid import Sharding
+from .grid import Sharding
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -18,17 +20,22 @@ _AUTOTP_DIM = {"LinearLayer": 0, "LinearAllreduce": 1}
 
 
 def shardings_of(
-    named: Sequence[tuple[str, Tensor]], group: ProcessGroup | None, owners: dict[int, str] | None = None
+    named: Sequence[tuple[str, Tensor]],
+    group: ProcessGroup | None,
+    owners: dict[int, str] | None = None,
 ) -> dict[int, Sharding]:
-    """Return the sharding of every parameter, by ``id``; empty where there is no tensor parallelism.
+    """Return the sharding of every parameter, by ``id``; empty where there is no tensor
+    parallelism.
 
-    A parameter is split where ``param.tensor_model_parallel`` is true (Megatron, DeepSpeed AutoTP), along
-    ``param.partition_dim`` or AutoTP's own metadata. Collective over ``group``: its ranks compare their extents.
+    A parameter is split where ``param.tensor_model_parallel`` is true (Megatron, DeepSpeed AutoTP),
+    along ``param.partition_dim`` or AutoTP's own metadata. Collective over ``group``: its ranks
+    compare their extents.
 
     Args:
         named: (name, parameter), the same names in the same order on every rank of the group.
         group: the tensor-parallel process group, or None where there is none.
-        owners: class name of the module that owns a parameter, by ``id``; tells AutoTP's layers apart.
+        owners: class name of the module that owns a parameter, by ``id``; tells AutoTP's layers
+            apart.
 
     Raises:
         ValueError: a parameter says it is split and the group or the dimension is not known.
@@ -41,13 +48,15 @@ def shardings_of(
                 if len(_shape(param)) < 2:  # AutoTP marks replicated biases too
                     continue
                 raise ValueError(
-                    f"AdamW2: parameter '{name}' is tensor-parallel, but which dimension is split is not known."
+                    f"AdamW2: parameter '{name}' is tensor-parallel, but which dimension is split "
+                    "is not known."
                 )
             split.append((name, param, dim))
     if group is None:
         if split:
             raise ValueError(
-                f"AdamW2: parameter '{split[0][0]}' is tensor-parallel, but no tensor-parallel group is known."
+                f"AdamW2: parameter '{split[0][0]}' is tensor-parallel, but no tensor-parallel "
+                "group is known."
             )
         return {}
     world = dist.get_world_size(group)
@@ -59,7 +68,9 @@ def shardings_of(
     rank = dist.get_rank(group)
     shardings = {id(param): Sharding(group, None, (), rank) for _, param in named}
     for name, param, dim in split:
-        shardings[id(param)] = Sharding(group, dim, tuple(extents[name] for extents in everyone), rank)
+        shardings[id(param)] = Sharding(
+            group, dim, tuple(extents[name] for extents in everyone), rank
+        )
     return shardings
 
 

@@ -1,14 +1,17 @@
-"""Where the vectors of many matrices lie, for every operand that is measured (the weights, the updates).
+"""Where the vectors of many matrices lie, for every operand that is measured (the weights, the
+updates).
 
-A matrix has, per operand, a block X of a few vectors that is kept from step to step, and room for what is made of it::
+A matrix has, per operand, a block X of a few vectors that is kept from step to step, and room for
+what is made of it::
 
     kept   (b, cols)           the block between steps, in bfloat16 where there are many that no other rank shares
     x      (b, cols)           the block
     z      (b, cols), (b, b)   Z = Wᵀ Y and Yᵀ Y, where Y = W X; side by side, because they are summed together
     left   (cut rows, b)       Y of those rows that no rank holds whole
 
-All of it lies in flat buffers: one collective carries everything, and a kernel finds each piece by a number. All but
-``kept`` is needed only while a matrix is measured, so matrices that no other rank has pieces of take turns (waves).
+All of it lies in flat buffers: one collective carries everything, and a kernel finds each piece by
+a number. All but ``kept`` is needed only while a matrix is measured, so matrices that no other rank
+has pieces of take turns (batches).
 """
 
 from __future__ import annotations
@@ -20,15 +23,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from weyl_megatron.spectral.collectives import Span, all_reduce_spans
-from weyl_megatron.spectral.tiles import Tile
+from .collectives import Span, all_reduce_spans
+from .tiles import Tile
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
 class MatrixSpec(NamedTuple):
-    """A matrix whose σ₁ is wanted: its full size and the process groups over whose ranks it is spread."""
+    """A matrix whose σ₁ is wanted: its full size and the process groups over whose ranks it is
+    spread.
+    """
 
     name: str
     rows: int
@@ -36,19 +41,36 @@ class MatrixSpec(NamedTuple):
     groups: tuple[ProcessGroup, ...] = ()
 
 
-#: What kernels read of a tile, by column: where it lies in its buffer, where its part of x and of z and where Yᵀ Y
-#: begins, the matrix's columns n and block width b, where its rows lie in ``left`` (-1: they are whole), and whether it
-#: counts the cut rows in Yᵀ Y (just one tile of a row does). ``matrix`` -1 is none, ``width`` 0 is measured elsewhere.
-COLUMNS = ("buffer", "offset", "rows", "cols", "stride", "matrix", "x", "z", "n", "width", "gram", "left", "counts")
+#: What kernels read of a tile, by column: where it lies in its buffer, where its part of x and of z
+#: and where Yᵀ Y begins, the matrix's columns n and block width b, where its rows lie in ``left``
+#: (-1: they are whole), and whether it counts the cut rows in Yᵀ Y (just one tile of a row does).
+#: ``matrix`` -1 is none, ``width`` 0 is measured elsewhere.
+COLUMNS = (
+    "buffer",
+    "offset",
+    "rows",
+    "cols",
+    "stride",
+    "matrix",
+    "x",
+    "z",
+    "n",
+    "width",
+    "gram",
+    "left",
+    "counts",
+)
 
 
-#: More elements of blocks than these are kept in half the bytes. Fewer would save nothing, and of a block that is small
-#: one element that is rounded the other way is a part that can be felt.
+#: More elements of blocks than these are kept in half the bytes. Fewer would save nothing, and of a
+#: block that is small one element that is rounded the other way is a part that can be felt.
 _FEW = 1 << 16
 
 
 class Table(NamedTuple):
-    """Tiles of one wave and the same as integers, ``(tiles, len(COLUMNS))`` on the device of the vectors."""
+    """Tiles of one batch and the same as integers, ``(tiles, len(COLUMNS))`` on the device of the
+    vectors.
+    """
 
     tiles: list[Tile]
     columns: Tensor
@@ -63,10 +85,10 @@ class Operand:
         self.x_at = [0] * len(self.matrices)
         self.z_at = [0] * len(self.matrices)
         self.left_at = [0] * len(self.matrices)
-        self.whole: list[Table] = []  # per wave, tiles of whole rows
+        self.whole: list[Table] = []  # per batch, tiles of whole rows
         self.cut: list[Table] = []  # and tiles of rows that other tiles go on with
         self.shape = torch.empty(0)  # (matrices, 5): where x and z begin, n, b, where Yᵀ Y begins
-        self.kept: list[Tensor] = []  # per wave, of its matrices in the wave's order
+        self.kept: list[Tensor] = []  # per batch, of its matrices in the batch's order
         self.working: list[Tensor] = []  # where they are in ``x`` while they are measured
         self._x = self._z = self._left = torch.empty(0)  # shared by all operands
 
@@ -75,12 +97,12 @@ class Operand:
         self._x, self._z, self._left = x, z, left
 
     def block(self, number: int) -> Tensor:
-        """Return X of a matrix of the wave that is measured, ``(b, cols)``."""
+        """Return X of a matrix of the batch that is measured, ``(b, cols)``."""
         b, cols, at = self.widths[number], self.matrices[number].cols, self.x_at[number]
         return self._x[at : at + b * cols].view(b, cols)
 
     def image(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return Z of a matrix of that wave, ``(b, cols)``, and its Yᵀ Y, ``(b, b)``."""
+        """Return Z of a matrix of that batch, ``(b, cols)``, and its Yᵀ Y, ``(b, b)``."""
         b, cols, at = self.widths[number], self.matrices[number].cols, self.z_at[number]
         return self._z[at : at + b * cols].view(b, cols), self.gram(number)
 
@@ -99,7 +121,12 @@ class Operand:
         left = self._left_of(tile) if tile.cols < self.matrices[k].cols else -1
         return [
             *(tile.buffer, tile.offset, tile.rows, tile.cols, tile.stride, k),
-            *(self.x_at[k] + tile.col, self.z_at[k] + tile.col, self.matrices[k].cols, self.widths[k]),
+            *(
+                self.x_at[k] + tile.col,
+                self.z_at[k] + tile.col,
+                self.matrices[k].cols,
+                self.widths[k],
+            ),
             *(self._gram_at(k), left, int(tile.col == 0)),
         ]
 
@@ -120,8 +147,9 @@ class Blocks:
         matrices: all of them, in an order that the ranks share.
         tiles: the pieces that this rank holds.
         widths: vectors per matrix, for each operand (fewer where the matrix is smaller).
-        waves: the numbers of the matrices that are measured together; each matrix is in one wave.
-        riders: whether a number per matrix travels along with the first sums of ``left``.
+        batches: the numbers of the matrices that are measured together; each matrix is in one
+            batch.
+        piggybacks: whether a number per matrix travels along with the first sums of ``left``.
         device, dtype: of the vectors.
     """
 
@@ -130,94 +158,123 @@ class Blocks:
         matrices: Sequence[MatrixSpec],
         tiles: Sequence[Tile],
         widths: Sequence[int],
-        waves: Sequence[Sequence[int]],
-        riders: bool,
+        batches: Sequence[Sequence[int]],
+        piggybacks: bool,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self.matrices = list(matrices)
-        self.waves = [list(wave) for wave in waves]
+        self.batches = [list(batch) for batch in batches]
         self.cut = _cut_rows(self.matrices, tiles, device)
         self.operands = [Operand(self.matrices, self.cut, width) for width in widths]
-        self.riders = riders
-        self.rider_index: list[Tensor] = []  # per wave the matrices, and where their riders lie in ``left``
-        self.rider_at: list[Tensor] = []
-        self.z_spans: list[list[dict[int, Span]]] = []  # per wave and operand, by matrix
+        self.piggybacks = piggybacks
+        self.piggyback_matrices: list[
+            Tensor
+        ] = []  # per batch the matrices, and where their piggybacks lie in ``left``
+        self.piggyback_at: list[Tensor] = []
+        self.z_spans: list[list[dict[int, Span]]] = []  # per batch and operand, by matrix
         self.left_spans: list[list[dict[int, Span]]] = []
-        self.rider_spans: list[dict[int, Span]] = []  # per wave, by matrix
-        sizes = [self._lay_out(wave, device) for wave in self.waves]
+        self.piggyback_spans: list[dict[int, Span]] = []  # per batch, by matrix
+        sizes = [self._lay_out(batch, device) for batch in self.batches]
         self.z_sizes, self.left_sizes = [z for _, z, _ in sizes], [left for _, _, left in sizes]
-        x, z, left = (max(lengths, default=0) for lengths in zip(*sizes, strict=True)) if sizes else (0, 0, 0)
-        self.x, self.z, self.left = (torch.zeros(length, device=device, dtype=dtype) for length in (x, z, left))
+        x, z, left = (
+            (max(lengths, default=0) for lengths in zip(*sizes, strict=True))
+            if sizes
+            else (0, 0, 0)
+        )
+        self.x, self.z, self.left = (
+            torch.zeros(length, device=device, dtype=dtype) for length in (x, z, left)
+        )
         for operand in self.operands:
             operand.share(self.x, self.z, self.left)
         self._make_room(device)
         self.restart()
-        wave_of = {k: number for number, wave in enumerate(self.waves) for k in wave}
+        batch_of = {k: number for number, batch in enumerate(self.batches) for k in batch}
         for operand in self.operands:
-            parts: list[tuple[list[Tile], list[Tile]]] = [([], []) for _ in self.waves]
+            parts: list[tuple[list[Tile], list[Tile]]] = [([], []) for _ in self.batches]
             for tile in sorted(tiles, key=lambda tile: tile.matrix):
-                parts[wave_of[tile.matrix]][tile.cols < self.matrices[tile.matrix].cols].append(tile)
-            operand.whole = [table([operand.row(t) for t in whole], device, whole) for whole, _ in parts]
+                parts[batch_of[tile.matrix]][tile.cols < self.matrices[tile.matrix].cols].append(
+                    tile
+                )
+            operand.whole = [
+                table([operand.row(t) for t in whole], device, whole) for whole, _ in parts
+            ]
             operand.cut = [table([operand.row(t) for t in cut], device, cut) for _, cut in parts]
             shapes = [
-                [operand.x_at[k], operand.z_at[k], matrix.cols, operand.widths[k], operand._gram_at(k)]
+                [
+                    operand.x_at[k],
+                    operand.z_at[k],
+                    matrix.cols,
+                    operand.widths[k],
+                    operand._gram_at(k),
+                ]
                 for k, matrix in enumerate(self.matrices)
             ]
             operand.shape = torch.tensor(shapes, dtype=torch.int64).view(-1, 5).to(device)
 
     def restart(self) -> None:
         """Keep the start blocks, where the blocks before them lay: kernels know the addresses."""
-        for number, wave in enumerate(self.waves):
+        for number, batch in enumerate(self.batches):
             for operand in self.operands:
-                starts = [start_block(self.matrices[k].name, self.matrices[k].cols, operand.widths[k]) for k in wave]
-                operand.kept[number].copy_(torch.cat([start.T.flatten() for start in starts] or [torch.empty(0)]))
+                starts = [
+                    start_block(self.matrices[k].name, self.matrices[k].cols, operand.widths[k])
+                    for k in batch
+                ]
+                operand.kept[number].copy_(
+                    torch.cat([start.T.flatten() for start in starts] or [torch.empty(0)])
+                )
 
-    def load(self, wave: int) -> None:
-        """Take a wave's blocks out and make room for its sums."""
+    def load(self, batch: int) -> None:
+        """Take a batch's blocks out and make room for its sums."""
         for operand in self.operands:
-            operand.working[wave].copy_(operand.kept[wave])
-        self.clear(wave)
+            operand.working[batch].copy_(operand.kept[batch])
+        self.clear(batch)
 
-    def clear(self, wave: int) -> None:
-        """Set a wave's sums to zero."""
-        self.z[: self.z_sizes[wave]].zero_()
-        self.left[: self.left_sizes[wave]].zero_()
+    def clear(self, batch: int) -> None:
+        """Set a batch's sums to zero."""
+        self.z[: self.z_sizes[batch]].zero_()
+        self.left[: self.left_sizes[batch]].zero_()
 
-    def store(self, wave: int) -> None:
-        """Keep a wave's blocks."""
+    def store(self, batch: int) -> None:
+        """Keep a batch's blocks."""
         for operand in self.operands:
-            operand.kept[wave].copy_(operand.working[wave])
+            operand.kept[batch].copy_(operand.working[batch])
 
     def _make_room(self, device: torch.device) -> None:
-        """Allocate what is kept of every wave, and note where it is in ``x`` while the wave is measured."""
+        """Allocate what is kept of every batch, and note where it is in ``x`` while the batch is
+        measured.
+        """
         sizes = [
-            [b * matrix.cols for b, matrix in zip(each.widths, self.matrices, strict=True)] for each in self.operands
+            [b * matrix.cols for b, matrix in zip(each.widths, self.matrices, strict=True)]
+            for each in self.operands
         ]
         has_many = self.x.dtype == torch.float32 and sum(map(sum, sizes)) > _FEW
-        for wave in self.waves:
+        for batch in self.batches:
             # Ranks that share a matrix may differ in what else they have, and not in a rounding.
-            is_spread = bool(wave and self.matrices[wave[0]].groups)
+            is_spread = bool(batch and self.matrices[batch[0]].groups)
             dtype = torch.bfloat16 if has_many and not is_spread else self.x.dtype
             for operand, size in zip(self.operands, sizes, strict=True):
-                first, length = operand.x_at[wave[0]] if wave else 0, sum(size[k] for k in wave)
+                first, length = operand.x_at[batch[0]] if batch else 0, sum(size[k] for k in batch)
                 operand.kept.append(torch.empty(length, device=device, dtype=dtype))
                 operand.working.append(self.x[first : first + length])
 
-    def _lay_out(self, wave: Sequence[int], device: torch.device) -> tuple[int, int, int]:
-        """Give every matrix of a wave its places in ``x``, ``z`` and ``left``; return how long they get."""
+    def _lay_out(self, batch: Sequence[int], device: torch.device) -> tuple[int, int, int]:
+        """Give every matrix of a batch its places in ``x``, ``z`` and ``left``; return how long
+        they
+        get.
+        """
         x = z = left = 0
         for operand in self.operands:
-            for k in wave:
+            for k in batch:
                 operand.x_at[k], x = x, x + operand.widths[k] * self.matrices[k].cols
         z_spans: list[dict[int, Span]] = [{} for _ in self.operands]
         left_spans: list[dict[int, Span]] = [{} for _ in self.operands]
-        rider_spans: dict[int, Span] = {}
-        spreads = list(dict.fromkeys(self.matrices[k].groups for k in wave))
-        for k in sorted(wave, key=lambda k: spreads.index(self.matrices[k].groups)):
+        piggyback_spans: dict[int, Span] = {}
+        spreads = list(dict.fromkeys(self.matrices[k].groups for k in batch))
+        for k in sorted(batch, key=lambda k: spreads.index(self.matrices[k].groups)):
             matrix = self.matrices[k]
-            rider_spans[k] = Span(matrix.groups, left, left + self.riders)
-            left += self.riders
+            piggyback_spans[k] = Span(matrix.groups, left, left + self.piggybacks)
+            left += self.piggybacks
             for number, operand in enumerate(self.operands):
                 b = operand.widths[k]
                 operand.z_at[k], z = z, z + b * matrix.cols + b * b
@@ -226,9 +283,13 @@ class Blocks:
                 left_spans[number][k] = Span(matrix.groups, operand.left_at[k], left)
         self.z_spans.append(z_spans)
         self.left_spans.append(left_spans)
-        self.rider_spans.append(rider_spans)
-        self.rider_index.append(torch.tensor(list(rider_spans), dtype=torch.int64, device=device))
-        self.rider_at.append(torch.tensor([span.start for span in rider_spans.values()], device=device).long())
+        self.piggyback_spans.append(piggyback_spans)
+        self.piggyback_matrices.append(
+            torch.tensor(list(piggyback_spans), dtype=torch.int64, device=device)
+        )
+        self.piggyback_at.append(
+            torch.tensor([span.start for span in piggyback_spans.values()], device=device).long()
+        )
         return x, z, left
 
 
@@ -238,17 +299,25 @@ def table(rows: list[list[int]], device: torch.device, tiles: list[Tile]) -> Tab
 
 
 def start_block(name: str, cols: int, width: int) -> Tensor:
-    """Return the orthonormal start block ``(cols, width)`` of a matrix's name, the same on every rank, in float64."""
+    """Return the orthonormal start block ``(cols, width)`` of a matrix's name, the same on every
+    rank, in float64.
+    """
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
-    noise = torch.randn(width, cols, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    noise = torch.randn(
+        width, cols, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     orthonormal: Tensor = torch.linalg.qr(noise.T).Q
     return orthonormal
 
 
-def _cut_rows(matrices: Sequence[MatrixSpec], tiles: Sequence[Tile], device: torch.device) -> list[Tensor]:
-    """Return, per matrix, the rows of which no rank holds all columns, ascending. Collective over the matrices' groups.
+def _cut_rows(
+    matrices: Sequence[MatrixSpec], tiles: Sequence[Tile], device: torch.device
+) -> list[Tensor]:
+    """Return, per matrix, the rows of which no rank holds all columns, ascending. Collective over
+    the matrices' groups.
 
-    Ranges of a flattened matrix (ZeRO) cut a row at each boundary, bands of columns (tensor parallelism) every row.
+    Ranges of a flattened matrix (ZeRO) cut a row at each boundary, bands of columns (tensor
+    parallelism) every row.
     """
     starts = [0]
     for matrix in matrices:
@@ -258,6 +327,8 @@ def _cut_rows(matrices: Sequence[MatrixSpec], tiles: Sequence[Tile], device: tor
         if tile.cols < matrices[tile.matrix].cols:
             begin = starts[tile.matrix] + tile.row
             cut[begin : begin + tile.rows] = 1
-    all_reduce_spans(cut, [Span(matrix.groups, starts[k], starts[k + 1]) for k, matrix in enumerate(matrices)])
+    all_reduce_spans(
+        cut, [Span(matrix.groups, starts[k], starts[k + 1]) for k, matrix in enumerate(matrices)]
+    )
     cut = cut.cpu()
     return [cut[starts[k] : starts[k + 1]].nonzero().flatten() for k in range(len(matrices))]

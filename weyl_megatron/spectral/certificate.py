@@ -1,9 +1,11 @@
-"""The certificate: when a carried bound and one norm prove that Rule 1 does not clip, and no iteration is needed.
+"""The certificate: when a carried bound and one norm prove that Rule 1 does not clip, and no
+iteration is needed.
 
 The clip is inactive where α σ₁(U) ≤ τ σ₁(W). Two bounds decide that without measuring either σ₁:
 
 * σ₁(U) ≤ ‖U‖_F, which costs nothing where U is formed;
-* σ₁(W) ≥ b, where b is the last estimate (never above σ₁(W)), less what every step since may have taken from it. By
+* σ₁(W) ≥ b, where b is the last estimate (never above σ₁(W)), less what every step since may have
+taken from it. By
   Weyl's inequality σ₁(W − αλW − αU) ≥ (1 − αλ) σ₁(W) − α ‖U‖_F.
 
 All of it is arithmetic on vectors of one number per matrix, float64, equal on all ranks.
@@ -16,21 +18,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from weyl_megatron.spectral.blocks import MatrixSpec
+from .blocks import MatrixSpec
 
-#: More than what sums in float32 may be off by, relative: a norm counts for so much more, an estimate for less.
+#: More than what sums in float32 may be off by, relative: a norm counts for so much more, an
+#: estimate for less.
 SLACK = 1e-3
 
-#: A matrix is expected to be settled if it would be at a norm of the update this much larger than the last.
+#: A matrix is expected to be settled if it would be at a norm of the update this much larger than
+#: the last.
 _GROWTH = 1.05
 
 #: Squares of α U are float32.
 _LEAST_RATE = 1e-12
 
-#: Elements of U are a few units, and α U is rounded to float32: of a W smaller than that nothing would be left.
+#: Elements of U are a few units, and α U is rounded to float32: of a W smaller than that nothing
+#: would be left.
 _LEAST_LIMIT = 1e-6
 
-#: Weights whose sum of squares is not, up to summation order, what the last step left have been changed by others.
+#: Weights whose sum of squares is not, up to summation order, what the last step left have been
+#: changed by others.
 _SAME = 1e-5
 
 
@@ -44,13 +50,20 @@ class Certificate:
     """
 
     def __init__(self, matrices: Sequence[MatrixSpec], eps: float, device: torch.device) -> None:
-        ranks = torch.tensor([float(min(matrix.rows, matrix.cols)) for matrix in matrices], dtype=torch.float64)
-        # Storing W rounds it by at most 2 ε |W| elementwise, a matrix of norm 2 ε ‖W‖_F ≤ 2 ε √rank σ₁(W).
+        ranks = torch.tensor(
+            [float(min(matrix.rows, matrix.cols)) for matrix in matrices], dtype=torch.float64
+        )
+        # Storing W rounds it by at most 2 ε |W| elementwise, a matrix of norm 2 ε ‖W‖_F ≤ 2 ε √rank
+        # σ₁(W).
         self._kept = (1 - 2 * eps * ranks.sqrt()).clamp(min=0).to(device)
         self.lower = torch.zeros_like(self._kept)  #: never above σ₁(W)
         self.norm = torch.full_like(self._kept, torch.inf)  #: ‖U‖_F of the last step
-        self.age = torch.zeros(len(ranks), dtype=torch.int64, device=device)  #: steps since the matrix was measured
-        self._squares = torch.full_like(self._kept, torch.nan)  # of this rank's pieces of W, as the last step left them
+        self.age = torch.zeros(
+            len(ranks), dtype=torch.int64, device=device
+        )  #: steps since the matrix was measured
+        self._squares = torch.full_like(
+            self._kept, torch.nan
+        )  # of this rank's pieces of W, as the last step left them
 
     def forget(self) -> None:
         """Trust in nothing: the weights, or the moments, are others now."""
@@ -59,22 +72,23 @@ class Certificate:
         self.age.zero_()
         self._squares.fill_(torch.nan)
 
-    def carried(self) -> list[Tensor]:
+    def saved(self) -> list[Tensor]:
         """Return what the next step takes from the last one, as a checkpoint holds it."""
         return [self.lower, self.norm, self.age, self._squares]
 
-    def carry_on(self, carried: Sequence[Tensor]) -> None:
+    def restore(self, carried: Sequence[Tensor]) -> None:
         """Take it back. Where the weights are not those it was said of, their squares show it."""
-        for mine, saved in zip(self.carried(), carried, strict=True):
+        for mine, saved in zip(self.saved(), carried, strict=True):
             mine.copy_(saved)
 
     def forecast(self, lr: Tensor, limit: Tensor, decay: Tensor) -> Tensor:
-        """Return the matrices that will most likely be settled, so that the step may be made before it is known.
+        """Return the matrices that will most likely be settled, so that the step may be made before
+        it is known.
 
         Args:
-            lr, limit, decay: the scheduled rate α, τ · max(b, floor) and αλ of every matrix. Where the decay is a half
-                and more, or W is next to nothing beside α U, a step could not be taken back; where α is next to
-                nothing, α U could not be measured.
+            lr, limit, decay: the scheduled rate α, τ · max(b, floor) and αλ of every matrix. Where
+                the decay is a half and more, or W is next to nothing beside α U, a step could not
+                be taken back; where α is next to nothing, α U could not be measured.
         """
         can_undo = (decay < 0.5) & (limit > _LEAST_LIMIT * lr)
         return (lr * self.norm * _GROWTH <= limit) & can_undo & (lr > _LEAST_RATE)
@@ -84,9 +98,15 @@ class Certificate:
         return lr * norm * (1 + SLACK) <= limit
 
     def are_others(self, squares: Tensor) -> Tensor:
-        """Return the matrices of whose pieces on this rank ``squares``, Σ w² before the step, shows other weights."""
-        are_same = (squares - self._squares).abs() <= _SAME * self._squares  # False also where they overflow
-        return ~(are_same | self._squares.isnan())  # NaN: nothing is known of them, nor trusted but τ = ∞
+        """Return the matrices of whose pieces on this rank ``squares``, Σ w² before the step, shows
+        other weights.
+        """
+        are_same = (
+            squares - self._squares
+        ).abs() <= _SAME * self._squares  # False also where they overflow
+        return ~(
+            are_same | self._squares.isnan()
+        )  # NaN: nothing is known of them, nor trusted but τ = ∞
 
     def measured(self, mask: Tensor, sigma_weight: Tensor) -> None:
         """Take the estimates of σ₁(W), before the step, of the matrices that were measured."""
@@ -94,7 +114,9 @@ class Certificate:
         self.lower = torch.where(mask, lower, self.lower)
         self.age = torch.where(mask, 0, self.age + 1)
 
-    def moved(self, rates: Tensor, decay: Tensor, norm: Tensor, squares: Tensor, mask: Tensor) -> None:
+    def moved(
+        self, rates: Tensor, decay: Tensor, norm: Tensor, squares: Tensor, mask: Tensor
+    ) -> None:
         """Follow a step at ``rates``.
 
         Args:

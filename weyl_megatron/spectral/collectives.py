@@ -27,10 +27,11 @@ def all_reduce_spans(buffer: Tensor, spans: Sequence[Span]) -> None:
 
 
 def start_all_reduce(buffer: Tensor, spans: Sequence[Span]) -> Callable[[], None]:
-    """Begin to sum every span over each of its groups, in place; the function that is returned ends it.
+    """Begin to sum every span over each of its groups, in place; the function that is returned ends
+    it.
 
-    One collective per group. That of the first group runs while the caller computes; until the end the spans must be
-    left alone.
+    One collective per group. That of the first group runs while the caller computes; until the end
+    the spans must be left alone.
     """
     spans = [span for span in spans if span.start < span.stop]
     groups = list(dict.fromkeys(group for span in spans for group in span.groups))
@@ -47,7 +48,9 @@ def start_all_reduce(buffer: Tensor, spans: Sequence[Span]) -> Callable[[], None
 
 
 def _start(buffer: Tensor, spans: Sequence[Span], group: ProcessGroup) -> Callable[[], None]:
-    """Begin one collective over what belongs to ``group``, through the device that its backend works on."""
+    """Begin one collective over what belongs to ``group``, through the device that its backend
+    works on.
+    """
     runs: list[tuple[int, int]] = []
     for span in spans:
         if group in span.groups:
@@ -65,14 +68,18 @@ def _start(buffer: Tensor, spans: Sequence[Span], group: ProcessGroup) -> Callab
         if work is not None:  # None on a rank that is not in the group
             work.wait()
         if not alone:
-            for part, summed in zip(parts, torch.split(joined, [part.numel() for part in parts]), strict=True):
+            for part, summed in zip(
+                parts, torch.split(joined, [part.numel() for part in parts]), strict=True
+            ):
                 part.copy_(summed)
 
     return finish
 
 
 def _collective_device(backend: str, device: torch.device) -> torch.device:
-    """Return where a collective has to run: under CPU offload the tensors are on the CPU, the group may be NCCL."""
+    """Return where a collective has to run: under CPU offload the tensors are on the CPU, the group
+    may be NCCL.
+    """
     if backend == "nccl" and device.type == "cpu":
         return torch.device("cuda", torch.cuda.current_device())
     return device

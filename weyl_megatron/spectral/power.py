@@ -1,4 +1,5 @@
-"""Block power iteration for σ₁ of many matrices at once, none of which any rank needs to hold whole.
+"""Block power iteration for σ₁ of many matrices at once, none of which any rank needs to hold
+whole.
 
 One iteration multiplies a block X of a few vectors per matrix by WᵀW in one read of W, row by row::
 
@@ -6,10 +7,11 @@ One iteration multiplies a block X of a few vectors per matrix by WᵀW in one r
     y of the rows that are cut between ranks is summed first, then treated alike
     all-reduce Z and Yᵀ Y,    σ₁ ≈ max over c of ‖Z c‖ / ‖Y c‖,    X = orth(Z)
 
-The estimate is the largest singular value of Wᵀ on the span of Y: never above σ₁(W) but for rounding. Half of a
-matrix's iterations are made in any case, the others until one gains next to nothing. Only the blocks travel, b·n
-numbers a matrix and b for each row that is cut, and those of all matrices lie in one buffer, so the number of
-collectives depends neither on the number of matrices nor on that of layers.
+The estimate is the largest singular value of Wᵀ on the span of Y: never above σ₁(W) but for
+rounding. Half of a matrix's iterations are made in any case, the others until one gains next to
+nothing. Only the blocks travel, b·n numbers a matrix and b for each row that is cut, and those of
+all matrices lie in one buffer, so the number of collectives depends neither on the number of
+matrices nor on that of layers.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from weyl_megatron.spectral.blocks import Blocks, MatrixSpec, Operand, Table
-from weyl_megatron.spectral.collectives import Span, all_reduce_spans, start_all_reduce
-from weyl_megatron.spectral.ritz import SETTLED, gain, largest_ratio, next_block
-from weyl_megatron.spectral.tiles import Tile
+from .blocks import Blocks, MatrixSpec, Operand, Table
+from .collectives import Span, all_reduce_spans, start_all_reduce
+from .ritz import SETTLED, gain, largest_ratio, next_block
+from .tiles import Tile
 
-#: Vectors per matrix. One alone is late where the top direction changes, and its dangerous error, an underestimated
-#: σ₁(U), has a long tail; `python benchmarks/estimator.py` measures both.
+#: Vectors per matrix. One alone is late where the top direction changes, and its dangerous error,
+#: an underestimated σ₁(U), has a long tail; `python benchmarks/estimator.py` measures both.
 BLOCK = 4
 
 #: Iterations for vectors that nothing is known about: at the first step and after a resume.
@@ -43,26 +45,33 @@ class Products(Protocol):
     def multiply_back(self, operand: int, table: Table, mask: Tensor) -> None:
         """Add Z and Yᵀ Y of rows that are cut, whose Y have been summed."""
 
-    def orthonormalize(self, operand: int, wave: int, mask: Tensor, more: Tensor, sigma: Tensor, gain: Tensor) -> None:
-        """Make the next blocks of a wave's matrices from Z; write σ₁ and ``ritz.gain`` of each, in float64.
+    def orthonormalize(
+        self, operand: int, batch: int, mask: Tensor, more: Tensor, sigma: Tensor, gain: Tensor
+    ) -> None:
+        """Make the next blocks of a batch's matrices from Z; write σ₁ and ``ritz.gain`` of each, in
+        float64.
 
         ``more`` tells the matrices that another iteration may follow for.
         """
 
 
 class PowerIteration:
-    """Estimate σ₁ of a fixed list of matrices, for several operands of the same layout (the weights, the updates).
+    """Estimate σ₁ of a fixed list of matrices, for several operands of the same layout (the
+    weights, the updates).
 
     Collective over the matrices' groups.
 
     Args:
-        matrices: every matrix that any rank of the groups holds a piece of, in the same order on all of them.
+        matrices: every matrix that any rank of the groups holds a piece of, in the same order on
+            all of them.
         tiles: the pieces that this rank holds; may be empty.
         widths: vectors per matrix, for each operand.
-        waves: which matrices are measured together; None: all.
+        batches: which matrices are measured together; None: all.
         iters: iterations once the vectors are warm.
-        least: those that are made even where the last one gained next to nothing (``ritz.SETTLED``); None: all.
-        riders: whether a number per matrix (``blocks.rider_at`` says where) travels with the first sums.
+        least: those that are made even where the last one gained next to nothing
+            (``ritz.SETTLED``); None: all.
+        piggybacks: whether a number per matrix (``blocks.piggyback_at`` says where) travels with
+            the first sums.
         device, dtype: of the vectors.
     """
 
@@ -72,96 +81,130 @@ class PowerIteration:
         tiles: Sequence[Tile],
         *,
         widths: Sequence[int] = (BLOCK,),
-        waves: Sequence[Sequence[int]] | None = None,
+        batches: Sequence[Sequence[int]] | None = None,
         iters: int = 2,
         least: int | None = None,
-        riders: bool = False,
+        piggybacks: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        waves = [range(len(matrices))] if waves is None else waves
-        self.blocks = Blocks(matrices, tiles, widths, waves, riders, torch.device(device), dtype)
+        batches = [range(len(matrices))] if batches is None else batches
+        self.blocks = Blocks(
+            matrices, tiles, widths, batches, piggybacks, torch.device(device), dtype
+        )
         self.sigma = torch.zeros(len(widths), len(matrices), dtype=torch.float64, device=device)
         self.gain = torch.zeros_like(self.sigma)  #: of the last iteration of each, see ritz.gain
-        self.ridden = torch.zeros(len(matrices), dtype=torch.float64, device=device)  #: the sums that travelled along
+        self.piggybacked = torch.zeros(
+            len(matrices), dtype=torch.float64, device=device
+        )  #: the sums that travelled along
         self._iters, self._least = iters, iters if least is None else least
         self._warm = False
 
     def sigmas(self, operands: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Return σ₁ of every matrix of every operand, ``(operands, matrices)``, the same on every rank.
+        """Return σ₁ of every matrix of every operand, ``(operands, matrices)``, the same on every
+        rank.
 
         Args:
             operands: for each operand its flat local buffers, in the numbering of ``Tile.buffer``.
         """
-        products = TorchProducts(self.blocks, [partial(_whole_tile, buffers) for buffers in operands])
+        products = TorchProducts(
+            self.blocks, [partial(_whole_tile, buffers) for buffers in operands]
+        )
         iters = self._iters if self._warm else max(self._iters, COLD_ITERS)
-        everything = torch.ones(len(self.blocks.matrices), dtype=torch.uint8, device=self.sigma.device)
+        everything = torch.ones(
+            len(self.blocks.matrices), dtype=torch.uint8, device=self.sigma.device
+        )
         masks = [[everything] * len(operands)] * iters
-        sure = [[everything * (number < self._least or not self._warm)] * len(operands) for number in range(iters)]
-        for wave in range(len(self.blocks.waves)):
-            self.blocks.load(wave)
-            self.measure(products, wave, masks, sure=sure)
+        sure = [
+            [everything * (number < self._least or not self._warm)] * len(operands)
+            for number in range(iters)
+        ]
+        for batch in range(len(self.blocks.batches)):
+            self.blocks.load(batch)
+            self.measure(products, batch, masks, sure=sure)
         self._warm = True
         return self.sigma.to(self.blocks.z.dtype)
 
     def measure(
         self,
         products: Products,
-        wave: int,
+        batch: int,
         masks: Sequence[Sequence[Tensor | None]],
         begun: Sequence[Tensor | None] = (),
         sure: Sequence[Sequence[Tensor]] = (),
     ) -> None:
-        """Iterate on a wave of matrices, those in ``masks[i]`` in iteration i; its blocks are loaded.
+        """Iterate on a batch of matrices, those in ``masks[i]`` in iteration i; its blocks are
+        loaded.
 
         Args:
             products: the kernel, with the operands that it multiplies.
-            wave: the number of the wave.
-            masks: per iteration and operand uint8 ``(matrices,)``, equal on all ranks; None: no matrix.
-            begun: per operand, the matrices whose first products were begun elsewhere; None: of none.
-            sure: as ``masks``: those that make the iteration even where the last one gained next to nothing; none: all.
+            batch: the number of the batch.
+            masks: per iteration and operand uint8 ``(matrices,)``, equal on all ranks; None: no
+                matrix.
+            begun: per operand, the matrices whose first products were begun elsewhere; None: of
+                none.
+            sure: as ``masks``: those that make the iteration even where the last one gained next to
+                nothing; none: all.
         """
         blocks = self.blocks
         for number, mask in enumerate(masks):
             if sure and number:
-                mask = [self._unsettled(o, chosen, sure[number][o]) for o, chosen in enumerate(mask)]
-            active = [(o, blocks.operands[o], chosen) for o, chosen in enumerate(mask) if chosen is not None]
+                mask = [
+                    self._unsettled(o, chosen, sure[number][o]) for o, chosen in enumerate(mask)
+                ]
+            active = [
+                (o, blocks.operands[o], chosen)
+                for o, chosen in enumerate(mask)
+                if chosen is not None
+            ]
             if not active:
                 break
             rest = {o: chosen for o, _, chosen in active}
             if number:
-                blocks.clear(wave)
+                blocks.clear(batch)
             else:
                 for o, one in enumerate(begun):
                     if one is not None and o in rest:
                         rest[o] = rest[o] & ~one
             for o, operand, _ in active:
-                products.multiply(o, operand.cut[wave], rest[o])
-            sums = [span for o, _, chosen in active for span in self._chosen(blocks.left_spans[wave][o], chosen)]
-            if number == 0 and blocks.riders:
+                products.multiply(o, operand.cut[batch], rest[o])
+            sums = [
+                span
+                for o, _, chosen in active
+                for span in self._chosen(blocks.left_spans[batch][o], chosen)
+            ]
+            if number == 0 and blocks.piggybacks:
                 anyone = torch.stack([chosen for _, _, chosen in active]).amax(0)
-                sums += self._chosen(blocks.rider_spans[wave], anyone)
+                sums += self._chosen(blocks.piggyback_spans[batch], anyone)
             finish = start_all_reduce(blocks.left, sorted(sums, key=lambda span: span.start))
             for o, operand, _ in active:  # while the sums of the rows that are cut travel
-                products.multiply(o, operand.whole[wave], rest[o])
+                products.multiply(o, operand.whole[batch], rest[o])
             finish()
-            if number == 0 and blocks.riders:
-                self.ridden[blocks.rider_index[wave]] = blocks.left[blocks.rider_at[wave]].double()
+            if number == 0 and blocks.piggybacks:
+                self.piggybacked[blocks.piggyback_matrices[batch]] = blocks.left[
+                    blocks.piggyback_at[batch]
+                ].double()
             for o, operand, chosen in active:
-                products.multiply_back(o, operand.cut[wave], chosen)
-            sums = [span for o, _, chosen in active for span in self._chosen(blocks.z_spans[wave][o], chosen)]
+                products.multiply_back(o, operand.cut[batch], chosen)
+            sums = [
+                span
+                for o, _, chosen in active
+                for span in self._chosen(blocks.z_spans[batch][o], chosen)
+            ]
             all_reduce_spans(blocks.z, sorted(sums, key=lambda span: span.start))
             following = masks[number + 1] if number + 1 < len(masks) else [None] * len(mask)
             for o, _, chosen in active:
                 more = following[o]
                 products.orthonormalize(
-                    *(o, wave, chosen, torch.zeros_like(chosen) if more is None else more),
+                    *(o, batch, chosen, torch.zeros_like(chosen) if more is None else more),
                     *(self.sigma[o], self.gain[o]),
                 )
-        blocks.store(wave)
+        blocks.store(batch)
 
     def _unsettled(self, operand: int, mask: Tensor | None, sure: Tensor) -> Tensor | None:
-        """Return those of ``mask`` that are ``sure`` or gained by the last iteration; None where the host sees none."""
+        """Return those of ``mask`` that are ``sure`` or gained by the last iteration; None where
+        the host sees none.
+        """
         if mask is None:
             return None
         mask = mask & (sure | ~(self.gain[operand] <= SETTLED))
@@ -184,7 +227,9 @@ class TorchProducts:
         pieces: for each operand, what yields a tile's elements in bands: (first row, (rows, cols)).
     """
 
-    def __init__(self, blocks: Blocks, pieces: Sequence[Callable[[Tile], Iterable[tuple[int, Tensor]]]]) -> None:
+    def __init__(
+        self, blocks: Blocks, pieces: Sequence[Callable[[Tile], Iterable[tuple[int, Tensor]]]]
+    ) -> None:
         self._blocks, self._pieces = blocks, pieces
 
     def multiply(self, operand: int, table: Table, mask: Tensor) -> None:
@@ -207,10 +252,10 @@ class TorchProducts:
                     gram.addmm_(left.T, left)
 
     def orthonormalize(
-        self, operand: int, wave: int, mask: Tensor, more: Tensor, sigma: Tensor, gained: Tensor
+        self, operand: int, batch: int, mask: Tensor, more: Tensor, sigma: Tensor, gained: Tensor
     ) -> None:
         chosen, goes_on, blocks = mask.tolist(), more.tolist(), self._blocks.operands[operand]
-        for k in self._blocks.waves[wave]:
+        for k in self._blocks.batches[batch]:
             if chosen[k]:
                 z, gram = blocks.image(k)
                 wide = z.double()
@@ -221,7 +266,9 @@ class TorchProducts:
 
 
 def multiply_band(blocks: Operand, tile: Tile, row: int, piece: Tensor) -> None:
-    """Add the products of a tile's rows from ``row`` on, ``piece`` (rows, tile.cols), to where they belong."""
+    """Add the products of a tile's rows from ``row`` on, ``piece`` (rows, tile.cols), to where they
+    belong.
+    """
     x = blocks.block(tile.matrix)[:, tile.col : tile.col + tile.cols]
     piece = piece.to(x.dtype)
     y = piece @ x.T  # (rows, b)
@@ -234,7 +281,9 @@ def multiply_band(blocks: Operand, tile: Tile, row: int, piece: Tensor) -> None:
 
 
 def rows_of(tensor: Tensor, tile: Tile, row: int, rows: int) -> Tensor:
-    """Return rows ``[row, row + rows)`` of a tile, ``(rows, cols)``, as they lie in its flat buffer."""
+    """Return rows ``[row, row + rows)`` of a tile, ``(rows, cols)``, as they lie in its flat
+    buffer.
+    """
     start = tensor.storage_offset() + tile.offset + row * tile.stride
     return tensor.as_strided((rows, tile.cols), (tile.stride, 1), start)
 

@@ -1,4 +1,6 @@
-"""One power step with one vector on a matrix that tensor parallelism may spread, and sums that autograd understands."""
+"""One power step with one vector on a matrix that tensor parallelism may spread, and sums that
+autograd understands.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,16 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-#: A vector shorter than this is not divided by its length: the matrix is zero, or was left behind by underflow.
+#: A vector shorter than this is not divided by its length: the matrix is zero, or was left behind
+#: by underflow.
 _TINY = 1e-30
 
 
 def power_step(
     matrix: Tensor, right: Tensor, group: ProcessGroup | None = None, dim: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the next singular vectors, this rank's part of each: u = Wv / ‖Wv‖ and v = Wᵀu / ‖Wᵀu‖.
+    """Return the next singular vectors, this rank's part of each: u = Wv / ‖Wv‖ and v = Wᵀu /
+    ‖Wᵀu‖.
 
     Collective over ``group``. A zero matrix leaves u zero and v as it was.
 
@@ -28,7 +32,9 @@ def power_step(
         group: the ranks that hold the other bands.
         dim: 0 where the bands are rows, 1 where they are columns.
     """
-    with torch.autocast(matrix.device.type, enabled=False):  # which would compute products in half the digits
+    with torch.autocast(
+        matrix.device.type, enabled=False
+    ):  # which would compute products in half the digits
         left = matrix @ right
         if dim == 1:
             left = total(left, group)
@@ -54,7 +60,9 @@ def _length(vector: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 class SumOverGroup(torch.autograd.Function):
-    """Forward the sum of every rank's number; backward the gradient as it is: all ranks have the same."""
+    """Forward the sum of every rank's number; backward the gradient as it is: all ranks have the
+    same.
+    """
 
     @staticmethod
     def forward(_: Any, value: Tensor, group: ProcessGroup) -> Tensor:
@@ -66,7 +74,9 @@ class SumOverGroup(torch.autograd.Function):
 
 
 class SharedByGroup(torch.autograd.Function):
-    """Forward a number that all ranks have; backward the sum of their gradients: each rank uses it for its own band."""
+    """Forward a number that all ranks have; backward the sum of their gradients: each rank uses it
+    for its own band.
+    """
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, group: ProcessGroup) -> Tensor:

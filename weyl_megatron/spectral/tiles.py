@@ -1,7 +1,8 @@
 """Tiles: the one way in which a piece of a matrix is described, whatever engine holds it.
 
-A rank holds an arbitrary range of a flattened matrix (ZeRO), a band of its rows or columns (tensor parallelism),
-or several matrices interleaved in one weight (fused QKV). Each of these is a short list of tiles.
+A rank holds an arbitrary range of a flattened matrix (ZeRO), a band of its rows or columns (tensor
+parallelism), or several matrices interleaved in one weight (fused QKV). Each of these is a short
+list of tiles.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Block(NamedTuple):
 class Tile(NamedTuple):
     """A dense rectangle ``matrix[row:row+rows, col:col+cols]`` stored row-major in a local buffer.
 
-    Row ``i`` of the rectangle starts at element ``offset + i * stride`` of buffer number ``buffer``.
+    Row ``i`` of the rectangle starts at element ``offset + i * stride`` of buffer number
+    ``buffer``.
     """
 
     matrix: int
@@ -39,9 +41,11 @@ class Tile(NamedTuple):
 
 
 def range_rectangles(start: int, stop: int, width: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield ``(row, col, rows, cols)``: the at most three rectangles that cover ``[start, stop)`` of a flattened grid.
+    """Yield ``(row, col, rows, cols)``: the at most three rectangles that cover ``[start, stop)``
+    of a flattened grid.
 
-    ``width`` is the number of columns of the grid. They are part of a row, whole rows, part of a row, in this order.
+    ``width`` is the number of columns of the grid. They are part of a row, whole rows, part of a
+    row, in this order.
     """
     while start < stop:
         row, col = divmod(start, width)
@@ -56,10 +60,12 @@ def range_rectangles(start: int, stop: int, width: int) -> Iterator[tuple[int, i
 def tiles_of_range(
     blocks: Sequence[Block], width: int, start: int, stop: int, offset: int, buffer: int = 0
 ) -> Iterator[Tile]:
-    """Yield the tiles of elements ``[start, stop)`` of a parameter's flattened grid, stored from ``offset`` on.
+    """Yield the tiles of elements ``[start, stop)`` of a parameter's flattened grid, stored from
+    ``offset`` on.
 
     Args:
-        blocks: disjoint rectangles of the grid, each a piece of some matrix. Cells in no block yield no tile.
+        blocks: disjoint rectangles of the grid, each a piece of some matrix. Cells in no block
+            yield no tile.
         width: columns of the grid.
         start, stop: the range of elements that the buffer holds.
         offset: where in the buffer element ``start`` lies.

@@ -1,0 +1,132 @@
+"""Megatron's distributed checkpoints: a run goes on from the file as if it had not stopped, cut
+alike or not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.engines.megatron.test_megatron import distances
+from tests.processes import torchrun
+
+pytest.importorskip("megatron.core", reason="megatron-core is not installed")
+
+MCORE = tuple(map(int, version("megatron-core").split(".")[:2]))
+
+#: The formats of the distributed optimizer that this release saves, and which layouts may load
+#: each. The others that it names it cannot save with its own Adam: 0.14 fully_sharded_bucket_space,
+#: from 0.16 on fully_sharded_model_space.
+TP2, TP1, PP2 = {"tp": 2}, {}, {"tp": 1, "pp": 2}
+ANY = {"the same layout": TP2, "TP 1 × DP 4": TP1, "PP 2 × DP 2": PP2}
+SAME = {"the same layout": TP2}
+FORMATS: dict[str, dict[str, Any]] = {"dp_zero_gather_scatter": SAME}
+if MCORE < (0, 16):
+    FORMATS["fully_sharded_model_space"] = ANY
+else:
+    FORMATS |= {"fully_reshardable": ANY, "dp_reshardable": SAME}
+
+
+def cases() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [
+        {"name": "no-distopt", "save": TP2, "loads": ANY},
+        {"name": "no-distopt-bf16", "dtype": "bf16", "save": TP2, "loads": SAME},
+    ]
+    for kind, loads in FORMATS.items():
+        metadata = {"distrib_optim_sharding_type": kind}
+        distopt = {"dist_opt": True, "save": TP2, "metadata": metadata}
+        found.append({"name": kind, **distopt, "loads": loads})
+        # As where Transformer Engine or apex is installed: Megatron then wants the step in the
+        # parameter groups.
+        found.append(
+            {"name": f"{kind}-step-in-group", **distopt, "step_in_group": True, "loads": SAME}
+        )
+    reshardable = "fully_reshardable" if MCORE >= (0, 16) else "fully_sharded_model_space"
+    metadata = {"distrib_optim_sharding_type": reshardable}
+    experts = {"dist_opt": True, "moe": True, "metadata": metadata}
+    found.append(
+        {
+            "name": "moe",
+            **experts,
+            "save": {"ep": 2},
+            "loads": {"the same": {"ep": 2}, "EP 4": {"ep": 4}},
+        }
+    )
+    # Megatron's own Adam, as most who try AdamW² will come from; with τ = ∞ both are the same.
+    infinite = {"optimizer": "adamw2", "options": {"tau": float("inf")}}
+    adam = {"optimizer": "adam", "save": TP2, "loads": {"the same layout": {**TP2, **infinite}}}
+    found.append({"name": "adam", **adam})
+    found.append(
+        {
+            "name": "adam-after",
+            **infinite,
+            "save": TP2,
+            "loads": {"the same layout": {"optimizer": "adam", **TP2}},
+        }
+    )
+    if "dp_reshardable" in FORMATS:
+        found.append(
+            {
+                "name": "adam-distopt",
+                "dist_opt": True,
+                **adam,
+                "metadata": {"distrib_optim_sharding_type": "dp_reshardable"},
+            }
+        )
+    if "fully_reshardable" in FORMATS:
+        metadata = {**metadata, "distrib_optim_fully_reshardable_mem_efficient": True}
+        found.append(
+            {
+                "name": "memory-efficient",
+                "dist_opt": True,
+                "metadata": metadata,
+                "save": TP2,
+                "loads": ANY,
+            }
+        )
+    return found
+
+
+CASES = cases()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    (folder / "cases.json").write_text(json.dumps(CASES))
+    torchrun(
+        Path(__file__).with_name("checkpoint_worker.py"), 4, str(folder / "cases.json"), str(folder)
+    )
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+def test_a_run_goes_on_as_if_it_had_not_stopped(
+    runs: Path, case: dict[str, Any], record_property: Callable[[str, object], None]
+) -> None:
+    loads = ", ".join(case["loads"])
+    record_property(
+        "tried",
+        f"Megatron dist_checkpointing, {case['name']}, saved at {case['save']}, loaded at {loads}",
+    )
+    loaded: dict[str, Any] = torch.load(runs / f"{case['name']}.pt", weights_only=False)
+    assert "error" not in loaded, loaded["error"]
+    went_on = loaded.pop("went on")
+    assert loaded.keys() == case["loads"].keys()
+    for layout, resumed in loaded.items():
+        assert resumed["steps"] == went_on["steps"] == [6.0]
+        expected = {"exp_avg", "exp_avg_sq"} | (set() if case.get("step_in_group") else {"step"})
+        assert [set(keys) for keys in resumed["keys"]] == [expected]
+        apart = max(distances(resumed["weights"], went_on["weights"]).values())
+        # Bit for bit; another layout adds numbers up in another order, three steps long.
+        assert apart == 0 if layout in ("the same layout", "the same") else apart < 1e-6, (
+            layout,
+            apart,
+        )
+    record_property("survived", "the same layout goes on bit for bit, others to 1e-6")

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.faults.threads import Group, on_ranks, summing_groups
+from weyl_megatron import AdamW2, matrices
+from weyl_megatron.kernels import pick
+from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
+
+
+@pytest.mark.parametrize("kernels", [("cpu", "cpu"), ("cpu", "torch"), ("torch", "cpu")])
+def test_ranks_that_share_a_matrix_step_in_one_kernel(
+    kernels: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group: Any = Group([0, 1])  # it stands in for a ProcessGroup
+    picked = iter(range(2))
+
+    def pick_other(blocks: Any, tensors: Any, plain: bool) -> Any:
+        return pick(
+            blocks, tensors, plain=kernels[next(picked)] == "torch"
+        )  # as on a host without a compiler
+
+    monkeypatch.setattr(matrices, "pick", pick_other)
+
+    def step(rank: int) -> str:
+        weight = nn.Parameter(torch.ones(20))
+        weight.grad = torch.ones(20)
+        shard = Shard(Parameter("w", (8, 5), None), 20 * rank, 20 * rank + 20, 0)
+        optimizer = AdamW2([weight], lr=0.1)
+        optimizer._engine_layout = lambda: Layout([Buffer(weight, (shard,), (group,))])
+        try:
+            optimizer.step()
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    with summing_groups():
+        said = on_ranks(2, [group], step)
+    if kernels[0] == kernels[1]:
+        assert said == ["", ""]
+    else:
+        assert all(
+            "matrix 'w' got a rank that steps in another kernel than" in each for each in said
+        )

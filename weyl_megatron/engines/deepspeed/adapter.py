@@ -1,0 +1,271 @@
+"""DeepSpeed: how AdamW2 gets past its checks, and where it reads what DeepSpeed did to the
+parameters.
+
+DeepSpeed resolves ``"type": "AdamW2"`` by ``getattr(torch.optim, "AdamW2")`` (see
+:mod:`.torch_plugin`) and gives the optimizer no reference to the engine. But every step that the
+engine takes, and the construction of the engine itself, runs below one of its frames: that is where
+it is found, once, at the first step.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import sys
+import weakref
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...layouts.buffers import Buffer, Layout, Parameter, model_name, model_names
+from ...layouts.grid import Sharding
+from ...layouts.modules import kinds_of
+from ...layouts.plain import plain_buffer
+from ...layouts.tensor_parallel import shardings_of
+from ...nonfinite import Guard, is_finite
+from .layout import Masters, flat_partition_buffers, master_copy_buffers, zero3_buffers
+
+#: What each engine's fp32 partitions held when it was built.
+_masters: weakref.WeakKeyDictionary[Any, Masters] = weakref.WeakKeyDictionary()
+
+
+def allow_under_zero(optimizer: type) -> None:
+    """Add the class to the optimizers that DeepSpeed takes under ZeRO, where DeepSpeed is
+    imported.
+    """
+    zero = sys.modules.get("deepspeed.runtime.zero.utils")
+    supported = getattr(zero, "ZERO_SUPPORTED_OPTIMIZERS", None)
+    if supported is not None and optimizer not in supported:
+        supported.append(optimizer)
+
+
+def engine_on_stack(optimizer: object) -> Any | None:
+    """Return the DeepSpeedEngine that is stepping, or being built around, ``optimizer``; None where
+    there is none.
+    """
+    return next(
+        (engine for engine in _engines_on_stack() if engine.basic_optimizer is optimizer), None
+    )
+
+
+def engine_being_built() -> Any | None:
+    """Return the DeepSpeedEngine that is being built and has no optimizer yet; None where there is
+    none.
+    """
+    return next((engine for engine in _engines_on_stack() if engine.basic_optimizer is None), None)
+
+
+def _engines_on_stack() -> Iterator[Any]:
+    module = sys.modules.get("deepspeed.runtime.engine")
+    frame: FrameType | None = None if module is None else sys._getframe()
+    while module is not None and frame is not None:
+        # f_locals would keep alive what the frame's variables are now: not of the user's own
+        # training loop.
+        if frame.f_globals.get("__name__", "").startswith("deepspeed."):
+            candidate = frame.f_locals.get("self")
+            if isinstance(candidate, module.DeepSpeedEngine):
+                yield candidate
+        frame = frame.f_back
+
+
+def is_under_construction(engine: Any) -> bool:
+    """True while the engine's optimizer wrapper is being built.
+
+    FP16_UnfusedOptimizer calls ``step()`` with zero gradients then, to allocate the state.
+    """
+    return getattr(engine, "optimizer", None) is None
+
+
+def read_layout(engine: Any) -> Layout:
+    """Return the layout of everything that the engine's optimizer wrapper gives to the optimizer.
+
+    Collective over the tensor-parallel group. Called first when the engine has just been built,
+    while its masters hold the weights of the model: a layout that is not understood is found then.
+
+    Raises:
+        ValueError: the wrapper, or an option of it, is one whose layout is not understood.
+    """
+    wrapper = engine.optimizer
+    given = dict(engine.module.named_parameters(remove_duplicate=True))
+    named = [(name, given[whole]) for whole, name in model_names(given).items()]
+    names = {id(param): name for name, param in named}
+    for param, whole in engine.param_names.items():
+        names.setdefault(id(param), model_name(whole))
+    owners = {
+        id(param): type(m).__name__
+        for m in engine.module.modules()
+        for param in m.parameters(recurse=False)
+    }
+    shardings = shardings_of(named, _tensor_parallel_group(engine), owners)
+
+    kinds = kinds_of(engine.module, names)
+
+    def describe(param: Tensor) -> Parameter:
+        name = names.get(id(param), "<a parameter that the engine's model does not have>")
+        shape = tuple(getattr(param, "ds_shape", param.shape))
+        return Parameter(name, shape, shardings.get(id(param)), kind=kinds.get(name))
+
+    masters = _masters.setdefault(engine, Masters())
+    buffers = list(_buffers(engine, wrapper, describe, names, shardings, masters))
+    return Layout(
+        buffers, kinds, is_part=bool(engine.pipeline_parallelism or engine.has_moe_layers)
+    )
+
+
+def tell_norm(engine: Any, guard: Guard) -> None:
+    """Let ``guard`` read the norm of all gradients where the engine's wrapper has it before it
+    steps.
+
+    A norm that is not finite would also make the engine's clipping write NaN into every gradient,
+    after which nobody could say whose it was. Where the wrapper itself skips such steps, the guard
+    counts and names them. A configuration whose ``bf16.check_grad_overflow`` is false goes before
+    the guard's default.
+    """
+    is_engine_s = not guard.is_explicit and _ignores_overflow(engine)
+    wrapper, find = engine.optimizer, weakref.ref(engine)
+
+    def norm() -> float | None:
+        found = find()
+        told = None if found is None else found.optimizer._global_grad_norm
+        return None if told is None else float(told)
+
+    def number() -> int:
+        found = find()
+        return -1 if found is None else int(found.global_steps)
+
+    guard.number = number
+    if wrapper is engine.basic_optimizer:
+        if guard.is_on and engine.mpu is None:
+            _clip_what_is_finite(engine)
+        return
+    if not hasattr(wrapper, "_global_grad_norm"):
+        return
+    guard.norm = None if is_engine_s else norm
+    if not type(wrapper).__name__.startswith("DeepSpeedZeroOptimizer"):
+        return
+    clip, update_scale = wrapper.unscale_and_clip_grads, wrapper._update_scale
+    if hasattr(update_scale, "adamw2"):  # the layout was read anew
+        return
+
+    @functools.wraps(clip)
+    def clip_by_a_number(grads: Any, total_norm: Any) -> Any:
+        total = torch.as_tensor(total_norm)
+        return clip(grads, total_norm if 0 <= float(total) < math.inf else torch.zeros_like(total))
+
+    @functools.wraps(update_scale)
+    def tell_and_update(has_overflow: Any) -> Any:
+        if has_overflow and wrapper.loss_scale == 1:  # else it is the search for a loss scale
+            guard.refuse(_non_finite_names(engine, wrapper), number())
+        return update_scale(has_overflow)
+
+    tell_and_update.adamw2 = True  # type: ignore[attr-defined]
+    wrapper.unscale_and_clip_grads = clip if is_engine_s else clip_by_a_number
+    wrapper._update_scale = tell_and_update
+
+
+def _ignores_overflow(engine: Any) -> bool:
+    """Whether the configuration itself says that a step on gradients that are not finite is to be
+    made.
+    """
+    bf16 = getattr(engine._config, "bfloat16_config", None)
+    is_given = "check_grad_overflow" in getattr(bf16, "model_fields_set", ())
+    return engine.bfloat16_enabled() and is_given and not bf16.check_grad_overflow  # type: ignore[union-attr]
+
+
+def _clip_what_is_finite(engine: Any) -> None:
+    clip = engine.clip_fp32_gradients
+    if hasattr(clip, "adamw2"):
+        return
+
+    @functools.wraps(clip)
+    def clip_if_finite() -> None:
+        if is_finite(
+            *(param.grad for param in engine.module.parameters() if param.grad is not None)
+        ):
+            clip()
+
+    clip_if_finite.adamw2 = True  # type: ignore[attr-defined]
+    engine.clip_fp32_gradients = clip_if_finite
+
+
+def _non_finite_names(engine: Any, wrapper: Any) -> list[str]:
+    """Return the parameters of whose reduced gradients this rank has pieces that are not finite."""
+    given = dict(engine.module.named_parameters(remove_duplicate=True))
+    names = {id(given[whole]): name for whole, name in model_names(given).items()}
+    params = wrapper.fp16_groups if hasattr(wrapper, "fp16_groups") else wrapper.params_in_partition
+    found = [
+        names.get(id(param), "a parameter of no name")
+        for number, grads in getattr(wrapper, "averaged_gradients", {}).items()
+        for param, grad in zip(params[number], grads or (), strict=False)  # padding comes last
+        if grad is not None and not is_finite(grad)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _buffers(
+    engine: Any,
+    wrapper: Any,
+    describe: Any,
+    names: dict[int, str],
+    shardings: dict[int, Sharding],
+    masters: Masters,
+) -> Iterator[Buffer]:
+    kind = type(wrapper).__name__
+    if wrapper is engine.basic_optimizer:
+        for group in wrapper.param_groups:
+            for param in group["params"]:
+                described = describe(param)
+                yield plain_buffer(param, described.name, shardings, described.kind)
+    elif kind == "FP16_UnfusedOptimizer":
+        yield from master_copy_buffers(wrapper.fp16_groups, wrapper.fp32_groups, describe, masters)
+    elif kind == "BF16_Optimizer":
+        yield from flat_partition_buffers(
+            wrapper.bf16_groups,
+            wrapper.fp32_groups_flat_partition,
+            wrapper.real_dp_process_group,
+            describe,
+            masters,
+        )
+    elif kind == "DeepSpeedZeroOptimizer":
+        yield from flat_partition_buffers(
+            wrapper.bit16_groups,
+            wrapper.single_partition_of_fp32_groups,
+            wrapper.real_dp_process_group,
+            describe,
+            masters,
+        )
+    elif kind == "DeepSpeedZeroOptimizer_Stage3":
+        if wrapper.swap_optimizer:
+            raise ValueError(
+                "AdamW2: offload_optimizer.device got 'nvme', it takes 'cpu' or 'none'."
+            )
+        yield from zero3_buffers(
+            wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, describe, masters
+        )
+    else:
+        first = next(iter(names.values()), "")
+        raise ValueError(
+            f"AdamW2: DeepSpeed's {kind} gives out parameter '{first}' and the others in a layout "
+            "that AdamW2 does not understand; it takes ZeRO 0, 1, 2 and 3, BF16_Optimizer and "
+            "FP16_UnfusedOptimizer."
+        )
+
+
+def _tensor_parallel_group(engine: Any) -> Any | None:
+    """Return the tensor-parallel group of the user's ``mpu``, of AutoTP or of the pipeline's grid,
+    or None.
+    """
+    # The grid's "model parallel" group spans the stages, too; its tensor-parallel one is called
+    # "slice".
+    for method in (
+        "get_slice_parallel_group",
+        "get_tensor_model_parallel_group",
+        "get_model_parallel_group",
+    ):
+        get = getattr(engine.mpu, method, None)
+        if get is not None:
+            return get()
+    return None

@@ -1,0 +1,185 @@
+"""What DeepSpeed, and Accelerate before it, do to an AdamW2 while they build an engine around it.
+
+Both have optimizers of their own for some configurations, which they put in the place of any other,
+or beside it. An AdamW2 is kept where it can do the same, and refused in one sentence where it
+cannot.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .. import unstepped
+from ..on_import import when_imported
+from . import adapter as deepspeed
+
+#: Engines whose configuration, or whose caller's function, made an AdamW2.
+_makers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def prepare(optimizer: torch.optim.Optimizer) -> None:
+    """Make ready for the engine that ``optimizer``, which was just made, may be given to, or is
+    made by.
+    """
+    unstepped.note_made(optimizer)
+    kind = type(optimizer)
+    when_imported("deepspeed.runtime.engine", lambda module: _install(module, kind))
+    when_imported("accelerate.accelerator", _keep_in_accelerate)
+    when_imported("accelerate.optimizer", _look_at_accelerate)
+    engine = deepspeed.engine_being_built()
+    if engine is not None:
+        _makers.add(engine)
+
+
+def _install(module: ModuleType, kind: type) -> None:
+    deepspeed.allow_under_zero(kind)
+    engine = module.DeepSpeedEngine
+    _wrap(engine, "zero_force_ds_cpu_optimizer", _forcing)
+    _wrap(engine, "_do_optimizer_sanity_check", _checking)
+    _wrap(engine, "_configure_lr_scheduler", _reading)
+    _wrap(engine, "_take_model_step", _looking)
+
+
+def _wrap(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put a wrapped function in the place of ``owner.name``, once, and where there is one."""
+    original = getattr(owner, name, None)
+    if original is None or hasattr(original, "adamw2"):
+        return
+    wrapped: Any = functools.wraps(original)(wrap(original))
+    wrapped.adamw2 = True
+    setattr(owner, name, wrapped)
+
+
+def _is_adamw2(optimizer: object) -> bool:
+    from ...optimizer import AdamW2
+
+    return isinstance(optimizer, AdamW2)
+
+
+def _forcing(force: Callable[..., bool]) -> Callable[..., bool]:
+    def zero_force_ds_cpu_optimizer(engine: Any) -> bool:
+        """Whether DeepSpeed insists on its own Adam under offload: not for AdamW2, which has a CPU
+        kernel.
+        """
+        if not _is_adamw2(engine.client_optimizer) and engine not in _makers:
+            return force(engine)
+        if getattr(engine._config, "_param_dict", {}).get("zero_force_ds_cpu_optimizer"):
+            raise ValueError(
+                "AdamW2: zero_force_ds_cpu_optimizer got True, it takes False, or nothing."
+            )
+        return False
+
+    return zero_force_ds_cpu_optimizer
+
+
+def _checking(check: Callable[..., Any]) -> Callable[..., Any]:
+    def _do_optimizer_sanity_check(engine: Any, basic_optimizer: Any) -> Any:
+        if _is_adamw2(basic_optimizer):
+            for sentence in _refusals(engine._config):
+                raise ValueError(sentence)
+        return check(engine, basic_optimizer)
+
+    return _do_optimizer_sanity_check
+
+
+def _refusals(config: Any) -> Iterator[str]:
+    """Yield one sentence for each option of DeepSpeed's configuration that would step weights
+    without AdamW2.
+    """
+    zero = config.zero_config
+    offload = getattr(zero, "offload_optimizer", None)
+    device = str(getattr(offload, "device", None) or "none").split(".")[-1]
+    if getattr(zero, "zenflow", None) is not None:
+        yield (
+            "AdamW2: zero_optimization.zenflow got a configuration, it takes none: ZenFlow "
+            "has its own Adam."
+        )
+    if zero.stage == 3 and getattr(offload, "super_offload", False):
+        yield (
+            "AdamW2: offload_optimizer.super_offload got True, it takes False: SuperOffload "
+            "has its own Adam."
+        )
+    if zero.stage == 3 and device != "none":
+        if getattr(offload, "ratio", 1.0) != 1.0:
+            yield (
+                f"AdamW2: offload_optimizer.ratio got {getattr(offload, 'ratio', 1.0)}, it takes "
+                f"1.0: what is not offloaded has its own AdamW."
+            )
+        if device == "nvme":
+            yield "AdamW2: offload_optimizer.device got 'nvme', it takes 'cpu' or 'none'."
+    if getattr(getattr(config, "float16_config", None), "fp16_master_weights_and_grads", False):
+        yield (
+            "AdamW2: fp16.fp16_master_weights_and_grads got True, it takes False: AdamW2 "
+            "steps float32 masters."
+        )
+    bf16 = getattr(config, "bfloat16_config", None)
+    are_both = getattr(bf16, "bf16_optimizer_states", False) and device == "none"
+    if getattr(bf16, "bf16_master_weights_and_grads", False) and not are_both:
+        yield (
+            "AdamW2: bf16.bf16_master_weights_and_grads got True, it takes False, or True with "
+            "bf16_optimizer_states and without offload_optimizer."
+        )
+
+
+def _reading(configure: Callable[..., Any]) -> Callable[..., Any]:
+    def _configure_lr_scheduler(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        """Follow the construction of the engine's optimizer: what it holds is known from the
+        weights still.
+        """
+        if _is_adamw2(engine.basic_optimizer):
+            deepspeed.read_layout(engine)
+        return configure(engine, *args, **kwargs)
+
+    return _configure_lr_scheduler
+
+
+def _looking(take: Callable[..., Any]) -> Callable[..., Any]:
+    def _take_model_step(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        taken = take(engine, *args, **kwargs)
+        if getattr(engine, "_step_applied", True) and not _has_scaler(engine):
+            unstepped.look(engine, engine.module.parameters(), engine.basic_optimizer)
+        return taken
+
+    return _take_model_step
+
+
+def _has_scaler(engine: Any) -> bool:
+    """Whether torch's gradient scaler decides if the optimizer is stepped, which it does not
+    tell.
+    """
+    scalers = (
+        (engine, "torch_autocast_z0_gradscaler"),
+        (engine.optimizer, "torch_autocast_gradscaler"),
+    )
+    return any(getattr(owner, name, None) is not None for owner, name in scalers)
+
+
+def _keep_in_accelerate(module: ModuleType) -> None:
+    """Let Accelerate keep an AdamW2, where for offload it puts DeepSpeed's Adam in the place of any
+    AdamW.
+    """
+
+    def keeping(replace: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda optimizer: optimizer if _is_adamw2(optimizer) else replace(optimizer)
+
+    _wrap(module, "map_pytorch_optim_to_deepspeed", keeping)
+
+
+def _look_at_accelerate(module: ModuleType) -> None:
+    def looking(step: Callable[..., Any]) -> Callable[..., Any]:
+        def step_and_look(accelerated: Any, *args: Any, **kwargs: Any) -> Any:
+            result = step(accelerated, *args, **kwargs)
+            if accelerated.gradient_state.sync_gradients and not accelerated.step_was_skipped:
+                params = (param for group in accelerated.param_groups for param in group["params"])
+                unstepped.look(accelerated, params, accelerated.optimizer)
+            return result
+
+        return step_and_look
+
+    _wrap(module.AcceleratedOptimizer, "step", looking)

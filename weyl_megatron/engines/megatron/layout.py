@@ -1,0 +1,173 @@
+"""Megatron-core: what its parameters are in the whole model, and which piece of each its optimizers
+step.
+
+Ranks of one model hold different parameters (pipeline stages, experts) and, under the distributed
+optimizer, different pieces of the same ones: every rank lists all parameters of its stage, in the
+model's order, with or without a piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ...layouts.buffers import Buffer, Layout, Parameter, Shard
+from ...layouts.grid import Sharding
+from ...layouts.modules import kinds_of
+from ...layouts.tensor_parallel import shardings_of
+from .modules import fused_weights, global_names
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+#: The name that all copies of a tied embedding go by: that on the first stage.
+_TIED_NAME = "embedding.word_embeddings.weight"
+
+
+class Groups(NamedTuple):
+    """Megatron's process groups, as far as matrices are spread over them."""
+
+    tensor: ProcessGroup | None
+    expert_tensor: ProcessGroup | None
+    # None where they have but one rank:
+    pipeline: ProcessGroup | None
+    expert: ProcessGroup | None
+    embedding: ProcessGroup | None  # the stages that keep a copy of the tied embedding
+
+
+def read_layout(
+    wrapper: Any,
+    model: Sequence[nn.Module],
+    stepped: Sequence[Sequence[Tensor]],
+    groups: Groups,
+    *,
+    split_fused: bool,
+    is_part: bool,
+) -> Layout:
+    """Return the layout of what one of Megatron's optimizers gives its inner optimizer to step.
+
+    Collective over the tensor-parallel groups.
+
+    Args:
+        wrapper: FP32Optimizer, Float16OptimizerWithFloat16Params or DistributedOptimizer.
+        model: the model's chunks on this rank, as ``get_megatron_optimizer`` got them.
+        stepped: the model's parameters per parameter group, before the wrapper replaced them.
+        groups: the process groups.
+        split_fused: whether linear_qkv and a gated linear_fc1 are several matrices each.
+        is_part: whether ``model`` lacks chunks that this rank has; those of other stages then step
+            at other times.
+
+    Raises:
+        ValueError: the wrapper, or a module, is one whose layout is not understood.
+    """
+    parameters = _parameters(model, groups, split_fused)
+    return Layout(
+        list(_buffers(wrapper, stepped, lambda param: parameters[id(param)])),
+        parameters=list(parameters.values()),
+        gather=None if is_part else lambda found: _gather(found, groups),
+        is_part=is_part,
+    )
+
+
+def _buffers(
+    wrapper: Any, stepped: Sequence[Sequence[Tensor]], describe: Callable[[Tensor], Parameter]
+) -> Iterator[Buffer]:
+    kind = type(wrapper).__name__
+    held: dict[
+        int, tuple[Tensor, int]
+    ] = {}  # by id of the model's parameter: the tensor, where it starts in it
+    process_groups: tuple[ProcessGroup, ...] = ()
+    if kind == "FP32Optimizer":
+        held = {id(param): (param, 0) for params in stepped for param in params}
+    elif kind == "Float16OptimizerWithFloat16Params":
+        held = {
+            id(param): (param, 0) for params in wrapper.fp32_from_fp32_groups for param in params
+        }
+        for param, main in _pairs(wrapper.float16_groups, wrapper.fp32_from_float16_groups):
+            held[id(param)] = main, 0
+    elif kind == "DistributedOptimizer":
+        masters = (
+            *_pairs(wrapper.model_fp32_groups, wrapper.shard_fp32_groups),
+            *_pairs(wrapper.model_float16_groups, wrapper.shard_fp32_from_float16_groups),
+        )
+        held = {
+            id(p): (shard, wrapper._get_model_param_range_map(p)["param"].start)
+            for p, shard in masters
+        }
+        if dist.get_world_size(wrapper.data_parallel_group) > 1:
+            process_groups = (wrapper.data_parallel_group,)
+    else:
+        raise ValueError(
+            f"AdamW2: Megatron's {kind} steps tensors in a layout that AdamW2 does not understand; "
+            f"it takes FP32Optimizer, Float16OptimizerWithFloat16Params and DistributedOptimizer."
+        )
+    for number, params in enumerate(stepped):
+        for param in params:
+            tensor, start = held.get(id(param), (None, 0))
+            if tensor is None:
+                tensor = torch.empty(0, device=param.device)
+            shard = Shard(describe(param), start, start + tensor.numel(), 0)
+            yield Buffer(tensor, (shard,), process_groups, number)
+
+
+def _pairs(
+    model: Sequence[Sequence[Tensor]], main: Sequence[Sequence[Tensor]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for params, masters in zip(model, main, strict=True):
+        yield from zip(params, masters, strict=True)
+
+
+def _parameters(
+    model: Sequence[nn.Module], groups: Groups, split_fused: bool
+) -> dict[int, Parameter]:
+    """Describe every trained parameter of the model's chunks, by ``id``. Collective over the
+    tensor-parallel groups.
+    """
+    names = global_names(model, 0 if groups.expert is None else dist.get_rank(groups.expert))
+    params = {id(p): p for chunk in model for p in chunk.parameters() if p.requires_grad}
+    # Routed experts have tensor-parallel groups of their own.
+    experts = {number for number in params if ".experts." in names[number]}
+    shardings = {
+        **shardings_of(
+            [(names[n], p) for n, p in params.items() if n not in experts], groups.tensor
+        ),
+        **shardings_of(
+            [(names[n], p) for n, p in params.items() if n in experts], groups.expert_tensor
+        ),
+    }
+    fused = fused_weights(model, shardings) if split_fused else {}
+    kinds = {name: kind for chunk in model for name, kind in kinds_of(chunk, names).items()}
+    described = {}
+    for number, p in params.items():
+        tied = _tied(p, groups.embedding)
+        name, kind = names[number] if tied is None else _TIED_NAME, kinds.get(names[number])
+        described[number] = Parameter(
+            name, tuple(p.shape), shardings.get(number), tied, fused.get(number), kind
+        )
+    return described
+
+
+def _tied(param: Tensor, group: ProcessGroup | None) -> Sharding | None:
+    """Return the pipeline stages that each keep a copy of ``param``: it is measured on the first,
+    for all of them.
+    """
+    if group is None or not getattr(param, "shared_embedding", False):
+        return None
+    return Sharding(group, None, (), dist.get_rank(group))
+
+
+def _gather(found: Any, groups: Groups) -> list[Any]:
+    """Return what every pipeline stage and every rank of experts found. Collective over both
+    groups.
+    """
+    everyone = [found]
+    for group in (groups.pipeline, groups.expert):
+        if group is not None:
+            theirs: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(theirs, everyone, group=group)
+            everyone = [one for mine in theirs for one in mine]
+    return everyone

@@ -1,0 +1,138 @@
+"""What Megatron-core's modules say of their parameters: the names in the whole model, and which
+weights are fused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...layouts.buffers import model_names
+from ...layouts.grid import Fused, Sharding, interleaved
+
+
+def global_names(model: Sequence[nn.Module], expert_rank: int) -> dict[int, str]:
+    """Return, by ``id``, the names that parameters have in the whole model: the same at any number
+    of ranks.
+
+    Layers are numbered over all pipeline stages and chunks, experts over all ranks of experts.
+
+    Args:
+        model: the chunks of the model on this rank, in Megatron's wrappers.
+        expert_rank: this rank among those that share out the experts.
+    """
+    names: dict[int, str] = {}
+    for number, chunk in enumerate(model):
+        renamed = dict(_renamed(chunk, expert_rank))
+        numbered: dict[str, Tensor] = {}
+        for local, param in chunk.named_parameters():
+            parts = local.split(".")
+            whole = [
+                renamed.get(".".join(parts[: end + 1]), part) for end, part in enumerate(parts)
+            ]
+            numbered[".".join(whole)] = param
+        taken = set(names.values())
+        for whole_name, name in model_names(numbered).items():
+            names[id(numbered[whole_name])] = f"chunk{number}.{name}" if name in taken else name
+    return names
+
+
+def _renamed(chunk: nn.Module, expert_rank: int) -> Iterator[tuple[str, str]]:
+    """Yield (path of a module or parameter, what its last part is in the whole model)."""
+    for path, module in chunk.named_modules():
+        if isinstance(module, nn.ModuleList):
+            for local, child in enumerate(module):
+                layer = getattr(child, "layer_number", None)  # from 1 on, over all stages
+                if path.endswith("local_experts"):
+                    yield f"{path}.{local}", str(expert_rank * len(module) + local)
+                elif isinstance(layer, int):
+                    yield f"{path}.{local}", str(layer - 1)
+        elif hasattr(
+            module, "num_gemms"
+        ):  # Transformer Engine's grouped linear layer: weight0, weight1, …
+            for local in range(int(module.num_gemms)):
+                for kind in ("weight", "bias"):
+                    yield (
+                        f"{path}.{kind}{local}".lstrip("."),
+                        f"{kind}{expert_rank * int(module.num_gemms) + local}",
+                    )
+
+
+def fused_weights(
+    model: Sequence[nn.Module], shardings: Mapping[int, Sharding]
+) -> dict[int, Fused]:
+    """Return, by ``id`` of the weight, which weights are several matrices.
+
+    linear_qkv repeats [q of a query group, its k, its v], and tensor parallelism may cut it inside
+    a group. linear_kv repeats [k, v] of a head. A gated linear_fc1 is [gate, up] on every rank, or
+    chunks of both in turn.
+
+    Raises:
+        ValueError: a module packs its weights in a way that is not understood.
+    """
+    found: dict[int, Fused] = {}
+    for chunk in model:
+        for path, module in chunk.named_modules():
+            if type(module).__name__ == "GroupedMLP":
+                raise ValueError(
+                    f"AdamW2: module '{path}' is a GroupedMLP, whose packed experts AdamW2 does "
+                    f"not understand; it takes TEGroupedMLP and SequentialMLP."
+                )
+            for weight, pattern, labels in _patterns(module):
+                sharding = shardings.get(id(weight))
+                is_cut = sharding is not None and sharding.dim == 0
+                sizes, rank = (
+                    (sharding.sizes, sharding.rank)
+                    if sharding and is_cut
+                    else ((weight.shape[0],), 0)
+                )
+                start = sum(sizes[:rank])
+                if sum(sizes) % sum(pattern) == 0:
+                    found[id(weight)] = interleaved(
+                        pattern, labels, sum(sizes), start, start + sizes[rank]
+                    )
+    return found
+
+
+def _patterns(module: nn.Module) -> Iterator[tuple[Tensor, list[int], tuple[str, ...]]]:
+    """Yield (weight, the rows of each part in one period, the parts' labels)."""
+    config = getattr(module, "config", None)
+    for weight in _weights(module, "linear_qkv"):
+        width = int(module.hidden_size_per_attention_head)  # type: ignore[arg-type]
+        q = width * (config.num_attention_heads // config.num_query_groups)  # type: ignore[union-attr]
+        if getattr(config, "attention_output_gate", False):
+            yield weight, [q, q, width, width], ("q", "gate", "k", "v")
+        else:
+            yield weight, [q, width, width], ("q", "k", "v")
+    for weight in _weights(module, "linear_kv"):
+        width = int(module.hidden_size_per_attention_head)  # type: ignore[arg-type]
+        yield weight, [width, width], ("k", "v")
+    if getattr(config, "gated_linear_unit", False):
+        for weight in _weights(module, "linear_fc1"):
+            yield weight, [_chunk(module, config) or weight.shape[0] // 2] * 2, ("gate", "up")
+
+
+def _weights(module: nn.Module, name: str) -> list[Tensor]:
+    """Return the 2-D weights of a linear layer: one, or one per local expert."""
+    layer = getattr(module, name, None)
+    if not isinstance(layer, nn.Module):
+        return []
+    return [
+        p
+        for leaf, p in layer.named_parameters(recurse=False)
+        if leaf.startswith("weight") and p.dim() == 2
+    ]
+
+
+def _chunk(module: nn.Module, config: Any) -> int | None:
+    """Return after how many rows of the gate as many of up follow, where an expert interleaves
+    them.
+    """
+    kind = type(module).__name__
+    if "Shared" in kind:
+        size = getattr(config, "moe_shared_expert_glu_interleave_size", None)
+    else:
+        size = getattr(config, "moe_mlp_glu_interleave_size", None) if "Grouped" in kind else None
+    return None if size is None else int(size)

@@ -1,0 +1,46 @@
+"""Calls a function once a module is imported: engines may be imported before or after an optimizer
+is made.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+
+_waiting: dict[str, Callable[[ModuleType], None]] = {}
+
+
+def when_imported(name: str, act: Callable[[ModuleType], None]) -> None:
+    """Call ``act`` with the module ``name``: now where it is imported, else once it is; one ``act``
+    a module.
+    """
+    if name in sys.modules:
+        act(sys.modules[name])
+        return
+    _waiting[name] = act
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+class _Finder(MetaPathFinder):
+    """Finds nothing itself: it has the loader that the others find call what waits for its
+    module.
+    """
+
+    def find_spec(self, fullname: str, *_: object) -> ModuleSpec | None:
+        act = _waiting.pop(fullname, None)  # so that the other finders are asked next
+        spec = None if act is None else find_spec(fullname)
+        if act is None or spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_act(module: ModuleType) -> None:
+            execute(module)
+            act(module)
+
+        spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
+        return spec

@@ -1,0 +1,1 @@
+"""Forecasts before a run: for how long each τ would act as a warmup."""

@@ -1,0 +1,373 @@
+"""`weyl-megatron plan`: what AdamW² will do to a model under a schedule, before a step is made, and
+which τ to take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from statistics import median
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ..layouts.buffers import Layout, Parameter
+from ..layouts.grid import Kind
+from ..layouts.modules import kinds_of
+from ..settings import BALANCED, check_settings, read_tau
+from ..spectral import MatrixSpec, PowerIteration, tiles_of_range
+from ..thresholds import Thresholds
+from ..transformer.roles import io_parameters
+from .forecast import Case, Row, Schedule, follow, kind_of
+from .models import load
+
+__all__ = ["TAUS", "Row", "plan", "run", "suggest"]
+
+#: What is planned for where no τ is named.
+TAUS: tuple[float | str, ...] = (0.001, 0.003, 0.004, 0.01, 0.02, 0.05, BALANCED)
+
+#: The paper's τ, and the most hidden matrices that it was tried with: 40 blocks of ViT-g, six in
+#: each.
+_PAPER_TEXT, _PAPER_IMAGES, _PAPER_HIDDEN = 0.01, 0.004, 240
+
+#: A head that is clipped for more than this share of a run is held back.
+_HELD_BACK = 0.2
+
+#: "balanced" is not suggested where it leaves hidden matrices less of the schedule's rate than in
+#: the runs it was tried in.
+_AUTO_LEAVES = 0.1
+
+#: AdamW2's defaults.
+_SETTINGS = check_settings(
+    tau=0.01, power_iters=2, floor_std=1e-3, clip_vectors=False, io=None, overrides=(), others={}
+)
+
+
+class _Matrix(NamedTuple):
+    parameter: Parameter
+    name: str
+    rows: int
+    cols: int
+    sigma: float
+
+
+def plan(
+    named: Iterable[tuple[str, Tensor]],
+    lr: float,
+    *,
+    taus: Sequence[float | str] = TAUS,
+    steps: int | None = None,
+    warmup: int = 0,
+    min_lr: float | None = None,
+    module: nn.Module | None = None,
+) -> list[Row]:
+    """Return what each τ will do to each kind of matrix, in the order of ``taus`` and then of the
+    parameters.
+
+    Args:
+        named: (name, parameter), whole; read once and not kept, so that they may be made one at a
+            time.
+        lr: α, the schedule's highest.
+        taus: numbers and "balanced".
+        steps: of a cosine from ``lr`` to ``min_lr``; None: the rate stays.
+        warmup: steps of a linear warmup before it.
+        min_lr: None: a tenth of ``lr``.
+        module: tells what each parameter is: convolutions and experts, embeddings and the head.
+
+    Raises:
+        ValueError: a number that is none, no matrix among the parameters, or "balanced" where
+            nothing tells the head.
+    """
+    taus = _check(lr, taus, steps, warmup)
+    end = lr / 10 if min_lr is None else min_lr
+    owned = {} if module is None else kinds_of(module)
+    return _forecast(_measured(named, owned), Schedule(lr, end, steps, warmup), taus, owned)
+
+
+def _forecast(
+    matrices: Sequence[_Matrix],
+    schedule: Schedule,
+    taus: Sequence[float | str],
+    owned: Mapping[str, Kind],
+) -> list[Row]:
+    if not matrices:
+        raise ValueError("plan: the model has no matrix, it takes one with 2-D parameters.")
+    for matrix in matrices:
+        if not math.isfinite(matrix.sigma):
+            raise ValueError(
+                f"plan: σ₁ of '{matrix.name}' is {matrix.sigma}, it takes finite weights."
+            )
+    parameters = {matrix.parameter.name: matrix.parameter for matrix in matrices}
+    thresholds = Thresholds(
+        _SETTINGS, Layout([], owned, list(parameters.values())), BALANCED in taus
+    )
+    try:
+        io = io_parameters(parameters, owned, None)
+    except ValueError:  # nothing tells; with "balanced" that was raised above
+        io = set()
+    kinds = [kind_of(matrix.name) for matrix in matrices]
+    is_text = "embedding" in kinds
+    if is_text and "head" not in kinds:
+        kinds = ["tied head" if kind == "embedding" else kind for kind in kinds]
+    groups: dict[tuple[str, int, int], list[_Matrix]] = {}
+    for kind, matrix in zip(kinds, matrices, strict=True):
+        groups.setdefault((kind, matrix.rows, matrix.cols), []).append(matrix)
+    cases = []
+    for asked in taus:
+        for (kind, rows, cols), members in groups.items():
+            first = members[0].parameter
+            floor, tau = thresholds.floor_and_tau(first, rows, cols, asked)
+            sigma = median(member.sigma for member in members)
+            cases.append(
+                Case(
+                    kind,
+                    rows,
+                    cols,
+                    len(members),
+                    sigma,
+                    floor,
+                    asked,
+                    tau,
+                    is_text,
+                    first.name not in io,
+                )
+            )
+    return follow(cases, schedule)
+
+
+def _measured(named: Iterable[tuple[str, Tensor]], owned: Mapping[str, Kind]) -> list[_Matrix]:
+    """Return every matrix of the parameters with its σ₁, by the optimizer's own power iteration
+    from a cold start.
+    """
+    found = []
+    for name, tensor in named:
+        parameter = Parameter(name, tuple(tensor.shape), kind=owned.get(name))
+        grid = None
+        if tensor.is_floating_point() and tensor.numel():
+            grid = Thresholds(_SETTINGS, Layout([], None, [parameter]), False).grid(parameter)
+        if grid is None:
+            continue
+        tiles = list(tiles_of_range(grid.blocks, grid.width, 0, tensor.numel(), 0))
+        specs = [MatrixSpec(name + shape.suffix, shape.rows, shape.cols) for shape in grid.matrices]
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        sigmas = PowerIteration(specs, tiles).sigmas([[flat]])[0].tolist()
+        found += [
+            _Matrix(parameter, *spec[:3], sigma) for spec, sigma in zip(specs, sigmas, strict=True)
+        ]
+    return found
+
+
+def _check(
+    lr: float, taus: Sequence[float | str], steps: int | None, warmup: int
+) -> list[float | str]:
+    """Return every τ as the optimizer knows it."""
+    if not 0 < lr < math.inf:
+        raise ValueError(f"plan: lr got {lr!r}, it takes a number above 0.")
+    if not taus:
+        raise ValueError("plan: taus got none, it takes numbers above 0 and 'balanced'.")
+    read = [read_tau("plan's tau", tau) for tau in taus]
+    if math.inf in read:
+        raise ValueError("plan: tau got inf, which is AdamW and bounds nothing; it takes a number.")
+    if steps is not None and steps < 1:
+        raise ValueError(f"plan: steps got {steps}, it takes 1 or more.")
+    if not 0 <= warmup < (steps or math.inf):
+        raise ValueError(
+            f"plan: warmup got {warmup}, it takes 0 or more and less than steps ({steps})."
+        )
+    return read
+
+
+def suggest(rows: Sequence[Row], steps: int | None = None) -> tuple[float | str, str]:
+    """Return τ, the paper's or "balanced", and the reason in a sentence.
+
+    Args:
+        rows: of a plan that has the paper's τ (.01, and .004 for images) and, if it can,
+            "balanced".
+        steps: of the run, where they are known.
+    """
+    kinds = {row.kind for row in rows}
+    is_text = bool(kinds & {"embedding", "tied head"})
+    is_image = "patch embedding" in kinds
+    paper = _PAPER_IMAGES if is_image and not is_text else _PAPER_TEXT
+    of_paper, of_balanced = (
+        [row for row in rows if row.asked == asked] for asked in (paper, BALANCED)
+    )
+    hidden = sum(row.count for row in of_paper if row.is_hidden)
+    whose = "ViT and Swin" if paper == _PAPER_IMAGES else "GPT"
+    if not of_balanced:
+        asks = "nothing tells the embeddings and the head that balanced asks for"
+        return paper, f"it is the paper's for {whose}, and {asks}"
+    left = _median([(row.rate_settled, row.count) for row in of_balanced if row.is_hidden])
+    if left < _AUTO_LEAVES:
+        deep = (
+            f" with {hidden} hidden matrices, which is more than it was tried with,"
+            if hidden > _PAPER_HIDDEN
+            else ""
+        )
+        return paper, (
+            f"it is the paper's for {whose},{deep} and balanced would leave hidden matrices "
+            f"{left:.1%} of the rate, less than it was tried with"
+        )
+    if not (is_text or is_image):
+        nothing = "the model has neither a token nor a patch embedding by name"
+        return BALANCED, f"{nothing}, so that the paper has no τ for it"
+    zero = sum(row.count for row in of_paper if row.is_hidden and row.sigma_weight < row.floor)
+    if zero:
+        start = f"{zero} hidden matrices start at or near zero"
+        return BALANCED, f"{start}, and balanced takes σ₁(W) for a Xavier matrix's there"
+    if hidden > _PAPER_HIDDEN:
+        share = next(row.tau for row in of_balanced if row.is_hidden)
+        return BALANCED, (
+            f"{hidden} hidden matrices are more than the {_PAPER_HIDDEN} of the paper's deepest "
+            f"model; balanced shares its budget out among them, τ = {share:.2g} each"
+        )
+    heads = [
+        [row for row in some if row.kind in ("head", "tied head")]
+        for some in (of_paper, of_balanced)
+    ]
+    if steps is not None and all(heads):
+        # How a language model's head grows is measured; how soon others are free is only bounded.
+        late, soon = (some[0].typical if is_text else some[0].earliest for some in heads)
+        paper_says = (
+            f"at the paper's τ = {paper:g} the head would be clipped for "
+            f"{_of(late, steps, is_text)} steps"
+        )
+        if (late is None or late > _HELD_BACK * steps) and late != soon:
+            return BALANCED, f"{paper_says}, with balanced for {_of(soon, steps, is_text)}"
+        return paper, f"it is the paper's for {whose}, and {paper_says}"
+    return (
+        paper,
+        f"it is the paper's for {whose}; --steps tells whether the run is long enough for it",
+    )
+
+
+def _median(weighted: Sequence[tuple[float, int]]) -> float:
+    return median([value for value, count in weighted for _ in range(count)] or [1.0])
+
+
+def _of(step: int | None, steps: int, is_measured: bool) -> str:
+    return (
+        f"all {steps}"
+        if step is None
+        else f"{'about' if is_measured else 'at least'} {step} of the {steps}"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the plan of ``arguments.model`` and write it to ``arguments.json`` where that is given;
+    return 0.
+
+    Takes ``model`` str, ``lr`` float or None, ``steps`` and ``warmup`` int or None, ``tau`` list of
+    str or None, ``json`` Path or None. What is None is the recipe's, where the model is one; else
+    lr is 6e-4, without warmup.
+    """
+    asked = [_number(text) for text in arguments.tau or ()]
+    source = load(arguments.model)
+    given = {name: getattr(arguments, name) for name in ("lr", "steps", "warmup")}
+    lr, steps, warmup = (
+        getattr(source, name) if value is None else value for name, value in given.items()
+    )
+    least = source.min_lr if arguments.lr is None and source.min_lr is not None else lr / 10
+    shown = list(dict.fromkeys(asked or [*TAUS, *([] if source.tau is None else [source.tau])]))
+    taus = list(dict.fromkeys([*shown, _PAPER_TEXT, _PAPER_IMAGES, BALANCED]))
+    taus = _check(lr, taus, steps, warmup)
+    owned = {} if source.module is None else kinds_of(source.module)
+    matrices, schedule = _measured(source.named, owned), Schedule(lr, least, steps, warmup)
+    try:
+        rows = _forecast(matrices, schedule, taus, owned)
+    except ValueError as error:
+        if BALANCED in asked or "nothing tells which" not in str(error):
+            raise
+        shown, taus = ([tau for tau in some if tau != BALANCED] for some in (shown, taus))
+        rows = _forecast(matrices, schedule, taus, owned)
+    tau, reason = suggest(rows, steps)
+    printed = [row for row in rows if row.asked in shown]
+    print("\n".join([f"{source.label}, {_words(schedule)}", "", *_table(printed, schedule), ""]))
+    print(f"Suggested: τ = {tau}, because {reason}.")
+    for kind in dict.fromkeys(row.kind for row in rows):
+        of_kind = [row for row in rows if row.kind == kind and row.asked == tau]
+        first, later = (
+            _shares([getattr(row, name) for row in of_kind])
+            for name in ("rate_first", "rate_settled")
+        )
+        print(
+            f"  {kind:<16}α_W starts at {first} of the schedule's rate; about step 100 it is "
+            f"{later}"
+        )
+    if arguments.json is not None:
+        content = {
+            "model": arguments.model,
+            **schedule._asdict(),
+            "suggested": tau,
+            "reason": reason,
+        }
+        content["rows"] = [asdict(row) for row in printed]
+        arguments.json.write_text(
+            json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+    return 0
+
+
+def _number(text: str) -> float | str:
+    with suppress(ValueError):
+        return float(text)
+    with suppress(ValueError):
+        return read_tau("plan's tau", text)
+    raise ValueError(f"plan: --tau got {text!r}, it takes a number above 0 or balanced.")
+
+
+def _words(schedule: Schedule) -> str:
+    warmup = f", warmup {schedule.warmup} steps" if schedule.warmup else ""
+    shape = (
+        "constant"
+        if schedule.steps is None
+        else f"cosine to {schedule.end:g} in {schedule.steps} steps"
+    )
+    return f"rate {schedule.lr:g}, {shape}{warmup}"
+
+
+def _table(rows: Sequence[Row], schedule: Schedule) -> Iterator[str]:
+    """Yield the lines: a kind each, and for every τ when its clip ends."""
+    taus = list(dict.fromkeys(row.asked for row in rows))
+    kinds: dict[tuple[str, int, int], list[Row]] = {}
+    for row in rows:
+        kinds.setdefault((row.kind, row.rows, row.cols), []).append(row)
+    lines = [["kind", "count", "shape", "σ₁(W)", *(f"τ = {tau}" for tau in taus)]]
+    for (kind, height, width), of_kind in kinds.items():
+        first = of_kind[0]
+        cells = [_cell(row) for row in of_kind]
+        lines.append(
+            [kind, str(first.count), f"{height}×{width}", f"{first.sigma_weight:.3g}", *cells]
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        yield "  ".join(
+            cell.ljust(width) for cell, width in zip(line, widths, strict=True)
+        ).rstrip()
+    within = (
+        "while the rate stays" if schedule.steps is None else f"within the {schedule.steps} steps"
+    )
+    yield (
+        "The step from which on nothing is clipped: typical (earliest to latest); – is "
+        f"not {within}."
+    )
+    yield (
+        "Only the earliest allows for hidden matrices that grow; within the 1500 steps "
+        "measured they hardly did."
+    )
+
+
+def _shares(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.1%}", f"{max(values):.1%}"
+    return low if low == high else f"{low} to {high}"
+
+
+def _cell(row: Row) -> str:
+    early, usual, late = (
+        "–" if step is None else str(step) for step in (row.earliest, row.typical, row.latest)
+    )
+    return usual if early == usual == late else f"{usual} ({early} to {late})"

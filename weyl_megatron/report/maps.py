@@ -1,0 +1,155 @@
+"""The canvases of a report: heat maps of heads over steps, attention maps, and their frames for the
+scrubber.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .curves import POINTS, Shown, head_name
+from .page import grid, legend
+from .runs import Points, Run, evenly, pooled
+
+MODES = ("normal", "benign", "malignant", "uniform")
+_SIDES = {64: 20, 32: 6, 16: 0}  # rows and columns of a map on the page, if so many steps fit
+
+
+def modes(shown: Shown) -> str:
+    if not any(each.heads("mode") for each in shown.runs):
+        return ""
+    names = ((name, f"var(--mode-{mode})") for mode, name in enumerate(MODES))
+    return legend(names) + heats(shown, "mode", 1.0)
+
+
+def heats(shown: Shown, name: str, scale: float) -> str:
+    """Each run's heads over its steps, as canvases that the page's script paints."""
+    bodies = ((each, _heat(each.heads(name), name, scale)) for each in shown.runs)
+    return grid(shown.columns, (shown.of_run(each, body, is_named=True) for each, body in bodies))
+
+
+def _heat(series: Mapping[tuple[int, int], Points], name: str, scale: float) -> str:
+    if not series:
+        return "<p>Not logged.</p>"
+    steps = evenly(sorted({step for points in series.values() for step, _ in points}), POINTS)
+    values = (dict(points).get(step) for points in series.values() for step in steps)
+    levels = bytes(_level(value, scale, name == "mode") for value in values)
+    blocks = [block for block, _ in series]
+    numbers = evenly(sorted(set(blocks)), 16)
+    height = max(15 * len(numbers), max(3, min(10, 240 // len(series))) * len(series))
+    middles = {
+        block: (blocks.index(block) + blocks.count(block) / 2) / len(blocks) for block in numbers
+    }
+    labels = "".join(
+        f'<span style="top:{100 * at:.1f}%">block {block}</span>' for block, at in middles.items()
+    )
+    return (
+        f'<div class="heat" style="grid-template-rows:{height}px auto"><div class="rows">{labels}</div>'
+        f'<canvas data-kind="{name}" data-steps="{",".join(map(str, steps))}" data-scale="{scale:g}" '
+        f'data-heads="{"|".join(map(head_name, series))}" data-levels="{_base64(levels)}"></canvas>'
+        f'<div class="steps"><span>step {steps[0]}</span><span>{steps[-1]}</span></div></div>'
+    )
+
+
+def _level(value: float | None, scale: float, is_mode: bool) -> int:
+    """A byte of a heat map; 0 is a gap."""
+    if value is None:
+        return 0
+    if is_mode:
+        return 1 + int(value) if value in range(len(MODES)) else 0
+    return 1 + round(254 * min(1.0, max(0.0, value / scale)))
+
+
+def attention_maps(shown: Shown) -> str:
+    runs = [each for each in shown.runs if each.maps]
+    canvas = '<canvas class="map" width="1" height="1"></canvas>'
+    big, small = [], []
+    for number, each in enumerate(runs):
+        big.append(
+            shown.of_run(
+                each, f'<div class="big" id="big-{number}">{canvas}<p></p></div>', is_named=True
+            )
+        )
+        cells = _map_places(each)
+        heads = sorted({head for _, head in cells})
+        parts = [
+            "<span></span>",
+            *(f"<span>{head if len(heads) > 6 else f'head {head}'}</span>" for head in heads),
+        ]
+        for block in sorted({block for block, _ in cells}):
+            parts.append(f"<span>block {block}</span>")
+            for place in ((block, head) for head in heads):
+                at = cells.index(place) if place in cells else None
+                button = (
+                    f'<button type="button" data-cell="{at}" '
+                    f'aria-label="{head_name(place)}">{canvas}</button>'
+                )
+                parts.append("<span></span>" if at is None else button)
+        template = f"grid-template-columns:auto repeat({len(heads)},minmax(0,1fr))"
+        body = f'<div class="small" id="small-{number}" style="{template}">{"".join(parts)}</div>'
+        small.append(shown.of_run(each, body))
+    last = len(_map_steps(shown)[0]) - 1
+    scrubber = (
+        '<div class="scrubber"><button id="play" type="button">▶ play</button><input id="step" type="range" min="0" '
+        f'max="{last}" value="{last}" aria-label="step of the maps"><output id="at" for="step"></output></div>'
+    )
+    columns = len(runs) if len(runs) <= 4 else 3
+    return scrubber + grid(columns, big) + grid(columns, small) if runs else ""
+
+
+def _map_places(each: Run) -> list[tuple[int, int]]:
+    return sorted({(kept.block, kept.head) for kept in each.maps})
+
+
+def _map_steps(shown: Shown) -> tuple[list[int], int]:
+    """The steps that the scrubber has, and the rows and columns of a map, so that all of them
+    fit.
+    """
+    logged = sorted({kept.step for each in shown.runs for kept in each.maps})
+    sizes = {
+        (number, m.block, m.head): (m.rows, m.cols)
+        for number, each in enumerate(shown.runs)
+        for m in each.maps
+    }
+    for side, least in _SIDES.items():
+        of_a_step = sum(min(rows, side) * min(cols, side) for rows, cols in sizes.values())
+        fit = shown.map_bytes // max(1, of_a_step)
+        if fit >= min(least, len(logged)):
+            break
+    return evenly(logged, max(2, fit)), side
+
+
+def frames(shown: Shown) -> dict[str, Any]:
+    """The maps for the page's script: at every step each run's newest."""
+    steps, side = _map_steps(shown)
+    runs = (
+        {"color": shown.color(each)[4:-1], "cells": _cells(each, steps, side)}
+        for each in shown.runs
+        if each.maps
+    )
+    return {"steps": steps, "runs": list(runs)}
+
+
+def _cells(each: Run, steps: Sequence[int], side: int) -> list[dict[str, Any]]:
+    told = {name: each.heads(name) for name in ("entropy", "map_rank", "mode")}
+    cells = []
+    for place in _map_places(each):
+        here = {kept.step: kept for kept in each.maps if (kept.block, kept.head) == place}
+        facts = {name: dict(series.get(place, [])) for name, series in told.items()}
+        newest = [max((at for at in here if at <= step), default=-1) for step in steps]
+        used = sorted(set(newest) - {-1})
+        drawn = []
+        for step in used:
+            small = pooled(here[step], side)
+            numbers = {name: values.get(step) for name, values in facts.items()}
+            numbers["mode"] = numbers["mode"] if numbers["mode"] in range(len(MODES)) else None
+            size = {"step": step, "rows": small.rows, "cols": small.cols}
+            drawn.append({**size, **numbers, "levels": _base64(small.levels)})
+        at = [used.index(step) if step in used else -1 for step in newest]
+        cells.append({"block": place[0], "head": place[1], "at": at, "frames": drawn})
+    return cells
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()

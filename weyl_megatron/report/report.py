@@ -1,0 +1,229 @@
+"""The report of watched runs: one HTML file with everything in it, readable without a network."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+
+from . import maps, panels
+from .curves import Shown
+from .page import PAGE, section
+from .runs import Run, expand, read_run
+
+_PAGE_BYTES, _MAP_BYTES = (
+    9_000_000,
+    4_500_000,
+)  # of a page about, and of all attention maps on it at most
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Writes the report of the folders `arguments.runs` to `arguments.out`; prints where it is, and
+    every note.
+    """
+    notes = write_report(arguments.runs, arguments.out)
+    print(f"The report: {arguments.out}")
+    for note in notes:
+        print(note)
+    return 0
+
+
+def write_report(folders: Sequence[Path], out: Path) -> list[str]:
+    """Writes the report of the runs in `folders` to `out`; returns what of them could not be read.
+
+    Raises:
+        ValueError: none of the folders has anything that can be shown.
+    """
+    read = [read_run(folder) for folder in expand(folders)]
+    notes = [note for each in read for note in each.notes]
+    runs = _distinct([each for each in read if each.is_readable])
+    if not runs:
+        named = ", ".join(map(str, folders)) or "no folder"
+        why = "; ".join(note.rstrip(".") for note in notes)
+        raise ValueError(
+            f"report: got {named} without a readable log ({why}), it takes folders of watched runs."
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(_page(Shown(runs, _MAP_BYTES), notes), encoding="utf-8")
+    return notes
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """A part of the page; `needs` is what would fill it where `body` finds nothing."""
+
+    name: str
+    title: str
+    text: str
+    needs: str
+    body: Callable[[Shown], str]
+
+
+def _page(shown: Shown, notes: Sequence[str]) -> str:
+    bodies = {
+        panel: "" if panel.body is maps.attention_maps else panel.body(shown) for panel in _PANELS
+    }
+    left = (
+        (_PAGE_BYTES - sum(map(len, bodies.values()))) * 3 // 4
+    )  # a map's bytes are written in base 64
+    shown = replace(shown, map_bytes=min(left, _MAP_BYTES))
+    bodies |= {
+        panel: maps.attention_maps(shown) for panel in _PANELS if panel.body is maps.attention_maps
+    }
+    parts = [
+        section(panel.name, panel.title, panel.text, body) for panel, body in bodies.items() if body
+    ]
+    missing = (panel for panel, body in bodies.items() if not body)
+    items = "".join(
+        f'<li data-missing="{each.name}">{each.title}: needs {escape(each.needs)}.</li>'
+        for each in missing
+    )
+    parts += [f"<section><h2>Not in these logs</h2><ul>{items}</ul></section>"] if items else []
+    if notes:
+        said = "".join(f"<li>{escape(note)}</li>" for note in notes)
+        parts.append(
+            section(
+                "notes",
+                "What could not be read",
+                "The rest of these logs is shown.",
+                f"<ul>{said}</ul>",
+            )
+        )
+    title = (
+        f"Stability: {shown.runs[0].title}"
+        if len(shown.runs) == 1
+        else f"Stability of {len(shown.runs)} runs"
+    )
+    return PAGE.substitute(
+        title=escape(title),
+        body="".join(parts),
+        steps=json.dumps(shown.steps, separators=(",", ":")),
+        maps=json.dumps(maps.frames(shown), separators=(",", ":")),
+    )
+
+
+def _distinct(runs: Sequence[Run]) -> list[Run]:
+    """The runs, those of one title told apart by their folders' names, and else by numbers."""
+    titles = [each.title for each in runs]
+    told = [
+        f"{each.title} ({each.name})" if titles.count(each.title) > 1 else each.title
+        for each in runs
+    ]
+    numbered = [f"{title} #{told[: at + 1].count(title)}" for at, title in enumerate(told)]
+    final = [
+        new if told.count(title) > 1 else title for title, new in zip(told, numbered, strict=True)
+    ]
+    return [replace(each, title=title) for each, title in zip(runs, final, strict=True)]
+
+
+_PANELS = (
+    _Panel(
+        "summary",
+        "Summary",
+        "Where the runs stand at their last measurement; σ₁(W_qᵀW_k) is the largest of the whole "
+        "run.",
+        "any measurement",
+        panels.summary,
+    ),
+    _Panel(
+        "loss",
+        "Loss",
+        "Of the steps that were measured; where there are many of them smoothed, the single ones "
+        "faint behind. A loss that is a fifth above the highest of the first is cut off.",
+        "loss: watch.step(loss)",
+        panels.loss,
+    ),
+    _Panel(
+        "rates",
+        "The rate of every matrix",
+        "α = min(schedule, τ σ₁(W) / σ₁(U)). A curve below the dashed schedule is a matrix that is "
+        "being clipped; where they meet, the step is AdamW's. All charts have the same range.",
+        "clip/…/lr: an AdamW² optimizer",
+        panels.rates,
+    ),
+    _Panel(
+        "clipped",
+        "How many matrices are clipped",
+        "The share of those of a kind, and of those in a block.",
+        "clip_share/…: an AdamW² optimizer",
+        panels.clipped,
+    ),
+    _Panel(
+        "terms",
+        "Fifteen numbers of every block",
+        "Spectral norms of the weights and of their products, norms of the gains and biases, of "
+        "the block's input and of its gradient. The charts of one term have the same range in all "
+        "runs.",
+        "block/…/sigma_q and its like",
+        panels.terms,
+    ),
+    _Panel(
+        "energy",
+        "Where the energy of W_qᵀW_k is",
+        "SEC is the share of Σσ² in the largest singular values of a head, the effective rank is "
+        "over how many the energy spreads. In a malignant collapse SEC goes to 1 and the rank to a "
+        "few. A curve is a head.",
+        "block/…/head/…/sec or effective_rank",
+        panels.energy,
+    ),
+    _Panel(
+        "entropy",
+        "Attention entropy",
+        "Of every head over the steps, then for each block the mean of its heads and their range. "
+        "At 0 a query looks at one key; at the uniform value it looks at all alike, and attention "
+        "passes on nothing but an average.",
+        "block/…/head/…/entropy",
+        panels.entropy,
+    ),
+    _Panel(
+        "modes",
+        "Modes of the heads",
+        "In a benign collapse tokens look at themselves; in a malignant one all look at the same "
+        "few keys.",
+        "block/…/head/…/mode",
+        maps.modes,
+    ),
+    _Panel(
+        "maps",
+        "Attention maps over time",
+        "A row is a query, a column a key; colour is as dense as √p. A small map that is pressed "
+        "is shown large, in every run. A map with more rows or columns than are shown has the "
+        "maximum of those that a pixel stands for.",
+        "maps: Watch(…, maps=[0, 1])",
+        maps.attention_maps,
+    ),
+    _Panel(
+        "similarity",
+        "Token similarity",
+        "The mean cosine between the tokens at a block's input; at 1 all tokens are alike (rank "
+        "collapse).",
+        "block/…/similarity",
+        panels.similarity,
+    ),
+    _Panel(
+        "gradients",
+        "Gradients of queries and keys beside those of values",
+        "Where attention has collapsed, W_q and W_k get hardly any gradient. All charts have the "
+        "same range.",
+        "block/…/grad_q, grad_k and grad_v",
+        panels.gradients,
+    ),
+    _Panel(
+        "sharpness",
+        "Sharpness",
+        "The largest eigenvalue of the Hessian, and of the Hessian as Adam preconditions it: above "
+        "the threshold its steps overshoot.",
+        "sharpness or sharpness_adam: watch.step(loss, sharpness=…)",
+        panels.sharpness,
+    ),
+    _Panel(
+        "warnings",
+        "Warnings",
+        "As they were given while the runs were training.",
+        "a warning; none was given",
+        panels.warnings,
+    ),
+)

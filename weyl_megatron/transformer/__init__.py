@@ -1,0 +1,10 @@
+"""A Transformer's blocks and what each of their layers is to them, and the cures that change the
+model itself.
+
+``sigma_reparam`` and ``fold`` (Zhai et al. 2023), ``scale_residuals`` (Noci et al. 2022).
+"""
+
+from .reparam import fold, sigma_reparam
+from .residual import scale_residuals
+
+__all__ = ["fold", "scale_residuals", "sigma_reparam"]

@@ -1,0 +1,177 @@
+"""Where measurements go: JSON lines (for ``weyl-megatron report``), CSV, TensorBoard, W&B, an
+engine's own writer.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from .capture import Map
+
+
+class Sink(Protocol):
+    """Gets every measurement, on the rank that writes."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Take the numbers of a step, by tag."""
+
+    def close(self) -> None:
+        """Flush; nothing is written afterwards."""
+
+
+class JsonLines:
+    """``FOLDER/stability.jsonl``, one object a line; a run that is resumed goes on in the same
+    file.
+
+    Beside the numbers it holds attention maps and warnings, as docs/stability.md says.
+    """
+
+    def __init__(self, folder: Path | str, header: Mapping[str, Any]) -> None:
+        self.path = Path(folder) / "stability.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8")
+        if self._file.tell() and not self._ends_a_line():
+            self._file.write("\n")  # the run before was cut off inside a line
+        self._put({"event": "start", "version": 1, **header})
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._put(
+            {
+                "event": "step",
+                "step": step,
+                "values": {tag: _short(value) for tag, value in values.items()},
+            }
+        )
+
+    def write_map(self, step: int, kept: Map) -> None:
+        levels = (kept.attention.float().clamp(0, 1).sqrt() * 255).round().to(torch.uint8)
+        rows, cols = levels.shape
+        place = {
+            "block": kept.block,
+            "head": kept.head,
+            "rows": rows,
+            "cols": cols,
+            "queries": kept.queries,
+        }
+        self._put({"event": "map", "step": step, **place, "levels": levels.numpy().tobytes().hex()})
+
+    def write_warning(self, step: int, block: int, head: int, text: str) -> None:
+        self._put({"event": "warning", "step": step, "block": block, "head": head, "text": text})
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _ends_a_line(self) -> bool:
+        with self.path.open("rb") as file:
+            file.seek(-1, 2)
+            return file.read(1) == b"\n"
+
+    def _put(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+
+class Csv:
+    """A file of ``step,tag,value`` rows: measurements of different steps need not have the same
+    tags.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", newline="", encoding="utf-8")
+        self._rows = csv.writer(self._file)
+        if not self._file.tell():
+            self._rows.writerow(["step", "tag", "value"])
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._rows.writerows([step, tag, value] for tag, value in values.items())
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """A TensorBoard writer: a log folder, or the writer that a run has (Megatron's, your own)."""
+
+    def __init__(self, writer: Any) -> None:
+        self._is_own = isinstance(writer, (str, Path))
+        if self._is_own:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise ValueError(
+                    "watch: TensorBoard is not installed; pip install tensorboard."
+                ) from error
+            writer = SummaryWriter(str(writer))
+        self._writer = writer
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        if self._is_own:
+            self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases: what ``wandb.init`` returned, or the module."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None: ...
+
+
+class DeepSpeedMonitor:
+    """The monitor of a DeepSpeed engine: TensorBoard, W&B, Comet or CSV, as its JSON configuration
+    says.
+    """
+
+    def __init__(self, monitor: Any) -> None:
+        self._monitor = monitor
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._monitor.write_events([(tag, value, step) for tag, value in values.items()])
+
+    def close(self) -> None: ...
+
+
+def engine_sinks(engine: Any) -> list[Sink]:
+    """Return the writers that a DeepSpeed engine, or Megatron's training loop in this process,
+    already has.
+    """
+    monitor = getattr(engine, "monitor", None)
+    if monitor is not None and getattr(monitor, "enabled", False):
+        return [DeepSpeedMonitor(monitor)]
+    try:
+        from megatron.training import get_tensorboard_writer, get_wandb_writer
+    except ImportError:  # megatron-core alone has no training loop
+        return []
+    found: list[Sink] = []
+    try:
+        tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
+    except AssertionError:  # its globals are not set up
+        return []
+    if tensorboard is not None:
+        found.append(TensorBoard(tensorboard))
+    if wandb is not None:
+        found.append(WandB(wandb))
+    return found
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -1,0 +1,435 @@
+"""Watch a training run: measure its blocks at an interval, under plain torch, DeepSpeed and
+Megatron.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..layouts.buffers import model_name
+from ..optimizer import AdamW2, MatrixStats
+from ..transformer.blocks import Block, find_blocks
+from .attention import classify_numbers
+from .capture import MEAN, NORM, ONCE, Capture, Found, Map
+from .sinks import JsonLines, Sink, engine_sinks
+from .warning import Warnings
+
+_LOGGER = logging.getLogger("weyl_megatron")
+
+
+class Watch:
+    """Measures a model's blocks every ``every`` steps; the tags and what they mean are in
+    docs/stability.md.
+
+    Between measurements nothing is hooked and nothing costs. Collective: make it, and call
+    :meth:`step`, on every rank.
+
+    Args:
+        model: a module, a DeepSpeed engine, or Megatron's list of chunks.
+        optimizer: what steps it, for α, clips and gradient norms; a DeepSpeed engine brings its
+            own.
+        every: steps between measurements; the first step is measured, too.
+        out: a folder for ``stability.jsonl``, which ``weyl-megatron report`` reads; None: none is
+            written.
+        sinks: further writers, beside those that the engine has (DeepSpeed's monitor, Megatron's
+            writers).
+        run: what the report calls the run.
+        blocks: the numbers of the blocks to look at; None: all.
+        rows, sequences: queries of each sequence, and sequences of a rank's micro-batch, that
+            attention is formed for.
+        largest: s of SEC(d_q, s).
+        maps: heads whose attention map is kept, of every block.
+        steps_done: steps before the next one, of a run that goes on; None: what a DeepSpeed engine
+            counts, or 0.
+        names: for a model that is not recognised, see
+            :func:`weyl_megatron.transformer.blocks.find_blocks`.
+
+    Raises:
+        ValueError: the model's attention is not recognised, or a setting is impossible.
+
+    Example::
+
+        watch = Watch(engine, every=100, out="runs/adamw2")
+        for batch in loader:
+            loss = engine(batch)
+            engine.backward(loss)
+            engine.step()
+            watch.step(loss)
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any = None,
+        *,
+        every: int = 100,
+        out: Path | str | None = None,
+        sinks: Sequence[Sink] = (),
+        run: str = "",
+        blocks: Sequence[int] | None = None,
+        rows: int = 64,
+        sequences: int = 8,
+        largest: int = 4,
+        maps: Sequence[int] = (),
+        names: Mapping[str, Any] | None = None,
+        steps_done: int | None = None,
+    ) -> None:
+        for key, value in {
+            "every": every,
+            "rows": rows,
+            "sequences": sequences,
+            "largest": largest,
+        }.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"watch: {key} got {value!r}, it takes a whole number from 1 on.")
+        engine = model if hasattr(model, "basic_optimizer") else None
+        self._engine = engine
+        self._optimizer = (
+            optimizer if optimizer is not None else getattr(engine, "basic_optimizer", None)
+        )
+        self._chunks: list[nn.Module] = [engine.module] if engine is not None else _chunks(model)
+        self._every = every
+        self._step = int(getattr(engine, "global_steps", 0)) if steps_done is None else steps_done
+        self._before = self._step - int(
+            getattr(engine, "global_steps", 0)
+        )  # steps that the engine does not count
+        self._is_first = True
+        ranks = _Ranks(engine, self._chunks)
+        self._data_parallel = ranks.data_parallel
+        self._is_writer = ranks.is_writer
+        found = _blocks_of(self._chunks, names)
+        self._captures = [
+            Capture(
+                chunk,
+                [block for block in of_chunk if blocks is None or block.number in blocks],
+                rows=rows,
+                sequences=sequences,
+                largest=largest,
+                maps=maps,
+                is_first=ranks.tensor_rank == 0,
+                sequence_parallel=ranks.sequence_parallel,
+            )
+            for chunk, of_chunk in zip(self._chunks, found, strict=True)
+        ]
+        self._blocks = [block for capture in self._captures for block in capture.blocks]
+        self._tells_once = ranks.data_rank == 0
+        self._sinks = [*sinks, *engine_sinks(engine)] if self._is_writer else []
+        self._lines = (
+            self._open(out, run, found, largest) if out is not None and self._is_writer else None
+        )
+        self._warnings = Warnings()
+        self._grads: dict[str, float] = {}
+        self._hook: Any = None
+        self.values: dict[str, float] = {}  #: the last measurement by tag, on rank 0
+        if self._is_due():
+            self._arm()
+
+    def step(self, loss: Tensor | float | None = None, **more: float) -> Mapping[str, float]:
+        """Say that the optimizer has made a step; measure, and arm the next measurement, where one
+        is due.
+
+        With a DeepSpeed engine it may be called after every micro-batch: calls between steps do
+        nothing.
+
+        Args:
+            loss: of the step; the mean over data-parallel ranks is written.
+            more: further numbers to write, like ``sharpness=…``.
+
+        Returns:
+            The measurement of this step by tag, on rank 0; empty where there is none.
+        """
+        if self._engine is not None and int(self._engine.global_steps) + self._before <= self._step:
+            return {}  # engine.step() ended a micro-batch, and no step
+        was_due = self._is_due()
+        self._step += 1
+        self._is_first = False
+        measured: dict[str, float] = {}
+        if was_due:
+            measured = self._finish(loss, more)
+        if self._is_due():
+            self._arm()
+        return measured
+
+    def close(self) -> None:
+        """Take all hooks away and close what this object opened."""
+        for capture in self._captures:
+            capture.disarm()
+        if self._hook is not None:
+            self._hook.remove()
+        for sink in [*self._sinks, *([self._lines] if self._lines is not None else [])]:
+            sink.close()
+
+    def _is_due(self) -> bool:
+        """Whether the step that comes next is measured."""
+        return self._is_first or (self._step + 1) % self._every == 0
+
+    def _arm(self) -> None:
+        for capture in self._captures:
+            capture.arm()
+        self._grads = {}
+        for optimizer in _plain_optimizers(self._optimizer):
+            if isinstance(optimizer, AdamW2):
+                optimizer.measure_gradients()
+            elif (
+                self._engine is None
+                and self._hook is None
+                and not hasattr(self._optimizer, "chained_optimizers")
+            ):
+                self._hook = optimizer.register_step_pre_hook(lambda *_: self._read_gradients())
+
+    def _read_gradients(self) -> None:
+        """Norms of the gradients of W_q, W_k and W_v, which plain torch has whole."""
+        if not self._is_due():
+            return
+        for block in self._blocks:
+            for role in ("q", "k", "v"):
+                weight = block.weights.get(role)
+                gradient = None if weight is None else getattr(weight.owner, weight.attribute).grad
+                if weight is not None and gradient is not None:
+                    self._grads[f"block/{block.number}/grad_{role}"] = float(
+                        weight.cut(gradient.float()).norm()
+                    )
+
+    def _finish(self, loss: Tensor | float | None, more: Mapping[str, float]) -> dict[str, float]:
+        mine: dict[str, Found] = {}
+        maps: list[Map] = []
+        for capture in self._captures:
+            capture.disarm()
+            mine |= capture.found
+            maps += capture.attention_maps if self._tells_once else []
+        scale = 1 / (
+            self._loss_scale() * self._data_parallel
+        )  # the global loss is the mean of the ranks'
+        mine |= {
+            tag: Found(each.value * scale, NORM)
+            for tag, each in mine.items()
+            if tag.endswith("/grad_x")
+        }
+        if loss is not None:
+            mine["loss"] = Found(float(loss.detach() if isinstance(loss, Tensor) else loss), MEAN)
+        mine |= {
+            tag: Found(float(value), ONCE)
+            for tag, value in {**more, **self._of_optimizer()}.items()
+        }
+        if not self._tells_once:
+            mine = {tag: found for tag, found in mine.items() if found.kind != ONCE}
+        everyone = _gather((mine, maps))
+        if everyone is None:
+            return {}
+        self.values = _joined([found for found, _ in everyone])
+        self._classify()
+        self._write([kept for _, of_rank in everyone for kept in of_rank])
+        return self.values
+
+    def _of_optimizer(self) -> dict[str, float]:
+        """The scheduled rate, gradient norms, and what AdamW² did to every matrix."""
+        values = dict(self._grads)
+        stats: dict[str, MatrixStats] = {}
+        for optimizer in _plain_optimizers(self._optimizer):
+            if optimizer.param_groups:
+                values["lr"] = float(optimizer.param_groups[0]["lr"])
+            if isinstance(optimizer, AdamW2):
+                stats |= optimizer.stats()
+                norms = optimizer.gradient_norms()
+                for block in self._blocks:
+                    for role in ("q", "k", "v"):
+                        name = _matrix_name(block, role, norms)
+                        if name is not None:
+                            values[f"block/{block.number}/grad_{role}"] = norms[name]
+        shares: dict[str, list[bool]] = {}
+        for name, entry in stats.items():
+            for key in ("lr", "sigma_weight", "sigma_update", "clipped"):
+                values[f"clip/{name}/{key}"] = float(getattr(entry, key))
+            kind, number = _place(name)
+            shares.setdefault(f"clip_share/{kind}", []).append(entry.clipped)
+            if number is not None:
+                shares.setdefault(f"clip_share_block/{number}", []).append(entry.clipped)
+        return values | {tag: sum(clipped) / len(clipped) for tag, clipped in shares.items()}
+
+    def _loss_scale(self) -> float:
+        wrapper = (
+            getattr(self._engine, "optimizer", None)
+            if self._engine is not None
+            else self._optimizer
+        )
+        scale = getattr(wrapper, "get_loss_scale", None)
+        if callable(scale):
+            return float(scale())
+        value = getattr(wrapper, "loss_scale", 1.0)
+        return float(value) if isinstance(value, (int, float)) and value > 0 else 1.0
+
+    def _classify(self) -> None:
+        """Name the mode of every head from the means over the global batch."""
+        uniform = self.values.get("uniform_entropy")
+        if not uniform:
+            return
+        for tag, value in list(self.values.items()):
+            if tag.endswith("/map_rank"):
+                head = tag.removesuffix("/map_rank")
+                mode = classify_numbers(
+                    self.values[f"{head}/entropy"] / uniform, value, int(self.values["map_rows"])
+                )
+                self.values[f"{head}/mode"] = float(mode)
+
+    def _write(self, maps: Sequence[Map]) -> None:
+        for sink in self._sinks:
+            sink.write(self._step, self.values)
+        warnings = self._warnings.look(self.values)
+        if self._lines is not None:
+            self._lines.write(self._step, self.values)
+            for kept in maps:
+                self._lines.write_map(self._step, kept)
+        for block, head, text in warnings:
+            _LOGGER.warning("step %d: %s", self._step, text)
+            if self._lines is not None:
+                self._lines.write_warning(self._step, block, head, text)
+
+    def _open(
+        self, out: Path | str, run: str, found: Sequence[Sequence[Block]], largest: int
+    ) -> JsonLines:
+        first = next(block for of_chunk in found for block in of_chunk)
+        heads = first.heads * (1 if first.group is None else dist.get_world_size(first.group))
+        # Those of other pipeline stages are known by their numbers in the tags.
+        names = [block.name for of_chunk in found for block in of_chunk]
+        header = {
+            "run": run or Path(out).name,
+            "blocks": names,
+            "heads": heads,
+            "sec": largest,
+            "interval": self._every,
+        }
+        return JsonLines(out, header)
+
+
+class _Ranks:
+    """Where this rank stands among those that train the model."""
+
+    def __init__(self, engine: Any, chunks: Sequence[nn.Module]) -> None:
+        self.data_parallel, self.data_rank, self.tensor_rank = 1, 0, 0
+        self.sequence_parallel, self.is_writer = False, True
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        self.is_writer = dist.get_rank() == 0
+        layers = (
+            module
+            for chunk in chunks
+            for module in chunk.modules()
+            if hasattr(module, "linear_qkv")
+        )
+        config: Any = getattr(next(layers, None), "config", None)
+        if config is not None:
+            from megatron.core import parallel_state
+
+            self.data_parallel = parallel_state.get_data_parallel_world_size(
+                with_context_parallel=True
+            )
+            self.data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+            self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
+            self.sequence_parallel = bool(config.sequence_parallel)
+            return
+        group = getattr(engine, "data_parallel_group", None)
+        self.data_parallel, self.data_rank = dist.get_world_size(group), dist.get_rank(group)
+
+
+def _chunks(model: Any) -> list[nn.Module]:
+    chunks = list(model) if isinstance(model, (list, tuple)) else [model]
+    if not chunks or not all(isinstance(chunk, nn.Module) for chunk in chunks):
+        raise ValueError(
+            f"watch: model got {type(model).__name__}, it takes a module, an engine or a list of "
+            "chunks."
+        )
+    return chunks
+
+
+def _blocks_of(chunks: Sequence[nn.Module], names: Mapping[str, Any] | None) -> list[list[Block]]:
+    """The blocks of every chunk; of several chunks, the first and the last may hold nothing but
+    embeddings.
+    """
+    found: list[list[Block]] = []
+    unrecognised: ValueError | None = None
+    for chunk in chunks:
+        try:
+            found.append(find_blocks(chunk, names))
+        except ValueError as error:
+            if names is not None:
+                raise
+            unrecognised = unrecognised or error
+            found.append([])
+    if unrecognised is not None and not any(found):
+        raise unrecognised
+    return found
+
+
+def _plain_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The optimizers inside an engine's wrappers."""
+    found = []
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        while (
+            not isinstance(one, torch.optim.Optimizer)
+            and getattr(one, "optimizer", None) is not None
+        ):
+            one = one.optimizer
+        if isinstance(one, torch.optim.Optimizer):
+            found.append(one)
+    return found
+
+
+def _gather(mine: Any) -> list[Any] | None:
+    """What every rank has, on rank 0; None on the others."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return [mine]
+    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, everyone)
+    return everyone
+
+
+def _joined(everyone: Sequence[Mapping[str, Found]]) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    kinds: dict[str, str] = {}
+    for of_rank in everyone:
+        for tag, found in of_rank.items():
+            values.setdefault(tag, []).append(found.value)
+            kinds[tag] = found.kind
+    joined = {}
+    for tag, numbers in values.items():
+        if kinds[tag] == ONCE:
+            joined[tag] = numbers[0]
+        elif kinds[tag] == MEAN:
+            joined[tag] = sum(numbers) / len(numbers)
+        else:
+            joined[tag] = math.sqrt(sum(number * number for number in numbers))
+    return joined
+
+
+def _place(matrix: str) -> tuple[str, int | None]:
+    """A matrix's kind, and the number of the block it is in."""
+    inside = re.match(r"(?:.*?\.)?(\d+)\.(.+)", matrix)
+    kind = inside[2] if inside else matrix
+    return kind.replace(".weight", ""), int(inside[1]) if inside else None
+
+
+def _matrix_name(block: Block, role: str, known: Mapping[str, float]) -> str | None:
+    """The optimizer's name for W_q, W_k or W_v of a block."""
+    weight = block.weights.get(role)
+    if weight is None:
+        return None
+    path = next(
+        (path for path, module in block.module.named_modules() if module is weight.owner), ""
+    )
+    prefix = (
+        re.sub(r"\d+$", str(block.number), block.name)
+        if hasattr(block.attention, "linear_qkv")
+        else block.name
+    )
+    whole = ".".join(part for part in (prefix, path, weight.attribute) if part)
+    names = (model_name(whole), whole)  # the second where the first would be another weight's, too
+    return next((name for one in names for name in (f"{one}[{role}]", one) if name in known), None)
