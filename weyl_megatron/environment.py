@@ -1,0 +1,23 @@
+"""What this package is called outside Python: its log, its command, its environment variables.
+
+Rooms that are to know no engine take these from here, because the package's name holds one's.
+"""
+
+from __future__ import annotations
+
+import logging
+
+#: Where everything that is logged goes.
+LOG = logging.getLogger("weyl_megatron")
+
+#: The command that says which kernel steps here and why.
+DOCTOR = "weyl-megatron doctor"
+
+#: The variable that names a kernel: "plain", "cpu" or "triton".
+KERNEL = "WEYL_MEGATRON_KERNEL"
+
+#: Flags for the C++ compiler, beside the package's own.
+CXXFLAGS = "WEYL_MEGATRON_CXXFLAGS"
+
+#: The folder in a user's cache where what was compiled lies.
+CACHE = "weyl_megatron"
