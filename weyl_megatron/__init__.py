@@ -1,6 +1,10 @@
-"""AdamW² for DeepSpeed and PyTorch: train Transformers without learning-rate warmup.
+"""AdamW² for DeepSpeed, Megatron and PyTorch: train Transformers without learning-rate warmup.
 
-Qi et al., "Taming Transformer Without Using Learning Rate Warmup".
+:class:`AdamW2` is the optimizer, :class:`MatrixStats` what it says of a matrix. Beside it lie
+``weyl_megatron.watch.Watch`` (measure a run), ``weyl_megatron.transformer`` (σReparam, scaled
+residuals) and ``weyl_megatron.engines.megatron.enable`` (the name ``"adamw2"`` in Megatron).
+
+Qi et al., "Taming Transformer Without Using Learning Rate Warmup", arXiv 2505.21910.
 """
 
 from __future__ import annotations
@@ -15,8 +19,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for: torch loads this package at the end of its own import, and that must
-    # cost nothing.
+    # Imported when asked for: torch loads this package as a plugin at the end of its own import,
+    # which must cost nothing.
     if name in __all__:
         from . import optimizer
 

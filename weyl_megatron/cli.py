@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
+
+from . import __version__
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -16,10 +20,8 @@ Command = Callable[[argparse.Namespace], int]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one sub-command and returns its exit status."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="replace"
-            )  # a terminal that cannot show τ is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without τ is no reason to stop
+            stream.reconfigure(errors="replace")
     parsed = _parser().parse_args(arguments)
     command: Command = parsed.command
     try:
@@ -35,14 +37,25 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="weyl-megatron", description="AdamW²: train Transformers without learning-rate warmup."
     )
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, help="print this package's version and torch's"
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     doctor = commands.add_parser(
         "doctor",
         help="say what is installed, what is missing, and which kernel steps here",
-        description="Says which versions are installed, whether DeepSpeed and Megatron find AdamW², which kernel steps "
-        "here and why, and the command that mends what does not fit. Exits with 1 where something "
-        "that is installed cannot work as it is; what is not installed does not count.",
+        description=(
+            "Says which versions are installed, whether DeepSpeed and Megatron find AdamW², which "
+            "kernel steps here and why, and the command that mends what does not fit. Exits with "
+            "1 where something that is installed cannot work as it is; what is not installed does "
+            "not count."
+        ),
+    )
+    doctor.add_argument(
+        "--json",
+        action="store_true",
+        help='print {"version": …, "lines": [{"label": …, "text": …, "fits": …}, …]}',
     )
     doctor.set_defaults(command=_doctor)
     _add_instruments(commands)
@@ -53,11 +66,13 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     demo = commands.add_parser(
         "demo",
         help="pretrain a small GPT four times and compare",
-        description="Pretrains a small GPT on the Python standard library's sources under DeepSpeed ZeRO-2: AdamW "
-        "without and with warmup, AdamW² without warmup at τ = 0.01 and τ = balanced. Uses all "
-        "GPUs, or the CPU and gloo (DS_ACCELERATOR=cpu forces that). Writes OUT/report.html, "
-        "OUT/results.json and each run's log.jsonl; exits with 1 if a claim about the final losses "
-        "is not met.",
+        description=(
+            "Pretrains a small GPT on the Python standard library's sources under DeepSpeed "
+            "ZeRO-2: AdamW without and with warmup, AdamW² without warmup at τ = 0.01 and "
+            "τ = balanced. Uses all GPUs, or the CPU and gloo (DS_ACCELERATOR=cpu forces that). "
+            "Writes OUT/report.html, OUT/results.json and each run's log.jsonl; exits with 1 if a "
+            "claim about the final losses is not met."
+        ),
     )
     demo.add_argument(
         "--out", type=Path, default=Path("out/demo"), help="folder to write to (%(default)s)"
@@ -76,8 +91,10 @@ def _add_instruments(commands: argparse._SubParsersAction[argparse.ArgumentParse
     report = commands.add_parser(
         "report",
         help="make one HTML page of watched runs",
-        description="Makes one self-contained HTML page of one or several runs: folders with the stability.jsonl of "
-        "weyl_megatron.watch.Watch, or the demo's.",
+        description=(
+            "Makes one self-contained HTML page of one or several runs: folders with the "
+            "stability.jsonl of weyl_megatron.watch.Watch, or the demo's."
+        ),
     )
     report.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, or one of several runs'"
@@ -99,9 +116,11 @@ def _add_instruments(commands: argparse._SubParsersAction[argparse.ArgumentParse
     plan = commands.add_parser(
         "plan",
         help="say how long each τ would warm a model up",
-        description="Says, per kind of matrix and for several τ, for how many steps the clip of AdamW² takes the place "
-        "of a warmup, and suggests a τ. MODEL: a Hugging Face or timm name, the folder of a "
-        "config.json, a recipe, a checkpoint.",
+        description=(
+            "Says, per kind of matrix and for several τ, for how many steps the clip of AdamW² "
+            "takes the place of a warmup, and suggests a τ. MODEL: a Hugging Face or timm name, "
+            "the folder of a config.json, a recipe, a checkpoint."
+        ),
     )
     plan.add_argument("model", metavar="MODEL")
     plan.add_argument("--lr", type=float, help="peak of the schedule (the recipe's, or 6e-4)")
@@ -125,19 +144,32 @@ def _run_of(module: str) -> Command:
 def _demo(arguments: argparse.Namespace) -> int:
     from .demo.launch import run_demo
 
-    signal.signal(
-        signal.SIGTERM, _interrupt
-    )  # a CI job that is called off takes the training processes along
+    # A CI job that is called off takes the training processes along.
+    signal.signal(signal.SIGTERM, _interrupt)
     return run_demo(arguments.out, arguments.steps, arguments.seed, arguments.procs)
 
 
-def _doctor(_: argparse.Namespace) -> int:
+def _doctor(arguments: argparse.Namespace) -> int:
     from .doctor import examine
 
     lines = examine()
-    for line in lines:
-        print(f"{line.label:<19}{line.text}")
+    if arguments.json:
+        report = {"version": __version__, "lines": [line._asdict() for line in lines]}
+        print(json.dumps(report, indent=1, ensure_ascii=False))
+    else:
+        for line in lines:
+            print(f"{line.label:<19}{line.text}")
     return 0 if all(line.fits for line in lines) else 1
+
+
+class _Version(argparse.Action):
+    """Print the version and torch's, as torch says it: its metadata may lack the "+cu130"."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        import torch
+
+        print(f"weyl-megatron {__version__}, torch {torch.__version__}")
+        parser.exit()
 
 
 def _interrupt(*_: object) -> None:

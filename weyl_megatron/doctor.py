@@ -1,5 +1,5 @@
-"""`weyl-megatron doctor`: what is installed, which doors are open, which kernel steps here, and
-what mends the rest.
+"""`weyl-megatron doctor`: what is installed, which engines' adapters are ready, which kernel steps
+here, and what mends the rest.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ _OPTIONAL = {
 
 
 class Line(NamedTuple):
-    """A line of the report; ``fits`` is False where something that is installed cannot work as it
-    is.
-    """
+    """A line of the report; ``fits``: whether what is installed can work as it is."""
 
     label: str
     text: str
@@ -53,33 +51,29 @@ def examine() -> list[Line]:
     lines = [Line("weyl-megatron", _version("weyl-megatron") or "not installed")]
     lines += [Line("Python", platform.python_version()), _package("torch"), _nccl(), _gpus()]
     lines += [_package(name) for name in ("deepspeed", "megatron-core", *_OPTIONAL)]
-    lines += [_deepspeed_door(), _deepspeed_device(), _megatron_door(), _kernel("cpu", "cpu")]
+    lines += [_deepspeed_adapter(), _deepspeed_device(), _megatron_adapter(), _kernel("cpu", "cpu")]
     if torch.cuda.is_available():
         lines.append(_kernel("cuda", "triton"))
     elif _version("triton"):  # where there will be a GPU
         lines.append(_launcher())
-    lines.append(Line("", "float32 tensors; other dtypes, and τ = ∞, are stepped in plain torch"))
+    lines.append(Line("other dtypes", "torch, as for τ = ∞; the kernels above take float32"))
     unfit = [line.label for line in lines if not line.fits]
     return [*lines, Line("to mend", "; ".join(unfit) or "nothing", not unfit)]
 
 
 def _package(name: str) -> Line:
-    found = _version(name)
+    installed = _version(name)
     if name in _OPTIONAL:
-        return Line(name, found or f"not installed; for {_OPTIONAL[name]}")
+        return Line(name, installed or f"not installed; for {_OPTIONAL[name]}")
     oldest, newest = _SUPPORTED[name]
-    if found is None:
+    if installed is None:
         return Line(name, f"not installed; pip install '{name}>={oldest}'")
-    if _numbers(found) < _numbers(oldest):
-        return Line(
-            name,
-            f"takes {oldest} or newer, got {found}; pip install --upgrade '{name}>={oldest}'",
-            False,
-        )
-    untested = _numbers(found)[:2] > _numbers(newest)
-    return Line(
-        name, f"{found}, newer than {newest}, the newest that was tested" if untested else found
-    )
+    if _numbers(installed) < _numbers(oldest):
+        mend = f"pip install --upgrade '{name}>={oldest}'"
+        return Line(name, f"takes {oldest} or newer, got {installed}; {mend}", False)
+    if _numbers(installed)[:2] > _numbers(newest):
+        return Line(name, f"{installed}, newer than {newest}, the newest that was tested")
+    return Line(name, installed)
 
 
 def _nccl() -> Line:
@@ -92,59 +86,57 @@ def _gpus() -> Line:
     names = Counter(
         torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())
     )
-    seen = ", ".join(f"{count} × {name}" for name, count in names.items())
-    if not seen and torch.version.cuda is None and shutil.which("nvidia-smi"):
-        return Line(
-            "GPUs", "none: this torch is built without CUDA; pip install --force-reinstall torch"
-        )
+    if names:
+        return Line("GPUs", ", ".join(f"{count} × {name}" for name, count in names.items()))
+    if torch.version.cuda is None and shutil.which("nvidia-smi"):
+        mend = "pip install --force-reinstall torch"
+        return Line("GPUs", f"none: this torch is built without CUDA; {mend}")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return Line(
-        "GPUs", seen or ("none" if hidden is None else f"none; CUDA_VISIBLE_DEVICES is {hidden!r}")
-    )
+    return Line("GPUs", "none" if hidden is None else f"none; CUDA_VISIBLE_DEVICES is {hidden!r}")
 
 
-def _deepspeed_door() -> Line:
+def _deepspeed_adapter() -> Line:
+    label = "DeepSpeed adapter"
     if hasattr(torch.optim, "AdamW2"):
-        return Line("DeepSpeed's door", 'open ("type": "AdamW2")')
+        return Line(label, 'ready ("type": "AdamW2")')
     mend = "no entry point of this package; pip install it again"
     if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
         mend = "TORCH_DEVICE_BACKEND_AUTOLOAD is 0; unset TORCH_DEVICE_BACKEND_AUTOLOAD"
-    return Line("DeepSpeed's door", f"shut: {mend}", _version("deepspeed") is None)
+    return Line(label, f"not ready: {mend}", _version("deepspeed") is None)
 
 
 def _deepspeed_device() -> Line:
-    name = os.environ.get("DS_ACCELERATOR")
+    label = "DS_ACCELERATOR"
+    name = os.environ.get(label)
     if name == "" or (name == "cuda" and not torch.cuda.is_available()):
         text = f"takes cpu where torch sees no GPU, got {name!r}; export DS_ACCELERATOR=cpu"
-        return Line("DS_ACCELERATOR", text, _version("deepspeed") is None)
+        return Line(label, text, _version("deepspeed") is None)
     return Line(
-        "DS_ACCELERATOR",
-        name or "not set: DeepSpeed takes the GPUs, or the CPU where torch sees none",
+        label, name or "not set: DeepSpeed takes the GPUs, or the CPU where torch sees none"
     )
 
 
-def _megatron_door() -> Line:
+def _megatron_adapter() -> Line:
+    label = "Megatron adapter"
     if _version("megatron-core") is None or not _package("megatron-core").fits:
-        return Line("Megatron's door", "shut: see megatron-core")
-    has_training = find_spec("megatron") is not None and find_spec("megatron.training") is not None
-    training = (
-        "is installed" if has_training else "comes with a checkout of Megatron-LM, where SCRIPT is"
-    )
-    text = f"open (python -m weyl_megatron.engines.megatron SCRIPT); megatron.training {training}"
-    return Line(
-        "Megatron's door",
-        text + ("" if torch.cuda.is_available() else "; Megatron itself asks for a GPU"),
-    )
+        return Line(label, "not ready: see megatron-core")
+    text = "ready (python -m weyl_megatron.engines.megatron SCRIPT); megatron.training "
+    if find_spec("megatron") is not None and find_spec("megatron.training") is not None:
+        text += "is installed"
+    else:
+        text += "comes with a checkout of Megatron-LM, where SCRIPT is"
+    if not torch.cuda.is_available():
+        text += "; Megatron itself asks for a GPU"
+    return Line(label, text)
 
 
 def _kernel(device: str, fused: str) -> Line:
     label = f"kernel, {device}"
     try:
         kernel = pick_name(device, {torch.float32})
-    except ValueError as error:  # what the environment asks for suits GPUs alone, if there are any
-        return Line(
-            label, f"{error} Try: unset {VARIABLE}", device == "cpu" and torch.cuda.is_available()
-        )
+    except ValueError as error:  # the variable may suit the GPUs alone, if there are any
+        fits = device == "cpu" and torch.cuda.is_available()
+        return Line(label, f"{error} Try: unset {VARIABLE}", fits)
     if kernel == fused:
         return Line(label, kernel)
     reason = why_not(fused, device, {torch.float32})
@@ -155,8 +147,8 @@ def _kernel(device: str, fused: str) -> Line:
 
 def _launcher() -> Line:
     reason = why_no_launcher()
-    told = "can be built" if reason is None else f"{reason}; {_mend('triton', reason)}"
-    return Line("Triton's launcher", told)
+    text = "can be built" if reason is None else f"{reason}; {_mend('triton', reason)}"
+    return Line("Triton's launcher", text)
 
 
 def _mend(fused: str, reason: str) -> str:
