@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ os.environ["PYTHONWARNINGS"] = ",".join(
         *(f"error:::{module}" for module in _modules()),
     ]
 )
+
+# What DeepSpeed compiles names the include folders of its environment: two environments that share
+# a folder would compile it anew, in turn, each while the other waits.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
