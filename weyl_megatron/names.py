@@ -1,5 +1,6 @@
-"""Which name each parameter goes by: patterns, start vectors, statistics and checkpoints hang on
-it.
+"""Which name each parameter goes by.
+
+Patterns, start vectors, statistics and checkpoints hang on it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class ParameterNames:
 
     def add(self, params: Sequence[Tensor], names: Sequence[str | None]) -> None:
         """Take the parameters of one more group, in order; a name of None is none."""
-        number, taken = len(self._places), {place.name for group in self._places for place in group}
+        number = len(self._places)
+        taken = {place.name for group in self._places for place in group}
         group: list[_Place] = []
         for position, (param, given) in enumerate(zip(params, names, strict=True)):
             place = f"group{number}.param{position}"
@@ -46,8 +48,7 @@ class ParameterNames:
         self._places.append(group)
 
     def resolve(self, groups: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-        """Return the name of every parameter in ``groups`` by ``id``, and remember what is there
-        now.
+        """Return the name of every parameter in ``groups`` by ``id``; remember what is there now.
 
         Raises:
             ValueError: a tensor came that may be several parameters in one, as engines make them.
@@ -55,7 +56,7 @@ class ParameterNames:
         known = {id(place.tensor()): place for group in self._places for place in group}
         known.pop(id(None), None)  # of parameters that are no more
         self._places = [
-            list(self._resolve_group(*numbered, known)) for numbered in enumerate(groups)
+            list(self._resolve_group(number, group, known)) for number, group in enumerate(groups)
         ]
         tensors = (tensor for group in groups for tensor in group["params"])
         names = (place.name for group in self._places for place in group)
@@ -84,7 +85,7 @@ class ParameterNames:
                     f"AdamW2: an engine replaced parameter '{name}' or one beside it by a tensor "
                     f"of shape {tuple(param.shape)}, whose layout AdamW2 does not understand; it "
                     "takes plain parameters, DDP, and the engines of DeepSpeed and Megatron, and "
-                    f"in the place of a parameter another of as many dimensions."
+                    "in the place of a parameter another of as many dimensions."
                 )
             name = f"group{number}.param{position}"
             while name in taken:
@@ -106,13 +107,12 @@ class ParameterNames:
         self._places = []
         for group, names in zip(groups, listed, strict=False):
             params = group["params"]
-            padded = [*names, *[None] * len(params)][: len(params)]
-            self.add(params, padded)
+            missing = [None] * max(0, len(params) - len(names))
+            self.add(params, [*names[: len(params)], *missing])
 
 
 def take_names(group: dict[str, Any]) -> list[str] | None:
-    """Put tensors in the place of a group's ``(name, parameter)`` pairs and return the names; None:
-    it has none.
+    """Put tensors in the place of a group's ``(name, parameter)`` pairs; return the names, or None.
 
     As in torch 2.6 and newer, ``group["param_names"]`` keeps them.
 

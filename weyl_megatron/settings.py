@@ -36,14 +36,14 @@ _KINDS = ("convolution", "experts")
 #: The τ that needs no tuning: hidden matrices share a budget.
 BALANCED = "balanced"
 
-#: Its spellings, of which the second stays for those who have it: Hugging Face fills in, or
-#: refuses, every "auto" that it finds in a DeepSpeed JSON.
+#: Its spellings. The second is taken, too, but not advised: Hugging Face fills in, or refuses,
+#: every "auto" that it finds in a DeepSpeed JSON.
 _SPELLINGS = (BALANCED, "auto")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What AdamW2 was told, beyond what ``torch.optim.AdamW`` keeps in its parameter groups."""
+    """AdamW2's options, beyond what ``torch.optim.AdamW`` keeps in its parameter groups."""
 
     tau: float | str
     power_iters: int
@@ -55,9 +55,7 @@ class Settings:
     nonfinite_limit: int | None = None
 
     def override(self, name: str, key: str, default: Any = None) -> Any:
-        """Return what the last override that matches ``name`` and has ``key`` says, or
-        ``default``.
-        """
+        """Return what the last override that matches ``name`` says of ``key``, or ``default``."""
         for override in reversed(self.overrides):
             if key in override and fnmatchcase(name, override["match"]):
                 return override[key]
@@ -85,8 +83,10 @@ def check_settings(
     nonfinite: Any = None,
     nonfinite_limit: Any = None,
 ) -> Settings:
-    """Return the settings, or raise ValueError with one sentence: the key, what it got, what it
-    takes.
+    """Return the settings.
+
+    Raises:
+        ValueError: one sentence, with the key, what it got, and what it takes.
     """
     for key, value in others.items():
         if key == "max_grad_norm":
@@ -123,21 +123,19 @@ def check_settings(
             "or None."
         )
     return Settings(
-        tau,
-        power_iters,
-        float(floor_std),
-        clip_vectors,
-        None if io is None else tuple(io),
-        _check_overrides(overrides),
-        nonfinite,
-        nonfinite_limit,
+        tau=tau,
+        power_iters=power_iters,
+        floor_std=float(floor_std),
+        clip_vectors=clip_vectors,
+        io=None if io is None else tuple(io),
+        overrides=_check_overrides(overrides),
+        nonfinite=nonfinite,
+        nonfinite_limit=nonfinite_limit,
     )
 
 
 def check_harmless(given: Mapping[str, Any]) -> None:
-    """Raise ValueError where a key of AdamW configurations has a value that would change
-    something.
-    """
+    """Raise ValueError where a key of AdamW configurations has a value that changes something."""
     for key, value in given.items():
         taken = _HARMLESS.get(key)
         if taken is not None and not any(value is option for option in taken):
@@ -153,10 +151,8 @@ def check_group(group: Mapping[str, Any]) -> None:
         ValueError: a hyperparameter is no number, or a flag asks for what is not done.
     """
     check_harmless(group)
-    for key, values in (
-        ("betas", group["betas"]),
-        *((key, (group[key],)) for key in ("lr", "eps", "weight_decay")),
-    ):
+    numbers = {key: (group[key],) for key in ("lr", "eps", "weight_decay")}
+    for key, values in {"betas": group["betas"], **numbers}.items():
         if not all(_is_number(value) or _is_scalar(value) for value in values):
             raise ValueError(
                 f"AdamW2: a parameter group's {key} got {group[key]!r}, it takes numbers."
@@ -172,8 +168,9 @@ def check_adamw(
     maximize: Any,
     others: Mapping[str, Any],
 ) -> None:
-    """Check torch.optim.AdamW's own hyperparameters, whose types it leaves unchecked, and its flags
-    in ``others``.
+    """Check torch.optim.AdamW's own hyperparameters, and its flags in ``others``.
+
+    It leaves their types unchecked.
 
     Raises:
         ValueError: a sentence of ours, with torch's in brackets, where it has one: callers may look
@@ -198,20 +195,15 @@ def check_adamw(
         )
     for key, value, first in (("lr", lr, lr), ("betas", betas, betas[0])):
         if foreach and isinstance(first, Tensor):
-            raise _refusal(
-                f"foreach got {foreach!r}, where {key} is {value!r} it takes False",
-                foreach=True,
-                **{key: value},
-            )
+            sentence = f"foreach got {foreach!r}, where {key} is {value!r} it takes False"
+            raise _refusal(sentence, foreach=True, **{key: value})
     for key, value in (("amsgrad", amsgrad), ("maximize", maximize)):
         if not isinstance(value, bool):
             raise ValueError(f"AdamW2: {key} got {value!r}, it takes True or False.")
 
 
 def _refusal(sentence: str, **given: Any) -> ValueError:
-    """Return the error that says ``sentence``, and what torch.optim.AdamW says of the same
-    arguments.
-    """
+    """Return the error that says ``sentence``, and what torch.optim.AdamW says of ``given``."""
     try:
         AdamW([torch.zeros(1)], **given)
     except ValueError as error:
@@ -222,8 +214,7 @@ def _refusal(sentence: str, **given: Any) -> ValueError:
 
 
 def read_tau(key: str, tau: Any) -> float | str:
-    """Return a positive number (infinity is AdamW) as it is, and either spelling of "balanced" as
-    that.
+    """Return a positive number (infinity is AdamW) as it is, either spelling of "balanced" as that.
 
     Raises:
         ValueError: ``tau`` is neither.
@@ -245,47 +236,47 @@ def _check_overrides(overrides: Any) -> tuple[Mapping[str, Any], ...]:
             f"AdamW2: overrides got {overrides!r}, it takes a list of {{'match': pattern, …}}."
         )
     for override in overrides:
-        if (
-            not isinstance(override, Mapping)
-            or not isinstance(override.get("match"), str)
-            or len(override) < 2
-        ):
+        has_match = isinstance(override, Mapping) and isinstance(override.get("match"), str)
+        if not has_match or len(override) < 2:
             raise ValueError(
                 f"AdamW2: overrides got {override!r}, it takes {{'match': pattern, 'tau': 0.1}} "
                 "and the like."
             )
         for key, value in override.items():
-            if key not in _OVERRIDES:
-                raise ValueError(
-                    f"AdamW2: overrides got the key {key!r}, it takes 'match', 'tau', 'exempt', "
-                    "'fused', 'kind'."
-                )
-            if key == "tau":
-                read_tau("overrides' tau", value)
-            if key == "exempt" and not isinstance(value, bool):
-                raise ValueError(
-                    f"AdamW2: overrides' exempt got {value!r}, it takes true or false."
-                )
-            if key == "fused" and not _is_split(value):
-                raise ValueError(
-                    f"AdamW2: overrides' fused got {value!r}, it takes a number of parts or their "
-                    "sizes."
-                )
-            if key == "kind" and value not in _KINDS:
-                raise ValueError(
-                    f"AdamW2: overrides' kind got {value!r}, it takes 'convolution' or 'experts'."
-                )
+            _check_override(key, value)
     return tuple(
         {key: read_tau(key, value) if key == "tau" else value for key, value in override.items()}
         for override in overrides
     )
 
 
+def _check_override(key: Any, value: Any) -> None:
+    if key not in _OVERRIDES:
+        raise ValueError(
+            f"AdamW2: overrides got the key {key!r}, it takes 'match', 'tau', 'exempt', 'fused', "
+            "'kind'."
+        )
+    if key == "tau":
+        read_tau("overrides' tau", value)
+    if key == "exempt" and not isinstance(value, bool):
+        raise ValueError(f"AdamW2: overrides' exempt got {value!r}, it takes true or false.")
+    if key == "fused" and not _is_split(value):
+        raise ValueError(
+            f"AdamW2: overrides' fused got {value!r}, it takes a number of parts or their sizes."
+        )
+    if key == "kind" and value not in _KINDS:
+        raise ValueError(
+            f"AdamW2: overrides' kind got {value!r}, it takes 'convolution' or 'experts'."
+        )
+
+
 def _is_split(value: Any) -> bool:
     sizes = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    return len(sizes) > 0 and all(
-        isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes
-    )
+    return len(sizes) > 0 and all(_is_size(size) for size in sizes)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _is_scalar(value: Any) -> bool:

@@ -1,6 +1,4 @@
-"""Which τ and which floor under σ₁(W) hold for each matrix, and which parameters hold matrices at
-all.
-"""
+"""Which τ and which floor under σ₁(W) hold for each matrix, and which parameters hold matrices."""
 
 from __future__ import annotations
 
@@ -34,16 +32,12 @@ _PLACE = re.compile(r"group\d+\.param\d+\+*$")
 #: How many parameters a notice names.
 _NAMED = 4
 
-#: What a notice says that weights were taken for, and how to tell it.
+#: What a notice says that weights were taken for.
 _READINGS = {
-    "experts": ("stacks of experts, one matrix (m, n) each, by their shapes", "model=model or "),
-    "convolution": (
-        "convolutions, one matrix (out, in·kernel) each, by their shapes",
-        "model=model or ",
-    ),
+    "experts": "stacks of experts, one matrix (m, n) each, by their shapes",
+    "convolution": "convolutions, one matrix (out, in·kernel) each, by their shapes",
     "doubtful experts": (
-        "stacks of experts in spite of their shapes, as their modules are no convolutions",
-        "",
+        "stacks of experts in spite of their shapes, as their modules are no convolutions"
     ),
 }
 
@@ -61,12 +55,12 @@ class Thresholds:
     Collective over the ranks that ``layout.gather`` asks, where there are such ranks.
 
     Args:
-        settings: what the optimizer was told.
+        settings: the optimizer's.
         layout: every parameter of the model, on this tensor-parallel rank whole.
         auto: whether any parameter group or override uses tau="balanced".
 
     Raises:
-        ValueError: an override matches nothing; or tau="balanced", and nothing tells which
+        ValueError: an override matches nothing; or tau="balanced", and nothing says which
             parameters are embeddings and head, or how many matrices the other ranks have.
     """
 
@@ -88,14 +82,12 @@ class Thresholds:
         parameters = layout.parameters or [
             shard.parameter for buffer in layout.buffers for shard in buffer.shards
         ]
-        #: Weights whose form was not told, by name: their shapes and what they were taken for.
+        #: Weights whose form was guessed, by name: their shapes and what they were taken for.
         self._guesses: dict[str, tuple[tuple[int, ...], str]] = {}
-        self._unsplit: dict[
-            str, tuple[int, ...]
-        ] = {}  # without a name, whole, and of q, k and v's shape
-        sees_all = (
-            not layout.kinds and not self._is_part
-        )  # ranks that have other parameters would see other pairs
+        #: Weights without a name that are kept whole and may be q, k and v: their shapes.
+        self._unsplit: dict[str, tuple[int, ...]] = {}
+        # Ranks that have other parameters would see other pairs.
+        sees_all = not layout.kinds and not self._is_part
         self._pairs = _pairs_by_shape(layout) if sees_all else {}
         self._paired = {p.name: p.whole_shape for p in parameters if p.name in self._pairs}
         known = {name: _Known(None, kind) for name, kind in (layout.kinds or {}).items()}
@@ -104,12 +96,10 @@ class Thresholds:
             for parameter in parameters
         }
         if layout.gather is not None and (auto or settings.overrides):
-            known = {
-                name: entry for theirs in layout.gather(known) for name, entry in theirs.items()
-            }
-        counts = {
-            name: entry.matrices for name, entry in known.items() if entry.matrices is not None
-        }
+            ranks = layout.gather(known)
+            known = {name: entry for of_rank in ranks for name, entry in of_rank.items()}
+        stepped = ((name, entry.matrices) for name, entry in known.items())
+        counts = {name: matrices for name, matrices in stepped if matrices is not None}
         if not layout.is_part:  # else a pattern may be meant for parameters that other ranks have
             settings.check_matches(list(counts))
         if auto:
@@ -122,56 +112,53 @@ class Thresholds:
             )
 
     def notices(self) -> Iterator[str]:
-        """Yield a sentence for each thing that was guessed, and how to tell it; on one rank where
-        all have the same.
+        """Yield a sentence for each thing that was guessed, and what would say it.
+
+        On one rank where all have the same.
         """
         if not self._is_part and dist.is_initialized() and dist.get_rank() > 0:
             return
-        for reading, (text, shown) in _READINGS.items():
-            found = {
-                name: shape for name, (shape, guess) in self._guesses.items() if guess == reading
-            }
-            if found:
+        for reading, text in _READINGS.items():
+            guesses = self._guesses.items()
+            shapes = {name: shape for name, (shape, guess) in guesses if guess == reading}
+            if shapes:
+                # A doubtful stack's module is known.
+                other_way = "" if reading == "doubtful experts" else "model=model or "
                 yield (
-                    f"AdamW2: taken for {text}: {_listed(found)}; {shown}overrides=[{{'match': "
-                    f"pattern, 'kind': 'convolution' or 'experts'}}] tells what they are."
+                    f"AdamW2: taken for {text}: {_listed(shapes)}; {other_way}overrides="
+                    "[{'match': pattern, 'kind': 'convolution' or 'experts'}] tells what they are."
                 )
         if self._pairs:
             yield (
                 f"AdamW2: taken for an adapter's factors, by shape: {_listed(self._paired)}; "
-                f"model=model tells what they are."
+                "model=model tells what they are."
             )
         if self._unsplit:
             yield (
                 f"AdamW2: {_listed(self._unsplit)} may be q, k and v in one weight, but without "
                 "names nothing is split, and each is one matrix; model.named_parameters() in "
-                f"place of model.parameters() or model=model gives names."
+                "place of model.parameters() or model=model gives names."
             )
 
     def _count(self, parameter: Parameter) -> int:
-        """Return how many matrices share a budget: the groups of a convolution are blocks of
-        one.
-        """
+        """Return how many matrices share a budget: a convolution's groups are blocks of one."""
         grid = self.grid(parameter)
         if grid is None:
             return 0
         kind = self._kind(parameter)
-        is_grouped = (
-            kind is not None
-            and kind.groups > 1
-            and self._settings.override(parameter.name, "fused") is None
-        )
+        is_split = self._settings.override(parameter.name, "fused") is not None
+        is_grouped = kind is not None and kind.groups > 1 and not is_split
         return 1 if is_grouped else len(grid.matrices)
 
     def _kind(self, parameter: Parameter) -> Kind | None:
-        """Return what a parameter is: as told, else to its module, else by its name."""
+        """Return what a parameter is: as overrides say, else to its module, else by its name."""
         kind = parameter.kind or kind_by_name(parameter.name, parameter.shape)
         if kind is None and parameter.name in self._pairs:
             kind = Kind("matrix", role="adapter", partner=self._pairs[parameter.name])
-        told = self._settings.override(parameter.name, "kind")
-        if told is None or len(parameter.shape) < 3 or (kind is not None and kind.form == told):
+        form = self._settings.override(parameter.name, "kind")
+        if form is None or len(parameter.shape) < 3 or (kind is not None and kind.form == form):
             return kind
-        return Kind(told) if kind is None else kind._replace(form=told, groups=1, parts=())
+        return Kind(form) if kind is None else kind._replace(form=form, groups=1, parts=())
 
     def grid(self, parameter: Parameter) -> Grid | None:
         """Return which matrices a parameter holds, or None where it takes the scheduled rate."""
@@ -181,9 +168,9 @@ class Thresholds:
         is_vector = parameter.is_vector or (kind is not None and kind.form == "vector")
         if is_vector and not (self._settings.clip_vectors and len(parameter.shape) == 1):
             return None
-        told = self._settings.override(parameter.name, "fused")
-        fused = self._fused(parameter, kind, told)
-        if told == 1 and kind is not None:
+        split = self._settings.override(parameter.name, "fused")
+        fused = self._fused(parameter, kind, split)
+        if split == 1 and kind is not None:
             kind = kind._replace(groups=1)
         try:
             grid = grid_of(
@@ -197,29 +184,24 @@ class Thresholds:
             raise ValueError(f"AdamW2: parameter '{parameter.name}': {error}.") from None
         if not any(matrix.rows * matrix.cols for matrix in grid.matrices):
             return None
-        self._note(parameter, told is not None)
+        self._note(parameter, is_split_explicit=split is not None)
         return grid
 
-    def _fused(self, parameter: Parameter, kind: Kind | None, told: object) -> Fused | None:
+    def _fused(self, parameter: Parameter, kind: Kind | None, split: object) -> Fused | None:
+        """Return the parts of a parameter's matrices; ``split`` is what overrides say of them."""
         shape = parameter.whole_shape
-        if told is not None:
-            return (
-                None
-                if told == 1
-                else explicit_fused(parameter.name, shape, told, kind, parameter.order)
-            )
+        if split == 1:
+            return None
+        if split is not None:
+            return explicit_fused(parameter.name, shape, split, kind, parameter.order)
         parts = None if kind is None else stacked_parts(kind, shape)
         return parameter.fused or parts or known_fused(parameter.name, shape)
 
-    def _note(self, parameter: Parameter, is_split_told: bool) -> None:
-        """Remember what nothing told."""
+    def _note(self, parameter: Parameter, *, is_split_explicit: bool) -> None:
+        """Remember what was guessed of a parameter."""
         shape = parameter.whole_shape
-        if (
-            _PLACE.search(parameter.name)
-            and looks_fused(shape)
-            and not is_split_told
-            and parameter.kind is None
-        ):
+        is_known = parameter.kind is not None or is_split_explicit
+        if _PLACE.search(parameter.name) and looks_fused(shape) and not is_known:
             self._unsplit[parameter.name] = shape
         if len(shape) != 3 or self._settings.override(parameter.name, "kind") is not None:
             return
@@ -232,8 +214,13 @@ class Thresholds:
     def floor_and_tau(
         self, parameter: Parameter, rows: int, cols: int, tau: float | str
     ) -> tuple[float, float]:
-        """Return (floor under σ₁(W), τ) of a (rows, cols) matrix whose parameter group says
-        ``tau``.
+        """Return (floor under σ₁(W), τ) of a matrix (rows, cols).
+
+        Args:
+            tau: its parameter group's.
+
+        Raises:
+            ValueError: ``tau`` is none, or became "balanced" after construction.
         """
         tau = read_tau(
             "a parameter group's tau", self._settings.override(parameter.name, "tau", tau)
@@ -251,11 +238,11 @@ class Thresholds:
         return random_sigma(rows, cols, xavier_std(rows, cols)), share
 
     def _floor(self, parameter: Parameter, rows: int, cols: int) -> float:
-        """Return the floor where τ is a number: low, but for an adapter's factors, one of which is
-        0 at the start.
+        """Return the floor where τ is a number: low, but for an adapter's factors.
 
-        Rule 1 would have it grow by τ of itself. Xavier's σ₁ stands for the frozen weight's, which
-        quantisation and engines hide: benchmarks/adapters.py has the others that were tried.
+        One of these is 0 at the start, and Rule 1 would have it grow by τ of itself. Xavier's σ₁
+        stands for the frozen weight's, which quantisation and engines hide: benchmarks/adapters.py
+        has the others that were tried.
         """
         std = self._settings.floor_std
         if std > 0 and self._is_adapter(parameter):
@@ -272,11 +259,8 @@ def _pairs_by_shape(layout: Layout) -> dict[str, str]:
     parameters = [shard.parameter for buffer in layout.buffers for shard in buffer.shards]
     trained = {p.name: p.whole_shape for p in parameters if not p.is_frozen}
     is_partly_frozen = any(p.is_frozen and len(p.shape) > 1 for p in parameters)
-    known = {
-        name
-        for name, shape in trained.items()
-        if is_io_name(name) or kind_by_name(name, shape) is not None
-    }
+    io = {name for name in trained if is_io_name(name)}
+    known = io | {name for name, shape in trained.items() if kind_by_name(name, shape) is not None}
     return low_rank_pairs(trained, known, is_partly_frozen=is_partly_frozen)
 
 

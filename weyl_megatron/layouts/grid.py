@@ -1,4 +1,4 @@
-"""What is a matrix: a parameter of any shape as a 2-D grid whose rectangles are pieces of matrices.
+"""What is a matrix: a parameter of any shape as a 2-D grid of rectangles, pieces of matrices.
 
 A matrix's σ₁ does not depend on the order of its rows or columns, so a piece may be put at any
 place that no other piece takes; only which elements share a row and which a column has to be right.
@@ -20,12 +20,10 @@ if TYPE_CHECKING:
 
 
 class Sharding(NamedTuple):
-    """Tensor parallelism of one parameter: every rank of ``group`` has a band of ``dim``, or all
-    where it is None.
-    """
+    """Tensor parallelism of one parameter: every rank of ``group`` has a band of it."""
 
     group: ProcessGroup
-    dim: int | None
+    dim: int | None  # that is cut into bands; None: every rank has the whole parameter
     sizes: tuple[int, ...]  # the local extent along ``dim`` on every rank of the group
     rank: int
 
@@ -51,7 +49,7 @@ class Fused(NamedTuple):
     sizes: tuple[int, ...]  # of the matrices
     labels: tuple[str, ...]
     pieces: tuple[Piece, ...]  # of the local weight, in order
-    # whether the pieces are those of this rank's band, where tensor parallelism cuts ``axis``
+    # Whether the pieces are those of this rank's band, where tensor parallelism cuts ``axis``.
     is_band: bool = False
 
 
@@ -68,8 +66,7 @@ def stacked(axis: int, sizes: Sequence[int], labels: Sequence[str]) -> Fused:
 def interleaved(
     pattern: Sequence[int], labels: Sequence[str], rows: int, start: int, stop: int
 ) -> Fused:
-    """Return the split of rows ``[start, stop)`` of a weight of ``rows`` rows in which ``pattern``
-    repeats.
+    """Return the split of rows ``[start, stop)`` of a weight in which ``pattern`` repeats.
 
     Args:
         pattern: consecutive rows of each part in one period, as [q of a group, its k, its v].
@@ -84,17 +81,11 @@ def interleaved(
         for part, size in enumerate(pattern):
             first, last = max(begin, start), min(begin + size, stop)
             if first < last:
-                pieces.append(
-                    Piece(part, first - start, last - first, repeat * size + first - begin)
-                )
+                at = repeat * size + first - begin
+                pieces.append(Piece(part, first - start, last - first, at))
             begin += size
-    return Fused(
-        0,
-        tuple(size * (rows // period) for size in pattern),
-        tuple(labels),
-        tuple(pieces),
-        is_band=True,
-    )
+    sizes = tuple(size * (rows // period) for size in pattern)
+    return Fused(0, sizes, tuple(labels), tuple(pieces), is_band=True)
 
 
 class MatrixShape(NamedTuple):
@@ -119,9 +110,8 @@ class Kind(NamedTuple):
     # "vector" (scheduled rate), "matrix", "convolution" (rows: the first dimension) or "experts"
     form: str
     groups: int = 1
-    parts: tuple[
-        str, ...
-    ] = ()  # labels of what it stacks along ``axis`` of each matrix, all of one size
+    # Labels of what it stacks along ``axis`` of each matrix, all of one size.
+    parts: tuple[str, ...] = ()
     axis: int = 0
     role: str | None = None  # "embedding", "head" or "adapter"
     partner: str | None = None  # the other factor of an adapter's product, by its parameter's name
@@ -138,7 +128,7 @@ def guessed_form(shape: Sequence[int]) -> str:
     return "experts" if is_stack else "convolution"
 
 
-#: Stacked fused weights that are split without being told, by name: the label of each part, all
+#: Stacked fused weights that are split without an override, by name: the label of each part, all
 #: parts of one size. Weights that interleave their parts per head (BLOOM, GPT-NeoX) are not stacked
 #: and are left whole.
 KNOWN_FUSED: Mapping[str, tuple[str, ...]] = {
@@ -151,19 +141,18 @@ KNOWN_FUSED: Mapping[str, tuple[str, ...]] = {
 #: What torch's parametrizations, the older weight_norm and pruning make of a weight's name, but for
 #: weight_norm's lengths, and what PEFT adds to the path of a layer.
 _REWRITTEN = re.compile(
-    r"(^|\.)parametrizations\.(\w+)\.original1?$|(?<=weight)_(?:orig|v)$|\.base_layer(?=\.)|\.modules_to_save\.\w+(?=\.)"
+    r"(^|\.)parametrizations\.(\w+)\.original1?$|(?<=weight)_(?:orig|v)$"
+    r"|\.base_layer(?=\.)|\.modules_to_save\.\w+(?=\.)"
 )
 
 
 def plain_name(name: str) -> str:
     """Return the name that a weight has without parametrizations, weight_norm, pruning and PEFT."""
-    return _REWRITTEN.sub(lambda found: (found[1] or "") + (found[2] or ""), name)
+    return _REWRITTEN.sub(lambda match: (match[1] or "") + (match[2] or ""), name)
 
 
 def known_fused(name: str, shape: Sequence[int]) -> Fused | None:
-    """Return how the weight of a well-known name is fused, or None where name or shape do not say
-    so.
-    """
+    """Return how the weight of a well-known name is fused; None where name or shape do not say."""
     name = plain_name(name)
     for pattern, labels in KNOWN_FUSED.items():
         if len(shape) == 2 and fnmatchcase(name, pattern):
@@ -178,13 +167,12 @@ def known_fused(name: str, shape: Sequence[int]) -> Fused | None:
 
 
 def stacked_parts(kind: Kind, shape: Sequence[int]) -> Fused | None:
-    """Return the split of a whole weight whose kind says that it stacks parts; None: it does
-    not.
-    """
+    """Return the split of a whole weight whose kind says that it stacks parts; else None."""
     dim = kind.axis + (len(shape) - 2 if kind.form == "experts" else 0)
-    if not kind.parts or shape[dim] % len(kind.parts):
+    parts = len(kind.parts)
+    if not parts or shape[dim] % parts:
         return None
-    return stacked(kind.axis, (shape[dim] // len(kind.parts),) * len(kind.parts), kind.parts)
+    return stacked(kind.axis, (shape[dim] // parts,) * parts, kind.parts)
 
 
 def looks_fused(shape: Sequence[int]) -> bool:
@@ -199,8 +187,7 @@ def explicit_fused(
     kind: Kind | None = None,
     order: Sequence[int] | None = None,
 ) -> Fused:
-    """Return the split that an override asks for: a number of equal parts, or their sizes along one
-    axis.
+    """Return the split that an override asks for: a number of equal parts, or their sizes.
 
     Of experts (experts, m, n) that is an axis of each expert's matrix, of a convolution its first
     dimension or its second. ``kind`` and ``order`` are those of :func:`grid_of`.
@@ -229,9 +216,8 @@ def explicit_fused(
     columns = [dim for dim in order or range(len(shape)) if dim > 0]
     inner = prod(shape[dim] for dim in columns[columns.index(1) + 1 :])
     total = prod(shape[1:])
-    return interleaved([size * inner for size in sizes], labels, total, 0, total)._replace(
-        axis=1, is_band=False
-    )
+    split = interleaved([size * inner for size in sizes], labels, total, 0, total)
+    return split._replace(axis=1, is_band=False)
 
 
 def grid_of(
@@ -242,8 +228,7 @@ def grid_of(
     kind: Kind | None = None,
     order: Sequence[int] | None = None,
 ) -> Grid:
-    """Return the grid of a parameter of local ``shape``: how its elements, as they lie in memory,
-    make up matrices.
+    """Return how the elements of a parameter, as they lie in memory, make up matrices.
 
     ==============================  ====================================================
     shape                           matrices
@@ -270,12 +255,13 @@ def grid_of(
         sharding = None
     if len(shape) > 2 and sharding is not None:
         raise ValueError(f"a tensor-parallel parameter of shape {tuple(shape)} is not understood")
-    band = (
-        None if sharding is None else (1 if len(shape) == 1 else sharding.dim)
-    )  # the axis that ranks share out
+    band = None if sharding is None else sharding.dim  # the axis that ranks share out
+    if sharding is not None and len(shape) == 1:
+        band = 1
     if fused is not None and band == fused.axis and not fused.is_band:
         fused = None  # a stack that tensor parallelism cuts along itself is kept whole
-    form, groups = _form(shape, kind), 1 if kind is None or fused is not None else kind.groups
+    form = _form(shape, kind)
+    groups = 1 if kind is None or fused is not None else kind.groups
     axes = _axes(shape, form, groups)
     lying = [axis for dim in order or range(len(shape)) for axis in axes[dim]]
     if lying[-1].label == "row":  # it is the transposed matrix that lies row by row
@@ -293,11 +279,9 @@ def grid_of(
         at = sum(sharding.sizes[: sharding.rank])
         row, col = (at, 0) if band == 0 else (0, at)
         blocks = [block._replace(row=block.row + row, col=block.col + col) for block in blocks]
-    suffixes = (
-        [f"[{number}]" for number in range(size["stack"])]
-        if form == "experts" or groups > 1
-        else [""]
-    )
+    suffixes = [""]
+    if form == "experts" or groups > 1:
+        suffixes = [f"[{number}]" for number in range(size["stack"])]
     matrices = [MatrixShape(suffix, size["row"], size["col"]) for suffix in suffixes]
     if fused is not None:
         matrices = [part for matrix in matrices for part in _part_shapes(matrix, fused)]
@@ -320,9 +304,7 @@ def _form(shape: Sequence[int], kind: Kind | None) -> str:
 
 
 def _axes(shape: Sequence[int], form: str, groups: int) -> list[list[_Axis]]:
-    """Return what each dimension is; strides of rows and columns are left to
-    :func:`_rectangles`.
-    """
+    """Return what each dimension is; :func:`_rectangles` finds the strides of rows and columns."""
     if form == "experts":
         stack = shape[:-2]
         dims = [[_Axis("stack", size, prod(stack[dim + 1 :]))] for dim, size in enumerate(stack)]
@@ -334,11 +316,13 @@ def _axes(shape: Sequence[int], form: str, groups: int) -> list[list[_Axis]]:
 
 
 def _rectangles(axes: Sequence[_Axis]) -> tuple[int, list[Block]]:
-    """Return the width of the grid of ``axes``, the slowest first, and the rectangles in it that
-    are in one matrix.
+    """Return the width of the grid of ``axes``, and the rectangles in it that are in one matrix.
 
-    A matrix is one rectangle where its columns are the innermost axes and its rows the next; in
+    A matrix is one rectangle where its columns are the innermost axes and its rows the next. In
     memory of another order, it is one for each place along what lies before and between them.
+
+    Args:
+        axes: the slowest first.
     """
     strides = {"row": 1, "col": 1}
     numbered: list[_Axis] = []
@@ -348,10 +332,8 @@ def _rectangles(axes: Sequence[_Axis]) -> tuple[int, list[Block]]:
             strides[axis.label] *= axis.size
         if axis.size != 1:
             numbered.insert(0, axis)
-    stop = max(
-        (number + 1 for number, axis in enumerate(numbered) if axis.label == "row"), default=0
-    )
-    start = stop
+    rows_at = [number for number, axis in enumerate(numbered) if axis.label == "row"]
+    start = stop = rows_at[-1] + 1 if rows_at else 0
     while start and numbered[start - 1].label == "row":
         start -= 1
     end = len(numbered)
@@ -382,19 +364,12 @@ def _parted(block: Block, fused: Fused) -> Iterator[Block]:
         low, high = max(first, begin), min(first + extent, begin + length)
         if low < high:
             matrix = block.matrix * len(fused.labels) + part
+            past, size, there = low - first, high - low, at + low - begin
             if fused.axis == 0:
-                there = {
-                    "grid_row": block.grid_row + low - first,
-                    "rows": high - low,
-                    "row": at + low - begin,
-                }
+                place = {"grid_row": block.grid_row + past, "rows": size, "row": there}
             else:
-                there = {
-                    "grid_col": block.grid_col + low - first,
-                    "cols": high - low,
-                    "col": at + low - begin,
-                }
-            yield block._replace(matrix=matrix, **there)
+                place = {"grid_col": block.grid_col + past, "cols": size, "col": there}
+            yield block._replace(matrix=matrix, **place)
 
 
 def _part_shapes(matrix: MatrixShape, fused: Fused) -> Iterator[MatrixShape]:

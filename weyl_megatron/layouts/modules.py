@@ -1,6 +1,4 @@
-"""What a parameter is to the module that owns it: which matrices it holds, and what they are
-for.
-"""
+"""What a parameter is to the module that owns it: which matrices it holds, and for what."""
 
 from __future__ import annotations
 
@@ -26,8 +24,7 @@ from .grid import Kind
 
 _VECTOR, _MATRIX, _STACK = Kind("vector"), Kind("matrix"), Kind("experts")
 
-#: The gates that a recurrent weight stacks, each with a nonlinearity of its own, by the module's
-#: mode.
+#: The gates that a recurrent weight stacks, by the module's mode. Each has its own nonlinearity.
 _GATES = {"LSTM": ("i", "f", "g", "o"), "GRU": ("r", "z", "n")}
 
 #: Convolutions and norms that are no subclasses of torch's.
@@ -54,8 +51,8 @@ def kinds_of(model: nn.Module, names: Mapping[int, str] | None = None) -> dict[s
     ``nn.LSTM``, ``nn.GRU``, their cells     one per gate
     ``nn.Bilinear``                          (out, in1·in2), linear in the outer product; for one
                                              output (in1, in2)
-    norms, weight_norm's lengths, experts'   none, whatever their shape: scheduled rate
-    biases
+    norms, weight_norm's lengths,            none, whatever their shape: scheduled rate
+    experts' biases
     any other, of (experts, m, n)            (m, n), one per expert; gate and up apart where the
                                              module says that it stacks them (Hugging Face)
     any other, of four dimensions or more    one, of the first dimension by all others
@@ -76,36 +73,33 @@ def kinds_of(model: nn.Module, names: Mapping[int, str] | None = None) -> dict[s
     shorter = model_names(named)
     owners = dict(model.named_modules(remove_duplicate=False))
     head = _head_parameters(model)
-    adapters = _adapters(
-        model, {name: p for name, p in named.items() if not isinstance(p, UninitializedParameter)}
-    )
-    found: dict[int, Kind] = {}
-    for name, param in named.items():
-        if isinstance(param, UninitializedParameter):
-            continue
+    initialized = {
+        name: param
+        for name, param in named.items()
+        if not isinstance(param, UninitializedParameter)
+    }
+    adapters = _adapters(model, initialized)
+    kinds: dict[int, Kind] = {}
+    for name, param in initialized.items():
         kind = _kind(name, param, owners)
         if name in adapters:
             whole = adapters[name] or ""
-            other = named.get(whole)
-            partner = (
-                None if other is None else shorter[whole] if names is None else names.get(id(other))
-            )
+            if whole not in named:
+                partner = None
+            else:
+                partner = shorter[whole] if names is None else names.get(id(named[whole]))
             is_scale = partner is None and len(_shape(param)) == 2 and 1 in _shape(param)
-            kind = kind._replace(
-                form="vector" if is_scale else kind.form, role="adapter", partner=partner
-            )
+            form = "vector" if is_scale else kind.form
+            kind = kind._replace(form=form, role="adapter", partner=partner)
         elif id(param) in head and kind.role is None:
             kind = kind._replace(role="head")
-        known = found.get(id(param))
-        if known is None or (
-            known.role is None and kind.role is not None
-        ):  # tied weights have several owners
-            found[id(param)] = kind
+        known = kinds.get(id(param))
+        # Tied weights have several owners: the first that gives them a role counts.
+        if known is None or (known.role is None and kind.role is not None):
+            kinds[id(param)] = kind
     if names is None:
-        return {
-            shorter[name]: found[id(param)] for name, param in named.items() if id(param) in found
-        }
-    return {names[number]: kind for number, kind in found.items() if number in names}
+        return {shorter[name]: kinds[id(param)] for name, param in initialized.items()}
+    return {names[number]: kind for number, kind in kinds.items() if number in names}
 
 
 class SeenModel:
@@ -128,17 +122,16 @@ class SeenModel:
             )
         named = dict(model.named_parameters())
         names = {id(named[whole]): name for whole, name in model_names(named).items()}
-        self._names = {
-            id(param): (weakref.ref(param), names[id(param)]) for param in named.values()
-        }
+        for param in named.values():
+            self._names[id(param)] = weakref.ref(param), names[id(param)]
         self.kinds |= kinds_of(model, names)
 
     def names(self, params: Sequence[Tensor]) -> list[str | None]:
         """Return the model's names of its parameters; None of others."""
-        found = (self._names.get(id(param)) for param in params)
+        seen = (self._names.get(id(param)) for param in params)
         return [
             known[1] if known and known[0]() is param else None
-            for known, param in zip(found, params, strict=True)
+            for known, param in zip(seen, params, strict=True)
         ]
 
     def check_knows(self, names: Iterable[str]) -> None:
@@ -158,8 +151,9 @@ class SeenModel:
 
 
 def kind_by_name(name: str, shape: tuple[int, ...]) -> Kind | None:
-    """Return what a well-known name says where no module is seen: adapters, and what they and
-    weight_norm scale by.
+    """Return what a well-known name says where no module is seen; else None.
+
+    Such names have adapters, and what these and weight_norm scale by.
     """
     if is_no_matrix(name):
         return _VECTOR
@@ -172,13 +166,12 @@ def kind_by_name(name: str, shape: tuple[int, ...]) -> Kind | None:
 
 
 def _adapters(model: nn.Module, named: Mapping[str, Tensor]) -> dict[str, str | None]:
-    """Return the names of a model's adapters, each with its partner's: as libraries call and PEFT
-    lists them, or pairs
-    of low rank beside what is frozen.
+    """Return the names of a model's adapters, each with its partner's name.
+
+    They are what libraries call so or PEFT lists, and pairs of low rank beside what is frozen.
     """
-    known = {name for name in named if is_adapter_name(name)} | (
-        peft_parameters(model) & named.keys()
-    )
+    known = {name for name in named if is_adapter_name(name)}
+    known |= peft_parameters(model) & named.keys()
     trained = {name: _shape(param) for name, param in named.items() if param.requires_grad}
     is_partly_frozen = any(len(_shape(p)) > 1 and not p.requires_grad for p in named.values())
     pairs = low_rank_pairs(trained, known, is_partly_frozen=is_partly_frozen)
@@ -186,9 +179,8 @@ def _adapters(model: nn.Module, named: Mapping[str, Tensor]) -> dict[str, str | 
 
 
 def _shape(param: Tensor) -> tuple[int, ...]:
-    return tuple(
-        getattr(param, "ds_shape", param.shape)
-    )  # ZeRO-3's parameters are empty while they are away
+    # ZeRO-3's parameters are empty while they are away.
+    return tuple(getattr(param, "ds_shape", param.shape))
 
 
 def _kind(name: str, param: Tensor, owners: Mapping[str, nn.Module]) -> Kind:
@@ -204,11 +196,9 @@ def _kind(name: str, param: Tensor, owners: Mapping[str, nn.Module]) -> Kind:
     if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
         return Kind("matrix", role="embedding")
     if len(shape) == 2:
-        return (
-            _VECTOR
-            if _is_bias(leaf, shape, owner)
-            else Kind("matrix", parts=_parts(leaf, shape, owner))
-        )
+        if _is_bias(leaf, shape, owner):
+            return _VECTOR
+        return Kind("matrix", parts=_parts(leaf, shape, owner))
     if isinstance(owner, _ConvNd) or (_CONVOLUTION.search(kind) and leaf.startswith("weight")):
         return Kind("convolution", groups=_groups(shape, owner))
     if len(shape) > 3 or (isinstance(owner, nn.Bilinear) and shape[0] > 1):
@@ -219,9 +209,9 @@ def _kind(name: str, param: Tensor, owners: Mapping[str, nn.Module]) -> Kind:
 def _owner(name: str, owners: Mapping[str, nn.Module]) -> tuple[str, nn.Module]:
     """Return the module that uses a parameter, and what it calls it."""
     path, _, leaf = name.rpartition(".")
-    found = _PARAMETRIZED.match(name)
-    if found is not None:
-        path, leaf = found["path"].rstrip("."), found["leaf"]
+    parametrized = _PARAMETRIZED.match(name)
+    if parametrized is not None:
+        path, leaf = parametrized["path"].rstrip("."), parametrized["leaf"]
     while path and isinstance(owners[path], (nn.ParameterDict, nn.ParameterList)):
         path, _, leaf = path.rpartition(".")
     return leaf, owners[path]
@@ -231,9 +221,8 @@ def _parts(leaf: str, shape: tuple[int, ...], owner: nn.Module) -> tuple[str, ..
     """Return the labels of equal matrices that a 2-D weight stacks along its rows."""
     if isinstance(owner, nn.MultiheadAttention) and leaf.startswith("in_proj_weight"):
         return ("q", "k", "v") if shape[0] % 3 == 0 else ()
-    if isinstance(owner, (nn.RNNBase, nn.RNNCellBase)) and leaf.startswith(
-        ("weight_ih", "weight_hh")
-    ):
+    is_recurrent = isinstance(owner, (nn.RNNBase, nn.RNNCellBase))
+    if is_recurrent and leaf.startswith(("weight_ih", "weight_hh")):
         mode = getattr(owner, "mode", type(owner).__name__)
         gates = next((gates for name, gates in _GATES.items() if mode.startswith(name)), ())
         return gates if gates and shape[0] % len(gates) == 0 else ()
@@ -243,42 +232,33 @@ def _parts(leaf: str, shape: tuple[int, ...], owner: nn.Module) -> tuple[str, ..
 def _groups(shape: tuple[int, ...], owner: Any) -> int:
     """Return how many matrices a convolution's weight is, bands of its first dimension."""
     groups = getattr(owner, "groups", 1)
-    if (
-        not isinstance(groups, int)
-        or groups < 1
-        or shape[0] % groups
-        or 1 in (shape[0] // groups, shape[1])
-    ):
+    if not isinstance(groups, int) or groups < 1 or shape[0] % groups:
         return 1
-    return groups
+    return 1 if 1 in (shape[0] // groups, shape[1]) else groups
 
 
 def _is_bias(leaf: str, shape: tuple[int, ...], owner: nn.Module) -> bool:
-    """Whether a 2-D parameter is a bias, of one row or column or for each expert of a stack beside
-    it.
+    """Whether a 2-D parameter is a bias.
+
+    It is of one row or column, or has a row for each expert of a stack beside it.
     """
     if leaf == "bias" and 1 in shape:
         return True
-    stacks = [
-        tuple(getattr(param, "ds_shape", param.shape)) for param in owner.parameters(recurse=False)
-    ]
-    return "bias" in leaf and any(len(stack) == 3 and stack[0] == shape[0] for stack in stacks)
+    beside = (_shape(param) for param in owner.parameters(recurse=False))
+    return "bias" in leaf and any(len(other) == 3 and other[0] == shape[0] for other in beside)
 
 
 def _experts(leaf: str, owner: Any) -> Kind:
     """Return the kind of a stack, with its parts where Hugging Face's experts say how these lie."""
     is_gated = leaf == "gate_up_proj" and getattr(owner, "has_gate", False)
     if is_gated and getattr(owner, "is_concatenated", False):
-        return _STACK._replace(
-            parts=("gate", "up"), axis=int(bool(getattr(owner, "is_transposed", False)))
-        )
+        axis = 1 if getattr(owner, "is_transposed", False) else 0
+        return _STACK._replace(parts=("gate", "up"), axis=axis)
     return _STACK
 
 
 def _head_parameters(model: nn.Module) -> set[int]:
-    """Return the ``id`` of the matrices below what a Hugging Face model calls its output
-    embeddings.
-    """
+    """Return the ``id`` of the matrices of what a Hugging Face model calls output embeddings."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return {id(param) for param in _matrices(head)} if isinstance(head, nn.Module) else set()
 
@@ -286,5 +266,5 @@ def _head_parameters(model: nn.Module) -> set[int]:
 def _matrices(module: nn.Module) -> Iterator[Tensor]:
     for name, param in module.named_parameters():
         is_known = not is_adapter_name(name) and not isinstance(param, UninitializedParameter)
-        if is_known and len(getattr(param, "ds_shape", param.shape)) > 1:
+        if is_known and len(_shape(param)) > 1:
             yield param

@@ -1,5 +1,4 @@
-"""A Transformer's blocks and what each of their layers is to them, and the cures that change the
-model itself.
+"""A Transformer's blocks, what their layers are to them, and the cures that change the model.
 
 ``sigma_reparam`` and ``fold`` (Zhai et al. 2023), ``scale_residuals`` (Noci et al. 2022).
 """

@@ -1,5 +1,4 @@
-"""σReparam: Ŵ = γ / σ₁(W) · W, with a learned γ, so that a layer's spectral norm is a number that
-training chooses.
+"""σReparam: Ŵ = γ / σ₁(W) · W with a learned γ: training chooses a layer's spectral norm.
 
 Zhai et al. 2023, "Stabilizing Transformer Training by Preventing Attention Entropy Collapse" (arXiv
 2303.06296). σ₁ is tracked by one power step per training forward pass, in float32; gradients flow
@@ -9,7 +8,6 @@ vectors and scalars travel, never the weight.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,8 @@ from torch.nn.utils import parametrize
 
 from ..spectral.blocks import start_block
 from ..spectral.step import SharedByGroup, SumOverGroup, power_step
+from .blocks import find_blocks
+from .megatron import gated_state_dict, is_gated, sharded_state_dict, tensor_parallel_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -57,10 +57,8 @@ class SigmaReparam(nn.Module):
         if group is not None and dim == 1:
             first, cols = cols * dist.get_rank(group), cols * dist.get_world_size(group)
         start = start_block(name, cols, 1)[first : first + matrix.shape[1], 0]
-        u, v = (
-            torch.zeros(matrix.shape[0], device=matrix.device),
-            start.to(matrix.device, torch.float32),
-        )
+        u = torch.zeros(matrix.shape[0], device=matrix.device)
+        v = start.to(matrix.device, torch.float32)
         for _ in range(_FIRST_STEPS):
             u, v = power_step(matrix, v, group, dim)
         self.register_buffer("u", u)
@@ -80,13 +78,11 @@ class SigmaReparam(nn.Module):
         """Return Ŵ; in training, take a power step before."""
         # Activation checkpointing computes a forward pass again inside backward: with the same u
         # and v.
-        if self.training and (
-            torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
-        ):
+        is_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if self.training and not is_backward:
             with torch.no_grad():
-                self.u, self.v = power_step(
-                    weight.detach().flatten(1).float(), self.v, self._group, self._dim
-                )
+                matrix = weight.detach().flatten(1).float()
+                self.u, self.v = power_step(matrix, self.v, self._group, self._dim)
         if self._statistics_only:
             return weight
         sigma = self.sigma(weight)
@@ -161,28 +157,25 @@ def sigma_reparam(
         name: _parametrization(name, layer, gamma, statistics_only)
         for name, layer in chosen.items()
     }
-    gated = {id(inner.linear_fc1) for inner in model.modules() if _is_gated(inner)}
+    gated = {id(inner.linear_fc1) for inner in model.modules() if is_gated(inner)}
     for name, layer in chosen.items():
         attributes = vars(layer.weight).copy()  # Megatron's marks of what is split
         training = layer.training
-        parametrize.register_parametrization(
-            layer.eval(), "weight", made[name]
-        )  # it looks at Ŵ: without a power step
+        layer.eval()  # registering looks at Ŵ: without a power step
+        parametrize.register_parametrization(layer, "weight", made[name])
         layer.train(training)
         vars(layer.parametrizations.weight.original).update(attributes)
         if hasattr(layer, "sharded_state_dict"):
             # The class is this layer's alone since then.
-            type(layer).sharded_state_dict = (
-                _gated_state_dict if id(layer) in gated else _sharded_state_dict
-            )
+            sharded = gated_state_dict if id(layer) in gated else sharded_state_dict
+            type(layer).sharded_state_dict = sharded
     return list(chosen)
 
 
 def fold(model: nn.Module) -> list[str]:
-    """Bake every Ŵ into its layer's weight, for inference or to go on without; return the layers'
-    names.
+    """Bake every Ŵ into its layer's weight, in place; return the layers' names.
 
-    The state dict is that of the plain model then.
+    For inference, or to go on without. The state dict is that of the plain model then.
 
     Raises:
         ValueError: nothing is converted, or the model belongs to a ZeRO-3 engine, which gives W
@@ -210,7 +203,7 @@ def sigmas(model: nn.Module) -> dict[str, float]:
     Raises:
         ValueError: a weight is partitioned by ZeRO-3.
     """
-    found = {}
+    tracked = {}
     for name, layer, parametrization in _converted(model):
         original = layer.parametrizations.weight.original
         if _is_partitioned(original):
@@ -218,8 +211,8 @@ def sigmas(model: nn.Module) -> dict[str, float]:
                 f"sigmas: '{name}' is partitioned by ZeRO-3, it takes "
                 "deepspeed.zero.GatheredParameters."
             )
-        found[name] = float(parametrization.sigma(original))
-    return found
+        tracked[name] = float(parametrization.sigma(original))
+    return tracked
 
 
 def drop_norms(model: nn.Module, names: Any = None) -> int:
@@ -233,8 +226,6 @@ def drop_norms(model: nn.Module, names: Any = None) -> int:
         ValueError: the model is not recognised, or a block computes with its norms' parameters by
             itself.
     """
-    from .blocks import find_blocks
-
     blocks = find_blocks(model, names)
     for block in blocks:
         if any(block.norm_prefix) or isinstance(block.module, nn.TransformerEncoderLayer):
@@ -269,19 +260,13 @@ def _is_linear(layer: nn.Module) -> bool:
 
 
 def _refuse_own_weights(name: str, layer: Any) -> None:
-    """Raise ValueError where a layer has matrices that are no layer's ``weight``, so that they
-    would be left out.
-    """
+    """Raise ValueError where matrices are no layer's ``weight``: they would be left out."""
     kinds = {kind.__name__ for kind in type(layer).__mro__}
-    is_engine = type(layer).__module__.startswith("transformer_engine") or any(
-        k.startswith("TE") for k in kinds
-    )
+    is_engine = type(layer).__module__.startswith("transformer_engine")
+    is_engine = is_engine or any(kind.startswith("TE") for kind in kinds)
     is_foreign = is_engine and not isinstance(layer, (nn.Linear, nn.Conv2d))
-    if (
-        is_foreign
-        and isinstance(getattr(layer, "weight", None), Tensor)
-        and layer.weight.dim() == 2
-    ):
+    weight = getattr(layer, "weight", None) if is_foreign else None
+    if isinstance(weight, Tensor) and weight.dim() == 2:
         where = (
             "Transformer Engine's, which computes with its own weight; Megatron's local "
             "layers can be converted"
@@ -318,9 +303,8 @@ def _check(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
                 f"sigma_reparam: '{name}' is partitioned by ZeRO-3; convert before, without "
                 "zero.Init."
             )
-        others = [
-            path for path in owners.get(id(weight), []) if path != f"{name}.weight".lstrip(".")
-        ]
+        own = f"{name}.weight".lstrip(".")
+        others = [path for path in owners.get(id(weight), []) if path != own]
         if others:
             raise ValueError(
                 f"sigma_reparam: '{name}.weight' is tied to '{others[0]}'; leave it out with "
@@ -334,9 +318,8 @@ def _check(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
 
 
 def _is_partitioned(weight: Tensor) -> bool:
-    return hasattr(weight, "ds_id") and weight.numel() != int(
-        getattr(weight, "ds_numel", weight.numel())
-    )
+    whole = int(getattr(weight, "ds_numel", weight.numel()))
+    return hasattr(weight, "ds_id") and weight.numel() != whole
 
 
 def _parametrization(
@@ -345,59 +328,7 @@ def _parametrization(
     weight: Any = layer.weight
     group, dim = None, None
     if getattr(weight, "tensor_model_parallel", False):
-        group, dim = getattr(layer, "tp_group", None), int(weight.partition_dim)
-        if group is None:
-            from megatron.core import parallel_state
-
-            group = parallel_state.get_tensor_model_parallel_group()
+        group, dim = tensor_parallel_group(layer), int(weight.partition_dim)
         if dist.get_world_size(group) == 1:
             group, dim = None, None
     return SigmaReparam(weight, name, gamma, statistics_only=statistics_only, group=group, dim=dim)
-
-
-def _is_gated(module: nn.Module) -> bool:
-    """Whether it is a Megatron MLP whose linear_fc1 stacks gate and up."""
-    return hasattr(module, "linear_fc1") and bool(
-        getattr(getattr(module, "config", None), "gated_linear_unit", False)
-    )
-
-
-def _sharded_state_dict(
-    layer: Any, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
-) -> Any:
-    """Return what Megatron's Column- and RowParallelLinear do, who look for the key ``weight``.
-
-    W is cut along its dimension, and so is the one of u and v that has an element for each of its
-    rows or columns.
-    """
-    from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-
-    dim = int(layer.parametrizations.weight.original.partition_dim)
-    axes = {"parametrizations.weight.original": dim, f"parametrizations.weight.0.{'uv'[dim]}": 0}
-    if dim == 0:
-        axes["bias"] = 0
-    state = layer.state_dict(prefix="", keep_vars=True)
-    groups = {}
-    if (
-        "dp_cp_group" in inspect.signature(make_sharded_tensors_for_checkpoint).parameters
-    ):  # since 0.16
-        groups = {"tp_group": layer.tp_group, "dp_cp_group": metadata["dp_cp_group"]}
-    return make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets, **groups)
-
-
-def _gated_state_dict(
-    layer: Any, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
-) -> Any:
-    """Return the same where every rank has a band of the gate and one of up, as Megatron's MLP does
-    for ``weight``.
-    """
-    from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
-
-    sharded = _sharded_state_dict(layer, prefix, sharded_offsets, metadata)
-    has_own_shards = (metadata or {}).get("singleton_local_shards", False)
-    options = (has_own_shards,) if has_own_shards else ()  # since 0.16
-    for key in ("parametrizations.weight.original", "parametrizations.weight.0.u"):
-        sharded[prefix + key] = apply_swiglu_sharded_factory(
-            sharded[prefix + key], sharded_offsets, *options
-        )
-    return sharded

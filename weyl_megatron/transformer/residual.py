@@ -53,8 +53,8 @@ def scale_residuals(
             Adam's steps do not shrink with the weights, so they undo it. ``"learned"``: a parameter
             ``residual_scale`` (1,) of each last layer, which starts at 1/√L and is in the state
             dict; keep it out of weight decay, which would close the branches.
-        depth: L; None: the blocks of the model (under Megatron, of all pipeline stages). Models
-            that use the same block again and again need it told.
+        depth: L; None: the blocks of the model (under Megatron, of all pipeline stages). A model
+            that uses the same block again and again needs a number.
         names: for a model that is not recognised, see ``find_blocks``; ``"o"`` and ``"2"`` are
             needed here.
 
@@ -98,9 +98,8 @@ class _Branch(NamedTuple):
     layer: nn.Module  # whose output is the branch's
     weights: nn.Module  # the layer that has the weight and the bias
     returns: int  # how many tensors of a tuple it returns are the branch's, to be added up
-    is_shared_out: (
-        bool  # whether ranks have different tokens of the output (Megatron's sequence parallelism)
-    )
+    # Whether ranks have different tokens of the output (Megatron's sequence parallelism).
+    is_shared_out: bool
 
     def tensors(self) -> Iterator[Tensor]:
         weights: Any = self.weights  # torch does not type what a parametrized module has
@@ -116,12 +115,8 @@ def _branches(block: Block) -> Iterator[_Branch]:
     # Behind a norm of its own a branch has that norm's scale, whatever its last layer is multiplied
     # by.
     kind = type(block.module).__name__.lower()
-    is_swin2 = kind.startswith("swin") and "v2" in kind
-    if (
-        hasattr(block.module, "post_feedforward_layernorm")
-        or kind.startswith("respost")
-        or is_swin2
-    ):
+    is_normed = kind.startswith("respost") or (kind.startswith("swin") and "v2" in kind)
+    if is_normed or hasattr(block.module, "post_feedforward_layernorm"):
         raise ValueError(
             f"residual: {block.name} ({type(block.module).__name__}) norms its branches before "
             "they are added, which undoes a factor; it takes blocks x + f(norm(x)) and norm(x + "
@@ -136,15 +131,14 @@ def _branches(block: Block) -> Iterator[_Branch]:
         layer = owner = block.weights[role].owner
         is_megatron = hasattr(block.attention, "linear_qkv")
         if role == "o" and isinstance(getattr(block.attention, "in_proj_weight", None), Tensor):
-            layer = (
-                block.attention
-            )  # torch's MultiheadAttention computes with the weight and never calls its layer
-        parted = is_megatron and bool(
-            getattr(getattr(block.attention, "config", None), "sequence_parallel", False)
-        )
-        # Megatron's layers return (output, bias) and leave the sum to a fused kernel, torch's
+            # torch's MultiheadAttention computes with the weight and never calls its layer.
+            layer = block.attention
+        config = getattr(block.attention, "config", None)
+        is_shared_out = is_megatron and bool(getattr(config, "sequence_parallel", False))
+        # Megatron's layers return (output, bias), whose sum is a fused kernel's; torch's return
         # (output, attention).
-        yield _Branch(f"{block.name}'s {what} layer", layer, owner, 2 if is_megatron else 1, parted)
+        returns = 2 if is_megatron else 1
+        yield _Branch(f"{block.name}'s {what} layer", layer, owner, returns, is_shared_out)
 
 
 def _check(branch: _Branch, mode: str) -> None:
@@ -153,7 +147,7 @@ def _check(branch: _Branch, mode: str) -> None:
     if mode == "init" and parametrize.is_parametrized(branch.weights, "weight"):
         raise ValueError(
             f"residual: mode got 'init', but {branch.name} computes its weight (σReparam); it "
-            f"takes 'forward' or 'learned' then, or a scaling before the conversion."
+            "takes 'forward' or 'learned' then, or a scaling before the conversion."
         )
     weight = next(branch.tensors())
     if mode != "forward" and (hasattr(weight, "ds_id") or weight.is_meta):
@@ -164,31 +158,31 @@ def _check(branch: _Branch, mode: str) -> None:
 
 
 def _depth(blocks: list[Block]) -> int:
-    """The blocks of the whole model; the decoder's of an encoder-decoder have two attentions
-    each.
+    """Return how many blocks the whole model has.
+
+    Those of a decoder beside an encoder have two attentions each.
     """
-    config: Any = getattr(blocks[0].attention, "config", None)
-    if hasattr(blocks[0].attention, "linear_qkv") and isinstance(
-        getattr(config, "num_layers", None), int
-    ):
-        return int(config.num_layers)
+    layers = getattr(getattr(blocks[0].attention, "config", None), "num_layers", None)
+    if hasattr(blocks[0].attention, "linear_qkv") and isinstance(layers, int):
+        return layers
     return len({id(block.module) for block in blocks})
 
 
 def _add_parameter(branch: _Branch, factor: float) -> None:
     weight = next(branch.tensors())
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    scale = nn.Parameter(
-        torch.full((1,), factor, dtype=dtype, device=weight.device)
-    )  # FSDP takes no 0-d parameter
+    # FSDP takes no 0-d parameter.
+    scale = nn.Parameter(torch.full((1,), factor, dtype=dtype, device=weight.device))
     if branch.is_shared_out:
-        scale.sequence_parallel = True  # type: ignore[attr-defined]  # Megatron sums its gradient over the ranks then
+        # Megatron sums its gradient over the ranks then.
+        scale.sequence_parallel = True  # type: ignore[attr-defined]
     branch.layer.register_parameter(SCALE, scale)
 
 
 class _Scaling:
-    """A forward hook that multiplies; it holds no module, so that copies of the model scale with
-    what is theirs.
+    """A forward hook that multiplies.
+
+    It holds no module, so that a copy of the model scales with its own parameter.
     """
 
     def __init__(self, factor: float | None, returns: int) -> None:
@@ -196,17 +190,14 @@ class _Scaling:
 
     def __call__(self, layer: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, tuple):
-            own = [
-                None if value is None else self._scaled(layer, value)
-                for value in output[: self._returns]
-            ]
-            return (*own, *output[self._returns :])
+            branch, rest = output[: self._returns], output[self._returns :]
+            scaled = (None if value is None else self._scaled(layer, value) for value in branch)
+            return (*scaled, *rest)
         return self._scaled(layer, output)
 
     def _scaled(self, layer: nn.Module, output: Tensor) -> Tensor:
         if self._factor is not None:
             return output * self._factor
         scale: Tensor = getattr(layer, SCALE)
-        return output * scale.to(output.dtype).view(
-            ()
-        )  # nested tensors, torch's fast path, take no dimension
+        # Nested tensors, torch's fast path, take no dimension.
+        return output * scale.to(output.dtype).view(())

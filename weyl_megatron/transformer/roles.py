@@ -15,12 +15,12 @@ from ..layouts.modules import kinds_of
 #: Path components that name an embedding, a table of positions, a patch embedding or an output
 #: head.
 _IO_NAME = re.compile(
-    r"(^|\.)(w[tp]e|tok_emb|pos_emb|embed_(tokens|positions|in|out)|(word_|token_|pos(ition)?_|patch_)?"
-    r"embed(ding)?s?|(word|token|position|patch)_embeddings|cls_token|lm_head|heads?|classifier|output_layer|"
-    r"unembed(ding)?)(\.|$)"
+    r"(^|\.)(w[tp]e|tok_emb|pos_emb|embed_(tokens|positions|in|out)"
+    r"|(word_|token_|pos(ition)?_|patch_)?embed(ding)?s?|(word|token|position|patch)_embeddings"
+    r"|cls_token|lm_head|heads?|classifier|output_layer|unembed(ding)?)(\.|$)"
 )
 
-#: What PEFT trains in full beside adapters: copies of modules, heads as a rule, and rows of an
+#: What PEFT trains in full beside adapters: copies of modules, mostly heads, and rows of an
 #: embedding.
 _IN_FULL = re.compile(r"\.(modules_to_save|trainable_tokens_delta)\.")
 
@@ -32,9 +32,10 @@ def io_parameters(
 ) -> set[str]:
     """Return the names of the parameters that are embeddings, positions or head.
 
-    Told by ``patterns`` where given (an empty list: there are none). Otherwise embeddings are the
-    ``nn.Embedding`` modules of ``model`` and what is tied to them, the head is what a Hugging Face
-    model calls its output embeddings, and both are what well-known names say.
+    They are what ``patterns`` match where these are given (an empty list: there are none).
+    Otherwise embeddings are the ``nn.Embedding`` modules of ``model`` and what is tied to them, the
+    head is what a Hugging Face model calls its output embeddings, and both are what well-known
+    names say.
 
     Args:
         names: of the parameters that are stepped.
@@ -58,13 +59,11 @@ def io_parameters(
     kinds = kinds_of(model) if isinstance(model, nn.Module) else model or {}
     adapters = {name for name in {*names, *kinds} if _is_adapter(name, kinds.get(name))}
     io = {name for name in {*names, *kinds} - adapters if _is_io(name, kinds.get(name))}
-    found = io & set(names)
-    is_partly_frozen = any(
-        kind.form != "vector" for name, kind in kinds.items() if name not in set(names)
-    )
-    is_adapted = bool(names) and all(
-        name in adapters or _is_vector(kinds.get(name)) for name in names
-    )
+    stepped = set(names)
+    frozen = (kind for name, kind in kinds.items() if name not in stepped)
+    is_partly_frozen = any(kind.form != "vector" for kind in frozen)
+    are_adapters = (name in adapters or _is_vector(kinds.get(name)) for name in names)
+    is_adapted = bool(names) and all(are_adapters)
     if not (io or is_partly_frozen or is_adapted):
         raise ValueError(
             f"AdamW2: tau got 'balanced', but nothing tells which of the {len(names)} parameters "
@@ -72,27 +71,24 @@ def io_parameters(
             "model.parameters(), model=model, or io=[patterns of their names] ([] where there are "
             "none)."
         )
-    return found
+    return io & stepped
 
 
 def is_io_name(name: str) -> bool:
-    """Whether a well-known name says that a parameter is an embedding, a table of positions or a
-    head.
-    """
+    """Whether a well-known name says: an embedding, a table of positions or a head."""
     return _IO_NAME.search(name) is not None
 
 
 def _is_io(name: str, kind: Kind | None) -> bool:
-    """Whether a parameter is one: to its module, by its name, or as what PEFT trains in full beside
-    adapters.
-    """
+    """Whether its module, its name or PEFT, which trains it in full, says so of a parameter."""
     is_seen = kind is not None and kind.role in ("embedding", "head")
     return is_seen or is_io_name(name) or _IN_FULL.search(name) is not None
 
 
 def _is_adapter(name: str, kind: Kind | None) -> bool:
-    """Whether a parameter is part of an adapter, which is a hidden matrix also where it changes the
-    head.
+    """Whether a parameter is part of an adapter.
+
+    An adapter's matrices are hidden ones also where it changes the head.
     """
     return is_adapter_name(name) or (kind is not None and kind.role == "adapter")
 
