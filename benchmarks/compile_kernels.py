@@ -37,6 +37,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime import JITFunction, driver
 
 from weyl_megatron import AdamW2, matrices
+from weyl_megatron.engines.given import GivenLayout
 from weyl_megatron.kernels import triton_step
 from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
 
@@ -300,7 +301,7 @@ def _cut() -> tuple[AdamW2, list[nn.Parameter]]:
     shards = Shard(parameter, 0, cut, 0), Shard(parameter, cut, 9 * 7, 0)
     optimizer = AdamW2(zip(("first", "second"), pieces, strict=True), tau=0.01)
     buffers = [Buffer(piece, (shard,)) for piece, shard in zip(pieces, shards, strict=True)]
-    optimizer._engine_layout = lambda: Layout(buffers)
+    optimizer.engine = GivenLayout(lambda: Layout(buffers))
     return optimizer, pieces
 
 

@@ -34,7 +34,7 @@ def main(name: str, blocks: str, device: str) -> None:
     for parameter in weights.values():
         parameter.grad = torch.randn_like(parameter)
     optimizer = AdamW2(weights.items(), lr=1e-2)
-    optimizer._allocate_all()
+    optimizer.allocate_state()
     for state in optimizer.state.values():
         for key in ("exp_avg", "exp_avg_sq"):
             state[key].fill_(1e-3)  # pages of zeros are no memory yet

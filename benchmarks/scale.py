@@ -46,8 +46,9 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from weyl_megatron import AdamW2, matrices, state
-from weyl_megatron import optimizer as of_optimizer
+from weyl_megatron import tensors as stepped_tensors
 from weyl_megatron.engines.deepspeed import layout as zero
+from weyl_megatron.engines.given import GivenLayout
 from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
 from weyl_megatron.layouts.grid import Sharding, interleaved
 from weyl_megatron.settings import check_settings
@@ -342,7 +343,7 @@ class Counted(NamedTuple):
 def count_step(buffers: list[Buffer], cut: list[Tensor], square: float) -> Counted:
     """Step twice; count what the second step hands to ``all_reduce``."""
     optimizer = AdamW2([buffer.tensor for buffer in buffers], **OPTIONS)
-    optimizer._engine_layout = lambda: Layout(buffers)
+    optimizer.engine = GivenLayout(lambda: Layout(buffers))
     for buffer in buffers:
         tensor = buffer.tensor
         tensor.grad = tensor.detach()
@@ -360,7 +361,7 @@ def count_step(buffers: list[Buffer], cut: list[Tensor], square: float) -> Count
         patch.object(
             state, "check_form", lambda *_: None
         ),  # the tensors have one element each in memory
-        patch.object(of_optimizer, "check_memory", lambda *_: None),
+        patch.object(stepped_tensors, "check_memory", lambda *_: None),
     ):
         optimizer.step()
         sent.clear()

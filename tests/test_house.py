@@ -1,4 +1,4 @@
-"""The house's rules: which room may import which, what the core may not name, words that are gone."""
+"""The house's rules: which room imports which, what the core may not name, words that are gone."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "weyl_megatron"
 
 #: The rooms from the ground up: a module imports from its own room and from those before it. A room
 #: is the longest entry that a module's name begins with. ``transformer`` is below ``thresholds``,
-#: which asks it for a model's embeddings and head; Megatron's folder is above the optimizer, which
-#: it builds.
+#: which asks it for a model's embeddings and head; Megatron's folder and
+#: PyTorch's plugin are above the optimizer, which they build or give out.
 ROOMS = (
     "environment",
     "spectral",
@@ -28,12 +28,16 @@ ROOMS = (
     "nonfinite",
     "names",
     "state",
+    "batches",
     "matrices",
     "saved",
+    "matrix_groups",
+    "tensors",
     "engines",
     "engines.torch",
     "engines.deepspeed",
     "optimizer",
+    "engines.torch.plugin",
     "engines.megatron",
     "watch",
     "report",
@@ -103,7 +107,8 @@ def test_no_import_goes_upwards() -> None:
     upwards = [
         f"{module} imports {target}"
         for module, target in arrows()
-        if ROOMS.index(room(target)) > ROOMS.index(room(module))
+        if target  # the package itself, which has the version
+        and ROOMS.index(room(target)) > ROOMS.index(room(module))
     ]
     assert not upwards, "\n".join(upwards)
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from tests.faults.threads import Group, on_ranks, summing_groups
 from weyl_megatron import AdamW2, matrices
+from weyl_megatron.engines.given import GivenLayout
 from weyl_megatron.kernels import pick
 from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
 
@@ -31,7 +32,7 @@ def test_ranks_that_share_a_matrix_step_in_one_kernel(
         weight.grad = torch.ones(20)
         shard = Shard(Parameter("w", (8, 5), None), 20 * rank, 20 * rank + 20, 0)
         optimizer = AdamW2([weight], lr=0.1)
-        optimizer._engine_layout = lambda: Layout([Buffer(weight, (shard,), (group,))])
+        optimizer.engine = GivenLayout(lambda: Layout([Buffer(weight, (shard,), (group,))]))
         try:
             optimizer.step()
         except ValueError as error:

@@ -14,6 +14,7 @@ from torch import nn
 from tests import net as nets
 from tests.processes import torchrun
 from weyl_megatron import AdamW2, MatrixStats
+from weyl_megatron.engines.given import GivenLayout
 from weyl_megatron.layouts.buffers import Layout
 from weyl_megatron.reference import AdamW2Reference, exact_sigma
 
@@ -416,7 +417,7 @@ def test_without_parameters_the_layout_is_read_once() -> None:
         reads.append(None)
         return Layout([])
 
-    optimizer._engine_layout = read
+    optimizer.engine = GivenLayout(read)
     for _ in range(3):
         optimizer.step()
     assert len(reads) == 1 and optimizer.stats() == {}

@@ -13,6 +13,7 @@ from torch import nn
 
 from tests.test_optimizer import train
 from weyl_megatron import AdamW2
+from weyl_megatron.engines.torch.plain import PlainTorch
 from weyl_megatron.saved import KEY
 
 
@@ -161,6 +162,10 @@ def test_a_copied_optimizer_goes_on_by_itself(clone: Callable[[Any], Any]) -> No
     assert torch.allclose(weight, other_weight, atol=1e-4)
 
 
+class PlainCountingInGroups(PlainTorch):
+    counts_in_groups = True
+
+
 def test_the_step_may_be_counted_in_the_groups_as_fused_adam_does() -> None:
     """Megatron's checkpoints look for it there where Transformer Engine or apex is installed."""
     runs = []
@@ -169,7 +174,7 @@ def test_the_step_may_be_counted_in_the_groups_as_fused_adam_does() -> None:
         net = torch.nn.Linear(6, 5)
         optimizer = AdamW2(net.named_parameters(), lr=0.1)
         if in_group:
-            optimizer._step_in_group = True
+            optimizer.engine = PlainCountingInGroups()
             optimizer.param_groups[0]["step"] = 0
         for step in range(6):
             if step == 3:  # what a checkpoint carries, into the same kind of optimizer

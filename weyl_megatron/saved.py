@@ -24,27 +24,29 @@ class SavedVectors:
         self._pending: dict[str, SavedMatrix] = {}
         self._written: dict[str, str] = {}  # the parameter's name in files, where it is not ours
 
-    def match(self, ours: Sequence[Sequence[str]], saved: Sequence[Sequence[str]]) -> None:
-        """Read, and write, each of our parameters by the name of the one at its place in the saved
+    def match(self, names: Sequence[Sequence[str]], saved: Sequence[Sequence[str]]) -> None:
+        """Read, and write, each parameter of ``names`` by the name at its place in the saved
         groups.
 
         As torch matches all other state, so that what was saved without names is found with them,
         and the reverse.
         """
         pairs = (
-            pair for groups in zip(ours, saved, strict=False) for pair in zip(*groups, strict=False)
+            pair
+            for groups in zip(names, saved, strict=False)
+            for pair in zip(*groups, strict=False)
         )
         self._written = {name: written for name, written in pairs if name != written}
 
-    def with_matrix_groups(
-        self, matrix_groups: Iterable[tuple[MatrixGroup, float]]
-    ) -> SavedVectors:
-        """Return what a copy of the optimizer takes on, which has no matrix_groups yet; ``matrix_groups`` as in
-        :meth:`records`.
+    def with_groups(self, groups: Iterable[tuple[MatrixGroup, float]]) -> SavedVectors:
+        """Return what a copy of the optimizer takes on, which has no groups yet.
+
+        Args:
+            groups: as in :meth:`records`.
         """
         copied = SavedVectors()
         copied._written = dict(self._written)
-        copied.take([{KEY: self.records(matrix_groups)}])
+        copied.take([{KEY: self.records(groups)}])
         return copied
 
     def take(self, groups: Iterable[MutableMapping[str, Any]]) -> bool:
@@ -54,11 +56,11 @@ class SavedVectors:
         records = [record for group in groups for record in group.pop(KEY, ())]
         if records:
             self.clear()
-        names = {written: name for name, written in self._written.items()}
+        known = {written: name for name, written in self._written.items()}
         for record in records:
             bounds = map(list, zip(*record["bounds"], strict=True))
             for name, *of_matrix in zip(record["matrices"], record["blocks"], bounds, strict=True):
-                self._pending[_renamed(name, names)] = SavedMatrix(record["step"], *of_matrix)
+                self._pending[_renamed(name, known)] = SavedMatrix(record["step"], *of_matrix)
         return bool(records)
 
     @property
@@ -70,33 +72,36 @@ class SavedVectors:
         """Drop what was taken."""
         self._pending.clear()
 
-    def give(self, matrix_group: MatrixGroup, steps: float) -> None:
+    def give(self, group: MatrixGroup, steps: float) -> None:
         """Give a group, ``steps`` steps of which are done, what was saved of its matrices."""
-        names = [name for name in matrix_group.names if name in self._pending]
+        names = [name for name in group.names if name in self._pending]
         saved = {name: self._pending.pop(name) for name in names}
         # Another optimizer, which does not know them, may have passed the vectors on in its own
         # checkpoints.
-        if {one.step for one in saved.values()} == {steps}:
-            matrix_group.restore(saved)
+        if {matrix.step for matrix in saved.values()} == {steps}:
+            group.restore(saved)
 
-    def records(self, matrix_groups: Iterable[tuple[MatrixGroup, float]]) -> list[dict[str, Any]]:
-        """Return, for a state dict, what the next step of each matrix_group takes from its last, and what
+    def records(self, groups: Iterable[tuple[MatrixGroup, float]]) -> list[dict[str, Any]]:
+        """Return, for a state dict, what the next step of each group takes from its last, and what
         is still pending.
 
         Args:
-            matrix_groups: with the number of steps done.
+            groups: with the number of steps done.
         """
-        done, found = 0.0, []
-        for matrix_group, steps in matrix_groups:
+        done, records = 0.0, []
+        for group, steps in groups:
             done = max(done, steps)
-            if (record := matrix_group.saved()) is not None:
-                found.append({**record, "step": steps})
-        for steps in sorted({one.step for one in self._pending.values() if one.step >= done}):
-            pending = {name: one for name, one in self._pending.items() if one.step == steps}
-            found.append({**_columns(list(pending), list(pending.values())), "step": steps})
-        for record in found:
+            if (record := group.saved()) is not None:
+                records.append({**record, "step": steps})
+        later = {matrix.step for matrix in self._pending.values() if matrix.step >= done}
+        for steps in sorted(later):
+            pending = {
+                name: matrix for name, matrix in self._pending.items() if matrix.step == steps
+            }
+            records.append({**_columns(pending), "step": steps})
+        for record in records:
             record["matrices"] = [_renamed(name, self._written) for name in record["matrices"]]
-        return found
+        return records
 
 
 def _renamed(matrix: str, names: Mapping[str, str]) -> str:
@@ -105,7 +110,11 @@ def _renamed(matrix: str, names: Mapping[str, str]) -> str:
     return names.get(parameter, parameter) + bracket + part
 
 
-def _columns(names: list[str], saved: Sequence[SavedMatrix]) -> dict[str, Any]:
-    """Return matrices as :meth:`MatrixGroup.carried` does."""
-    bounds = [torch.stack(column) for column in zip(*(one.bounds for one in saved), strict=True)]
-    return {"matrices": names, "blocks": [one.blocks for one in saved], "bounds": bounds}
+def _columns(saved: Mapping[str, SavedMatrix]) -> dict[str, Any]:
+    """Return matrices as :meth:`MatrixGroup.saved` does."""
+    bounds = zip(*(matrix.bounds for matrix in saved.values()), strict=True)
+    return {
+        "matrices": list(saved),
+        "blocks": [matrix.blocks for matrix in saved.values()],
+        "bounds": [torch.stack(column) for column in bounds],
+    }

@@ -4,7 +4,7 @@ reads it, counted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .kernels import Hyper, Stepped
 from .kernels.stepped import Form, check_form, extent_of
+from .settings import check_harmless
 
 #: The moments in a parameter's state, and what amsgrad adds.
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -27,9 +28,21 @@ def new_state(tensor: Tensor, group: Mapping[str, Any], *, has_step: bool) -> di
     }
 
 
-def counted(step: Tensor | float) -> Tensor:
-    """Return a count that is one higher, in new memory: several tensors may share the old one."""
-    return step + 1 if isinstance(step, Tensor) else _count(step + 1)
+def count(state: Mapping[Tensor, dict[str, Any]], tensors: Iterable[Tensor]) -> None:
+    """Count the step of every tensor that has a gradient."""
+    for tensor in tensors:
+        if tensor.grad is not None:
+            step = state[tensor]["step"]
+            # In new memory: a checkpoint may have handed one count to several tensors.
+            state[tensor]["step"] = step + 1 if isinstance(step, Tensor) else _count(step + 1)
+
+
+def steps_done(state: Mapping[Tensor, dict[str, Any]], tensors: Iterable[Tensor]) -> float:
+    """Return how many steps of the first tensor that has a state were made."""
+    counts = (state[tensor].get("step") for tensor in tensors if state.get(tensor))
+    step: Any = next(counts, 0.0)
+    is_number = isinstance(step, float | int) or (isinstance(step, Tensor) and step.numel() == 1)
+    return float(step) if is_number else float("nan")  # which no checkpoint's is
 
 
 def _count(step: float) -> Tensor:
@@ -92,8 +105,27 @@ def _scalar(value: Tensor | float) -> Tensor | float:
     return value.detach().reshape(()) if isinstance(value, Tensor) else value
 
 
-def check_loaded(tensor: Tensor, state: Mapping[str, Any], name: str, *, has_step: bool) -> None:
-    """Raise ValueError where a loaded state cannot be that of ``tensor``."""
+def check_loaded(
+    param_groups: Sequence[Mapping[str, Any]],
+    state: Mapping[Tensor, Mapping[str, Any]],
+    names: Mapping[int, str],
+    has_step: bool,
+) -> None:
+    """Raise ValueError where a state that is being loaded cannot be that of the parameters.
+
+    Args:
+        param_groups: with the optimizer's parameters.
+        state: of each of them, as it was loaded.
+        names: of the parameters, by ``id``, as far as they are known.
+        has_step: whether the state has the count of steps.
+    """
+    for number, group in enumerate(param_groups):
+        for position, param in enumerate(group["params"]):
+            name = names.get(id(param), f"group{number}.param{position}")
+            _check_loaded(param, state.get(param, {}), name, has_step)
+
+
+def _check_loaded(tensor: Tensor, state: Mapping[str, Any], name: str, has_step: bool) -> None:
     for key in (*_MOMENTS, _LARGEST):
         moment = state.get(key)
         if isinstance(moment, Tensor) and moment.shape != tensor.shape:
@@ -105,6 +137,35 @@ def check_loaded(tensor: Tensor, state: Mapping[str, Any], name: str, *, has_ste
         raise ValueError(
             f"AdamW2: load_state_dict got {', '.join(map(str, state))} for parameter '{name}', it "
             f"takes step, {', '.join(_MOMENTS)}."
+        )
+
+
+def counts_on_host(state: Mapping[Tensor, Any]) -> None:
+    """Bring the counts of steps to the CPU: a fused AdamW has them on the device, and reading them
+    there would wait.
+    """
+    for entry in state.values():
+        if isinstance(entry, dict) and isinstance(entry.get("step"), Tensor):
+            entry["step"] = entry["step"].cpu()
+
+
+def check_saved_group(group: Mapping[str, Any]) -> None:
+    """Raise ValueError where a saved parameter group has a flag that asks for what is not done."""
+    moot = "capturable", "decoupled_weight_decay"  # torch's AdamW passes over them, too
+    check_harmless({key: value for key, value in group.items() if key not in moot})
+
+
+def check_sizes(held: Sequence[int], saved: Sequence[int]) -> None:
+    """Raise ValueError where a state dict has other parameter groups than the optimizer.
+
+    Args:
+        held: how many parameters each of the optimizer's groups has.
+        saved: how many each of the state dict's groups has.
+    """
+    if held != saved:
+        raise ValueError(
+            f"AdamW2: load_state_dict got parameter groups of {saved} parameters, it takes {held}, "
+            "as many as the optimizer has."
         )
 
 

@@ -26,6 +26,7 @@ from benchmarks.scale import (
     pieces_of,
 )
 from weyl_megatron import AdamW2
+from weyl_megatron.engines.given import GivenLayout
 from weyl_megatron.engines.shutdown import shutdown
 from weyl_megatron.layouts.buffers import Buffer, Layout
 
@@ -44,7 +45,7 @@ RATES = {"certified": 1e-7, "measured": 1.0}
 def count(buffers: list[Buffer], state: str) -> tuple[Counted, list[list[int]]]:
     """Count the second of two real steps; return also the rows that the ranks found to be cut."""
     optimizer = AdamW2([buffer.tensor for buffer in buffers], lr=RATES[state], **OPTIONS)
-    optimizer._engine_layout = lambda: Layout(buffers)
+    optimizer.engine = GivenLayout(lambda: Layout(buffers))
     sent: list[int] = []
     all_reduce = dist.all_reduce
 

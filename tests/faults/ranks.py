@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tests.faults.cases import Case, Drawn
 from tests.faults.threads import Group, on_ranks, summing_groups
 from weyl_megatron import AdamW2, MatrixStats
+from weyl_megatron.engines.given import GivenLayout
 from weyl_megatron.layouts.buffers import Buffer, Layout, Shard
 
 
@@ -100,7 +101,7 @@ class Rank:
             for params, options in zip(self.of_group, self.case.groups, strict=True)
         ]
         optimizer = AdamW2(groups, **self.case.options)
-        optimizer._engine_layout = lambda: Layout(self.buffers)
+        optimizer.engine = GivenLayout(lambda: Layout(self.buffers))
         return optimizer
 
     def give(self, grads: Sequence[Tensor | None]) -> None:
@@ -175,7 +176,7 @@ def run_whole(case: Case, drawn: Drawn) -> tuple[list[list[Tensor]], list[dict[s
         for p, weight in zip(params, case.weights, strict=True)
         if weight.group == group
     ]
-    optimizer._engine_layout = lambda: Layout(buffers)
+    optimizer.engine = GivenLayout(lambda: Layout(buffers))
     weights, told = [], []
     for grads in drawn.grads:
         for p, grad in zip(params, grads, strict=True):

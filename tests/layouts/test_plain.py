@@ -99,7 +99,8 @@ def test_whisper_s_stem_has_the_balanced_tau_of_its_2d_twin(shown: bool) -> None
             "fc.weight",
             "head.weight",
         }
-        (buffer,) = (b for b in optimizer._buffers.values() if b.name == "fc.weight")  # type: ignore[union-attr]
+        buffers = optimizer._tensors.in_groups(optimizer.param_groups)  # type: ignore[union-attr]
+        (buffer,) = (buffer for buffer in buffers if buffer.name == "fc.weight")
         taus.append(
             optimizer._thresholds.floor_and_tau(buffer.shards[0].parameter, 8, 8, "balanced")[1]
         )

@@ -4,12 +4,14 @@ is made.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 _waiting: dict[str, Callable[[ModuleType], None]] = {}
 
@@ -24,6 +26,16 @@ def when_imported(name: str, act: Callable[[ModuleType], None]) -> None:
     _waiting[name] = act
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+
+
+def wrap(owner: Any, name: str, wrapping: Callable[[Callable[..., Any]], Any]) -> None:
+    """Put what ``wrapping`` makes of ``owner.name`` in its place, once, and where there is one."""
+    original = getattr(owner, name, None)
+    if original is None or hasattr(original, "adamw2"):
+        return
+    wrapped: Any = functools.wraps(original)(wrapping(original))
+    wrapped.adamw2 = True
+    setattr(owner, name, wrapped)
 
 
 class _Finder(MetaPathFinder):

@@ -2,13 +2,12 @@
 parameters.
 
 Engines put other optimizers in the place of the one they are given, or never call it. What they do
-in no version that is known is refused where it is known (:mod:`.deepspeed_construction`); this is
+in no version that is known is refused where it is known (:mod:`.deepspeed.construction`); this is
 for the rest.
 """
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_log = logging.getLogger("weyl_megatron")
+from ..environment import LOG
 
 _OPTIONS = ("lr", "betas", "eps", "weight_decay", "tau")
 
@@ -59,6 +58,12 @@ def note_stepped(optimizer: torch.optim.Optimizer) -> None:
         _unstepped.remove(made)
 
 
+def is_one_of(params: Iterable[Tensor]) -> bool:
+    """Whether an AdamW2 that was not stepped so far has any of ``params``."""
+    held = {id(param) for param in params}
+    return any(id(ref()) in held for made in _unstepped for ref in made.params)
+
+
 def look(engine: Any, params: Iterable[Tensor], stepped: object) -> None:
     """Log an error, once, where an AdamW2 of some of ``params`` was not stepped in the first step
     of ``engine``.
@@ -74,14 +79,14 @@ def look(engine: Any, params: Iterable[Tensor], stepped: object) -> None:
         return
     _seen.add(engine)
     held = {id(param) for param in params}
-    found = [made for made in _unstepped if any(id(ref()) in held for ref in made.params)]
-    _unstepped[:] = [made for made in _unstepped if made not in found]
+    waiting = [made for made in _unstepped if any(id(ref()) in held for ref in made.params)]
+    _unstepped[:] = [made for made in _unstepped if made not in waiting]
     options = {key: getattr(stepped, "defaults", {}).get(key) for key in _OPTIONS}
-    if any(made.options != options for made in found) and not (
+    if any(made.options != options for made in waiting) and not (
         dist.is_initialized() and dist.get_rank()
     ):
         kind = type(stepped)
-        _log.error(
+        LOG.error(
             "AdamW2: an AdamW2 was made for parameters of this model, but %s does not step it: its "
             "first step was that of %s.%s. Engines take it by its name in their configuration or "
             "by their own argument for an optimizer; where that is how it was given, this engine "

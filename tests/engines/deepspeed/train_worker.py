@@ -132,7 +132,7 @@ def snapshot(engine: Any) -> list[torch.Tensor]:
 def straddled(optimizer: Any) -> list[str]:
     """Names of the matrices of which this rank's first or last row is cut."""
     names = []
-    for buffer in optimizer._buffers.values():
+    for buffer in optimizer._tensors._buffers.values():
         for parameter, start, stop, _ in buffer.shards:
             shape = parameter.shape
             width = shape[-1] if len(shape) == 3 else prod(shape[1:])

@@ -77,7 +77,7 @@ class Run:
         steps = {
             float(state["step"]) for one in inner for state in one.state.values() if "step" in state
         }
-        in_group = [one for one in inner if getattr(one, "_step_in_group", False)]
+        in_group = [one for one in inner if one.engine.counts_in_groups]
         steps |= {float(group["step"]) for one in in_group for group in one.param_groups}
         keys = {tuple(sorted(state)) for one in inner for state in one.state.values()}
         return {

@@ -1,10 +1,8 @@
-"""DeepSpeed: how AdamW2 gets past its checks, and where it reads what DeepSpeed did to the
-parameters.
+"""DeepSpeed: where AdamW2 reads what its engine did to the parameters.
 
-DeepSpeed resolves ``"type": "AdamW2"`` by ``getattr(torch.optim, "AdamW2")`` (see
-:mod:`.torch_plugin`) and gives the optimizer no reference to the engine. But every step that the
-engine takes, and the construction of the engine itself, runs below one of its frames: that is where
-it is found, once, at the first step.
+DeepSpeed resolves ``"type": "AdamW2"`` by ``getattr(torch.optim, "AdamW2")`` (the plugin in
+``engines/torch``) and gives the optimizer no reference to the engine. :mod:`.construction` sets it
+as the engine checks the optimizer, before it builds anything around it.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import math
 import sys
 import weakref
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +23,7 @@ from ...layouts.modules import kinds_of
 from ...layouts.plain import plain_buffer
 from ...layouts.tensor_parallel import shardings_of
 from ...nonfinite import Guard, is_finite
+from ..engine import Known
 from .layout import Masters, flat_partition_buffers, master_copy_buffers, zero3_buffers
 
 #: What each engine's fp32 partitions held when it was built.
@@ -42,41 +40,36 @@ def allow_under_zero(optimizer: type) -> None:
         supported.append(optimizer)
 
 
-def engine_on_stack(optimizer: object) -> Any | None:
-    """Return the DeepSpeedEngine that is stepping, or being built around, ``optimizer``; None where
-    there is none.
-    """
-    return next(
-        (engine for engine in _engines_on_stack() if engine.basic_optimizer is optimizer), None
-    )
+class DeepSpeed:
+    """See :class:`weyl_megatron.engines.engine.Engine`; does not keep the DeepSpeedEngine alive."""
 
+    steps_parameters = False
+    counts_in_groups = False
 
-def engine_being_built() -> Any | None:
-    """Return the DeepSpeedEngine that is being built and has no optimizer yet; None where there is
-    none.
-    """
-    return next((engine for engine in _engines_on_stack() if engine.basic_optimizer is None), None)
+    def __init__(self, engine: Any) -> None:
+        self._engine = weakref.ref(engine)
 
+    def is_constructing(self) -> bool:
+        """FP16_UnfusedOptimizer calls ``step()`` with zero gradients as it is built, to allocate
+        the state.
+        """
+        engine = self._engine()
+        return engine is not None and getattr(engine, "optimizer", None) is None
 
-def _engines_on_stack() -> Iterator[Any]:
-    module = sys.modules.get("deepspeed.runtime.engine")
-    frame: FrameType | None = None if module is None else sys._getframe()
-    while module is not None and frame is not None:
-        # f_locals would keep alive what the frame's variables are now: not of the user's own
-        # training loop.
-        if frame.f_globals.get("__name__", "").startswith("deepspeed."):
-            candidate = frame.f_locals.get("self")
-            if isinstance(candidate, module.DeepSpeedEngine):
-                yield candidate
-        frame = frame.f_back
+    def read_layout(self, _: Known) -> Layout:
+        return read_layout(self._alive())
 
+    def give_norm(self, guard: Guard) -> None:
+        _give_norm(self._alive(), guard)
 
-def is_under_construction(engine: Any) -> bool:
-    """True while the engine's optimizer wrapper is being built.
-
-    FP16_UnfusedOptimizer calls ``step()`` with zero gradients then, to allocate the state.
-    """
-    return getattr(engine, "optimizer", None) is None
+    def _alive(self) -> Any:
+        engine = self._engine()
+        if engine is None:
+            raise ValueError(
+                "AdamW2: the optimizer got a step after its DeepSpeedEngine was deleted, it takes "
+                "steps by the engine."
+            )
+        return engine
 
 
 def read_layout(engine: Any) -> Layout:
@@ -115,7 +108,7 @@ def read_layout(engine: Any) -> Layout:
     )
 
 
-def tell_norm(engine: Any, guard: Guard) -> None:
+def _give_norm(engine: Any, guard: Guard) -> None:
     """Let ``guard`` read the norm of all gradients where the engine's wrapper has it before it
     steps.
 
@@ -125,16 +118,16 @@ def tell_norm(engine: Any, guard: Guard) -> None:
     the guard's default.
     """
     is_engine_s = not guard.is_explicit and _ignores_overflow(engine)
-    wrapper, find = engine.optimizer, weakref.ref(engine)
+    wrapper, reference = engine.optimizer, weakref.ref(engine)
 
     def norm() -> float | None:
-        found = find()
-        told = None if found is None else found.optimizer._global_grad_norm
-        return None if told is None else float(told)
+        alive = reference()
+        total = None if alive is None else alive.optimizer._global_grad_norm
+        return None if total is None else float(total)
 
     def number() -> int:
-        found = find()
-        return -1 if found is None else int(found.global_steps)
+        alive = reference()
+        return -1 if alive is None else int(alive.global_steps)
 
     guard.number = number
     if wrapper is engine.basic_optimizer:
@@ -156,14 +149,14 @@ def tell_norm(engine: Any, guard: Guard) -> None:
         return clip(grads, total_norm if 0 <= float(total) < math.inf else torch.zeros_like(total))
 
     @functools.wraps(update_scale)
-    def tell_and_update(has_overflow: Any) -> Any:
+    def refuse_and_update(has_overflow: Any) -> Any:
         if has_overflow and wrapper.loss_scale == 1:  # else it is the search for a loss scale
             guard.refuse(_non_finite_names(engine, wrapper), number())
         return update_scale(has_overflow)
 
-    tell_and_update.adamw2 = True  # type: ignore[attr-defined]
+    refuse_and_update.adamw2 = True  # type: ignore[attr-defined]
     wrapper.unscale_and_clip_grads = clip if is_engine_s else clip_by_a_number
-    wrapper._update_scale = tell_and_update
+    wrapper._update_scale = refuse_and_update
 
 
 def _ignores_overflow(engine: Any) -> bool:
@@ -196,13 +189,13 @@ def _non_finite_names(engine: Any, wrapper: Any) -> list[str]:
     given = dict(engine.module.named_parameters(remove_duplicate=True))
     names = {id(given[whole]): name for whole, name in model_names(given).items()}
     params = wrapper.fp16_groups if hasattr(wrapper, "fp16_groups") else wrapper.params_in_partition
-    found = [
+    non_finite = [
         names.get(id(param), "a parameter of no name")
         for number, grads in getattr(wrapper, "averaged_gradients", {}).items()
         for param, grad in zip(params[number], grads or (), strict=False)  # padding comes last
         if grad is not None and not is_finite(grad)
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(non_finite))
 
 
 def _buffers(

@@ -7,59 +7,42 @@ cannot.
 
 from __future__ import annotations
 
-import functools
-import weakref
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-import torch
+from torch.optim import Optimizer
 
 from .. import unstepped
-from ..on_import import when_imported
-from . import adapter as deepspeed
+from ..engine import register
+from ..on_import import when_imported, wrap
+from .adapter import DeepSpeed, allow_under_zero, read_layout
 
-#: Engines whose configuration, or whose caller's function, made an AdamW2.
-_makers: weakref.WeakSet[Any] = weakref.WeakSet()
+#: AdamW2, and what users derive from it, once one was made.
+_classes: set[type] = set()
 
 
-def prepare(optimizer: torch.optim.Optimizer) -> None:
+def prepare(optimizer: Optimizer) -> None:
     """Make ready for the engine that ``optimizer``, which was just made, may be given to, or is
     made by.
     """
-    unstepped.note_made(optimizer)
-    kind = type(optimizer)
-    when_imported("deepspeed.runtime.engine", lambda module: _install(module, kind))
+    _classes.add(type(optimizer))
+    when_imported("deepspeed.runtime.engine", _install)
     when_imported("accelerate.accelerator", _keep_in_accelerate)
-    when_imported("accelerate.optimizer", _look_at_accelerate)
-    engine = deepspeed.engine_being_built()
-    if engine is not None:
-        _makers.add(engine)
 
 
-def _install(module: ModuleType, kind: type) -> None:
-    deepspeed.allow_under_zero(kind)
+def _install(module: ModuleType) -> None:
+    for kind in _classes:
+        allow_under_zero(kind)
     engine = module.DeepSpeedEngine
-    _wrap(engine, "zero_force_ds_cpu_optimizer", _forcing)
-    _wrap(engine, "_do_optimizer_sanity_check", _checking)
-    _wrap(engine, "_configure_lr_scheduler", _reading)
-    _wrap(engine, "_take_model_step", _looking)
-
-
-def _wrap(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Put a wrapped function in the place of ``owner.name``, once, and where there is one."""
-    original = getattr(owner, name, None)
-    if original is None or hasattr(original, "adamw2"):
-        return
-    wrapped: Any = functools.wraps(original)(wrap(original))
-    wrapped.adamw2 = True
-    setattr(owner, name, wrapped)
+    wrap(engine, "zero_force_ds_cpu_optimizer", _forcing)
+    wrap(engine, "_do_optimizer_sanity_check", _checking)
+    wrap(engine, "_configure_lr_scheduler", _reading)
+    wrap(engine, "_take_model_step", _looking)
 
 
 def _is_adamw2(optimizer: object) -> bool:
-    from ...optimizer import AdamW2
-
-    return isinstance(optimizer, AdamW2)
+    return isinstance(optimizer, tuple(_classes))
 
 
 def _forcing(force: Callable[..., bool]) -> Callable[..., bool]:
@@ -67,7 +50,7 @@ def _forcing(force: Callable[..., bool]) -> Callable[..., bool]:
         """Whether DeepSpeed insists on its own Adam under offload: not for AdamW2, which has a CPU
         kernel.
         """
-        if not _is_adamw2(engine.client_optimizer) and engine not in _makers:
+        if not (_is_adamw2(engine.client_optimizer) or _has_made_one(engine)):
             return force(engine)
         if getattr(engine._config, "_param_dict", {}).get("zero_force_ds_cpu_optimizer"):
             raise ValueError(
@@ -78,11 +61,18 @@ def _forcing(force: Callable[..., bool]) -> Callable[..., bool]:
     return zero_force_ds_cpu_optimizer
 
 
+def _has_made_one(engine: Any) -> bool:
+    """Whether the caller's function has just made the engine an AdamW2, which it does not keep."""
+    is_function = not isinstance(engine.client_optimizer, Optimizer)
+    return is_function and unstepped.is_one_of(engine.module.parameters())
+
+
 def _checking(check: Callable[..., Any]) -> Callable[..., Any]:
     def _do_optimizer_sanity_check(engine: Any, basic_optimizer: Any) -> Any:
         if _is_adamw2(basic_optimizer):
             for sentence in _refusals(engine._config):
                 raise ValueError(sentence)
+            basic_optimizer.engine = DeepSpeed(engine)  # its wrapper may call step() as it is built
         return check(engine, basic_optimizer)
 
     return _do_optimizer_sanity_check
@@ -133,7 +123,7 @@ def _reading(configure: Callable[..., Any]) -> Callable[..., Any]:
         weights still.
         """
         if _is_adamw2(engine.basic_optimizer):
-            deepspeed.read_layout(engine)
+            read_layout(engine)
         return configure(engine, *args, **kwargs)
 
     return _configure_lr_scheduler
@@ -168,18 +158,7 @@ def _keep_in_accelerate(module: ModuleType) -> None:
     def keeping(replace: Callable[..., Any]) -> Callable[..., Any]:
         return lambda optimizer: optimizer if _is_adamw2(optimizer) else replace(optimizer)
 
-    _wrap(module, "map_pytorch_optim_to_deepspeed", keeping)
+    wrap(module, "map_pytorch_optim_to_deepspeed", keeping)
 
 
-def _look_at_accelerate(module: ModuleType) -> None:
-    def looking(step: Callable[..., Any]) -> Callable[..., Any]:
-        def step_and_look(accelerated: Any, *args: Any, **kwargs: Any) -> Any:
-            result = step(accelerated, *args, **kwargs)
-            if accelerated.gradient_state.sync_gradients and not accelerated.step_was_skipped:
-                params = (param for group in accelerated.param_groups for param in group["params"])
-                unstepped.look(accelerated, params, accelerated.optimizer)
-            return result
-
-        return step_and_look
-
-    _wrap(module.AcceleratedOptimizer, "step", looking)
+register(prepare=prepare)

@@ -10,9 +10,8 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -23,7 +22,8 @@ from ...layouts.buffers import model_name
 from ...matrices import MatrixStats
 from ...optimizer import AdamW2
 from ...settings import check_settings
-from .layout import Groups, read_layout
+from .layout import Groups
+from .wrapper import Megatron
 
 __all__ = ["adamw2", "attach", "enable", "stats"]
 
@@ -91,11 +91,11 @@ def stats(optimizer: Any) -> dict[str, MatrixStats]:
     Args:
         optimizer: what ``get_megatron_optimizer`` returned.
     """
-    found: dict[str, MatrixStats] = {}
-    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(one.optimizer, AdamW2):
-            found |= one.optimizer.stats()
-    return found
+    entries: dict[str, MatrixStats] = {}
+    for wrapper in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(wrapper.optimizer, AdamW2):
+            entries |= wrapper.optimizer.stats()
+    return entries
 
 
 def adamw2(config: Any, **kwargs: Any) -> AdamW2:
@@ -112,10 +112,9 @@ def adamw2(config: Any, **kwargs: Any) -> AdamW2:
     _refuse(config, [])
     options = {key: value for key, value in _options_of(config).items() if key != "split_fused"}
     optimizer = AdamW2(**kwargs, **options)
-    if (
-        distributed.HAVE_APEX_OR_TE
-    ):  # then Megatron's checkpoints look for the step where FusedAdam keeps it
-        optimizer._step_in_group = True
+    # Then Megatron's checkpoints look for the count where FusedAdam keeps it.
+    optimizer.engine = Megatron(counts_in_groups=distributed.HAVE_APEX_OR_TE)
+    if distributed.HAVE_APEX_OR_TE:
         for group in optimizer.param_groups:
             group["step"] = 0
     return optimizer
@@ -142,16 +141,18 @@ def attach(
     if not isinstance(wrapper.optimizer, AdamW2):  # None where this rank trains nothing
         return
     _refuse(config, model)
-    groups, split_fused = _groups(collection), _options_of(config).get("split_fused", True)
-    # Megatron then gives the first chunk of the model an optimizer of its own, which sees no other
-    # chunk.
-    is_part = bool(config.overlap_param_gather_with_optimizer_step)
-    wrapper.optimizer._engine_layout = lambda: read_layout(
-        wrapper, model, stepped, groups, split_fused=split_fused, is_part=is_part
+    engine = wrapper.optimizer.engine
+    assert isinstance(engine, Megatron)
+    engine.attach(
+        wrapper,
+        model,
+        stepped,
+        _groups(collection),
+        split_fused=_options_of(config).get("split_fused", True),
+        # Megatron then gives the first chunk of the model an optimizer of its own, which sees no
+        # other chunk.
+        is_part=bool(config.overlap_param_gather_with_optimizer_step),
     )
-    _complete_checkpoints(wrapper)
-    _forget_at_saves(wrapper)
-    _tell_norm(wrapper)
 
 
 def _options_of(config: Any) -> dict[str, Any]:
@@ -210,7 +211,9 @@ def _install() -> None:
         given = inspect.signature(emerging).bind(*args, **kwargs).arguments
         if given["config"].optimizer != NAME:
             return emerging(*args, **kwargs)
-        # The caller is get_megatron_optimizer, which keeps these to itself.
+        # The caller is get_megatron_optimizer, which keeps these to itself: the releases from 0.17
+        # to 0.19 neither pass them on nor store them, and users may have imported the function
+        # before it could be wrapped.
         caller = sys._getframe(1).f_locals
         kept = {
             key: caller[key]
@@ -275,82 +278,6 @@ def _adamw2_in_place_of_adam(factory: Any, config: Any) -> Iterator[None]:
     finally:
         for module, name, value in kept:
             setattr(module, name, value)
-
-
-def _complete_checkpoints(wrapper: Any) -> None:
-    """Mend, on one object, what Megatron's DistributedOptimizer does to checkpoints where it does
-    not see FusedAdam.
-
-    Without Transformer Engine and apex it reads the step from the state, which is not there before
-    the first step; loading copies every entry of the state but leaves out the step, or takes it
-    from the wrong place, after it was set right; and it copies into the model's own fp32 weights,
-    which autograd forbids.
-    """
-    optimizer = wrapper.optimizer
-    if type(wrapper).__name__ != "DistributedOptimizer":
-        return
-    state_dict, set_states = wrapper.state_dict, wrapper._set_main_param_and_optimizer_states
-
-    @functools.wraps(state_dict)
-    def of_allocated(*args: Any, **kwargs: Any) -> Any:
-        optimizer._allocate_all()
-        return state_dict(*args, **kwargs)
-
-    @functools.wraps(set_states)
-    @torch.no_grad()
-    def keeping_step(model_param: Any, tensors: Mapping[str, Any]) -> None:
-        group, number = wrapper.model_param_group_index_map[model_param]
-        state = optimizer.state[optimizer.param_groups[group]["params"][number]]
-        set_states(model_param, {**tensors, "step": state["step"]} if "step" in state else tensors)
-
-    wrapper.state_dict, wrapper._set_main_param_and_optimizer_states = of_allocated, keeping_step
-
-
-def _forget_at_saves(wrapper: Any) -> None:
-    """Have the run that goes on after a save measure afresh, as the run that is resumed from it
-    does.
-
-    A sharded checkpoint has one copy of the parameter groups, of the first rank, where the vectors
-    of a state dict are; other ranks of the pipeline have other matrices. All ranks make the sharded
-    state dict together.
-    """
-    optimizer, sharded_state_dict = wrapper.optimizer, wrapper.sharded_state_dict
-
-    @functools.wraps(sharded_state_dict)
-    def without_vectors(*args: Any, **kwargs: Any) -> Any:
-        optimizer.forget()
-        return sharded_state_dict(*args, **kwargs)
-
-    wrapper.sharded_state_dict = without_vectors
-
-
-def _tell_norm(wrapper: Any) -> None:
-    """Give the guard the norm of the gradients that Megatron takes, over all ranks, before it
-    steps.
-    """
-    for name in ("get_grad_norm", "clip_grad_norm"):
-        setattr(wrapper, name, _telling(getattr(wrapper, name), lambda *_: [wrapper]))
-    # The optimizers of one model (its experts have one of their own) skip a step together.
-    chained = import_module("megatron.core.optimizer.optimizer").ChainedOptimizer
-    if not hasattr(chained.get_grad_norm, "adamw2"):
-        chained.get_grad_norm = _telling(
-            chained.get_grad_norm, lambda chain: chain.chained_optimizers
-        )
-
-
-def _telling(
-    method: Callable[..., float], wrappers: Callable[..., Sequence[Any]]
-) -> Callable[..., float]:
-    @functools.wraps(method)
-    def tell(*args: Any, **kwargs: Any) -> float:
-        norm = method(*args, **kwargs)
-        for one in wrappers(*args):
-            if isinstance(one.optimizer, AdamW2):
-                one.optimizer._guard.norm = lambda: norm
-        return norm
-
-    tell.adamw2 = True  # type: ignore[attr-defined]
-    return tell
 
 
 def _refuse(config: Any, model: Sequence[Any]) -> None:

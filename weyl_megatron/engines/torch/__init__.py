@@ -1,1 +1,1 @@
-"""PyTorch itself: how it finds AdamW2, and parameters that no engine has changed."""
+"""PyTorch itself: how it finds AdamW2, and parameters that no other engine holds."""

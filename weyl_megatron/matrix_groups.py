@@ -1,0 +1,135 @@
+"""The groups of matrices that an optimizer steps, kept from step to step, and saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .kernels import Stepped
+from .layouts.buffers import Buffer
+from .matrices import MatrixGroup, MatrixStats
+from .names import ParameterNames
+from .saved import SavedVectors
+from .settings import Settings
+from .thresholds import Thresholds
+
+#: Returns how many steps of some tensors were made.
+StepsDone = Callable[[Sequence[Tensor]], float]
+
+
+class Turn(NamedTuple):
+    """What is stepped together on one device, by buffer: W, as a dense copy where it is not dense,
+    and G, M and V.
+    """
+
+    group: MatrixGroup
+    weights: list[Tensor]
+    stepped: list[Stepped | None]  # None: without a gradient
+    param_groups: list[dict[str, Any]]
+
+
+class MatrixGroups:
+    """One :class:`MatrixGroup` for each list of tensors that is stepped together.
+
+    Engines may step one parameter group at a time, and users freeze and thaw: then there are
+    several.
+    """
+
+    def __init__(self, saved: SavedVectors | None = None) -> None:
+        self._groups: dict[tuple[int, ...], MatrixGroup] = {}  # by the ids of the tensors
+        self._saved = SavedVectors() if saved is None else saved  # until their group is there
+
+    def __iter__(self) -> Iterator[MatrixGroup]:
+        return iter(self._groups.values())
+
+    def group(
+        self,
+        buffers: Sequence[Buffer],
+        param_groups: Sequence[Mapping[str, Any]],
+        thresholds: Thresholds,
+        settings: Settings,
+        steps_done: StepsDone,
+    ) -> MatrixGroup:
+        """Return the group of the buffers' tensors.
+
+        Args:
+            buffers: what is stepped together, on one device.
+            param_groups: of each buffer.
+            thresholds, settings: for a group that is new.
+            steps_done: for one that finds its vectors saved.
+        """
+        adamw = is_adamw(settings, param_groups)
+        amsgrad = any(param_group["amsgrad"] for param_group in param_groups)
+        key = tuple(id(buffer.tensor) for buffer in buffers)
+        group = self._groups.get(key)
+        if group is None or (group.is_adamw, group.is_amsgrad) != (adamw, amsgrad):
+            # It takes the place of older ones over some of these tensors, from before others were
+            # frozen or thawed.
+            self._groups = {
+                other: kept for other, kept in self._groups.items() if not set(other) & set(key)
+            }
+            iters = settings.power_iters
+            group = MatrixGroup(buffers, thresholds, iters, is_adamw=adamw, is_amsgrad=amsgrad)
+            self._groups[key] = group
+        if self._saved.is_pending:
+            self._saved.give(group, steps_done(group.tensors))
+        return group
+
+    def clear(self) -> None:
+        """Drop the groups: what lies in the tensors was read anew."""
+        self._groups = {}
+
+    def forget(self) -> None:
+        """Have every group measure afresh at its next step, and drop what was saved."""
+        self._saved.clear()
+        for group in self:
+            group.forget()
+
+    def stats(self) -> dict[str, MatrixStats]:
+        """Return what the last steps did, by the matrix's name."""
+        return {name: entry for group in self for name, entry in group.stats().items()}
+
+    def take(self, param_groups: Sequence[MutableMapping[str, Any]]) -> None:
+        """Take out of parameter groups what a state dict left there for the groups to come."""
+        if self._saved.take(param_groups):
+            for group in self:
+                group.forget()
+
+    def match(
+        self,
+        names: ParameterNames,
+        were_named: Sequence[bool],
+        param_groups: Sequence[Mapping[str, Any]],
+        saved_groups: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Match parameters by their places, where either side has no names for them.
+
+        Args:
+            names: the optimizer's.
+            were_named: whether its parameter groups had names before those of a state dict came.
+            param_groups: the optimizer's.
+            saved_groups: the state dict's.
+        """
+        if list(were_named) == ["param_names" in saved for saved in saved_groups]:
+            self._saved.match([], [])
+            return
+        saved_names = ParameterNames()
+        listed = [saved.get("param_names", ()) for saved in saved_groups]
+        saved_names.restore(param_groups, listed)
+        self._saved.match(names.listed(), saved_names.listed())
+
+    def records(self, steps_done: StepsDone) -> list[dict[str, Any]]:
+        """Return, for a state dict, what the next step takes from the last ones."""
+        return self._saved.records((group, steps_done(group.tensors)) for group in self)
+
+    def copied(self, steps_done: StepsDone) -> SavedVectors:
+        """Return what a copy of the optimizer takes on, which has no groups yet."""
+        return self._saved.with_groups((group, steps_done(group.tensors)) for group in self)
+
+
+def is_adamw(settings: Settings, param_groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every τ is infinite."""
+    taus = [param_group["tau"] for param_group in param_groups]
+    return not settings.overrides and all(tau == float("inf") for tau in taus)
