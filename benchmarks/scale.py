@@ -366,7 +366,7 @@ def count_step(buffers: list[Buffer], cut: list[Tensor], square: float) -> Count
         optimizer.step()
         sent.clear()
         optimizer.step()
-    (stepped,) = optimizer._matrix_groups.values()
+    (stepped,) = optimizer._matrix_groups
     of = stepped._power.blocks
     vectors = [of.x, of.z, of.left, *(kept for operand in of.operands for kept in operand.kept)]
     return Counted(len(sent), sum(sent), sum(each.nbytes for each in vectors))

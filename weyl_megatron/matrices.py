@@ -9,36 +9,32 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .batches import Tables, batches_of, spans_of
+from .environment import DOCTOR, KERNEL
 from .kernels import Stepped, pick
-from .kernels.choice import VARIABLE
-from .layouts.buffers import Buffer, Plan, plan_of
+from .layouts.buffers import Buffer, plan_of
 from .rule import SLOW_TAU, clipped_rates
 from .spectral import PowerIteration
-from .spectral.blocks import COLUMNS, Operand, Table, table
 from .spectral.certificate import Certificate
-from .spectral.collectives import Span, all_reduce_spans
+from .spectral.collectives import all_reduce_spans
+from .spectral.iterations import Iterations
 from .spectral.power import BLOCK, COLD_ITERS, rows_of
-from .spectral.tiles import Tile
 from .thresholds import Thresholds
-
-#: Elements of the matrices that are measured together on a CPU: what a cache may still hold when it
-#: is read again.
-_CPU_BATCH = 5 << 18
-
-#: On other devices so many batches at most: each is a few launches.
-_DEVICE_BATCHES = 8
 
 #: Iterations beyond the usual that a matrix may ask for after settled steps, where the host does
 #: not see which do.
 _STALE_ITERS = 2
+
+#: The number of U among the operands of the products; W is operand 0.
+_UPDATE = 1
 
 
 class MatrixStats(NamedTuple):
     """What the last step did to one matrix; the same on every rank.
 
     Where ``certified``, no σ₁ was measured, because the bounds that stand in their places prove
-    that the clip is
-    inactive: ``sigma_weight`` is a lower bound, ``sigma_update`` an upper one, ‖U‖_F.
+    that the clip is inactive: ``sigma_weight`` is a lower bound, ``sigma_update`` an upper one,
+    ‖U‖_F.
     """
 
     sigma_weight: float  #: σ₁(W) before the step
@@ -57,11 +53,23 @@ class SavedMatrix(NamedTuple):
     bounds: list[Tensor]  #: the certificate's numbers
 
 
+class Limits(NamedTuple):
+    """What holds for every matrix in a step: float64 vectors, ``(matrices,)``."""
+
+    lr: Tensor  #: the scheduled rate α
+    weight_decay: Tensor  #: λ
+    tau: Tensor  #: τ
+    floor: Tensor  #: what σ₁(W) is taken for at least
+
+
 class MatrixGroup:
     """The matrices of tensors that are stepped together.
 
-    Every rank of the tensors' process groups walks the same matrices in the same order, with or
-    without a piece of them, so that collectives never diverge. Collective over these groups.
+    Every rank of the tensors' process groups goes through the same matrices in the same order, with
+    or without a piece of them, so that collectives never diverge. Collective over these groups.
+
+    A step is ``begin``, ``move_early``, then ``sigmas``, ``rates`` and ``move`` for every batch
+    that ``waiting`` yields, then ``end``.
 
     Args:
         buffers: what lies in the tensors, which are on one device.
@@ -69,6 +77,9 @@ class MatrixGroup:
         power_iters: block power iterations of a matrix that is measured.
         is_adamw: whether every τ is infinite.
         is_amsgrad: whether any of them divides by the largest V so far.
+
+    Raises:
+        ValueError: ranks that share a matrix step it in different kernels.
     """
 
     def __init__(
@@ -87,7 +98,8 @@ class MatrixGroup:
         self.names = [matrix.name for matrix in self._plan.matrices]
         self._device = tensors[0].device
         self._on_host = self._device.type == "cpu"
-        batches = _batches(self._plan, self._on_host)
+        is_double = all(tensor.dtype == torch.float64 for tensor in tensors)
+        batches = batches_of(self._plan, self._on_host)
         self._power = PowerIteration(
             self._plan.matrices,
             self._plan.tiles,
@@ -95,25 +107,23 @@ class MatrixGroup:
             batches=batches,
             piggybacks=True,
             device=self._device,
-            dtype=torch.float64
-            if all(tensor.dtype == torch.float64 for tensor in tensors)
-            else torch.float32,
+            dtype=torch.float64 if is_double else torch.float32,
         )
-        self._kernel = pick(self._power.blocks, tensors, plain=is_adamw or is_amsgrad)
-        self._tables(batches)
+        blocks = self._power.blocks
+        self._kernel = pick(blocks, tensors, plain=is_adamw or is_amsgrad)
+        self._tables = Tables(self._plan, batches, blocks.operands[_UPDATE], self._device)
+        self._is_spread = [bool(k and self._plan.matrices[k[0]].groups) for k in batches]
+        self._norm_spans = spans_of(self._plan.matrices, 2)
         self._check_kernels()
         # A step that was made too early can be taken back where rounding it twice is still
         # rounding.
         exact = torch.float32, torch.float64
-        self._can_undo = torch.tensor(
-            [tensors[number].dtype in exact for number in self._plan.buffer_of],
-            dtype=torch.bool,
-            device=self._device,
-        )
+        is_exact = [tensors[number].dtype in exact for number in self._plan.buffer_of]
+        self._can_undo = torch.tensor(is_exact, dtype=torch.bool, device=self._device)
         eps = max((torch.finfo(tensor.dtype).eps for tensor in tensors), default=0.0)
         self.certificate = Certificate(self._plan.matrices, eps, self._device)
-        self._cold = True
-        self._limits: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+        self._cold = True  # nothing is known of the vectors
+        self._tau_and_floor: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}  # by the groups' τ
         self._measured: tuple[Tensor, ...] = ()  # the columns of MatrixStats
         self._present: tuple[bool, ...] = ()  # of each matrix: whether it has a gradient here
         self._has_gradient = torch.empty(0, dtype=torch.bool, device=self._device)  # the same
@@ -125,38 +135,15 @@ class MatrixGroup:
         made, ranks would wait for each other for ever.
         """
         number = float(zlib.crc32(self._kernel.name.encode()))
-        told = torch.tensor([1.0, number], dtype=torch.float64, device=self._device).repeat(
-            len(self.names), 1
-        )
-        all_reduce_spans(told.view(-1), [span for _, span in self._norm_spans])
-        for name, (ranks, total) in zip(
-            self.names, told.tolist(), strict=True
-        ):  # of a matrix of its own: 1 rank
+        pair = torch.tensor([1.0, number], dtype=torch.float64, device=self._device)
+        sums = pair.repeat(len(self.names), 1)  # of a matrix that is not spread: 1 rank
+        all_reduce_spans(sums.view(-1), list(self._norm_spans.values()))
+        for name, (ranks, total) in zip(self.names, sums.tolist(), strict=True):
             if total != number * ranks:
                 raise ValueError(
                     f"AdamW2: matrix '{name}' got a rank that steps in another kernel than "
-                    f"'{self._kernel.name}', it takes one: `weyl-megatron doctor` tells why, "
-                    f"{VARIABLE} sets it."
+                    f"'{self._kernel.name}', it takes one: `{DOCTOR}` tells why, {KERNEL} sets it."
                 )
-
-    def _tables(self, batches: Sequence[Sequence[int]]) -> None:
-        """Make the tables of everything and of every batch, of U's vectors, replicas included."""
-        plan, operand = self._plan, self._power.blocks.operands[1]
-        self._everything = _table(
-            [*plan.tiles, *plan.replicas, *plan.rest], operand, len(plan.tiles), self._device
-        )
-        self._rest = _table(plan.rest, operand, 0, self._device)
-        self._of_batch = []
-        for batch in map(set, batches):
-            mine = sorted(
-                (tile for tile in plan.tiles if tile.matrix in batch), key=lambda tile: tile.matrix
-            )
-            theirs = [tile for tile in plan.replicas if tile.matrix in batch]
-            self._of_batch.append(_table([*mine, *theirs], operand, len(mine), self._device))
-        spread = [(k, matrix.groups) for k, matrix in enumerate(plan.matrices) if matrix.groups]
-        self._norm_spans = [(k, Span(groups, 2 * k, 2 * k + 2)) for k, groups in spread]
-        self._square_spans = [Span(groups, k, k + 1) for k, groups in spread]
-        self._is_spread = [bool(batch and plan.matrices[batch[0]].groups) for batch in batches]
 
     def begin(
         self,
@@ -168,25 +155,24 @@ class MatrixGroup:
         tensor.
         """
         self._kernel.bind(weights, stepped)
-        self._lr, self._weight_decay, self._tau, self._floor = self._schedule(groups)
+        self._limits = self._schedule(groups)
         present = tuple(stepped[number] is not None for number in self._plan.buffer_of)
         if present != self._present:
             self._present = present
             self._has_gradient = torch.tensor(present, dtype=torch.bool, device=self._device)
-        self._sums = torch.zeros(len(self._lr), 3, dtype=torch.float64, device=self._device)
+        self._sums = torch.zeros(len(self.names), 3, dtype=torch.float64, device=self._device)
 
     def gradient_norms(self, stepped: Sequence[Stepped | None]) -> dict[str, float]:
         """Return ‖G‖_F of every matrix, by its name. Collective."""
         squares = torch.zeros(len(self._plan.matrices), dtype=torch.float64, device=self._device)
         for tile in self._plan.tiles:
-            one = stepped[tile.buffer]
-            if one is not None and tile.rows:
-                rows = rows_of(one.grad, tile, 0, tile.rows)
-                norm = torch.linalg.vector_norm(
-                    rows, dtype=torch.promote_types(rows.dtype, torch.float32)
-                )
+            state = stepped[tile.buffer]
+            if state is not None and tile.rows:
+                rows = rows_of(state.grad, tile, 0, tile.rows)
+                dtype = torch.promote_types(rows.dtype, torch.float32)
+                norm = torch.linalg.vector_norm(rows, dtype=dtype)
                 squares[tile.matrix] += norm.double().square()
-        all_reduce_spans(squares, self._square_spans)
+        all_reduce_spans(squares, list(spans_of(self._plan.matrices, 1).values()))
         return dict(zip(self.names, squares.sqrt().tolist(), strict=True))
 
     def move_early(self) -> Tensor:
@@ -195,30 +181,39 @@ class MatrixGroup:
 
         Return the matrices that the certificate then settles; the others are put back.
         """
-        lr, sums, certificate = self._lr, self._sums, self.certificate
-        limit = self._tau * torch.maximum(certificate.lower, self._floor)
-        expected = certificate.forecast(lr, limit, lr * self._weight_decay) & self._can_undo
-        self._waiting = (~expected).byte()
+        limits, certificate, sums = self._limits, self.certificate, self._sums
+        limit = limits.tau * torch.maximum(certificate.lower, limits.floor)
+        decay = limits.lr * limits.weight_decay
+        expected = certificate.forecast(limits.lr, limit, decay) & self._can_undo
+        self._needs_moments = (~expected).byte()  # of those M and V are updated later
         if self._on_host and not expected.any():
-            self._kernel.step(self._rest, expected.byte(), sums)
+            self._kernel.step(self._tables.rest, expected.byte(), sums)
             return expected
-        self._kernel.step(self._everything, expected.byte(), sums)
-        are_others = (
-            certificate.are_others(sums[:, 1]) & self._has_gradient
-        )  # else they were not looked at
-        norms = torch.stack([sums[:, 0], are_others], dim=1)
+        self._kernel.step(self._tables.everything, expected.byte(), sums)
+        settled = expected & self._proved(expected, limit)
+        self._take_back(expected & ~settled)
+        return settled
+
+    def _proved(self, expected: Tensor, limit: Tensor) -> Tensor:
+        """Return which of the matrices that were expected to be settled are. Collective."""
+        lr, sums, certificate = self._limits.lr, self._sums, self.certificate
+        # Of weights without a gradient no sums were made.
+        is_changed = certificate.are_others(sums[:, 1]) & self._has_gradient
+        norms = torch.stack([sums[:, 0], is_changed], dim=1)
         # Not all spans: another rank of a group may have nothing else that is expected, and would
         # not be here.
         chosen = expected.tolist() if self._on_host else [True] * len(expected)
-        all_reduce_spans(norms.view(-1), [span for k, span in self._norm_spans if chosen[k]])
+        all_reduce_spans(norms.view(-1), [s for k, s in self._norm_spans.items() if chosen[k]])
         sums[:, 0] = norms[:, 0]
-        is_inactive = certificate.settles(lr, limit, norms[:, 0].sqrt()) & (norms[:, 1] == 0)
-        settled = expected & (is_inactive | self._tau.isinf())
-        failed = expected & ~settled
-        if not (self._on_host and not failed.any()):
-            self._kernel.undo(self._everything, failed.byte())
-            sums[:, 2] = torch.where(failed, 0, sums[:, 2])
-        return settled
+        is_unchanged = norms[:, 1] == 0
+        proof = certificate.settles(lr, limit, norms[:, 0].sqrt()) & is_unchanged
+        return proof | self._limits.tau.isinf()
+
+    def _take_back(self, failed: Tensor) -> None:
+        """Take the move of matrices back that were not settled after all."""
+        if not self._on_host or failed.any():
+            self._kernel.undo(self._tables.everything, failed.byte())
+            self._sums[:, 2] = torch.where(failed, 0, self._sums[:, 2])
 
     def waiting(self, settled: Tensor) -> Iterator[int]:
         """Yield the number of each batch that has matrices which are not settled.
@@ -226,79 +221,64 @@ class MatrixGroup:
         Where the kernel can, it takes those that no other rank has pieces of through all lines by
         itself, before.
         """
-        self._active = (~settled).byte()
-        self._need, self._least = self._iterations()
-        self._need *= self._active
-        chosen = settled.tolist() if self._on_host else None
-        batches = [
-            number
-            for number, batch in enumerate(self._power.blocks.batches)
-            if chosen is None or not all(chosen[k] for k in batch)
-        ]
-        step_alone = getattr(self._kernel, "step_alone", None)
-        if step_alone is not None:
-            alone = [number for number in batches if not self._is_spread[number]]
-            limits = self._lr, self._tau, self._floor
-            power, state = self._power, (self._need, self._least, self._active, self._waiting)
-            step_alone(alone, self._of_batch, power.sigma, power.gain, *state, limits, self._sums)
+        self._needs_move = (~settled).byte()
+        self._iterations = self._iterations_of(self._needs_move)
+        power, batches = self._power, list(range(len(self._is_spread)))
+        if self._on_host:
+            chosen = self._needs_move.tolist()
+            batches = [n for n in batches if any(chosen[k] for k in power.blocks.batches[n])]
+        if hasattr(self._kernel, "step_alone"):
+            self._kernel.step_alone(
+                [number for number in batches if not self._is_spread[number]],
+                self._tables.of_batch,
+                power.sigma,
+                power.gain,
+                self._iterations,
+                self._needs_moments,
+                self._needs_move,
+                (self._limits.lr, self._limits.tau, self._limits.floor),
+                self._sums,
+            )
             batches = [number for number in batches if self._is_spread[number]]
         yield from batches
 
-    def sigmas(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Update M and V of a batch's matrices that waited (lines 3 to 5); return their σ₁(W) and
-        σ₁(U) (line 6).
-        """
-        power, blocks, sums = self._power, self._power.blocks, self._sums
-        mine = blocks.piggyback_matrices[batch]
-        blocks.load(batch)
-        self._kernel.moments(self._of_batch[batch], self._waiting, sums)
-        blocks.left[blocks.piggyback_at[batch]] = sums[mine, 0].to(blocks.left.dtype)
-        masks, sure = self._masks()
-        power.measure(self._kernel, batch, masks, begun=(None, self._waiting), sure=sure)
-        if self._is_spread[batch]:
-            sums[mine, 0] = torch.where(
-                self._waiting[mine].bool(), power.piggybacked[mine], sums[mine, 0]
-            )
-        sigma_weight, sigma_update = power.sigma
-        return sigma_weight, sigma_update
-
-    def _iterations(self) -> tuple[Tensor, Tensor]:
-        """Return the iterations that each matrix makes at most, and at least, ``(2, matrices)``: a
-        slow W half of U's.
+    def _iterations_of(self, chosen: Tensor) -> Iterations:
+        """Return which of the chosen matrices make which iterations: a slow W half of U's.
 
         Stale vectors, from steps without any, need more, and new ones most.
         """
         most = max(COLD_ITERS, self._iters)
         if self._cold:
-            cold = torch.full((2, len(self._lr)), most, device=self._device)
-            return cold, cold.clone()
-        slow, of_update = (
-            self._tau <= SLOW_TAU,
-            (self._iters + self.certificate.age).clamp(max=most),
-        )
-        sure = of_update - self._iters // 2
-        need = torch.stack([torch.where(slow, (of_update + 1) // 2, of_update), of_update])
-        least = torch.stack([torch.where(slow, (sure + 1) // 2, of_update), sure])
-        return need, least
+            of_both = torch.full((2, len(self.names)), most, device=self._device)
+            sure_of_both = of_both
+        else:
+            slow = self._limits.tau <= SLOW_TAU
+            of_update = (self._iters + self.certificate.age).clamp(max=most)
+            sure = of_update - self._iters // 2
+            of_both = torch.stack([torch.where(slow, (of_update + 1) // 2, of_update), of_update])
+            sure_of_both = torch.stack([torch.where(slow, (sure + 1) // 2, of_update), sure])
+        rounds = None
+        if not self._on_host:  # which does not see the vectors that are stale
+            stale = most if self._cold else min(most, self._iters + _STALE_ITERS)
+            rounds = (stale if self._cold or self._has_fast else (stale + 1) // 2), stale
+        begun = {_UPDATE: self._needs_moments}
+        return Iterations(of_both * chosen, sure_of_both, begun, rounds)
 
-    def _masks(
-        self,
-    ) -> tuple[list[tuple[Tensor | None, Tensor | None]], list[tuple[Tensor, Tensor]]]:
-        """Return the matrices of each iteration, of W and of U (None: of none), and those that are
-        sure to make it.
+    def sigmas(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Update M and V of a batch's matrices that waited (lines 3 to 5); return σ₁(W) and σ₁(U)
+        (line 6), of all matrices.
         """
-        if self._on_host:
-            of_weight, of_update = self._need.amax(1).tolist() if self._need.numel() else (0, 0)
-        else:  # the host does not see which are stale
-            most = max(COLD_ITERS, self._iters)
-            of_update = most if self._cold else min(most, self._iters + _STALE_ITERS)
-            of_weight = of_update if self._cold or self._has_fast else (of_update + 1) // 2
-        numbers = torch.arange(of_update, device=self._device).view(-1, 1, 1)
-        masks, sure = (self._need > numbers).byte(), (self._least > numbers).byte()
-        of_both = [
-            (mask[0] if number < of_weight else None, mask[1]) for number, mask in enumerate(masks)
-        ]
-        return of_both, [(mask[0], mask[1]) for mask in sure]
+        power, blocks, sums = self._power, self._power.blocks, self._sums
+        members, places = blocks.piggyback_matrices[batch], blocks.piggyback_at[batch]
+        blocks.load(batch)
+        self._kernel.moments(self._tables.of_batch[batch], self._needs_moments, sums)
+        blocks.left[places] = sums[members, 0].to(blocks.left.dtype)
+        power.measure(self._kernel, batch, self._iterations)
+        if self._is_spread[batch]:
+            is_new = self._needs_moments[members].bool()
+            sums[members, 0] = torch.where(is_new, power.piggybacked[members], sums[members, 0])
+        sigma_weight, sigma_update = power.sigma
+        return sigma_weight, sigma_update
 
     def rates(self, sigma_weight: Tensor, sigma_update: Tensor) -> Tensor:
         """Return α_W of every matrix (lines 7 to 9).
@@ -307,35 +287,33 @@ class MatrixGroup:
         of an update that is orthogonal to all vectors. Then bounds stand in its place: ‖U‖_F, and
         the floor under σ₁(W).
         """
+        limits = self._limits
         sigma_update = torch.where(sigma_update > 0, sigma_update, self._sums[:, 0].sqrt())
-        return clipped_rates(self._lr, self._tau, self._floor, sigma_weight, sigma_update)
+        return clipped_rates(limits.lr, limits.tau, limits.floor, sigma_weight, sigma_update)
 
     def move(self, batch: int, rates: Tensor) -> None:
         """Move the weights of a batch that waited for their rates (lines 10 to 14)."""
-        self._kernel.move(self._of_batch[batch], self._active, rates, self._sums)
+        self._kernel.move(self._tables.of_batch[batch], self._needs_move, rates, self._sums)
 
     def end(self, settled: Tensor) -> None:
-        """Carry the certificate on, and remember what the step did."""
+        """Let the certificate follow the step, and remember what it did."""
+        limits, certificate = self._limits, self.certificate
         sigma_weight, sigma_update = self._power.sigma
-        norm, certificate = self._sums[:, 0].sqrt(), self.certificate
-        rates = torch.where(settled, self._lr, self.rates(sigma_weight, sigma_update))
+        norm = self._sums[:, 0].sqrt()
+        rates = torch.where(settled, limits.lr, self.rates(sigma_weight, sigma_update))
         lower = torch.where(settled, certificate.lower, sigma_weight)
         upper = torch.where(settled | ~(sigma_update > 0), norm, sigma_update)
-        self._measured = lower, upper, rates, rates < self._lr, self._tau, settled
+        self._measured = lower, upper, rates, rates < limits.lr, limits.tau, settled
         certificate.measured(~settled, sigma_weight)
-        certificate.moved(
-            rates, rates * self._weight_decay, norm, self._sums[:, 2].clone(), self._has_gradient
-        )
+        decay, squares = rates * limits.weight_decay, self._sums[:, 2].clone()
+        certificate.moved(rates, decay, norm, squares, self._has_gradient)
         self._cold = False
         self._kernel.release()
 
     def stats(self) -> dict[str, MatrixStats]:
         """Return what the last step did, by the matrix's name."""
         columns = [column.tolist() for column in self._measured]
-        return {
-            matrix.name: MatrixStats(*row)
-            for matrix, *row in zip(self._plan.matrices, *columns, strict=False)
-        }
+        return {name: MatrixStats(*row) for name, *row in zip(self.names, *columns, strict=False)}
 
     def forget(self) -> None:
         """Take vectors and bounds for unknown at the next step, as at the first."""
@@ -355,89 +333,61 @@ class MatrixGroup:
             "bounds": self.certificate.saved(),
         }
 
-    def restore(self, carried: Mapping[str, SavedMatrix]) -> None:
-        """Take back what walks carried of these matrices, by name; the walks may have been others,
+    def restore(self, saved: Mapping[str, SavedMatrix]) -> None:
+        """Take back what was saved of these matrices, by name; in groups that may have been others,
         cut otherwise.
         """
-        mine = [carried[name] for name in self.names if name in carried]
+        records = [saved[name] for name in self.names if name in saved]
         kept = self._blocks()
-        if [[block.shape for block in one.blocks] for one in mine] != [
-            [block.shape for block in one] for one in kept
-        ]:
+        shapes = [[block.shape for block in record.blocks] for record in records]
+        if shapes != [[block.shape for block in blocks] for blocks in kept]:
             return
-        for blocks, one in zip(kept, mine, strict=True):
-            for block, saved in zip(blocks, one.blocks, strict=True):
-                block.copy_(saved)
-        self.certificate.restore(
-            [torch.stack(column) for column in zip(*(one.bounds for one in mine), strict=True)]
-        )
+        for blocks, record in zip(kept, records, strict=True):
+            for block, saved_block in zip(blocks, record.blocks, strict=True):
+                block.copy_(saved_block)
+        bounds = zip(*(record.bounds for record in records), strict=True)
+        self.certificate.restore([torch.stack(column) for column in bounds])
         self._cold = False
 
     def _blocks(self) -> list[list[Tensor]]:
         """Return the block that every matrix keeps of W and of U, as views."""
-        found: list[list[Tensor]] = [[] for _ in self._plan.matrices]
+        blocks: list[list[Tensor]] = [[] for _ in self._plan.matrices]
         for operand in self._power.blocks.operands:
             for batch, kept in zip(self._power.blocks.batches, operand.kept, strict=True):
                 sizes = [operand.widths[k] * self._plan.matrices[k].cols for k in batch]
                 for k, block in zip(batch, torch.split(kept, sizes), strict=True):
-                    found[k].append(block)
-        return found
+                    blocks[k].append(block)
+        return blocks
 
-    def _schedule(self, groups: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the scheduled rate, weight decay, τ and the floor under σ₁(W) of every matrix."""
-        of = [groups[number] for number in self._plan.buffer_of]
+    def _schedule(self, groups: Sequence[dict[str, Any]]) -> Limits:
+        """Return what a step's parameter groups, of every tensor, say of every matrix."""
         taus = tuple(group["tau"] for group in groups)
-        if taus not in self._limits:
-            if any(tau == float("inf") for before in self._limits for tau in before):
+        if taus not in self._tau_and_floor:
+            if any(tau == float("inf") for before in self._tau_and_floor for tau in before):
                 # where τ is infinite, nothing is checked of what the certificate says
                 self.forget()
-            limits = [
-                self._thresholds.floor_and_tau(parameter, matrix.rows, matrix.cols, group["tau"])
-                for parameter, matrix, group in zip(
-                    self._plan.parameters, self._plan.matrices, of, strict=True
-                )
-            ]
-            floor, tau = (
-                torch.tensor(limits, dtype=torch.float64)
-                .view(-1, 2)
-                .T.contiguous()
-                .to(self._device)
-            )
-            self._limits = {taus: (tau, floor)}
-            # Where the host may not look, the size of collectives hangs on it: not on what this
-            # rank has alone.
-            self._has_fast = self._thresholds.has_fast or any(tau > SLOW_TAU for _, tau in limits)
+            self._tau_and_floor = {taus: self._read_taus(groups)}
+        of_matrices = [groups[number] for number in self._plan.buffer_of]
         numbers = [
-            [float(group["lr"]) for group in of],
-            [float(group["weight_decay"]) for group in of],
+            [float(group["lr"]) for group in of_matrices],
+            [float(group["weight_decay"]) for group in of_matrices],
         ]
         both = torch.tensor(numbers, dtype=torch.float64, pin_memory=self._device.type == "cuda")
         lr, weight_decay = both.to(self._device, non_blocking=True)
-        return lr, weight_decay, *self._limits[taus]
+        return Limits(lr, weight_decay, *self._tau_and_floor[taus])
 
-
-def _batches(plan: Plan, on_host: bool) -> list[list[int]]:
-    """Return which matrices are measured together: spread ones all at once, others in turns."""
-    spread = [k for k, matrix in enumerate(plan.matrices) if matrix.groups]
-    alone = [k for k, matrix in enumerate(plan.matrices) if not matrix.groups]
-    size = [matrix.rows * matrix.cols if on_host else matrix.cols for matrix in plan.matrices]
-    most = _CPU_BATCH if on_host else -(-sum(size[k] for k in alone) // _DEVICE_BATCHES)
-    batches = [spread] if spread else []
-    room = 0
-    for k in alone:
-        if size[k] > room or batches[-1] is spread:
-            batches.append([])
-            room = most
-        batches[-1].append(k)
-        room -= size[k]
-    return batches
-
-
-def _table(tiles: Sequence[Tile], operand: Operand, measured: int, device: torch.device) -> Table:
-    """Return a table of tiles, the first ``measured`` of which have vectors."""
-    rows = [operand.row(tile) for tile in tiles[:measured]]
-    padding = [0] * (len(COLUMNS) - 6)
-    rows += [
-        [t.buffer, t.offset, t.rows, t.cols, t.stride, t.matrix, *padding] for t in tiles[measured:]
-    ]
-    return table(rows, device, list(tiles))
+    def _read_taus(self, groups: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+        """Return τ and the floor under σ₁(W) of every matrix."""
+        plan = self._plan
+        limits = [
+            self._thresholds.floor_and_tau(parameter, matrix.rows, matrix.cols, groups[n]["tau"])
+            for parameter, matrix, n in zip(
+                plan.parameters, plan.matrices, plan.buffer_of, strict=True
+            )
+        ]
+        # Where the host may not look, the size of collectives hangs on it: not on what this rank
+        # has alone.
+        self._has_fast = self._thresholds.has_fast or any(tau > SLOW_TAU for _, tau in limits)
+        columns = torch.tensor(limits, dtype=torch.float64).view(-1, 2).T.contiguous()
+        floor, tau = columns.to(self._device)
+        return tau, floor

@@ -31,9 +31,8 @@ class BlockPower:
         iters, least = self.iters, (self.iters + 1) // 2
         if self.block is None:
             iters = least = max(iters, COLD_ITERS)
-            self.block = start_block(self.name, matrix.shape[1], min(BLOCK, *matrix.shape)).to(
-                matrix.dtype
-            )
+            start = start_block(self.name, matrix.shape[1], min(BLOCK, *matrix.shape))
+            self.block = start.to(matrix.dtype)
         for made in range(1, iters + 1):
             left, before = torch.linalg.qr(matrix @ self.block)  # (rows, b), (b, b)
             self.block, after = torch.linalg.qr(matrix.T @ left)  # (cols, b), (b, b)
@@ -49,7 +48,7 @@ class AdamW2Reference:
 
     Args:
         params: ``(name, parameter)`` pairs.
-        lr, betas, eps, weight_decay, tau: as in :class:`weyl_megatron.AdamW2`; τ is a number.
+        lr, betas, eps, weight_decay, tau: as in :class:`.AdamW2`; τ is a number.
         sigma: makes, from a matrix's name and a number of iterations, the function that measures
             σ₁: ``BlockPower``, or ``lambda *_: exact_sigma``.
         floor: σ₁(W) is taken for at least ``floor(rows, cols)``.
@@ -67,13 +66,8 @@ class AdamW2Reference:
         floor: Callable[[int, int], float] = lambda rows, cols: 1e-3 * (rows**0.5 + cols**0.5),
     ) -> None:
         self.params = dict(params)
-        self.lr, (self.beta1, self.beta2), self.eps, self.weight_decay, self.tau = (
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            tau,
-        )
+        self.lr, self.eps, self.weight_decay, self.tau = lr, eps, weight_decay, tau
+        self.beta1, self.beta2 = betas
         self.floor, self.t = floor, 0
         self.moments = {
             name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.params.items()

@@ -60,7 +60,7 @@ def count(buffers: list[Buffer], state: str) -> tuple[Counted, list[list[int]]]:
         with patch.object(dist, "all_reduce", counted):
             optimizer.step()
     assert {one.certified for one in optimizer.stats().values()} == {state == "certified"}
-    (matrix_group,) = optimizer._matrix_groups.values()
+    (matrix_group,) = optimizer._matrix_groups
     of = matrix_group._power.blocks
     vectors = [of.x, of.z, of.left, *(kept for operand in of.operands for kept in operand.kept)]
     return Counted(len(sent), sum(sent), sum(one.nbytes for one in vectors)), [

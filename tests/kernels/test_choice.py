@@ -42,7 +42,7 @@ def stepped(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[AdamW2,
 
 
 def kernel_of(optimizer: AdamW2) -> str:
-    return next(iter(optimizer._matrix_groups.values()))._kernel.name
+    return next(iter(optimizer._matrix_groups))._kernel.name
 
 
 def test_float32_on_the_cpu_is_stepped_in_compiled_code() -> None:

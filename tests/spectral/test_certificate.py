@@ -68,7 +68,7 @@ class Run:
         """Step by an update whose α ‖U‖_F is ``share`` of what the certificate now allows; judge
         what it did.
         """
-        matrix_groups = list(self.optimizer._matrix_groups.values())
+        matrix_groups = list(self.optimizer._matrix_groups)
         lower = (
             float(matrix_groups[0].certificate.lower)
             if matrix_groups
@@ -94,7 +94,7 @@ class Run:
                 1 - 1e-6
             )  # float32 sums
             assert not entry.clipped and entry.lr == rate
-        bound = float(next(iter(self.optimizer._matrix_groups.values())).certificate.lower)
+        bound = float(next(iter(self.optimizer._matrix_groups)).certificate.lower)
         assert bound <= sigma(self.weight.detach()), "the carried bound is above σ₁(W)"
 
 

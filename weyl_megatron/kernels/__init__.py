@@ -1,8 +1,8 @@
 """The arithmetic of a step on flat buffers: plain torch, and fused kernels that read each number
 once.
 
-A kernel walks tables of tiles (:mod:`weyl_megatron.spectral.blocks`). All do the same; which one
-runs is picked once, by :func:`pick`, and ``weyl-megatron doctor`` says which and why.
+A kernel goes through tables of tiles (:class:`.Table`). All do the same. Which one runs is picked
+once, by :func:`pick`; ``environment.DOCTOR`` says which and why.
 """
 
 from .choice import Kernel, pick

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import shutil
 import subprocess
@@ -16,15 +15,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..environment import KERNEL, LOG
 from ..spectral.blocks import Blocks, Table
 from ..spectral.power import Products
 from .plain import PlainKernel
 from .stepped import Stepped
 
-_log = logging.getLogger("weyl_megatron")
-
 #: Set this to a kernel's name to have no other.
-VARIABLE = "WEYL_MEGATRON_KERNEL"
+VARIABLE = KERNEL
 
 NAMES = ("torch", "cpu", "triton")
 
@@ -146,12 +144,11 @@ def why_no_launcher() -> str | None:
     of a step.
     """
     named = os.environ.get("CC")
-    found = next(
-        filter(None, map(shutil.which, ["gcc", "clang"] if named is None else [named])), None
-    )
-    if found is None:
+    names = ["gcc", "clang"] if named is None else [named]
+    compiler = next(filter(None, map(shutil.which, names)), None)
+    if compiler is None:
         return "there is no C compiler for Triton's launcher (gcc, clang, or the one that CC names)"
-    return _trouble_of(found)
+    return _trouble_of(compiler)
 
 
 @functools.cache
@@ -163,15 +160,8 @@ def _trouble_of(compiler: str) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "launcher.c"
         source.write_text("#include <Python.h>\n")
-        command = [
-            compiler,
-            str(source),
-            "-shared",
-            "-fPIC",
-            f"-I{headers}",
-            "-o",
-            f"{folder}/launcher.so",
-        ]
+        flags = ["-shared", "-fPIC", f"-I{headers}"]
+        command = [compiler, str(source), *flags, "-o", f"{folder}/launcher.so"]
         try:
             run = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
@@ -197,4 +187,4 @@ def _make(name: str, blocks: Blocks) -> Kernel:
 
 @functools.cache
 def _say_once(sentence: str) -> None:
-    _log.warning(sentence)
+    LOG.warning(sentence)

@@ -1,9 +1,8 @@
 """The step on a CPU in compiled code (cpu_step.cpp): float32, any number of threads.
 
 The file is compiled on first use, for the machine's own instruction set, with nothing but a C++
-compiler: it includes no header of torch, so that takes four seconds, and there is no lock that a
-    killed build could leave behind, because a
-finished library is moved into its place at once.
+compiler: it includes no header of torch, so that takes four seconds. There is no lock that a killed
+build could leave behind, because a finished library is moved into its place at once.
 """
 
 from __future__ import annotations
@@ -24,27 +23,39 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..environment import CACHE, CXXFLAGS
 from ..spectral.blocks import Blocks, Table
+from ..spectral.iterations import Iterations
 from ..spectral.ritz import INDEPENDENT, SETTLED
 from .stepped import Hyper, Stepped
 
+#: What the compiler is given; it includes the headers in the folder of the same name.
 _SOURCE = Path(__file__).with_name("cpu_step.cpp")
 
 #: Without contraction, a row's elements are computed alike wherever vector registers begin and end.
 _FLAGS = (
-    *("-std=c++17", "-O3", "-shared", "-fPIC", "-fopenmp"),
-    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    "-std=c++17",
+    "-O3",
+    "-shared",
+    "-fPIC",
+    "-fopenmp",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
 )
 
 #: The compiler takes the flags in this, too, for a library of its own; `make asan` sets it.
-FLAGS = "WEYL_MEGATRON_CXXFLAGS"
+FLAGS = CXXFLAGS
 
 #: Rows of ``_hyper``: the struct Hyper, ten floats and two doubles.
 _HYPER_BYTES = 56
 
+#: ``ritz.INDEPENDENT`` of the Gram matrices that the kernel makes.
+_INDEPENDENT = INDEPENDENT * torch.finfo(torch.float32).eps
+
 
 class CpuKernel:
-    """See :class:`weyl_megatron.kernels.Kernel`.
+    """See :class:`.Kernel`.
 
     Raises:
         OSError: there is no compiler, or it cannot compile the kernel.
@@ -64,16 +75,16 @@ class CpuKernel:
     def bind(self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None]) -> None:
         addresses, hypers = [], bytearray()
         cache: dict[Hyper, bytes] = {}
-        for weight, one in zip(weights, stepped, strict=True):
-            if one is None:
+        for weight, state in zip(weights, stepped, strict=True):
+            if state is None:
                 addresses += [weight.data_ptr(), 0, 0, 0]
                 hypers += bytes(_HYPER_BYTES)
                 continue
-            tensors = weight, one.grad, one.exp_avg, one.exp_avg_sq
+            tensors = weight, state.grad, state.exp_avg, state.exp_avg_sq
             addresses += [tensor.data_ptr() for tensor in tensors]
-            if one.hyper not in cache:
-                cache[one.hyper] = _hyper(one.hyper)
-            hypers += cache[one.hyper]
+            if state.hyper not in cache:
+                cache[state.hyper] = _hyper(state.hyper)
+            hypers += cache[state.hyper]
             torch.autograd.graph.increment_version(weight)  # it is changed behind autograd's back
         self._buffers = torch.tensor(addresses, dtype=torch.int64)
         self._hypers = torch.frombuffer(hypers, dtype=torch.uint8)
@@ -83,37 +94,35 @@ class CpuKernel:
         self._alive = None
 
     def step(self, table: Table, mask: Tensor, sums: Tensor) -> None:
-        self._call("step", *_table(table), mask, self._count, self._buffers, self._hypers, sums)
+        state = self._buffers, self._hypers
+        self._call("step", *_table(table), mask, self._count, *state, sums)
 
     def moments(self, table: Table, mask: Tensor, sums: Tensor) -> None:
-        blocks = self._blocks
-        self._call(
-            *("moments", *_table(table), mask, self._count, self._buffers, self._hypers),
-            *(blocks.x, blocks.z, blocks.left, sums),
-        )
+        state, blocks = (self._buffers, self._hypers), self._blocks
+        arena = blocks.x, blocks.z, blocks.left
+        self._call("moments", *_table(table), mask, self._count, *state, *arena, sums)
 
     def undo(self, table: Table, mask: Tensor) -> None:
         self._call("undo", *_table(table), mask, self._buffers, self._hypers)
 
     def move(self, table: Table, mask: Tensor, rates: Tensor, sums: Tensor) -> None:
-        self._call(
-            "move", *_table(table), mask, self._count, self._buffers, self._hypers, rates, sums
-        )
+        state = self._buffers, self._hypers
+        self._call("move", *_table(table), mask, self._count, *state, rates, sums)
 
     def multiply(self, operand: int, table: Table, mask: Tensor) -> None:
-        self._multiply(operand, 0, table, mask)
+        self._multiply(operand, table, mask, is_back=0)
 
     def multiply_back(self, operand: int, table: Table, mask: Tensor) -> None:
-        self._multiply(operand, 1, table, mask)
+        self._multiply(operand, table, mask, is_back=1)
 
     def orthonormalize(
         self, operand: int, batch: int, mask: Tensor, more: Tensor, sigma: Tensor, gain: Tensor
     ) -> None:
         blocks, numbers = self._blocks, self._batches[batch]
-        independent = INDEPENDENT * torch.finfo(torch.float32).eps
+        shape = blocks.operands[operand].shape
+        results = blocks.x, blocks.z, sigma, gain
         self._call(
-            *("orthonormalize", blocks.operands[operand].shape, numbers, len(numbers), mask, more),
-            *(blocks.x, blocks.z, sigma, gain, independent),
+            "orthonormalize", shape, numbers, len(numbers), mask, more, *results, _INDEPENDENT
         )
 
     def step_alone(
@@ -122,10 +131,9 @@ class CpuKernel:
         tables: Sequence[Table],
         sigma: Tensor,
         gain: Tensor,
-        need: Tensor,
-        least: Tensor,
-        active: Tensor,
-        waiting: Tensor,
+        iterations: Iterations,
+        begun: Tensor,
+        moved: Tensor,
         limits: Sequence[Tensor],
         sums: Tensor,
     ) -> None:
@@ -136,72 +144,63 @@ class CpuKernel:
             batches: their numbers.
             tables: of every batch, all tiles.
             sigma, gain: what becomes σ₁ and what its last iteration gained, ``(2, matrices)``.
-            need, least: iterations at most, and where the last one gained nothing, ``(2,
-                matrices)``.
-            active, waiting: the matrices that are not settled; those of them whose moments are not
-                updated yet.
+            iterations: which matrices make which.
+            begun: the matrices whose moments are not updated yet; their first products with U are
+                made with them.
+            moved: the matrices whose weights wait for their rates.
             limits: the scheduled rate, τ and the floor under σ₁(W) of every matrix.
-            sums: see :class:`weyl_megatron.kernels.Kernel`.
+            sums: see :class:`.Kernel`.
         """
         for batch in batches:
             if batch not in self._structs:
                 self._structs[batch] = self._struct(batch, tables[batch], sigma, gain)
         addresses = torch.tensor([self._structs[batch].data_ptr() for batch in batches])
         self._call(
-            *("step_alone", addresses, len(batches), need, least, active, waiting, self._count),
-            *(self._buffers, self._hypers, *limits),
-            *(
-                torch.empty_like(limits[0]),
-                sums,
-                INDEPENDENT * torch.finfo(torch.float32).eps,
-                SETTLED,
-            ),
+            "step_alone",
+            addresses,
+            len(batches),
+            iterations.most,
+            iterations.least,
+            begun,
+            moved,
+            self._count,
+            self._buffers,
+            self._hypers,
+            *limits,
+            torch.empty_like(limits[0]),
+            sums,
+            _INDEPENDENT,
+            SETTLED,
         )
 
     def _struct(self, batch: int, table: Table, sigma: Tensor, gain: Tensor) -> Tensor:
-        """Return the struct Batch of cpu_step.cpp."""
-        blocks = self._blocks
+        """Return the struct Batch of cpu_step/tables.h."""
+        blocks, members = self._blocks, self._batches[batch]
         fields: list[Tensor | int] = []
         for number, operand in enumerate(blocks.operands):
             kept, working = operand.kept[batch], operand.working[batch]
             fields += [*_table(operand.whole[batch]), *_table(operand.cut[batch])]
             fields += [operand.shape, kept, int(kept.dtype == torch.float32), working, len(kept)]
             fields += [sigma[number], gain[number]]
-        fields += [
-            table.columns,
-            len(table.tiles),
-            self._batches[batch],
-            len(self._batches[batch]),
-            blocks.x,
-            blocks.z,
-            blocks.left,
-        ]
+        fields += [*_table(table), members, len(members), blocks.x, blocks.z, blocks.left]
         fields += [blocks.z_sizes[batch], blocks.left_sizes[batch]]
         self._kept_alive.append(fields)
         return torch.tensor(
             [each.data_ptr() if isinstance(each, Tensor) else each for each in fields]
         )
 
-    def _multiply(self, operand: int, is_back: int, table: Table, mask: Tensor) -> None:
+    def _multiply(self, operand: int, table: Table, mask: Tensor, is_back: int) -> None:
         if table.tiles:
-            blocks = self._blocks
+            state, blocks = (self._buffers, self._hypers), self._blocks
+            arena = blocks.x, blocks.z, blocks.left
             self._call(
-                *(
-                    "multiply",
-                    operand,
-                    is_back,
-                    *_table(table),
-                    mask,
-                    self._count,
-                    self._buffers,
-                    self._hypers,
-                ),
-                *(blocks.x, blocks.z, blocks.left),
+                "multiply", operand, is_back, *_table(table), mask, self._count, *state, *arena
             )
 
     def _call(self, name: str, *arguments: Tensor | float) -> None:
-        """Call a function of the library, with as many threads as torch has; tensors are passed by
-        address.
+        """Call a function of the library, with as many threads as torch has.
+
+        Tensors are passed by address, other numbers as int64 or double.
         """
         assert all(each.is_contiguous() for each in arguments if isinstance(each, Tensor))
         given = [
@@ -218,18 +217,14 @@ def _table(table: Table) -> tuple[Tensor, int]:
 
 
 def _hyper(hyper: Hyper) -> bytes:
-    """Return the struct Hyper of cpu_step.cpp."""
+    """Return the struct Hyper of cpu_step/tables.h."""
     lr, beta1, beta2, eps, weight_decay, correction1, correction2 = hyper.numbers()
     root = correction2**0.5
-    floats = [
-        *(1 - beta1, beta2, 1 - beta2, root, eps),
-        *(1 - lr * weight_decay, -(lr / correction1)),
-        *(
-            correction1 / root,
-            1 / float(torch.tensor(root, dtype=torch.float32)),
-            eps * correction1,
-        ),
-    ]
+    moments = 1 - beta1, beta2, 1 - beta2, root, eps
+    scheduled = 1 - lr * weight_decay, -(lr / correction1)
+    inverse = 1 / float(torch.tensor(root, dtype=torch.float32))  # of the root that it is given
+    direction = correction1 / root, inverse, eps * correction1
+    floats = [*moments, *scheduled, *direction]
     return bytes((ctypes.c_float * 10)(*floats)) + bytes(
         (ctypes.c_double * 2)(weight_decay, correction1)
     )
@@ -260,9 +255,9 @@ def build() -> Path:
         *_library_flags(compiler),
         *shlex.split(os.environ.get(FLAGS, "")),
     ]
-    key = hashlib.sha256(
-        _SOURCE.read_bytes() + " ".join([compiler, *flags, _cpu()]).encode()
-    ).hexdigest()[:16]
+    key = hashlib.sha256(_sources() + " ".join([compiler, *flags, _cpu()]).encode()).hexdigest()[
+        :16
+    ]
     folder = cache_folder()
     path = folder / f"cpu_step-{key}.so"
     if not path.exists():
@@ -278,6 +273,12 @@ def build() -> Path:
                 raise OSError(f"{compiler} failed: {run.stderr.strip()[-500:]}")
             built.replace(path)
     return path
+
+
+def _sources() -> bytes:
+    """Return the text of everything that is compiled, with the files' names."""
+    headers = sorted(_SOURCE.with_suffix("").glob("*.h"))
+    return b"".join(path.name.encode() + path.read_bytes() for path in [_SOURCE, *headers])
 
 
 def find_compiler() -> str | None:
@@ -297,7 +298,7 @@ def cache_folder() -> Path:
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(
         os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     )
-    folder = Path(root) / "weyl_megatron"
+    folder = Path(root) / CACHE
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:

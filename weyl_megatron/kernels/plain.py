@@ -21,7 +21,7 @@ _BAND = 1 << 20
 
 
 class PlainKernel:
-    """See :class:`weyl_megatron.kernels.Kernel`."""
+    """See :class:`.Kernel`."""
 
     name = "torch"
 
@@ -32,12 +32,10 @@ class PlainKernel:
 
     def bind(self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None]) -> None:
         self._weights = [flat(weight) for weight in weights]
-        self._stepped = [None if one is None else _flat(one) for one in stepped]
-        pieces = (
-            partial(_weights_of, self._weights),
-            partial(_updates_of, self._weights, self._stepped),
-        )
-        products = TorchProducts(self._blocks, pieces)
+        self._stepped = [None if state is None else _flat(state) for state in stepped]
+        weights_of = partial(_weights_of, self._weights)
+        updates_of = partial(_updates_of, self._weights, self._stepped)
+        products = TorchProducts(self._blocks, [weights_of, updates_of])
         self.multiply, self.multiply_back = products.multiply, products.multiply_back
         self.orthonormalize = products.orthonormalize
 

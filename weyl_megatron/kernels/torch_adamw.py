@@ -18,9 +18,9 @@ def adamw_moments(
     """M ← β₁M + (1 − β₁)G and V ← β₂V + (1 − β₂)G², in place; ``largest``, if any, grows to V
     (amsgrad).
     """
-    beta1 = (
-        hyper.beta1.to(grad.device, grad.dtype) if isinstance(hyper.beta1, Tensor) else hyper.beta1
-    )
+    beta1 = hyper.beta1
+    if isinstance(beta1, Tensor):
+        beta1 = beta1.to(grad.device, grad.dtype)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(hyper.beta2).addcmul_(grad, grad, value=1 - hyper.beta2)  # type: ignore[arg-type]
     if largest is not None:
@@ -32,9 +32,8 @@ def adamw_direction(exp_avg: Tensor, second: Tensor, hyper: Hyper) -> Tensor:
     or its largest.
     """
     correction = hyper.correction1
-    return exp_avg / second.sqrt().mul_(correction / hyper.correction2**0.5).add_(
-        hyper.eps * correction
-    )
+    denominator = second.sqrt().mul_(correction / hyper.correction2**0.5)
+    return exp_avg / denominator.add_(hyper.eps * correction)
 
 
 def adamw_move(

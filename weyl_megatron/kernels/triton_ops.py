@@ -56,9 +56,21 @@ def _rows(pointers, buffer, at, inside, hyper, SOURCE: tl.constexpr):
 
 @triton.jit(do_not_specialize_on_alignment=["mask"])
 def products(
-    tiles, units, pointers, hypers, mask, x, left, partial, sums, BACK: tl.constexpr, SOURCE: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+    tiles,
+    units,
+    pointers,
+    hypers,
+    mask,
+    x,
+    left,
+    partial,
+    sums,
+    BACK: tl.constexpr,
+    SOURCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
     """Z and YᵀY of a unit's rows to ``partial``, or Y of rows that are cut to ``left``; with
     MOMENTS, Σ u² to ``sums``.
 
@@ -202,9 +214,8 @@ def elementwise(
     matrix, width = tl.load(tile + 5), tl.load(tile + 9)
     hyper = hypers + buffer * HYPER
     is_rest = (matrix < 0) & (MODE == 0)
-    is_active = (
-        tl.load(mask + matrix, mask=matrix >= 0, other=0) != 0
-    )  # there may be no matrix, and no mask
+    # There may be no matrix, and no mask.
+    is_active = tl.load(mask + matrix, mask=matrix >= 0, other=0) != 0
     if (is_rest | is_active) & (tl.load(pointers + buffer * 4 + 2) != 0):
         row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
         rate = tl.load(hyper + 5).to(tl.float64)
@@ -319,8 +330,18 @@ def _largest(a, index):
 
 @triton.jit(do_not_specialize_on_alignment=["mask", "more", "sigma", "gain"])
 def orthonormalize(
-    shapes, batch, mask, more, x, z, sigma, gain, independent, BLOCK: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+    shapes,
+    batch,
+    mask,
+    more,
+    x,
+    z,
+    sigma,
+    gain,
+    independent,
+    BLOCK: tl.constexpr,
+    COLS: tl.constexpr,
+):
     """The next block, σ₁ and gain of one matrix: spectral/ritz.py, with Cholesky's factors in place
     of eigenvectors.
     """
@@ -334,8 +355,8 @@ def orthonormalize(
         index, col = tl.arange(0, BLOCK), tl.arange(0, COLS)
         pair = (index < width)[:, None] & (index < width)[None, :]
         diagonal = index[:, None] == index[None, :]
-        of = gram_y_at + index[:, None] * width + index[None, :]
-        gram_y = tl.load(of, mask=pair, other=0.0).to(tl.float64)
+        pairs_at = gram_y_at + index[:, None] * width + index[None, :]
+        gram_y = tl.load(pairs_at, mask=pair, other=0.0).to(tl.float64)
         gram_z = tl.zeros((BLOCK, BLOCK), dtype=tl.float64)
         length = tl.zeros((BLOCK,), dtype=tl.float64)
         for start in range(0, n, COLS):

@@ -42,7 +42,7 @@ class _Units(NamedTuple):
 
 
 class TritonKernel:
-    """See :class:`weyl_megatron.kernels.Kernel`."""
+    """See :class:`.Kernel`."""
 
     name = "triton"
 
@@ -59,17 +59,19 @@ class TritonKernel:
     def bind(self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None]) -> None:
         device = self._blocks.x.device
         pointers, hypers = [], []
-        for weight, one in zip(weights, stepped, strict=True):
-            tensors = (weight,) if one is None else (weight, one.grad, one.exp_avg, one.exp_avg_sq)
-            pointers.append([tensor.data_ptr() for tensor in tensors] + [0] * (4 - len(tensors)))
-            hypers.append([0.0] * 12 if one is None else _hyper(one.hyper))
+        for weight, state in zip(weights, stepped, strict=True):
+            if state is None:
+                pointers.append([weight.data_ptr(), 0, 0, 0])
+                hypers.append([0.0] * 12)
+            else:
+                tensors = weight, state.grad, state.exp_avg, state.exp_avg_sq
+                pointers.append([tensor.data_ptr() for tensor in tensors])
+                hypers.append(_hyper(state.hyper))
         self._pointers = _upload(torch.tensor(pointers, dtype=torch.int64), device)
         self._hypers = _upload(torch.tensor(hypers, dtype=torch.float32), device)
         self._alive = weights, stepped  # the tensors at these addresses
-        for weight in weights:
-            torch.autograd.graph.increment_version(
-                weight
-            )  # they are changed behind autograd's back
+        for weight in weights:  # they are changed behind autograd's back
+            torch.autograd.graph.increment_version(weight)
 
     def release(self) -> None:
         self._alive = None
@@ -98,17 +100,15 @@ class TritonKernel:
         blocks, numbers = self._blocks, self._batches[batch]
         independent = INDEPENDENT * torch.finfo(torch.float32).eps
         ops.orthonormalize[(len(numbers),)](
-            *(
-                blocks.operands[operand].shape,
-                numbers,
-                mask,
-                more,
-                blocks.x,
-                blocks.z,
-                sigma,
-                gain,
-                independent,
-            ),
+            blocks.operands[operand].shape,
+            numbers,
+            mask,
+            more,
+            blocks.x,
+            blocks.z,
+            sigma,
+            gain,
+            independent,
             BLOCK=_BLOCK,
             COLS=_COLS,
         )
@@ -130,16 +130,15 @@ class TritonKernel:
         partial = torch.zeros(units.room, device=device)
         partial_sums = torch.zeros(len(units.units), 3, device=device)
         ops.products[(len(units.units),)](
-            *(
-                table.columns,
-                units.units,
-                self._pointers,
-                self._hypers,
-                mask,
-                blocks.x,
-                blocks.left,
-            ),
-            *(partial, partial_sums),
+            table.columns,
+            units.units,
+            self._pointers,
+            self._hypers,
+            mask,
+            blocks.x,
+            blocks.left,
+            partial,
+            partial_sums,
             BACK=back,
             SOURCE=source,
             BLOCK=_BLOCK,
@@ -171,7 +170,13 @@ class TritonKernel:
         units = self._units_of(table, elementwise=True)
         partial = torch.zeros(len(units.units), 3, device=self._blocks.x.device)
         ops.elementwise[(len(units.units),)](
-            *(table.columns, units.units, self._pointers, self._hypers, mask, rates, partial),
+            table.columns,
+            units.units,
+            self._pointers,
+            self._hypers,
+            mask,
+            rates,
+            partial,
             MODE=mode,
             ROWS=_ROWS,
             COLS=_COLS,
@@ -198,9 +203,8 @@ def _cut(table: Table, blocks: Blocks, elementwise: bool) -> _Units:
     widths = table.columns[:, 9].tolist()
     for number, (tile, width) in enumerate(zip(table.tiles, widths, strict=True)):
         rows = max(1, _ELEMENTS // tile.cols) if elementwise else _PRODUCT_ROWS
-        length = (
-            0 if elementwise or not width else width * (blocks.matrices[tile.matrix].cols + width)
-        )
+        cols = 0 if elementwise else blocks.matrices[tile.matrix].cols
+        length = 0 if elementwise else width * (cols + width)  # of Z and Yᵀ Y
         for row in range(0, tile.rows, rows):
             if width:
                 first.setdefault(tile.matrix, len(units))
@@ -222,10 +226,10 @@ def _hyper(hyper: Hyper) -> list[float]:
     """Return a row of the hyperparameters as triton_ops.py reads it."""
     lr, beta1, beta2, eps, weight_decay, correction1, correction2 = hyper.numbers()
     root = correction2**0.5
-    return [
-        *(1 - beta1, beta2, 1 - beta2, correction1 / root, eps * correction1),
-        *(lr, weight_decay, correction1, root, eps, 0.0, 0.0),
-    ]
+    moments = [1 - beta1, beta2, 1 - beta2]
+    direction = [correction1 / root, eps * correction1]
+    move = [lr, weight_decay, correction1, root, eps]
+    return [*moments, *direction, *move, 0.0, 0.0]
 
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:

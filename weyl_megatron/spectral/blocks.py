@@ -4,14 +4,15 @@ updates).
 A matrix has, per operand, a block X of a few vectors that is kept from step to step, and room for
 what is made of it::
 
-    kept   (b, cols)           the block between steps, in bfloat16 where there are many that no other rank shares
-    x      (b, cols)           the block
-    z      (b, cols), (b, b)   Z = Wᵀ Y and Yᵀ Y, where Y = W X; side by side, because they are summed together
+    kept   (b, cols)           the block between steps
+    x      (b, cols)           the block while the matrix is measured
+    z      (b, cols), (b, b)   Z = Wᵀ Y and Yᵀ Y, where Y = W X; side by side: summed together
     left   (cut rows, b)       Y of those rows that no rank holds whole
 
-All of it lies in flat buffers: one collective carries everything, and a kernel finds each piece by
-a number. All but ``kept`` is needed only while a matrix is measured, so matrices that no other rank
-has pieces of take turns (batches).
+``kept`` is in bfloat16 where there are many blocks that no other rank shares. All of it lies in
+flat buffers: one collective carries everything, and a kernel finds each piece by a number. All but
+``kept`` is needed only while a matrix is measured, so matrices that no other rank has pieces of
+take turns (batches).
 """
 
 from __future__ import annotations
@@ -115,20 +116,32 @@ class Operand:
         at, b = self._left_of(tile), self.widths[tile.matrix]
         return self._left[at : at + tile.rows * b].view(tile.rows, b)
 
+    def tabulate(
+        self, batches: Sequence[Sequence[int]], tiles: Sequence[Tile], device: torch.device
+    ) -> None:
+        """Make the tables of every batch, once all places are known."""
+        batch_of = {k: number for number, batch in enumerate(batches) for k in batch}
+        whole: list[list[Tile]] = [[] for _ in batches]
+        cut: list[list[Tile]] = [[] for _ in batches]
+        for tile in sorted(tiles, key=lambda tile: tile.matrix):
+            is_cut = tile.cols < self.matrices[tile.matrix].cols
+            (cut if is_cut else whole)[batch_of[tile.matrix]].append(tile)
+        self.whole = [table([self.row(t) for t in part], device, part) for part in whole]
+        self.cut = [table([self.row(t) for t in part], device, part) for part in cut]
+        shapes = [
+            [self.x_at[k], self.z_at[k], matrix.cols, self.widths[k], self._gram_at(k)]
+            for k, matrix in enumerate(self.matrices)
+        ]
+        self.shape = torch.tensor(shapes, dtype=torch.int64).view(-1, 5).to(device)
+
     def row(self, tile: Tile) -> list[int]:
         """Return a tile's row of a kernel's table."""
         k = tile.matrix
         left = self._left_of(tile) if tile.cols < self.matrices[k].cols else -1
-        return [
-            *(tile.buffer, tile.offset, tile.rows, tile.cols, tile.stride, k),
-            *(
-                self.x_at[k] + tile.col,
-                self.z_at[k] + tile.col,
-                self.matrices[k].cols,
-                self.widths[k],
-            ),
-            *(self._gram_at(k), left, int(tile.col == 0)),
-        ]
+        place = [tile.buffer, tile.offset, tile.rows, tile.cols, tile.stride, k]
+        vectors = [self.x_at[k] + tile.col, self.z_at[k] + tile.col]
+        matrix = [self.matrices[k].cols, self.widths[k], self._gram_at(k)]
+        return [*place, *vectors, *matrix, left, int(tile.col == 0)]
 
     def _gram_at(self, number: int) -> int:
         return self.z_at[number] + self.widths[number] * self.matrices[number].cols
@@ -168,49 +181,24 @@ class Blocks:
         self.cut = _cut_rows(self.matrices, tiles, device)
         self.operands = [Operand(self.matrices, self.cut, width) for width in widths]
         self.piggybacks = piggybacks
-        self.piggyback_matrices: list[
-            Tensor
-        ] = []  # per batch the matrices, and where their piggybacks lie in ``left``
+        # per batch the matrices, and where their piggybacks lie in ``left``
+        self.piggyback_matrices: list[Tensor] = []
         self.piggyback_at: list[Tensor] = []
         self.z_spans: list[list[dict[int, Span]]] = []  # per batch and operand, by matrix
         self.left_spans: list[list[dict[int, Span]]] = []
         self.piggyback_spans: list[dict[int, Span]] = []  # per batch, by matrix
         sizes = [self._lay_out(batch, device) for batch in self.batches]
         self.z_sizes, self.left_sizes = [z for _, z, _ in sizes], [left for _, _, left in sizes]
-        x, z, left = (
-            (max(lengths, default=0) for lengths in zip(*sizes, strict=True))
-            if sizes
-            else (0, 0, 0)
-        )
+        longest = [max(lengths) for lengths in zip(*sizes, strict=True)] if sizes else [0, 0, 0]
         self.x, self.z, self.left = (
-            torch.zeros(length, device=device, dtype=dtype) for length in (x, z, left)
+            torch.zeros(length, device=device, dtype=dtype) for length in longest
         )
         for operand in self.operands:
             operand.share(self.x, self.z, self.left)
         self._make_room(device)
         self.restart()
-        batch_of = {k: number for number, batch in enumerate(self.batches) for k in batch}
         for operand in self.operands:
-            parts: list[tuple[list[Tile], list[Tile]]] = [([], []) for _ in self.batches]
-            for tile in sorted(tiles, key=lambda tile: tile.matrix):
-                parts[batch_of[tile.matrix]][tile.cols < self.matrices[tile.matrix].cols].append(
-                    tile
-                )
-            operand.whole = [
-                table([operand.row(t) for t in whole], device, whole) for whole, _ in parts
-            ]
-            operand.cut = [table([operand.row(t) for t in cut], device, cut) for _, cut in parts]
-            shapes = [
-                [
-                    operand.x_at[k],
-                    operand.z_at[k],
-                    matrix.cols,
-                    operand.widths[k],
-                    operand._gram_at(k),
-                ]
-                for k, matrix in enumerate(self.matrices)
-            ]
-            operand.shape = torch.tensor(shapes, dtype=torch.int64).view(-1, 5).to(device)
+            operand.tabulate(self.batches, tiles, device)
 
     def restart(self) -> None:
         """Keep the start blocks, where the blocks before them lay: kernels know the addresses."""
@@ -259,9 +247,8 @@ class Blocks:
                 operand.working.append(self.x[first : first + length])
 
     def _lay_out(self, batch: Sequence[int], device: torch.device) -> tuple[int, int, int]:
-        """Give every matrix of a batch its places in ``x``, ``z`` and ``left``; return how long
-        they
-        get.
+        """Give every matrix of a batch its places in ``x``, ``z`` and ``left``; return their
+        lengths.
         """
         x = z = left = 0
         for operand in self.operands:

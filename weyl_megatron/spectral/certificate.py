@@ -1,12 +1,11 @@
-"""The certificate: when a carried bound and one norm prove that Rule 1 does not clip, and no
-iteration is needed.
+"""The certificate: when a bound from earlier steps and one norm prove that Rule 1 does not clip,
+and no iteration is needed.
 
 The clip is inactive where α σ₁(U) ≤ τ σ₁(W). Two bounds decide that without measuring either σ₁:
 
 * σ₁(U) ≤ ‖U‖_F, which costs nothing where U is formed;
 * σ₁(W) ≥ b, where b is the last estimate (never above σ₁(W)), less what every step since may have
-taken from it. By
-  Weyl's inequality σ₁(W − αλW − αU) ≥ (1 − αλ) σ₁(W) − α ‖U‖_F.
+  taken from it. By Weyl's inequality σ₁(W − αλW − αU) ≥ (1 − αλ) σ₁(W) − α ‖U‖_F.
 
 All of it is arithmetic on vectors of one number per matrix, float64, equal on all ranks.
 """
@@ -41,10 +40,10 @@ _SAME = 1e-5
 
 
 class Certificate:
-    """A lower bound of σ₁(W) of every matrix, carried from step to step.
+    """A lower bound of σ₁(W) of every matrix, which follows every step.
 
     Args:
-        matrices: all of a walk, in order.
+        matrices: all of a group, in order.
         eps: rounding of the weights' dtype.
         device: of the vectors.
     """
@@ -58,12 +57,10 @@ class Certificate:
         self._kept = (1 - 2 * eps * ranks.sqrt()).clamp(min=0).to(device)
         self.lower = torch.zeros_like(self._kept)  #: never above σ₁(W)
         self.norm = torch.full_like(self._kept, torch.inf)  #: ‖U‖_F of the last step
-        self.age = torch.zeros(
-            len(ranks), dtype=torch.int64, device=device
-        )  #: steps since the matrix was measured
-        self._squares = torch.full_like(
-            self._kept, torch.nan
-        )  # of this rank's pieces of W, as the last step left them
+        #: steps since the matrix was measured
+        self.age = torch.zeros(len(ranks), dtype=torch.int64, device=device)
+        # of this rank's pieces of W, as the last step left them
+        self._squares = torch.full_like(self._kept, torch.nan)
 
     def forget(self) -> None:
         """Trust in nothing: the weights, or the moments, are others now."""
@@ -76,10 +73,10 @@ class Certificate:
         """Return what the next step takes from the last one, as a checkpoint holds it."""
         return [self.lower, self.norm, self.age, self._squares]
 
-    def restore(self, carried: Sequence[Tensor]) -> None:
+    def restore(self, saved: Sequence[Tensor]) -> None:
         """Take it back. Where the weights are not those it was said of, their squares show it."""
-        for mine, saved in zip(self.saved(), carried, strict=True):
-            mine.copy_(saved)
+        for vector, restored in zip(self.saved(), saved, strict=True):
+            vector.copy_(restored)
 
     def forecast(self, lr: Tensor, limit: Tensor, decay: Tensor) -> Tensor:
         """Return the matrices that will most likely be settled, so that the step may be made before
@@ -101,12 +98,10 @@ class Certificate:
         """Return the matrices of whose pieces on this rank ``squares``, Σ w² before the step, shows
         other weights.
         """
-        are_same = (
-            squares - self._squares
-        ).abs() <= _SAME * self._squares  # False also where they overflow
-        return ~(
-            are_same | self._squares.isnan()
-        )  # NaN: nothing is known of them, nor trusted but τ = ∞
+        # False also where they overflow.
+        are_same = (squares - self._squares).abs() <= _SAME * self._squares
+        # Where they are NaN, nothing is known of the weights, nor trusted but τ = ∞.
+        return ~(are_same | self._squares.isnan())
 
     def measured(self, mask: Tensor, sigma_weight: Tensor) -> None:
         """Take the estimates of σ₁(W), before the step, of the matrices that were measured."""

@@ -16,7 +16,7 @@ matrices nor on that of layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from .blocks import Blocks, MatrixSpec, Operand, Table
 from .collectives import Span, all_reduce_spans, start_all_reduce
-from .ritz import SETTLED, gain, largest_ratio, next_block
+from .iterations import Iterations
+from .ritz import gain, largest_ratio, next_block
 from .tiles import Tile
 
 #: Vectors per matrix. One alone is late where the top direction changes, and its dangerous error,
@@ -94,9 +95,8 @@ class PowerIteration:
         )
         self.sigma = torch.zeros(len(widths), len(matrices), dtype=torch.float64, device=device)
         self.gain = torch.zeros_like(self.sigma)  #: of the last iteration of each, see ritz.gain
-        self.piggybacked = torch.zeros(
-            len(matrices), dtype=torch.float64, device=device
-        )  #: the sums that travelled along
+        #: the sums that travelled along
+        self.piggybacked = torch.zeros(len(matrices), dtype=torch.float64, device=device)
         self._iters, self._least = iters, iters if least is None else least
         self._warm = False
 
@@ -110,113 +110,79 @@ class PowerIteration:
         products = TorchProducts(
             self.blocks, [partial(_whole_tile, buffers) for buffers in operands]
         )
-        iters = self._iters if self._warm else max(self._iters, COLD_ITERS)
-        everything = torch.ones(
-            len(self.blocks.matrices), dtype=torch.uint8, device=self.sigma.device
-        )
-        masks = [[everything] * len(operands)] * iters
-        sure = [
-            [everything * (number < self._least or not self._warm)] * len(operands)
-            for number in range(iters)
-        ]
+        count = self._iters if self._warm else max(self._iters, COLD_ITERS)
+        most = torch.full(self.sigma.shape, count, device=self.sigma.device)
+        least = most.clamp(max=self._least) if self._warm else most
+        iterations = Iterations(most, least, rounds=[count] * len(operands))
         for batch in range(len(self.blocks.batches)):
             self.blocks.load(batch)
-            self.measure(products, batch, masks, sure=sure)
+            self.measure(products, batch, iterations)
         self._warm = True
         return self.sigma.to(self.blocks.z.dtype)
 
-    def measure(
-        self,
-        products: Products,
-        batch: int,
-        masks: Sequence[Sequence[Tensor | None]],
-        begun: Sequence[Tensor | None] = (),
-        sure: Sequence[Sequence[Tensor]] = (),
-    ) -> None:
-        """Iterate on a batch of matrices, those in ``masks[i]`` in iteration i; its blocks are
-        loaded.
+    def measure(self, products: Products, batch: int, iterations: Iterations) -> None:
+        """Iterate on a batch of matrices, whose blocks are loaded; leave their σ₁ in ``sigma``.
 
         Args:
             products: the kernel, with the operands that it multiplies.
             batch: the number of the batch.
-            masks: per iteration and operand uint8 ``(matrices,)``, equal on all ranks; None: no
-                matrix.
-            begun: per operand, the matrices whose first products were begun elsewhere; None: of
-                none.
-            sure: as ``masks``: those that make the iteration even where the last one gained next to
-                nothing; none: all.
+            iterations: which matrices make which, equal on all ranks.
         """
         blocks = self.blocks
-        for number, mask in enumerate(masks):
-            if sure and number:
-                mask = [
-                    self._unsettled(o, chosen, sure[number][o]) for o, chosen in enumerate(mask)
-                ]
-            active = [
-                (o, blocks.operands[o], chosen)
-                for o, chosen in enumerate(mask)
-                if chosen is not None
-            ]
-            if not active:
+        for number in range(iterations.count):
+            making = iterations.making(number, self.gain)
+            if not making:
                 break
-            rest = {o: chosen for o, _, chosen in active}
             if number:
                 blocks.clear(batch)
-            else:
-                for o, one in enumerate(begun):
-                    if one is not None and o in rest:
-                        rest[o] = rest[o] & ~one
-            for o, operand, _ in active:
-                products.multiply(o, operand.cut[batch], rest[o])
-            sums = [
-                span
-                for o, _, chosen in active
-                for span in self._chosen(blocks.left_spans[batch][o], chosen)
-            ]
-            if number == 0 and blocks.piggybacks:
-                anyone = torch.stack([chosen for _, _, chosen in active]).amax(0)
-                sums += self._chosen(blocks.piggyback_spans[batch], anyone)
-            finish = start_all_reduce(blocks.left, sorted(sums, key=lambda span: span.start))
-            for o, operand, _ in active:  # while the sums of the rows that are cut travel
-                products.multiply(o, operand.whole[batch], rest[o])
+            beginning = iterations.beginning(number, making)
+            for o, mask in beginning.items():  # Y of the rows that are cut between ranks
+                products.multiply(o, blocks.operands[o].cut[batch], mask)
+            finish = start_all_reduce(blocks.left, self._sums_of_left(batch, number, making))
+            for o, mask in beginning.items():  # Y and Z of whole rows, while those sums travel
+                products.multiply(o, blocks.operands[o].whole[batch], mask)
             finish()
             if number == 0 and blocks.piggybacks:
-                self.piggybacked[blocks.piggyback_matrices[batch]] = blocks.left[
-                    blocks.piggyback_at[batch]
-                ].double()
-            for o, operand, chosen in active:
-                products.multiply_back(o, operand.cut[batch], chosen)
-            sums = [
-                span
-                for o, _, chosen in active
-                for span in self._chosen(blocks.z_spans[batch][o], chosen)
-            ]
-            all_reduce_spans(blocks.z, sorted(sums, key=lambda span: span.start))
-            following = masks[number + 1] if number + 1 < len(masks) else [None] * len(mask)
-            for o, _, chosen in active:
-                more = following[o]
-                products.orthonormalize(
-                    *(o, batch, chosen, torch.zeros_like(chosen) if more is None else more),
-                    *(self.sigma[o], self.gain[o]),
-                )
+                summed = blocks.left[blocks.piggyback_at[batch]]
+                self.piggybacked[blocks.piggyback_matrices[batch]] = summed.double()
+            for o, mask in making.items():  # Z of the rows that are cut
+                products.multiply_back(o, blocks.operands[o].cut[batch], mask)
+            all_reduce_spans(blocks.z, self._sums_of_z(batch, making))
+            for o, mask in making.items():  # σ₁, and the next X
+                more = iterations.may_follow(number, o)
+                products.orthonormalize(o, batch, mask, more, self.sigma[o], self.gain[o])
         blocks.store(batch)
 
-    def _unsettled(self, operand: int, mask: Tensor | None, sure: Tensor) -> Tensor | None:
-        """Return those of ``mask`` that are ``sure`` or gained by the last iteration; None where
-        the host sees none.
-        """
-        if mask is None:
-            return None
-        mask = mask & (sure | ~(self.gain[operand] <= SETTLED))
-        return mask if mask.device.type != "cpu" or bool(mask.any()) else None
+    def _sums_of_left(self, batch: int, number: int, making: Mapping[int, Tensor]) -> list[Span]:
+        """Return what of ``left`` is summed over ranks in iteration ``number``, in its order."""
+        blocks = self.blocks
+        spans = [
+            span
+            for o, mask in making.items()
+            for span in _spread(blocks.left_spans[batch][o], mask)
+        ]
+        if number == 0 and blocks.piggybacks:
+            in_any_operand = torch.stack(list(making.values())).amax(0)
+            spans += _spread(blocks.piggyback_spans[batch], in_any_operand)
+        return sorted(spans, key=lambda span: span.start)
 
-    def _chosen(self, spans: dict[int, Span], mask: Tensor) -> list[Span]:
-        """Return the spans of the matrices in ``mask`` that other ranks have pieces of."""
-        spread = {k: span for k, span in spans.items() if span.groups}
-        if not spread or mask.device.type != "cpu":
-            return list(spread.values())  # to choose, the host would have to wait for the device
-        chosen = mask.tolist()
-        return [span for k, span in spread.items() if chosen[k]]
+    def _sums_of_z(self, batch: int, making: Mapping[int, Tensor]) -> list[Span]:
+        """Return what of ``z`` is summed over ranks, in its order."""
+        spans = [
+            span
+            for o, mask in making.items()
+            for span in _spread(self.blocks.z_spans[batch][o], mask)
+        ]
+        return sorted(spans, key=lambda span: span.start)
+
+
+def _spread(spans: Mapping[int, Span], mask: Tensor) -> list[Span]:
+    """Return the spans of the matrices in ``mask`` that other ranks have pieces of."""
+    spread = {k: span for k, span in spans.items() if span.groups}
+    if not spread or mask.device.type != "cpu":
+        return list(spread.values())  # to choose, the host would have to wait for the device
+    chosen = mask.tolist()
+    return [span for k, span in spread.items() if chosen[k]]
 
 
 class TorchProducts:

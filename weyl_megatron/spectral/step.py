@@ -21,8 +21,9 @@ _TINY = 1e-30
 def power_step(
     matrix: Tensor, right: Tensor, group: ProcessGroup | None = None, dim: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the next singular vectors, this rank's part of each: u = Wv / ‖Wv‖ and v = Wᵀu /
-    ‖Wᵀu‖.
+    """Return the next singular vectors, this rank's part of each.
+
+    They are u = Wv / ‖Wv‖ and v = Wᵀu / ‖Wᵀu‖.
 
     Collective over ``group``. A zero matrix leaves u zero and v as it was.
 
@@ -32,9 +33,8 @@ def power_step(
         group: the ranks that hold the other bands.
         dim: 0 where the bands are rows, 1 where they are columns.
     """
-    with torch.autocast(
-        matrix.device.type, enabled=False
-    ):  # which would compute products in half the digits
+    # Autocast would compute the products in half the digits.
+    with torch.autocast(matrix.device.type, enabled=False):
         left = matrix @ right
         if dim == 1:
             left = total(left, group)
