@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .environment import LOG
 from .layouts.buffers import Buffer
-
-_log = logging.getLogger("weyl_megatron")
 
 #: Names in a message, of those whose gradients are not finite.
 _NAMED = 3
@@ -36,9 +35,9 @@ class Guard:
 
     def __init__(self, mode: str | None, limit: int | None) -> None:
         self._mode, self._limit = mode, limit
-        #: set by an engine's door: of this step's gradients
+        #: given by an engine: returns the norm of this step's gradients
         self.norm: Callable[[], float | None] | None = None
-        #: set by an engine's door: of this step, which may be in parts
+        #: given by an engine: returns the number of this step, which may be in parts
         self.number: Callable[[], int] | None = None
         self.is_explicit = mode is not None  #: else an engine's own setting goes before the default
         self.is_on = mode in ("skip", "raise")  #: also where no engine tells the norm
@@ -91,7 +90,7 @@ class Guard:
                 step,
             )
         level = logging.WARNING if names else logging.DEBUG
-        _log.log(
+        LOG.log(
             level, "AdamW2: a step is skipped, number %d in a row: %s", self._in_a_row, sentence
         )
         if self._limit is not None and self._in_a_row >= self._limit:
@@ -103,7 +102,7 @@ class Guard:
 
 def non_finite(buffers: Sequence[Buffer]) -> list[str]:
     """Return the parameters of which this rank has pieces of the gradient that are not finite."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for buffer in buffers:
         grad = buffer.tensor.grad
         if grad is None or grad.is_sparse or is_finite(grad):
@@ -116,8 +115,8 @@ def non_finite(buffers: Sequence[Buffer]) -> list[str]:
                 else flat[shard.offset : shard.offset + shard.stop - shard.start]
             )
             if not is_finite(piece):
-                found[shard.parameter.name] = None
-    return list(found)
+                names[shard.parameter.name] = None
+    return list(names)
 
 
 def is_finite(*tensors: Tensor) -> bool:
@@ -129,7 +128,7 @@ def is_finite(*tensors: Tensor) -> bool:
 
 
 def _non_finite_anywhere(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Return on ``device``, without a wait, whether any element of a dense tensor is not finite."""
+    """Return on ``device``, without a wait, whether an element of a dense tensor is not finite."""
     alike: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
         if tensor.numel() and not tensor.is_sparse:
@@ -139,7 +138,9 @@ def _non_finite_anywhere(tensors: Iterable[Tensor], device: torch.device) -> Ten
     finite = [torch.stack(_bounds(each)).isfinite().all() for each in alike.values()]
     waits = device.type == "cpu"  # or it would read what is not there yet
     return (
-        torch.stack([one.to(device, non_blocking=not waits) for one in finite]).all().logical_not()
+        torch.stack([flag.to(device, non_blocking=not waits) for flag in finite])
+        .all()
+        .logical_not()
     )
 
 

@@ -1,6 +1,4 @@
-"""AdamW², Algorithm 1 of Qi et al., "Taming Transformer Without Using Learning Rate Warmup", on
-spread matrices.
-"""
+"""AdamW², Algorithm 1 of Qi et al., "Taming Transformer Without Using Learning Rate Warmup"."""
 
 from __future__ import annotations
 
@@ -299,16 +297,12 @@ class AdamW2(torch.optim.AdamW):
         return loss
 
     def stats(self) -> dict[str, MatrixStats]:
-        """Return what the last step did to every matrix, by name; the same on every rank that holds
-        a piece of it.
-        """
+        """Return what the last step did to every matrix, by name; equal on all ranks that share it."""
         return self._matrix_groups.stats()
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were not made because a gradient was not finite (``nonfinite``); the same
-        on every rank.
-        """
+        """How many steps a gradient that is not finite (``nonfinite``) prevented, on all ranks."""
         return self._guard.skipped
 
     def measure_gradients(self) -> None:
@@ -318,8 +312,8 @@ class AdamW2(torch.optim.AdamW):
         self._measures_gradients, self._gradient_norms = True, {}
 
     def gradient_norms(self) -> dict[str, float]:
-        """Return ‖G‖_F of every matrix, by name, in the steps since :meth:`measure_gradients`; no
-        longer measure it.
+        """Return ‖G‖_F of every matrix, by name, in the steps since :meth:`measure_gradients`, and
+        no longer note it.
         """
         self._measures_gradients = False
         return self._gradient_norms
@@ -358,11 +352,9 @@ class AdamW2(torch.optim.AdamW):
 
         An engine may step one parameter group at a time; what is read is all of them.
         """
-        budget = self._shares_budget
-        if self._tensors is not None and not self._tensors.have_changed(
-            self.param_groups, share_a_budget=budget
-        ):
-            return self._tensors
+        tensors, budget = self._tensors, self._shares_budget
+        if tensors and not tensors.have_changed(self.param_groups, share_a_budget=budget):
+            return tensors
         engines.note_stepped(self)
         known = engines.Known(
             self.param_groups,

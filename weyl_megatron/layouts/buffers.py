@@ -145,9 +145,7 @@ class Plan:
 
     matrices: tuple[MatrixSpec, ...]
     parameters: tuple[Parameter, ...]  # of each matrix
-    buffer_of: tuple[
-        int, ...
-    ]  # of each matrix: the buffer that holds, or on other ranks would hold, it
+    buffer_of: tuple[int, ...]  # of each: the buffer that holds, or on other ranks would hold, it
     tiles: tuple[Tile, ...]  # what is measured here
     replicas: tuple[Tile, ...]  # pieces of matrices that another rank measures
     rest: tuple[Tile, ...]  # what takes the scheduled rate, of matrix -1
@@ -178,14 +176,14 @@ def plan_of(buffers: Sequence[Buffer], grid_of: Callable[[Parameter], Grid | Non
                 )
                 parameters.append(parameter)
                 buffer_of.append(number)
-            found = [
+            of_shard = [
                 tile._replace(matrix=first + tile.matrix)
                 for tile in tiles_of_range(
                     grid.blocks, grid.width, shard.start, shard.stop, shard.offset, number
                 )
             ]
             is_repeated = any(spread.is_repeated for spread in parameter.spreads)
-            (replicas if is_repeated else tiles).extend(found)
+            (replicas if is_repeated else tiles).extend(of_shard)
     return Plan(
         tuple(matrices),
         tuple(parameters),

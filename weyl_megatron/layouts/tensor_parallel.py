@@ -1,11 +1,9 @@
-"""Which parameters are bands of a larger matrix under tensor parallelism: Megatron-style
-attributes, and AutoTP's.
-"""
+"""Which parameters are bands of a larger matrix under tensor parallelism."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor
@@ -15,27 +13,32 @@ from .grid import Sharding
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-#: Which dimension of the weight AutoTP's layers of releases without per-parameter metadata split.
-_AUTOTP_DIM = {"LinearLayer": 0, "LinearAllreduce": 1}
+
+def marked_dim(param: Tensor) -> int | None:
+    """Return ``param.partition_dim``, the dimension along which a parameter is split; None: it does
+    not say.
+    """
+    dim = getattr(param, "partition_dim", None)
+    return None if dim is None or dim < 0 else int(dim)
 
 
 def shardings_of(
     named: Sequence[tuple[str, Tensor]],
     group: ProcessGroup | None,
-    owners: dict[int, str] | None = None,
+    dim_of: Callable[[Tensor], int | None] = marked_dim,
+    shape_of: Callable[[Tensor], Sequence[int]] = lambda param: param.shape,
 ) -> dict[int, Sharding]:
     """Return the sharding of every parameter, by ``id``; empty where there is no tensor
     parallelism.
 
-    A parameter is split where ``param.tensor_model_parallel`` is true (Megatron, DeepSpeed AutoTP),
-    along ``param.partition_dim`` or AutoTP's own metadata. Collective over ``group``: its ranks
-    compare their extents.
+    A parameter is split where ``param.tensor_model_parallel`` is true. Collective over ``group``:
+    its ranks compare their extents.
 
     Args:
         named: (name, parameter), the same names in the same order on every rank of the group.
         group: the tensor-parallel process group, or None where there is none.
-        owners: class name of the module that owns a parameter, by ``id``; tells AutoTP's layers
-            apart.
+        dim_of: returns the dimension along which a parameter is split; None: it is not known.
+        shape_of: returns a parameter's shape on this rank, where an engine took its elements out.
 
     Raises:
         ValueError: a parameter says it is split and the group or the dimension is not known.
@@ -43,15 +46,14 @@ def shardings_of(
     split: list[tuple[str, Tensor, int]] = []
     for name, param in named:
         if getattr(param, "tensor_model_parallel", False):
-            dim = _partition_dim(param, (owners or {}).get(id(param)))
-            if dim is None:
-                if len(_shape(param)) < 2:  # AutoTP marks replicated biases too
-                    continue
+            dim = dim_of(param)
+            if dim is not None:
+                split.append((name, param, dim))
+            elif len(shape_of(param)) > 1:  # replicated biases are marked, too
                 raise ValueError(
                     f"AdamW2: parameter '{name}' is tensor-parallel, but which dimension is split "
                     "is not known."
                 )
-            split.append((name, param, dim))
     if group is None:
         if split:
             raise ValueError(
@@ -59,30 +61,14 @@ def shardings_of(
                 "group is known."
             )
         return {}
-    world = dist.get_world_size(group)
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
     if world == 1:
         return {}
-    mine = {name: _shape(param)[dim] for name, param, dim in split}
-    everyone: list[dict[str, int]] = [{} for _ in range(world)]
-    dist.all_gather_object(everyone, mine, group=group)
-    rank = dist.get_rank(group)
+    extents = {name: shape_of(param)[dim] for name, param, dim in split}
+    by_rank: list[dict[str, int]] = [{} for _ in range(world)]
+    dist.all_gather_object(by_rank, extents, group=group)
     shardings = {id(param): Sharding(group, None, (), rank) for _, param in named}
     for name, param, dim in split:
-        shardings[id(param)] = Sharding(
-            group, dim, tuple(extents[name] for extents in everyone), rank
-        )
+        sizes = tuple(extents_there[name] for extents_there in by_rank)
+        shardings[id(param)] = Sharding(group, dim, sizes, rank)
     return shardings
-
-
-def _shape(param: Tensor) -> tuple[int, ...]:
-    return tuple(getattr(param, "ds_shape", param.shape))
-
-
-def _partition_dim(param: Any, owner: str | None) -> int | None:
-    dim = getattr(param, "partition_dim", None)
-    if dim is not None and dim >= 0:
-        return int(dim)
-    meta = getattr(param, "ds_autotp_universal_checkpoint_meta", None)
-    if meta:
-        return None if meta["partition_dim"] is None else int(meta["partition_dim"])
-    return _AUTOTP_DIM.get(owner or "") if len(_shape(param)) > 1 else None

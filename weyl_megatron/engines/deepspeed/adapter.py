@@ -21,10 +21,13 @@ from ...layouts.buffers import Buffer, Layout, Parameter, model_name, model_name
 from ...layouts.grid import Sharding
 from ...layouts.modules import kinds_of
 from ...layouts.plain import plain_buffer
-from ...layouts.tensor_parallel import shardings_of
+from ...layouts.tensor_parallel import marked_dim, shardings_of
 from ...nonfinite import Guard, is_finite
 from ..engine import Known
 from .layout import Masters, flat_partition_buffers, master_copy_buffers, zero3_buffers
+
+#: Which dimension of the weight AutoTP's layers split, in releases whose parameters do not say it.
+_AUTOTP_DIM = {"LinearLayer": 0, "LinearAllreduce": 1}
 
 #: What each engine's fp32 partitions held when it was built.
 _masters: weakref.WeakKeyDictionary[Any, Masters] = weakref.WeakKeyDictionary()
@@ -92,20 +95,43 @@ def read_layout(engine: Any) -> Layout:
         for m in engine.module.modules()
         for param in m.parameters(recurse=False)
     }
-    shardings = shardings_of(named, _tensor_parallel_group(engine), owners)
 
+    def split_dim(param: Tensor) -> int | None:
+        return _split_dim(param, owners.get(id(param), ""))
+
+    shardings = shardings_of(named, _tensor_parallel_group(engine), split_dim, _shape)
     kinds = kinds_of(engine.module, names)
 
     def describe(param: Tensor) -> Parameter:
         name = names.get(id(param), "<a parameter that the engine's model does not have>")
-        shape = tuple(getattr(param, "ds_shape", param.shape))
-        return Parameter(name, shape, shardings.get(id(param)), kind=kinds.get(name))
+        return Parameter(name, _shape(param), shardings.get(id(param)), kind=kinds.get(name))
 
     masters = _masters.setdefault(engine, Masters())
     buffers = list(_buffers(engine, wrapper, describe, names, shardings, masters))
     return Layout(
         buffers, kinds, is_part=bool(engine.pipeline_parallelism or engine.has_moe_layers)
     )
+
+
+def _shape(param: Any) -> tuple[int, ...]:
+    """Return a parameter's shape, which ZeRO-3 takes from it together with its elements."""
+    return tuple(getattr(param, "ds_shape", param.shape))
+
+
+def _split_dim(param: Any, layer: str) -> int | None:
+    """Return the dimension along which a parameter is split, which a user's own layers or AutoTP
+    say; None: it is not known.
+
+    Args:
+        layer: the class of the module that has it.
+    """
+    dim = marked_dim(param)
+    if dim is not None:
+        return dim
+    meta = getattr(param, "ds_autotp_universal_checkpoint_meta", None)
+    if meta:
+        return None if meta["partition_dim"] is None else int(meta["partition_dim"])
+    return _AUTOTP_DIM.get(layer) if len(_shape(param)) > 1 else None
 
 
 def _give_norm(engine: Any, guard: Guard) -> None:

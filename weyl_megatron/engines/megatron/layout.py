@@ -68,7 +68,7 @@ def read_layout(
     return Layout(
         list(_buffers(wrapper, stepped, lambda param: parameters[id(param)])),
         parameters=list(parameters.values()),
-        gather=None if is_part else lambda found: _gather(found, groups),
+        gather=None if is_part else lambda facts: _gather(facts, groups),
         is_part=is_part,
     )
 
@@ -77,9 +77,8 @@ def _buffers(
     wrapper: Any, stepped: Sequence[Sequence[Tensor]], describe: Callable[[Tensor], Parameter]
 ) -> Iterator[Buffer]:
     kind = type(wrapper).__name__
-    held: dict[
-        int, tuple[Tensor, int]
-    ] = {}  # by id of the model's parameter: the tensor, where it starts in it
+    # By id of the model's parameter: the tensor, and where it starts in the parameter.
+    held: dict[int, tuple[Tensor, int]] = {}
     process_groups: tuple[ProcessGroup, ...] = ()
     if kind == "FP32Optimizer":
         held = {id(param): (param, 0) for params in stepped for param in params}
@@ -160,14 +159,14 @@ def _tied(param: Tensor, group: ProcessGroup | None) -> Sharding | None:
     return Sharding(group, None, (), dist.get_rank(group))
 
 
-def _gather(found: Any, groups: Groups) -> list[Any]:
-    """Return what every pipeline stage and every rank of experts found. Collective over both
+def _gather(facts: Any, groups: Groups) -> list[Any]:
+    """Return the facts of every pipeline stage and every rank of experts. Collective over both
     groups.
     """
-    everyone = [found]
+    gathered = [facts]
     for group in (groups.pipeline, groups.expert):
         if group is not None:
-            theirs: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(theirs, everyone, group=group)
-            everyone = [one for mine in theirs for one in mine]
-    return everyone
+            by_rank: list[Any] = [None] * dist.get_world_size(group)
+            dist.all_gather_object(by_rank, gathered, group=group)
+            gathered = [facts for lists in by_rank for facts in lists]
+    return gathered

@@ -72,7 +72,7 @@ def fused_weights(
     Raises:
         ValueError: a module packs its weights in a way that is not understood.
     """
-    found: dict[int, Fused] = {}
+    fused: dict[int, Fused] = {}
     for chunk in model:
         for path, module in chunk.named_modules():
             if type(module).__name__ == "GroupedMLP":
@@ -90,10 +90,10 @@ def fused_weights(
                 )
                 start = sum(sizes[:rank])
                 if sum(sizes) % sum(pattern) == 0:
-                    found[id(weight)] = interleaved(
+                    fused[id(weight)] = interleaved(
                         pattern, labels, sum(sizes), start, start + sizes[rank]
                     )
-    return found
+    return fused
 
 
 def _patterns(module: nn.Module) -> Iterator[tuple[Tensor, list[int], tuple[str, ...]]]:
