@@ -297,7 +297,7 @@ class AdamW2(torch.optim.AdamW):
         return loss
 
     def stats(self) -> dict[str, MatrixStats]:
-        """Return what the last step did to every matrix, by name; equal on all ranks that share it."""
+        """Return what the last step did to every matrix, by name, alike on ranks that share it."""
         return self._matrix_groups.stats()
 
     @property
