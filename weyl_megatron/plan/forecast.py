@@ -2,11 +2,9 @@
 
 A matrix is clipped at step t while α_t σ₁(U) > τ max(σ₁(W), floor). σ₁(W) is measured on the
 weights, τ and the floor are the optimizer's own; σ₁(U) is not known before training, and is taken
-from measured runs as r √(mn) for an (m, n)
-matrix: U's entries are ±1 at the first step, so that σ₁(U) lies between √max(m, n) and √(mn) there,
-    and Adam's averages
-make them smaller and less alike within about 20 steps. r was measured at betas (.9, .95), weight
-decay .1:
+from measured runs as r √(mn) for an (m, n) matrix. U's entries are ±1 at the first step, so that
+σ₁(U) lies between √max(m, n) and √(mn) there, and Adam's averages make them smaller and less alike
+within about 20 steps. r was measured at betas (.9, .95), weight decay .1:
 
 - text: the demo's GPT (post-LN, Xavier, widths 64 and 192, rates 1e-3 to 5e-3) and Hugging Face's
   GPT-2 (pre-LN, std .02, tied, widths 256 and 768), bytes of source code, 512 tokens a step, τ .01
@@ -17,9 +15,9 @@ What σ₁(W) does decides the rest. Weyl's inequality lets it grow by (1 + τ) 
 matrices hardly grow, because U turns: after 1500 steps at τ = .01, which allow 3 million times, q
 and k were 1.8 times what they were, w1 1.6, w2 1.1, v and o .85. Their clip ends where U becomes
 small or the schedule's rate does. A language model's head grows as it may, because U keeps the
-direction of the tokens' frequencies: the part of W along U is τ t σ₁(W), so that σ₁(W) stays for 1
-/ τ steps and grows by (1 + τ) a step from then on; where the rate stays, its clip ends after about
-(1 + ln(α σ₁(U) / (τ σ₁(W)))) / τ steps.
+direction of the tokens' frequencies: the part of W along U is τ t σ₁(W), so that σ₁(W) stays for
+1 / τ steps and grows by (1 + τ) a step from then on; where the rate stays, its clip ends after
+about (1 + ln(α σ₁(U) / (τ σ₁(W)))) / τ steps.
 """
 
 from __future__ import annotations
@@ -71,43 +69,29 @@ _SPREAD = 2.0
 #: Where no number of steps is given the rate stays, and a clip that lasts so long does not end.
 _FOREVER = 1_000_000
 
-_KINDS = tuple(
-    (kind, re.compile(pattern))
-    for kind, pattern in (
-        ("position bias", r"relative_(position_bias|attention_bias)"),
-        ("positions", r"(^|\.)(wpe|pos_emb|pos_embed|embed_positions|position_embeddings?)(\.|$)"),
-        ("patch embedding", r"(^|\.)patch_embed(ding|dings)?(\.|$)"),
-        (
-            "head",
-            r"(^|\.)(lm_head|heads?|classifier|score|output_layer|embed_out|unembed(ding)?)(\.|$)",
-        ),
-        (
-            "embedding",
-            r"(^|\.)(wte|tok_emb|embed_(tokens|in)|(word_|token_)?embed(ding|dings)?|shared)(\.weight|$)",
-        ),
-        ("q", r"\[q\]$|(^|\.)(q|q_proj|query|to_q|w_?q|q_lin)\.weight"),
-        ("k", r"\[k\]$|(^|\.)(k|k_proj|key|to_k|w_?k|k_lin)\.weight"),
-        ("v", r"\[v\]$|(^|\.)(v|v_proj|value|to_v|w_?v|v_lin)\.weight"),
-        (
-            "qkv",
-            r"(^|\.)(c_attn|qkv|qkv_proj|Wqkv|query_key_value|linear_qkv|in_proj)(\.weight|_weight)",
-        ),
-        (
-            "o",
-            r"att(n|ention)[^.]*\.(.*\.)?(o|o_proj|out_proj|c_proj|proj|dense|wo|w_o|out_lin|linear_proj|to_out\.0)\.",
-        ),
-        ("gate", r"\[gate\]$|(^|\.)(gate_proj|wi_0|w1)\.weight"),
-        (
-            "w1",
-            r"\[up\]$|(^|\.)(fc|fc1|c_fc|up_proj|linear_fc1|linear1|dense_h_to_4h|w3|wi|wi_1|lin1)\.",
-        ),
-        ("w1", r"(^|\.)intermediate\.dense\."),
-        (
-            "w2",
-            r"(^|\.)(fc2|c_proj|proj|down_proj|linear_fc2|linear2|dense_4h_to_h|w2|wo|lin2|output\.dense)\.",
-        ),
-    )
+#: A matrix's kind is the first whose pattern is in its name.
+_PATTERNS = (
+    ("position bias", r"relative_(position_bias|attention_bias)"),
+    ("positions", r"(^|\.)(wpe|pos_emb|pos_embed|embed_positions|position_embeddings?)(\.|$)"),
+    ("patch embedding", r"(^|\.)patch_embed(ding|dings)?(\.|$)"),
+    ("head", r"(^|\.)(lm_head|heads?|classifier|score|output_layer)(\.|$)"),
+    ("head", r"(^|\.)(embed_out|unembed(ding)?)(\.|$)"),
+    ("embedding", r"(^|\.)(wte|tok_emb|embed_(tokens|in)|shared)(\.weight|$)"),
+    ("embedding", r"(^|\.)(word_|token_)?embed(ding|dings)?(\.weight|$)"),
+    ("q", r"\[q\]$|(^|\.)(q|q_proj|query|to_q|w_?q|q_lin)\.weight"),
+    ("k", r"\[k\]$|(^|\.)(k|k_proj|key|to_k|w_?k|k_lin)\.weight"),
+    ("v", r"\[v\]$|(^|\.)(v|v_proj|value|to_v|w_?v|v_lin)\.weight"),
+    ("qkv", r"(^|\.)(c_attn|qkv|qkv_proj|Wqkv|query_key_value)(\.weight|_weight)"),
+    ("qkv", r"(^|\.)(linear_qkv|in_proj)(\.weight|_weight)"),
+    ("o", r"att(n|ention)[^.]*\.(.*\.)?(o|o_proj|out_proj|c_proj|proj|dense)\."),
+    ("o", r"att(n|ention)[^.]*\.(.*\.)?(wo|w_o|out_lin|linear_proj|to_out\.0)\."),
+    ("gate", r"\[gate\]$|(^|\.)(gate_proj|wi_0|w1)\.weight"),
+    ("w1", r"\[up\]$|(^|\.)(fc|fc1|c_fc|up_proj|linear_fc1|linear1|dense_h_to_4h)\."),
+    ("w1", r"(^|\.)(w3|wi|wi_1|lin1|intermediate\.dense)\."),
+    ("w2", r"(^|\.)(fc2|c_proj|proj|down_proj|linear_fc2|linear2|dense_4h_to_h)\."),
+    ("w2", r"(^|\.)(w2|wo|lin2|output\.dense)\."),
 )
+_KINDS = tuple((kind, re.compile(pattern)) for kind, pattern in _PATTERNS)
 
 
 @dataclass(frozen=True)
@@ -123,23 +107,20 @@ class Row:
     floor: float  #: what σ₁(W) is taken for at least
     asked: float | str  #: τ as it was asked for
     tau: float  #: τ of these matrices: a number where "balanced" was asked
-    sigma_update: tuple[
-        float, float, float
-    ]  #: σ₁(U) at the first step: its bounds, and the typical value in between
+    #: σ₁(U) at the first step: its bounds, and the typical value in between
+    sigma_update: tuple[float, float, float]
     rate_first: float  #: α_W / α_t at the first step, typical
     rate_settled: float  #: α_W / α_t at step 100 (or the last), typical
-    earliest: (
-        int | None
-    )  #: from this step on nothing is clipped any more, at the earliest; None: not within the schedule
+    #: from this step on nothing is clipped any more, at the earliest; None: not within the schedule
+    earliest: int | None
     typical: int | None
     latest: int | None
-    formula: int  #: ln(α σ₁(U) / (τ σ₁(W))) / τ with the first step's typical σ₁(U): σ₁(W) growing all the time
+    #: ln(α σ₁(U) / (τ σ₁(W))) / τ with the first step's typical σ₁(U): σ₁(W) growing all the time
+    formula: int
 
 
 def kind_of(name: str) -> str:
-    """Return the kind of a matrix by its name, as ``h.0.attn.c_attn.weight[q]``; "other" where that
-    says nothing.
-    """
+    """Return the kind of a matrix by its name, as ``h.0.attn.c_attn.weight[q]``, or "other"."""
     name = re.sub(r"(\[\d+\])+$", "", name)  # of experts
     return next((kind for kind, pattern in _KINDS if pattern.search(name)), "other")
 
@@ -166,21 +147,20 @@ class Case(NamedTuple):
 
     @property
     def grows(self) -> bool:
-        """Whether W grows as fast as it may: where U keeps its direction, or where W is nothing but
-        updates.
+        """Whether W grows as fast as it may.
+
+        It does where U keeps its direction, or where W is nothing but updates.
         """
         keeps = self.is_text and self.kind in ("head", "tied head")
         return keeps or (self.asked != BALANCED and self.sigma < self.floor)
 
 
 class Schedule(NamedTuple):
-    """A linear warmup, then a cosine from ``lr`` to ``end`` at step ``steps``; None: then ``lr``
-    for ever.
-    """
+    """A linear warmup, then a cosine from ``lr`` to ``end``."""
 
     lr: float
-    end: float
-    steps: int | None
+    end: float  # the rate at step ``steps``
+    steps: int | None  # None: after the warmup the rate stays ``lr``
     warmup: int
 
     def rate(self, step: int) -> float:
@@ -201,8 +181,9 @@ class Schedule(NamedTuple):
 
 
 def follow(cases: Sequence[Case], schedule: Schedule) -> list[Row]:
-    """Follow all cases through the schedule at once, each three times: at the earliest, typically,
-    at the latest.
+    """Follow all cases through the schedule at once.
+
+    Each is followed three times: at the earliest, typically, at the latest.
     """
 
     def column(values: Iterable[float]) -> Tensor:
@@ -214,9 +195,8 @@ def follow(cases: Sequence[Case], schedule: Schedule) -> list[Row]:
     spread = torch.tensor([[1 / _SPREAD], [1.0], [_SPREAD]], dtype=torch.float64)
     logs = torch.tensor([c.ratios for c in cases], dtype=torch.float64).log()  # (cases, knots)
     growth = torch.cat([torch.ones_like(grows), grows, grows])
-    part = torch.cat(
-        [weight, torch.zeros_like(weight), torch.zeros_like(weight)]
-    )  # of W along U; see the docstring
+    # Of W along U, see the module's docstring.
+    part = torch.cat([weight, torch.zeros_like(weight), torch.zeros_like(weight)])
     ends = torch.zeros(3, len(cases), dtype=torch.float64)
     rates: dict[int, Tensor] = {}
     grid = schedule.grid()
@@ -229,19 +209,15 @@ def follow(cases: Sequence[Case], schedule: Schedule) -> list[Row]:
         ends = torch.where(rate > bound, float(following), ends)
         if step in (0, settled):
             rates[step] = (bound[1] / rate).clamp(max=1.0)
-        most = torch.where(
-            part >= base, part * torch.expm1(width * torch.log1p(tau)), width * tau * base
-        )
+        compounded = part * torch.expm1(width * torch.log1p(tau))
+        most = torch.where(part >= base, compounded, width * tau * base)
         part = part + growth * torch.minimum(most, width * rate * update)
     rows = []
     for number, case in enumerate(cases):
-        first, least = (
-            math.sqrt(case.rows * case.cols) * case.ratios[0],
-            math.sqrt(max(case.rows, case.cols)),
-        )
-        early, usual, late = (
-            None if end >= grid[-1] else int(end) for end in ends[:, number].tolist()
-        )
+        largest = math.sqrt(case.rows * case.cols)  # that σ₁(U) can be
+        first, least = largest * case.ratios[0], math.sqrt(max(case.rows, case.cols))
+        steps = ends[:, number].tolist()
+        early, usual, late = (None if end >= grid[-1] else int(end) for end in steps)
         excess = schedule.lr * first / (case.tau * max(case.sigma, case.floor, 1e-300))
         rows.append(
             Row(
@@ -254,7 +230,7 @@ def follow(cases: Sequence[Case], schedule: Schedule) -> list[Row]:
                 floor=case.floor,
                 asked=case.asked,
                 tau=case.tau,
-                sigma_update=(least, max(first, least), math.sqrt(case.rows * case.cols)),
+                sigma_update=(least, max(first, least), largest),
                 rate_first=float(rates[0][number]),
                 rate_settled=float(rates[settled][number]),
                 earliest=early,

@@ -1,5 +1,6 @@
-"""What `weyl-megatron plan` takes: a Hugging Face config, a timm model, a recipe of
-examples/megatron, a checkpoint.
+"""What ``weyl-megatron plan`` takes as a model.
+
+A Hugging Face config, a timm model, a recipe of examples/megatron, or a checkpoint.
 """
 
 from __future__ import annotations
@@ -27,11 +28,15 @@ _VOCABULARY = 50304
 
 _RECIPE_KEYS = ("num_layers", "hidden_size", "lr", "train_steps")
 
+#: Under what a checkpoint keeps the model's state.
+_STATE_KEYS = ("model", "state_dict", "module", "model_state_dict")
+
 
 @dataclass(frozen=True)
 class Source:
-    """A model's parameters before training (or as a checkpoint has them), and what a recipe says of
-    the schedule.
+    """A model's parameters, and what a recipe says of the schedule.
+
+    They are as before training, or as a checkpoint has them.
     """
 
     label: str
@@ -76,9 +81,8 @@ def load(model: str) -> Source:
         torch.manual_seed(0)
         module = timm.create_model(model, pretrained=False)
         return Source(f"timm's {model}, {_millions(module)}", module.named_parameters(), module)
-    return _hugging_face(
-        model, hint="" if timm is not None else " (timm is not installed: pip install timm)"
-    )
+    hint = "" if timm is not None else " (timm is not installed: pip install timm)"
+    return _hugging_face(model, hint)
 
 
 def _millions(module: nn.Module) -> str:
@@ -116,9 +120,7 @@ def _hugging_face(model: str, hint: str = "") -> Source:
 
 
 def _config(transformers: Any, model: str, hint: str) -> Any:
-    """Return the config of a folder, of a model type's defaults ("gpt2"), of the cache, or of the
-    hub.
-    """
+    """Return the config of a folder, of a model type ("gpt2"), of the cache, or of the hub."""
     try:
         if model in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
             return transformers.AutoConfig.for_model(model)
@@ -137,17 +139,16 @@ def _config(transformers: Any, model: str, hint: str) -> Any:
 
 
 def _block_by_block(module: Any) -> Iterator[tuple[str, Tensor]]:
-    """Initialise a meta model's parameters, those of one element of a ModuleList in memory at a
-    time.
+    """Initialise a meta model's parameters.
+
+    Those of one element of a ModuleList are in memory at a time.
     """
     units = [(name, child) for name, child in module.named_modules() if _is_element(module, name)]
     inner = {id(sub) for _, unit in units for sub in unit.modules()}
-    others = [(name, sub) for name, sub in module.named_modules() if id(sub) not in inner]
+    outer = [(name, sub) for name, sub in module.named_modules() if id(sub) not in inner]
+    units += [(name, sub) for name, sub in outer if next(sub.parameters(False), None) is not None]
     seen: set[int] = set()
-    for name, unit in [
-        *units,
-        *((name, sub) for name, sub in others if next(sub.parameters(False), None) is not None),
-    ]:
+    for name, unit in units:
         whole = id(unit) in inner
         # Tied weights are one parameter in two modules: the first counts.
         own = [(key, p) for key, p in unit.named_parameters(recurse=whole) if id(p) not in seen]
@@ -155,31 +156,28 @@ def _block_by_block(module: Any) -> Iterator[tuple[str, Tensor]]:
         if not own:
             continue
         unit.to_empty(device="cpu", recurse=whole)
-        for sub in reversed(
-            list(unit.modules()) if whole else [unit]
-        ):  # children before parents, as transformers does
+        # Children come before parents, as in transformers.
+        for sub in reversed(list(unit.modules()) if whole else [unit]):
             module._init_weights(sub)
         keys = {key for key, _ in own}
-        yield from (
-            (f"{name}.{key}", p) for key, p in unit.named_parameters(recurse=whole) if key in keys
-        )
+        for key, parameter in unit.named_parameters(recurse=whole):
+            if key in keys:
+                yield f"{name}.{key}", parameter
         unit.to_empty(device="meta", recurse=whole)
 
 
 def _is_element(module: nn.Module, name: str) -> bool:
     """Whether a module is an element of an outermost ModuleList."""
     parts = name.split(".")
-    lists = [
-        n
-        for n in range(len(parts))
-        if isinstance(module.get_submodule(".".join(parts[:n])), nn.ModuleList)
-    ]
+    around = [module.get_submodule(".".join(parts[:count])) for count in range(len(parts))]
+    lists = [count for count, outer in enumerate(around) if isinstance(outer, nn.ModuleList)]
     return bool(name) and lists == [len(parts) - 1]
 
 
 def _recipe(path: Path) -> Source:
-    """A recipe of examples/megatron: Megatron's GPT-2, tied, normal with std .02, less where
-    residuals are written.
+    """Return Megatron's GPT-2 as a recipe of examples/megatron has it.
+
+    Tied, normal with std .02, less where residuals are written.
     """
     try:
         yaml: Any = importlib.import_module("yaml")
@@ -191,11 +189,8 @@ def _recipe(path: Path) -> Source:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"plan: {path} is no YAML: {' '.join(str(error).split())[:200]}") from None
-    missing = (
-        [key for key in _RECIPE_KEYS if key not in values]
-        if isinstance(values, dict)
-        else list(_RECIPE_KEYS)
-    )
+    present = values if isinstance(values, dict) else {}
+    missing = [key for key in _RECIPE_KEYS if key not in present]
     if missing:
         raise ValueError(
             f"plan: {path} lacks {', '.join(missing)}; it takes a recipe as in "
@@ -204,7 +199,7 @@ def _recipe(path: Path) -> Source:
     try:
         layers, width = int(values["num_layers"]), int(values["hidden_size"])
         context, steps = int(values.get("seq_length", 1024)), int(values["train_steps"])
-        lr, least = float(values["lr"]), float(values.get("min_lr", 0.0))
+        lr, min_lr = float(values["lr"]), float(values.get("min_lr", 0.0))
         warmup, tau = int(values.get("lr_warmup_steps", 0)), values.get("tau", 0.01)
         tau = read_tau("tau", tau) if isinstance(tau, str) and tau.isalpha() else float(tau)
     except (TypeError, ValueError) as error:
@@ -212,7 +207,15 @@ def _recipe(path: Path) -> Source:
     if min(layers, width, context, steps) < 1:
         raise ValueError(f"plan: {path} got a size below 1, it takes sizes from 1 on.")
     label = f"{path.name}, {layers} layers of {width}, {_VOCABULARY} tokens"
-    return Source(label, _megatron(layers, width, context), None, lr, least, steps, warmup, tau)
+    return Source(
+        label,
+        _megatron(layers, width, context),
+        lr=lr,
+        min_lr=min_lr,
+        steps=steps,
+        warmup=warmup,
+        tau=tau,
+    )
 
 
 def _megatron(layers: int, width: int, context: int) -> Iterator[tuple[str, Tensor]]:
@@ -249,17 +252,9 @@ def _checkpoint(path: Path) -> Source:
         raise ValueError(
             f"plan: {path} is no state dict that loads with weights_only=True: {reason[:200]}"
         ) from None
-    while isinstance(state, Mapping) and not any(
-        isinstance(value, Tensor) for value in state.values()
-    ):
-        inside = next(
-            (
-                state[key]
-                for key in ("model", "state_dict", "module", "model_state_dict")
-                if key in state
-            ),
-            None,
-        )
+    while isinstance(state, Mapping) and not _has_tensors(state):
+        keys = (key for key in _STATE_KEYS if key in state)
+        inside = state.get(next(keys, ""))
         if inside is None:
             break
         state = inside
@@ -269,16 +264,19 @@ def _checkpoint(path: Path) -> Source:
     return Source(path.name, tensors.items())
 
 
+def _has_tensors(state: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, Tensor) for value in state.values())
+
+
 def _once(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors that lie in different memory: of tied weights the first."""
-    found: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
+    places: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     for key, name in model_names(tensors).items():
         tensor = tensors[key]
-        found.setdefault(
-            (tensor.data_ptr(), tensor.shape) if tensor.numel() else (name,), (name, tensor)
-        )
-    return dict(found.values())
+        place = (tensor.data_ptr(), tensor.shape) if tensor.numel() else (name,)
+        places.setdefault(place, (name, tensor))
+    return dict(places.values())
 
 
 def _safetensors(safetensors: Any, path: Path) -> Iterator[tuple[str, Tensor]]:

@@ -1,5 +1,6 @@
-"""`weyl-megatron plan`: what AdamW² will do to a model under a schedule, before a step is made, and
-which τ to take.
+"""``weyl-megatron plan``: what AdamW² will do to a model under a schedule, and which τ to take.
+
+No step is made for it.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ _PAPER_TEXT, _PAPER_IMAGES, _PAPER_HIDDEN = 0.01, 0.004, 240
 #: A head that is clipped for more than this share of a run is held back.
 _HELD_BACK = 0.2
 
-#: "balanced" is not suggested where it leaves hidden matrices less of the schedule's rate than in
-#: the runs it was tried in.
+#: "balanced" is not suggested where it lets hidden matrices have less of the schedule's rate than
+#: in the runs it was tried in.
 _AUTO_LEAVES = 0.1
 
 #: AdamW2's defaults.
@@ -65,8 +66,9 @@ def plan(
     min_lr: float | None = None,
     module: nn.Module | None = None,
 ) -> list[Row]:
-    """Return what each τ will do to each kind of matrix, in the order of ``taus`` and then of the
-    parameters.
+    """Return what each τ will do to each kind of matrix.
+
+    The rows are in the order of ``taus`` and then of the parameters.
 
     Args:
         named: (name, parameter), whole; read once and not kept, so that they may be made one at a
@@ -76,11 +78,11 @@ def plan(
         steps: of a cosine from ``lr`` to ``min_lr``; None: the rate stays.
         warmup: steps of a linear warmup before it.
         min_lr: None: a tenth of ``lr``.
-        module: tells what each parameter is: convolutions and experts, embeddings and the head.
+        module: says what each parameter is: convolutions and experts, embeddings and the head.
 
     Raises:
         ValueError: a number that is none, no matrix among the parameters, or "balanced" where
-            nothing tells the head.
+            nothing says which is the head.
     """
     taus = _check(lr, taus, steps, warmup)
     end = lr / 10 if min_lr is None else min_lr
@@ -102,12 +104,11 @@ def _forecast(
                 f"plan: σ₁ of '{matrix.name}' is {matrix.sigma}, it takes finite weights."
             )
     parameters = {matrix.parameter.name: matrix.parameter for matrix in matrices}
-    thresholds = Thresholds(
-        _SETTINGS, Layout([], owned, list(parameters.values())), BALANCED in taus
-    )
+    layout = Layout([], owned, list(parameters.values()))
+    thresholds = Thresholds(_SETTINGS, layout, BALANCED in taus)
     try:
         io = io_parameters(parameters, owned, None)
-    except ValueError:  # nothing tells; with "balanced" that was raised above
+    except ValueError:  # nothing says which; with "balanced" that was raised above
         io = set()
     kinds = [kind_of(matrix.name) for matrix in matrices]
     is_text = "embedding" in kinds
@@ -124,26 +125,27 @@ def _forecast(
             sigma = median(member.sigma for member in members)
             cases.append(
                 Case(
-                    kind,
-                    rows,
-                    cols,
-                    len(members),
-                    sigma,
-                    floor,
-                    asked,
-                    tau,
-                    is_text,
-                    first.name not in io,
+                    kind=kind,
+                    rows=rows,
+                    cols=cols,
+                    members=len(members),
+                    sigma=sigma,
+                    floor=floor,
+                    asked=asked,
+                    tau=tau,
+                    is_text=is_text,
+                    is_hidden=first.name not in io,
                 )
             )
     return follow(cases, schedule)
 
 
 def _measured(named: Iterable[tuple[str, Tensor]], owned: Mapping[str, Kind]) -> list[_Matrix]:
-    """Return every matrix of the parameters with its σ₁, by the optimizer's own power iteration
-    from a cold start.
+    """Return every matrix of the parameters with its σ₁.
+
+    That is by the optimizer's own power iteration from a cold start.
     """
-    found = []
+    matrices = []
     for name, tensor in named:
         parameter = Parameter(name, tuple(tensor.shape), kind=owned.get(name))
         grid = None
@@ -155,10 +157,11 @@ def _measured(named: Iterable[tuple[str, Tensor]], owned: Mapping[str, Kind]) ->
         specs = [MatrixSpec(name + shape.suffix, shape.rows, shape.cols) for shape in grid.matrices]
         flat = tensor.detach().cpu().contiguous().view(-1)
         sigmas = PowerIteration(specs, tiles).sigmas([[flat]])[0].tolist()
-        found += [
-            _Matrix(parameter, *spec[:3], sigma) for spec, sigma in zip(specs, sigmas, strict=True)
+        matrices += [
+            _Matrix(parameter, spec.name, spec.rows, spec.cols, sigma)
+            for spec, sigma in zip(specs, sigmas, strict=True)
         ]
-    return found
+    return matrices
 
 
 def _check(
@@ -193,9 +196,8 @@ def suggest(rows: Sequence[Row], steps: int | None = None) -> tuple[float | str,
     is_text = bool(kinds & {"embedding", "tied head"})
     is_image = "patch embedding" in kinds
     paper = _PAPER_IMAGES if is_image and not is_text else _PAPER_TEXT
-    of_paper, of_balanced = (
-        [row for row in rows if row.asked == asked] for asked in (paper, BALANCED)
-    )
+    of_paper = [row for row in rows if row.asked == paper]
+    of_balanced = [row for row in rows if row.asked == BALANCED]
     hidden = sum(row.count for row in of_paper if row.is_hidden)
     whose = "ViT and Swin" if paper == _PAPER_IMAGES else "GPT"
     if not of_balanced:
@@ -203,11 +205,9 @@ def suggest(rows: Sequence[Row], steps: int | None = None) -> tuple[float | str,
         return paper, f"it is the paper's for {whose}, and {asks}"
     left = _median([(row.rate_settled, row.count) for row in of_balanced if row.is_hidden])
     if left < _AUTO_LEAVES:
-        deep = (
-            f" with {hidden} hidden matrices, which is more than it was tried with,"
-            if hidden > _PAPER_HIDDEN
-            else ""
-        )
+        deep = ""
+        if hidden > _PAPER_HIDDEN:
+            deep = f" with {hidden} hidden matrices, which is more than it was tried with,"
         return paper, (
             f"it is the paper's for {whose},{deep} and balanced would leave hidden matrices "
             f"{left:.1%} of the rate, less than it was tried with"
@@ -225,41 +225,39 @@ def suggest(rows: Sequence[Row], steps: int | None = None) -> tuple[float | str,
             f"{hidden} hidden matrices are more than the {_PAPER_HIDDEN} of the paper's deepest "
             f"model; balanced shares its budget out among them, τ = {share:.2g} each"
         )
-    heads = [
-        [row for row in some if row.kind in ("head", "tied head")]
-        for some in (of_paper, of_balanced)
-    ]
-    if steps is not None and all(heads):
+    of_head = [next(_heads(of_tau), None) for of_tau in (of_paper, of_balanced)]
+    by_paper, by_balanced = of_head
+    if steps is not None and by_paper is not None and by_balanced is not None:
         # How a language model's head grows is measured; how soon others are free is only bounded.
-        late, soon = (some[0].typical if is_text else some[0].earliest for some in heads)
+        late = by_paper.typical if is_text else by_paper.earliest
+        soon = by_balanced.typical if is_text else by_balanced.earliest
         paper_says = (
             f"at the paper's τ = {paper:g} the head would be clipped for "
-            f"{_of(late, steps, is_text)} steps"
+            f"{_share_of(late, steps, is_text)} steps"
         )
         if (late is None or late > _HELD_BACK * steps) and late != soon:
-            return BALANCED, f"{paper_says}, with balanced for {_of(soon, steps, is_text)}"
+            return BALANCED, f"{paper_says}, with balanced for {_share_of(soon, steps, is_text)}"
         return paper, f"it is the paper's for {whose}, and {paper_says}"
-    return (
-        paper,
-        f"it is the paper's for {whose}; --steps tells whether the run is long enough for it",
-    )
+    ask = "--steps tells whether the run is long enough for it"
+    return paper, f"it is the paper's for {whose}; {ask}"
+
+
+def _heads(rows: Sequence[Row]) -> Iterator[Row]:
+    return (row for row in rows if row.kind in ("head", "tied head"))
 
 
 def _median(weighted: Sequence[tuple[float, int]]) -> float:
     return median([value for value, count in weighted for _ in range(count)] or [1.0])
 
 
-def _of(step: int | None, steps: int, is_measured: bool) -> str:
-    return (
-        f"all {steps}"
-        if step is None
-        else f"{'about' if is_measured else 'at least'} {step} of the {steps}"
-    )
+def _share_of(step: int | None, steps: int, is_measured: bool) -> str:
+    if step is None:
+        return f"all {steps}"
+    return f"{'about' if is_measured else 'at least'} {step} of the {steps}"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the plan of ``arguments.model`` and write it to ``arguments.json`` where that is given;
-    return 0.
+    """Print the plan of ``arguments.model``, write it to ``arguments.json`` if given; return 0.
 
     Takes ``model`` str, ``lr`` float or None, ``steps`` and ``warmup`` int or None, ``tau`` list of
     str or None, ``json`` Path or None. What is None is the recipe's, where the model is one; else
@@ -267,22 +265,23 @@ def run(arguments: argparse.Namespace) -> int:
     """
     asked = [_number(text) for text in arguments.tau or ()]
     source = load(arguments.model)
-    given = {name: getattr(arguments, name) for name in ("lr", "steps", "warmup")}
-    lr, steps, warmup = (
-        getattr(source, name) if value is None else value for name, value in given.items()
-    )
-    least = source.min_lr if arguments.lr is None and source.min_lr is not None else lr / 10
-    shown = list(dict.fromkeys(asked or [*TAUS, *([] if source.tau is None else [source.tau])]))
+    lr = source.lr if arguments.lr is None else arguments.lr
+    steps = source.steps if arguments.steps is None else arguments.steps
+    warmup = source.warmup if arguments.warmup is None else arguments.warmup
+    end = source.min_lr if arguments.lr is None and source.min_lr is not None else lr / 10
+    known = list(TAUS) if source.tau is None else [*TAUS, source.tau]
+    shown = list(dict.fromkeys(asked or known))
     taus = list(dict.fromkeys([*shown, _PAPER_TEXT, _PAPER_IMAGES, BALANCED]))
     taus = _check(lr, taus, steps, warmup)
     owned = {} if source.module is None else kinds_of(source.module)
-    matrices, schedule = _measured(source.named, owned), Schedule(lr, least, steps, warmup)
+    matrices, schedule = _measured(source.named, owned), Schedule(lr, end, steps, warmup)
     try:
         rows = _forecast(matrices, schedule, taus, owned)
     except ValueError as error:
         if BALANCED in asked or "nothing tells which" not in str(error):
             raise
-        shown, taus = ([tau for tau in some if tau != BALANCED] for some in (shown, taus))
+        shown = [tau for tau in shown if tau != BALANCED]
+        taus = [tau for tau in taus if tau != BALANCED]
         rows = _forecast(matrices, schedule, taus, owned)
     tau, reason = suggest(rows, steps)
     printed = [row for row in rows if row.asked in shown]
@@ -290,10 +289,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"Suggested: τ = {tau}, because {reason}.")
     for kind in dict.fromkeys(row.kind for row in rows):
         of_kind = [row for row in rows if row.kind == kind and row.asked == tau]
-        first, later = (
-            _shares([getattr(row, name) for row in of_kind])
-            for name in ("rate_first", "rate_settled")
-        )
+        first = _shares([row.rate_first for row in of_kind])
+        later = _shares([row.rate_settled for row in of_kind])
         print(
             f"  {kind:<16}α_W starts at {first} of the schedule's rate; about step 100 it is "
             f"{later}"
@@ -304,11 +301,10 @@ def run(arguments: argparse.Namespace) -> int:
             **schedule._asdict(),
             "suggested": tau,
             "reason": reason,
+            "rows": [asdict(row) for row in printed],
         }
-        content["rows"] = [asdict(row) for row in printed]
-        arguments.json.write_text(
-            json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
     return 0
 
 
@@ -322,11 +318,9 @@ def _number(text: str) -> float | str:
 
 def _words(schedule: Schedule) -> str:
     warmup = f", warmup {schedule.warmup} steps" if schedule.warmup else ""
-    shape = (
-        "constant"
-        if schedule.steps is None
-        else f"cosine to {schedule.end:g} in {schedule.steps} steps"
-    )
+    shape = "constant"
+    if schedule.steps is not None:
+        shape = f"cosine to {schedule.end:g} in {schedule.steps} steps"
     return f"rate {schedule.lr:g}, {shape}{warmup}"
 
 
@@ -339,25 +333,22 @@ def _table(rows: Sequence[Row], schedule: Schedule) -> Iterator[str]:
     lines = [["kind", "count", "shape", "σ₁(W)", *(f"τ = {tau}" for tau in taus)]]
     for (kind, height, width), of_kind in kinds.items():
         first = of_kind[0]
-        cells = [_cell(row) for row in of_kind]
-        lines.append(
-            [kind, str(first.count), f"{height}×{width}", f"{first.sigma_weight:.3g}", *cells]
-        )
+        shape, sigma = f"{height}×{width}", f"{first.sigma_weight:.3g}"
+        lines.append([kind, str(first.count), shape, sigma, *(_cell(row) for row in of_kind)])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        yield "  ".join(
-            cell.ljust(width) for cell, width in zip(line, widths, strict=True)
-        ).rstrip()
-    within = (
-        "while the rate stays" if schedule.steps is None else f"within the {schedule.steps} steps"
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        yield "  ".join(cells).rstrip()
+    within = "while the rate stays"
+    if schedule.steps is not None:
+        within = f"within the {schedule.steps} steps"
+    yield (
+        "The step from which on nothing is clipped: typical (earliest to latest); – is not "
+        f"{within}."
     )
     yield (
-        "The step from which on nothing is clipped: typical (earliest to latest); – is "
-        f"not {within}."
-    )
-    yield (
-        "Only the earliest allows for hidden matrices that grow; within the 1500 steps "
-        "measured they hardly did."
+        "Only the earliest allows for hidden matrices that grow; within the 1500 steps measured "
+        "they hardly did."
     )
 
 
@@ -367,7 +358,6 @@ def _shares(values: Sequence[float]) -> str:
 
 
 def _cell(row: Row) -> str:
-    early, usual, late = (
-        "–" if step is None else str(step) for step in (row.earliest, row.typical, row.latest)
-    )
+    ends = (row.earliest, row.typical, row.latest)
+    early, usual, late = ("–" if step is None else str(step) for step in ends)
     return usual if early == usual == late else f"{usual} ({early} to {late})"

@@ -1,6 +1,6 @@
-"""What people watch while a Transformer trains: the paper's terms, energy concentration, entropy,
-rank, sharpness.
+"""What people watch while a Transformer trains.
 
+The paper's terms, energy concentration, entropy, rank, sharpness.
 ``from weyl_megatron.watch import Watch`` measures a run; ``weyl-megatron report`` draws it.
 """
 

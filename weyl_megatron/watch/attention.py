@@ -37,15 +37,17 @@ class Mode(IntEnum):
     NORMAL = 0
     #: sparse but not of low rank: every token keeps to itself or one other, nothing is mixed
     BENIGN = 1
-    MALIGNANT = 2  #: sparse and of low rank: all tokens get the same few; a first-token sink looks like that, too
+    #: sparse and of low rank: all tokens get the same few; a first-token sink looks like that, too
+    MALIGNANT = 2
     UNIFORM = 3  #: every token gets the average of all it sees: rank collapse
 
 
 def attention_map(
     q: Tensor, k: Tensor, *, scale: float, rows: Tensor, causal: bool, bias: Tensor | None = None
 ) -> Tensor:
-    """Return the softmax over keys of sampled queries, ``(…, len(rows), S)``, as
-    scaled_dot_product_attention forms it.
+    """Return the softmax over keys of sampled queries, ``(…, len(rows), S)``.
+
+    It is what scaled_dot_product_attention forms. A query that sees no key gets zeros.
 
     Args:
         q, k: queries ``(…, T, d)`` and keys ``(…, S, d)``; half precision is computed in float32.
@@ -53,21 +55,18 @@ def attention_map(
         rows: the sampled queries' positions, of T.
         causal: whether query t sees just the keys 0 … t, which counts from the first key where S
             and T differ.
-        bias: added to the scores, or booleans that say which keys are seen; broadcast to ``(…, T,
-            S)``.
-
-    A query that sees no key gets zeros.
+        bias: added to the scores, or booleans that say which keys are seen; broadcast to
+            ``(…, T, S)``.
     """
     dtype = torch.promote_types(q.dtype, torch.float32)
     scores = (q.index_select(-2, rows).to(dtype) * scale) @ k.to(dtype).mT
     if bias is not None:
         if bias.shape[-2] != 1:
             bias = bias.index_select(-2, rows)
-        scores = (
-            scores.masked_fill(~bias, -math.inf)
-            if bias.dtype == torch.bool
-            else scores + bias.to(dtype)
-        )
+        if bias.dtype == torch.bool:
+            scores = scores.masked_fill(~bias, -math.inf)
+        else:
+            scores = scores + bias.to(dtype)
     if causal:
         keys = torch.arange(k.shape[-2], device=rows.device)
         scores = scores.masked_fill(keys > rows.unsqueeze(-1), -math.inf)
@@ -76,8 +75,9 @@ def attention_map(
 
 
 def sample_rows(length: int, count: int) -> Tensor:
-    """Return ``count`` of the positions 0 … length − 1 (all, if there are fewer), evenly spread,
-    the last among them.
+    """Return ``count`` of the positions 0 … length − 1, evenly spread, the last among them.
+
+    All, if there are fewer.
 
     Raises:
         ValueError: one of them is not positive.
@@ -91,9 +91,7 @@ def sample_rows(length: int, count: int) -> Tensor:
 
 
 def visible(rows: Tensor, keys: int, causal: bool) -> Tensor:
-    """Return how many of ``keys`` keys each of the queries at positions ``rows`` sees,
-    ``(len(rows),)``.
-    """
+    """Return how many of ``keys`` keys the queries at positions ``rows`` see, ``(len(rows),)``."""
     return (rows + 1).clamp(max=keys) if causal else torch.full_like(rows, keys)
 
 
@@ -104,43 +102,41 @@ def entropy(attention: Tensor) -> Tensor:
 
 
 def relative_entropy(attention: Tensor, keys: Tensor) -> Tensor:
-    """Return each map's mean entropy over the mean of log ``keys``, which uniform rows have; NaN
-    where that is 0.
+    """Return each map's mean entropy over that of uniform rows, the mean of log ``keys``.
+
+    NaN where that is 0.
 
     Args:
         attention: ``(…, rows, S)``.
         keys: how many keys each query sees, ``(…, rows)``.
     """
     keys = keys.to(attention.device)
-    told = keys > 1  # a query of one key has no choice
-    most = torch.where(told, keys, 1).double().log().sum(-1)
-    return torch.where(told, entropy(attention).double(), 0.0).sum(-1) / torch.where(
-        most > 0, most, math.nan
-    )
+    has_choice = keys > 1
+    nats = torch.where(has_choice, entropy(attention).double(), 0.0).sum(-1)
+    most = torch.where(has_choice, keys, 1).double().log().sum(-1)
+    return nats / torch.where(most > 0, most, math.nan)
 
 
 def entropy_bound(sigma: Tensor, keys: Tensor) -> Tensor:
-    """Return the least entropy in nats, float64, of a softmax over ``keys`` scores of norm
-    ``sigma`` at most.
+    """Return the least entropy of a softmax over ``keys`` scores of norm ``sigma`` at most.
 
-    Zhai et al., "Stabilizing Transformer Training by Preventing Attention Entropy Collapse" (arXiv
-    2303.06296), Theorem 3.1. There σ is σ₁(W_K W_Qᵀ) σ₁(XXᵀ), which bounds the norm of a row of
-    scores; where they are scaled, so is σ. The arguments are broadcast.
+    In nats, float64; the arguments are broadcast. Zhai et al., "Stabilizing Transformer Training by
+    Preventing Attention Entropy Collapse" (arXiv 2303.06296), Theorem 3.1. There σ is
+    σ₁(W_K W_Qᵀ) σ₁(XXᵀ), which bounds the norm of a row of scores; where they are scaled, so is σ.
     """
     others = keys.to(sigma.device).double() - 1
-    apart = (
-        sigma.double() * (1 + 1 / others.clamp(min=1)).sqrt()
-    )  # the largest score's distance from all others
+    # The largest score's distance from all others.
+    apart = sigma.double() * (1 + 1 / others.clamp(min=1)).sqrt()
     weight = others * (-apart).exp()  # of the others, beside 1 for the largest
-    share = torch.where(
-        weight > 0, apart * weight / (1 + weight), weight
-    )  # an infinite σ leaves ∞ · 0 otherwise
+    # An infinite σ leaves ∞ · 0 otherwise.
+    share = torch.where(weight > 0, apart * weight / (1 + weight), weight)
     return torch.where(others > 0, weight.log1p() + share, 0.0)
 
 
 def entropy_minimiser(sigma: float, keys: int) -> Tensor:
-    """Return the scores of norm ``sigma`` that reach :func:`entropy_bound`, ``(keys,)`` in float64:
-    one above all.
+    """Return the scores of norm ``sigma`` that reach :func:`entropy_bound`: one is above all.
+
+    ``(keys,)`` in float64.
     """
     if keys == 1:
         return torch.zeros(1, dtype=torch.float64)
@@ -150,8 +146,9 @@ def entropy_minimiser(sigma: float, keys: int) -> Tensor:
 
 
 def effective_rank(singular_values: Tensor) -> Tensor:
-    """Return exp H(σ²/Σσ²) of singular values ``(…, n)``: how many equal ones have that entropy; 0
-    without any.
+    """Return exp H(σ²/Σσ²) of singular values ``(…, n)``; 0 where all are 0.
+
+    So many equal ones have the same entropy.
     """
     return _spread(_relative(singular_values.double()).square())
 
@@ -162,21 +159,20 @@ def stable_rank(singular_values: Tensor) -> Tensor:
 
 
 def map_rank(attention: Tensor) -> Tensor:
-    """Return the effective rank of maps ``(…, rows, keys)``, float64; NaN of those that are not
-    finite.
-    """
+    """Return the effective rank of maps ``(…, rows, keys)`` in float64; NaN where not finite."""
     wide = attention if attention.shape[-2] <= attention.shape[-1] else attention.mT
     finite = wide.isfinite().all(-1).all(-1)
     wide = torch.where(finite[..., None, None], wide, 0.0).double()
-    # σ² are the eigenvalues of AAᵀ, which is smaller than A; what float64 rounds has no weight in
+    # σ² are the eigenvalues of AAᵀ, which is smaller than A. What float64 rounds has no weight in
     # an entropy.
     energy = torch.linalg.eigvalsh(wide @ wide.mT).clamp(min=0)
     return torch.where(finite, _spread(energy), math.nan)
 
 
 def classify(attention: Tensor, keys: Tensor) -> Tensor:
-    """Return the :class:`Mode` of each map as an integer, ``(…)``; means over a batch of maps are
-    for the caller.
+    """Return the :class:`Mode` of each map as an integer, ``(…)``.
+
+    Means over a batch of maps are for the caller.
 
     Args:
         attention: ``(…, rows, S)``.
@@ -190,8 +186,9 @@ def classify(attention: Tensor, keys: Tensor) -> Tensor:
 
 
 def classify_numbers(relative: float, rank: float, rows: int) -> Mode:
-    """Return the mode of a map of which numbers are known, or their means over a batch; NORMAL
-    where they are NaN.
+    """Return the mode of a map of which numbers are known, or their means over a batch.
+
+    NORMAL where they are NaN.
 
     Args:
         relative: entropy over a uniform row's, as :func:`relative_entropy`.
@@ -204,15 +201,16 @@ def classify_numbers(relative: float, rank: float, rows: int) -> Mode:
 
 
 def _relative(values: Tensor) -> Tensor:
-    """Values over the largest of the last dimension, which keeps their squares in range; zeros
-    stay.
+    """Return values over the largest of the last dimension; zeros stay.
+
+    That keeps their squares in range.
     """
     largest = values.amax(-1, keepdim=True)
     return values / torch.where(largest == 0, 1.0, largest)
 
 
 def _spread(energy: Tensor) -> Tensor:
-    """The exponential of the entropy of energies' shares; 0 where there is none."""
+    """Return the exponential of the entropy of energies' shares; 0 where there is none."""
     total = energy.sum(-1, keepdim=True)
     shares = energy / torch.where(total == 0, 1.0, total)
     return torch.where(total[..., 0] == 0, 0.0, torch.special.entr(shares).sum(-1).exp())

@@ -1,5 +1,4 @@
-"""What one forward and backward pass shows of a model's blocks, read where the engine has it
-anyway.
+"""What one forward and backward pass shows of a model's blocks, where the engine has it anyway.
 
 Weights are read while their layer computes: under ZeRO-3 that is when they are whole, and nothing
 is gathered for it. Queries and keys are caught on their way into ``scaled_dot_product_attention``
@@ -32,21 +31,11 @@ from .attention import (
     stable_rank,
     visible,
 )
+from .ranks import MEAN, NORM, ONCE, Reading
 
 _LOGGER = logging.getLogger("weyl_megatron")
 
-#: How numbers of several ranks become one: the same on all, their mean, the root of the sum of
-#: their squares.
-ONCE, MEAN, NORM = "once", "mean", "norm"
-
 _ROLES_OF_ROWS, _ROLES_OF_COLUMNS = ("q", "k", "v", "1"), ("o", "2")
-
-
-class Found(NamedTuple):
-    """A number of this rank's, and how it goes together with the others'."""
-
-    value: float
-    kind: str
 
 
 class Map(NamedTuple):
@@ -69,7 +58,7 @@ class Capture:
         sequences: of a micro-batch at most.
         largest: s of SEC(d_q, s).
         maps: heads (in the whole model) of each block whose map is kept.
-        is_first: whether this rank tells what all ranks of its tensor-parallel group know.
+        is_first: whether this rank reads what all ranks of its tensor-parallel group know.
         sequence_parallel: whether these ranks share out the tokens between blocks.
     """
 
@@ -83,7 +72,7 @@ class Capture:
     sequence_parallel: bool = False
 
     def __post_init__(self) -> None:
-        self.found: dict[str, Found] = {}
+        self.readings: dict[str, Reading] = {}
         self.attention_maps: list[Map] = []
         self._weights: dict[str, Tensor] = {}
         self._spectra: Tensor | None = None  # of the heads' W_qᵀW_k
@@ -98,7 +87,7 @@ class Capture:
 
     def arm(self) -> None:
         """Look at the next training pass of ``root``, forward and backward."""
-        self.found, self.attention_maps, self._done = {}, [], set()
+        self.readings, self.attention_maps, self._done = {}, [], set()
         self._handles.append(self.root.register_forward_pre_hook(self._begin))
         self._handles.append(self.root.register_forward_hook(self._end, always_call=True))
 
@@ -118,16 +107,12 @@ class Capture:
             hook = block.module.register_forward_pre_hook
             self._handles.append(hook(self._entered(block), with_kwargs=True))
             self._handles.append(block.module.register_forward_hook(self._left(block)))
-            self._handles.append(
-                block.attention.register_forward_pre_hook(
-                    self._attention_entered(block), with_kwargs=True
-                )
-            )
+            hook = block.attention.register_forward_pre_hook
+            self._handles.append(hook(self._attention_entered(block), with_kwargs=True))
             core = getattr(block.attention, "core_attention", None)
             if isinstance(core, nn.Module):
-                self._handles.append(
-                    core.register_forward_pre_hook(self._core(block, core), with_kwargs=True)
-                )
+                hook = core.register_forward_pre_hook
+                self._handles.append(hook(self._core(block, core), with_kwargs=True))
             owners = {id(w.owner): w.owner for w in block.weights.values()}
             owners |= {id(norm): norm for norm in block.norms if norm is not None}
             for owner in owners.values():
@@ -151,9 +136,10 @@ class Capture:
             tag = f"block/{block.number}"
             with torch.no_grad():
                 if self.is_first or self.sequence_parallel:
-                    self.found[f"{tag}/x"] = Found(_norm(x), NORM)
+                    self.readings[f"{tag}/x"] = Reading(_norm(x), NORM)
                 if self.is_first and not self.sequence_parallel:
-                    self.found[f"{tag}/similarity"] = Found(_similarity(self._batch_first(x)), MEAN)
+                    likeness = _similarity(self._batch_first(x))
+                    self.readings[f"{tag}/similarity"] = Reading(likeness, MEAN)
             if x.requires_grad and (self.is_first or self.sequence_parallel):
                 x.register_hook(self._gradient(f"{tag}/grad_x"))  # type: ignore[no-untyped-call]
 
@@ -161,7 +147,7 @@ class Capture:
 
     def _gradient(self, tag: str) -> Callable[[Tensor], None]:
         def hook(gradient: Tensor) -> None:
-            self.found.setdefault(tag, Found(_norm(gradient), NORM))
+            self.readings.setdefault(tag, Reading(_norm(gradient), NORM))
 
         return hook
 
@@ -187,7 +173,7 @@ class Capture:
                         value = block.norm(which, kind)
                         if value is not None:
                             tag = f"block/{block.number}/norm{which + 1}_{name}"
-                            self.found[tag] = Found(_norm(value), ONCE)
+                            self.readings[tag] = Reading(_norm(value), ONCE)
 
         return hook
 
@@ -212,22 +198,22 @@ class Capture:
     def _measure(self, block: Block) -> None:
         """σ₁ of the block's matrices and of their products, and the spectra of its heads."""
         weights = {role: _computed(matrix) for role, matrix in self._weights.items()}
-        tag, group, found = f"block/{block.number}", block.group, {}
+        tag, group = f"block/{block.number}", block.group
+        sigmas: dict[str, float] = {}
         for role, matrix in weights.items():
-            sigma = spectra.sigma_of_rows if role in _ROLES_OF_ROWS else spectra.sigma_of_columns
-            found[f"sigma_{role}"] = sigma(matrix, f"{tag}/{role}", group)
-        rows = weights | {
-            role: self._per_head(block, weights[role]) for role in ("k", "v") if role in weights
-        }
+            measure = spectra.sigma_of_rows if role in _ROLES_OF_ROWS else spectra.sigma_of_columns
+            sigmas[f"sigma_{role}"] = measure(matrix, f"{tag}/{role}", group)
+        shared = [role for role in ("k", "v") if role in weights]
+        rows = weights | {role: self._per_head(block, weights[role]) for role in shared}
         pairs = {"qk": ("q", "k"), "ov": ("o", "v"), "21": ("2", "1")}
         for name, (left, right) in pairs.items():
             if left in weights and right in weights:
                 first = weights[left].T if left == "q" else weights[left]
-                found[f"sigma_{name}"] = spectra.sigma_of_product(
-                    first, rows[right], f"{tag}/{name}", group
-                )
+                sigma = spectra.sigma_of_product(first, rows[right], f"{tag}/{name}", group)
+                sigmas[f"sigma_{name}"] = sigma
         if self.is_first:
-            self.found |= {f"{tag}/{name}": Found(value, ONCE) for name, value in found.items()}
+            for name, value in sigmas.items():
+                self.readings[f"{tag}/{name}"] = Reading(value, ONCE)
         if {"q", "k"} <= weights.keys():
             values = self._head_spectra(block)
             columns = {
@@ -248,17 +234,15 @@ class Capture:
     def _of_heads(self, block: Block, columns: dict[str, Tensor], kind: str) -> None:
         for name, values in columns.items():
             for head, value in enumerate(values.tolist()):
-                self.found[f"block/{block.number}/head/{block.first_head + head}/{name}"] = Found(
-                    value, kind
-                )
+                tag = f"block/{block.number}/head/{block.first_head + head}/{name}"
+                self.readings[tag] = Reading(value, kind)
 
     def _core(self, block: Block, core: nn.Module) -> Callable[..., None]:
         """Megatron's core attention gets queries and keys as (tokens, batch, heads, d)."""
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = (
-                dict(zip(("query", "key", "value", "attention_mask"), args, strict=False)) | kwargs
-            )
+            names = ("query", "key", "value", "attention_mask")
+            given = dict(zip(names, args, strict=False)) | kwargs
             q, k = (given[name].detach().permute(1, 2, 0, 3) for name in ("query", "key"))
             kind = str(given.get("attn_mask_type") or getattr(core, "attn_mask_type", ""))
             scale = getattr(core, "softmax_scale", None) or 1 / math.sqrt(q.shape[-1])
@@ -270,8 +254,10 @@ class Capture:
     def _attended(
         self, q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, scale: float
     ) -> None:
-        """Form the attention map again for some queries ``(batch, heads, tokens, d)`` of the block
-        that computes.
+        """Form the attention map again for some queries of the block that computes.
+
+        Args:
+            q, k: ``(batch, heads, tokens, d)``; heads may share keys.
         """
         block = self._inside
         if block is None or q.dim() != 4 or q.shape[1] != block.heads:
@@ -284,9 +270,8 @@ class Capture:
             rows = sample_rows(q.shape[2], self.rows).to(q.device)
             has_batch = mask is not None and mask.dim() == 4 and mask.shape[0] > 1
             bias = mask[: self.sequences] if mask is not None and has_batch else mask
-            attention = attention_map(
-                q, k, scale=scale, rows=rows, causal=causal, bias=bias
-            )  # (batch, heads, rows, keys)
+            # (batch, heads, rows, keys)
+            attention = attention_map(q, k, scale=scale, rows=rows, causal=causal, bias=bias)
             keys = visible(rows, k.shape[2], causal)
             uniform = float(keys.double().log().mean())
             columns = {
@@ -297,9 +282,9 @@ class Capture:
             if bound is not None:
                 columns["entropy_bound"] = bound
             self._of_heads(block, columns, MEAN)
-            self.found |= {
-                "uniform_entropy": Found(uniform, ONCE),
-                "map_rows": Found(min(attention.shape[-2:]), ONCE),
+            self.readings |= {
+                "uniform_entropy": Reading(uniform, ONCE),
+                "map_rows": Reading(min(attention.shape[-2:]), ONCE),
             }
             for head in self.maps:
                 if 0 <= head - block.first_head < block.heads:
@@ -307,23 +292,24 @@ class Capture:
                     self.attention_maps.append(Map(block.number, head, rows.tolist(), kept))
 
     def _bound(self, block: Block, scale: float, keys: Tensor) -> Tensor | None:
-        """Zhai et al.'s lower bound of every head's entropy, where scores are nothing but scale ·
-        xᵀ W_qᵀ W_k x.
+        """Return Zhai et al.'s lower bound of every head's entropy, ``(heads,)``.
+
+        None where scores are not scale · xᵀ W_qᵀ W_k x, or where x was not seen.
         """
         if block.has_bias or self._input is None or not {"q", "k"} <= self._weights.keys():
             return None
         values = self._head_spectra(block)
         x = self._input[: self.sequences].float()  # (batch, tokens, d)
-        energy = torch.tensor(
-            [spectra.sigma_of_rows(each, "x") ** 2 for each in x], device=values.device
-        )
+        energies = [spectra.sigma_of_rows(sequence, "x") ** 2 for sequence in x]
+        energy = torch.tensor(energies, device=values.device)
         sigma = scale * values[:, :1] * energy  # (heads, batch)
         bound: Tensor = entropy_bound(sigma.unsqueeze(-1), keys.to(values.device)).mean((1, 2))
         return bound
 
     def _head_spectra(self, block: Block) -> Tensor:
-        """The spectra of the block that computes, for which the entropy's bound asks before all
-        else is measured.
+        """Return the spectra of the block that computes.
+
+        The entropy's bound asks for them before all else is measured.
         """
         if self._spectra is None:
             query, key = self._weights["q"], self._weights["k"]
@@ -332,11 +318,8 @@ class Capture:
 
     def _batch_first(self, x: Tensor) -> Tensor:
         """(batch, tokens, d); Megatron has the tokens first."""
-        return (
-            x.transpose(0, 1)
-            if any(hasattr(block.attention, "linear_qkv") for block in self.blocks)
-            else x
-        )
+        is_megatron = any(hasattr(block.attention, "linear_qkv") for block in self.blocks)
+        return x.transpose(0, 1) if is_megatron else x
 
 
 class _AttentionCalls(TorchFunctionMode):
@@ -354,12 +337,10 @@ class _AttentionCalls(TorchFunctionMode):
         if func is F.scaled_dot_product_attention and not self._is_paused:
             names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
             given = dict(zip(names, args, strict=False)) | kwargs
-            q = given["query"]
-            scale = given.get("scale")
-            self._seen(
-                *(q, given["key"], given.get("attn_mask"), bool(given.get("is_causal", False))),
-                1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
-            )
+            q, k, mask = given["query"], given["key"], given.get("attn_mask")
+            is_causal, scale = bool(given.get("is_causal", False)), given.get("scale")
+            scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+            self._seen(q, k, mask, is_causal, scale)
         return func(*args, **kwargs)
 
 
@@ -375,11 +356,8 @@ class _Pause:
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    values = [
-        *args,
-        *(kwargs[name] for name in ("hidden_states", "x", "src", "query") if name in kwargs),
-    ]
-    return next((value for value in values if isinstance(value, Tensor)), None)
+    named = (kwargs.get(name) for name in ("hidden_states", "x", "src", "query"))
+    return next((value for value in (*args, *named) if isinstance(value, Tensor)), None)
 
 
 def _computed(matrix: Tensor) -> Tensor:
@@ -387,9 +365,8 @@ def _computed(matrix: Tensor) -> Tensor:
 
 
 def _norm(x: Tensor) -> float:
-    return float(
-        torch.linalg.vector_norm(x.detach(), dtype=torch.promote_types(x.dtype, torch.float32))
-    )
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return float(torch.linalg.vector_norm(x.detach(), dtype=dtype))
 
 
 def _similarity(x: Tensor) -> float:

@@ -34,8 +34,7 @@ def sharpness(
     seed: int = 0,
     tol: float = 1e-3,
 ) -> float:
-    """Return the largest (not the largest absolute) eigenvalue of the Hessian H of ``loss`` in
-    ``parameters``.
+    """Return the largest eigenvalue, not the largest absolute one, of a loss's Hessian H.
 
     Collective over ``group``. Nothing is left in ``.grad``; dropout and buffers are what the
     caller's ``loss`` makes of them. It calls ``loss`` once, under attention's math kernel, which
@@ -46,8 +45,8 @@ def sharpness(
             parts of one size.
         parameters: whole, as in plain torch, DDP and ZeRO 0 to 2. In bfloat16 so are the products.
         iterations: Hessian-vector products at most.
-        preconditioner: D > 0 in the shapes of ``parameters``: the eigenvalue is that of D^(-1/2) H
-            D^(-1/2).
+        preconditioner: D > 0 in the shapes of ``parameters``: the eigenvalue is that of
+            D^(-1/2) H D^(-1/2).
         group: ranks that hold the same parameters; H is that of the global batch.
         seed: of the start vector, the same on every rank.
         tol: it stops where an eigenvalue is proved to lie within this share of the estimate.
@@ -63,16 +62,13 @@ def sharpness(
     device = parameters[0].device
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
     # Drawn on the CPU, so that every rank and every device starts alike.
-    start = torch.randn(
-        size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    ).to(device, dtype)
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype)
 
     def scaled(vector: Tensor) -> Tensor:
-        return (
-            product(vector).to(dtype)
-            if scale is None
-            else scale * product(scale * vector).to(dtype)
-        )
+        if scale is None:
+            return product(vector).to(dtype)
+        return scale * product(scale * vector).to(dtype)
 
     return _lanczos(scaled, start, min(iterations, size), tol, group)
 
@@ -80,12 +76,11 @@ def sharpness(
 def adam_preconditioner(
     optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Return Adam's preconditioner (1 − β₁ᵗ)(√V̂ + ε) after step t, V̂ = V / (1 − β₂ᵗ), in the
-    shapes of ``parameters``.
+    """Return Adam's preconditioner (1 − β₁ᵗ)(√V̂ + ε) after step t, V̂ = V / (1 − β₂ᵗ).
 
-    This is P of Cohen et al. 2022 (section 2): with it Adam is θ ← θ − α P⁻¹ M, where M is the
-    moving average of gradients as it is kept, not bias-corrected; hence the factor in front, which
-    tends to 1.
+    It has the shapes of ``parameters``. This is P of Cohen et al. 2022 (section 2): with it Adam is
+    θ ← θ − α P⁻¹ M, where M is the moving average of gradients as it is kept, not bias-corrected;
+    hence the factor in front, which tends to 1.
 
     Args:
         optimizer: ``AdamW2``, ``torch.optim.AdamW`` or one that keeps ``exp_avg_sq`` and ``step``
@@ -96,17 +91,14 @@ def adam_preconditioner(
         ValueError: a parameter that the optimizer does not step itself, as under ZeRO, or has not
             stepped yet.
     """
-    group_of: dict[int, dict[str, Any]] = {
+    groups: dict[int, dict[str, Any]] = {
         id(p): group for group in optimizer.param_groups for p in group["params"]
     }
     result = []
     for number, parameter in enumerate(parameters):
-        group, state = group_of.get(id(parameter)), optimizer.state.get(parameter, {})
-        if (
-            group is None
-            or "exp_avg_sq" not in state
-            or state["exp_avg_sq"].shape != parameter.shape
-        ):
+        group, state = groups.get(id(parameter)), optimizer.state.get(parameter, {})
+        second = state.get("exp_avg_sq")
+        if group is None or second is None or second.shape != parameter.shape:
             raise ValueError(
                 f"sharpness: parameter {number} of shape {tuple(parameter.shape)} has no second "
                 f"moment in {type(optimizer).__name__}; it takes the very parameters that the "
@@ -116,18 +108,17 @@ def adam_preconditioner(
         step = float(state["step"] if "step" in state else group["step"])
         if step < 1:
             raise ValueError(f"sharpness: the optimizer's step got {step:g}, it takes 1 or more.")
-        second = state["exp_avg_sq"].detach()
+        second = second.detach()
         second = second if second.dtype == torch.float64 else second.float()
         result.append((1 - beta1**step) * ((second / (1 - beta2**step)).sqrt() + group["eps"]))
     return result
 
 
 def adam_threshold(lr: float, beta1: float) -> float:
-    """Return (2 + 2β₁) / ((1 − β₁) α), 38 / α at β₁ = .9: where the preconditioned sharpness is
-    below, Adam is stable.
+    """Return (2 + 2β₁) / ((1 − β₁) α), 38 / α at β₁ = .9.
 
-    Derived for a P that stands still, from the eigenvalues of EMA-style heavy ball (Cohen et al.
-    2022, section 3).
+    Where the preconditioned sharpness is below, Adam is stable. Derived for a P that stands still,
+    from the eigenvalues of EMA-style heavy ball (Cohen et al. 2022, section 3).
     """
     if not (0 < lr < float("inf") and 0 <= beta1 < 1):
         raise ValueError(
@@ -141,10 +132,9 @@ def _check(parameters: Sequence[Tensor], iterations: int, tol: float) -> None:
     if not parameters:
         raise ValueError("sharpness: parameters got none, it takes one or more.")
     for number, parameter in enumerate(parameters):
-        is_cut = hasattr(parameter, "ds_id") and parameter.numel() == 0
-        if is_cut or any(
-            base.__name__ in ("DTensor", "FlatParameter") for base in type(parameter).__mro__
-        ):
+        is_away = hasattr(parameter, "ds_id") and parameter.numel() == 0
+        kinds = {base.__name__ for base in type(parameter).__mro__}
+        if is_away or kinds & {"DTensor", "FlatParameter"}:
             raise ValueError(
                 f"sharpness: parameter {number} is partitioned, it takes whole parameters (torch, "
                 "DDP, ZeRO 0 to 2)."
@@ -164,19 +154,16 @@ def _check(parameters: Sequence[Tensor], iterations: int, tol: float) -> None:
 
 def _inverse_root(parameters: Sequence[Tensor], preconditioner: Sequence[Tensor]) -> Tensor:
     """Return the diagonal of D^(-1/2), flat."""
-    shapes, expected = (
-        [tuple(d.shape) for d in preconditioner],
-        [tuple(p.shape) for p in parameters],
-    )
+    shapes = [tuple(d.shape) for d in preconditioner]
+    expected = [tuple(p.shape) for p in parameters]
     if shapes != expected:
         raise ValueError(
             f"sharpness: preconditioner got the shapes {shapes}, it takes those of parameters, "
             f"{expected}."
         )
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
-    flat = torch.cat(
-        [d.detach().reshape(-1).to(parameters[0].device, dtype) for d in preconditioner]
-    )
+    device = parameters[0].device
+    flat = torch.cat([d.detach().reshape(-1).to(device, dtype) for d in preconditioner])
     if not bool((flat > 0).all()):
         raise ValueError(
             f"sharpness: preconditioner got {float(flat.min())!r}, it takes numbers above 0."
@@ -196,35 +183,27 @@ def _hessian(
             raise ValueError(
                 f"sharpness: loss returned the shape {tuple(value.shape)}, it takes a scalar."
             )
-        found = torch.autograd.grad(value.sum(), parameters, create_graph=True, allow_unused=True)
+        first = torch.autograd.grad(value.sum(), parameters, create_graph=True, allow_unused=True)
     # The gradient of what the loss does not depend on, or depends on linearly alone, has no second
     # derivative.
-    curved = [
-        number
-        for number, gradient in enumerate(found)
-        if gradient is not None and gradient.requires_grad
-    ]
-    gradients = [found[number] for number in curved]
+    curved = {n: g for n, g in enumerate(first) if g is not None and g.requires_grad}
 
     def product(vector: Tensor) -> Tensor:
         parts = torch.split(vector, sizes)
         pieces: Sequence[Tensor | None] = [None] * len(parameters)
-        if gradients:
+        if curved:
             directions = [
-                parts[number]
-                .view_as(parameters[number])
-                .to(parameters[number].device, gradient.dtype)
-                for number, gradient in zip(curved, gradients, strict=True)
+                parts[number].view_as(gradient).to(gradient.device, gradient.dtype)
+                for number, gradient in curved.items()
             ]
+            gradients = list(curved.values())
             pieces = torch.autograd.grad(
                 gradients, parameters, directions, retain_graph=True, allow_unused=True
             )
-        flat = [
-            torch.zeros_like(part)
-            if piece is None
-            else piece.detach().reshape(-1).to(device, vector.dtype)
-            for part, piece in zip(parts, pieces, strict=True)
-        ]
+        flat = [torch.zeros_like(part) for part in parts]
+        for number, piece in enumerate(pieces):
+            if piece is not None:
+                flat[number] = piece.detach().reshape(-1).to(device, vector.dtype)
         result = torch.cat(flat)
         if group is not None:
             dist.all_reduce(result, group=group)
@@ -241,8 +220,9 @@ def _lanczos(
     tol: float,
     group: ProcessGroup | None,
 ) -> float:
-    """Return the largest eigenvalue of a symmetric map on vectors like ``start``, after ``steps``
-    products at most.
+    """Return the largest eigenvalue of a symmetric map on vectors like ``start``.
+
+    After ``steps`` products at most.
     """
     basis = [start / start.norm()]
     tiny = 100 * torch.finfo(start.dtype).eps
@@ -263,31 +243,25 @@ def _lanczos(
         value, residual, largest = float("nan"), 0.0, 0.0
         if is_finite:
             values, vectors = torch.linalg.eigh(small)
-            value, residual, largest = (
-                float(values[-1]),
-                length * abs(float(vectors[-1, -1])),
-                float(values.abs().max()),
-            )
+            value, largest = float(values[-1]), float(values.abs().max())
+            residual = length * abs(float(vectors[-1, -1]))
         # Within the residual of the estimate lies an eigenvalue. A length of rounding's size:
         # nothing is left to reach.
-        done = (
-            not is_finite
-            or residual <= tol * abs(value)
-            or length <= tiny * largest
-            or len(basis) >= steps
-        )
-        if _agreed(done, start.device, group):
+        is_settled = residual <= tol * abs(value) or length <= tiny * largest
+        is_done = not is_finite or is_settled or len(basis) >= steps
+        if _agreed(is_done, start.device, group):
             return value
         beside.append(length)
         basis.append(new / max(length, torch.finfo(start.dtype).tiny))
 
 
-def _agreed(done: bool, device: torch.device, group: ProcessGroup | None) -> bool:
-    """Whether any rank is done: sums that differ in the last bit must not make one of them wait for
-    the others.
+def _agreed(is_done: bool, device: torch.device, group: ProcessGroup | None) -> bool:
+    """Whether any rank is done.
+
+    Sums that differ in the last bit must not make one of them wait for the others.
     """
     if group is None:
-        return done
-    flag = torch.tensor(float(done), device=device)
+        return is_done
+    flag = torch.tensor(float(is_done), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
     return bool(flag > 0)

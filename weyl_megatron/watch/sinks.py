@@ -1,5 +1,6 @@
-"""Where measurements go: JSON lines (for ``weyl-megatron report``), CSV, TensorBoard, W&B, an
-engine's own writer.
+"""Where measurements go: JSON lines (for ``weyl-megatron report``), CSV, TensorBoard, W&B.
+
+Or an engine's own writer.
 """
 
 from __future__ import annotations
@@ -27,8 +28,7 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """``FOLDER/stability.jsonl``, one object a line; a run that is resumed goes on in the same
-    file.
+    """``FOLDER/stability.jsonl``, one object a line; a resumed run goes on in the same file.
 
     Beside the numbers it holds attention maps and warnings, as docs/stability.md says.
     """
@@ -42,25 +42,24 @@ class JsonLines:
         self._put({"event": "start", "version": 1, **header})
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._put(
-            {
-                "event": "step",
-                "step": step,
-                "values": {tag: _short(value) for tag, value in values.items()},
-            }
-        )
+        short = {tag: _short(value) for tag, value in values.items()}
+        self._put({"event": "step", "step": step, "values": short})
 
     def write_map(self, step: int, kept: Map) -> None:
         levels = (kept.attention.float().clamp(0, 1).sqrt() * 255).round().to(torch.uint8)
         rows, cols = levels.shape
-        place = {
-            "block": kept.block,
-            "head": kept.head,
-            "rows": rows,
-            "cols": cols,
-            "queries": kept.queries,
-        }
-        self._put({"event": "map", "step": step, **place, "levels": levels.numpy().tobytes().hex()})
+        self._put(
+            {
+                "event": "map",
+                "step": step,
+                "block": kept.block,
+                "head": kept.head,
+                "rows": rows,
+                "cols": cols,
+                "queries": kept.queries,
+                "levels": levels.numpy().tobytes().hex(),
+            }
+        )
 
     def write_warning(self, step: int, block: int, head: int, text: str) -> None:
         self._put({"event": "warning", "step": step, "block": block, "head": head, "text": text})
@@ -79,9 +78,7 @@ class JsonLines:
 
 
 class Csv:
-    """A file of ``step,tag,value`` rows: measurements of different steps need not have the same
-    tags.
-    """
+    """A file of ``step,tag,value`` rows: steps need not have the same tags."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -108,9 +105,8 @@ class TensorBoard:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
-                raise ValueError(
-                    "watch: TensorBoard is not installed; pip install tensorboard."
-                ) from error
+                sentence = "watch: TensorBoard is not installed; pip install tensorboard."
+                raise ValueError(sentence) from error
             writer = SummaryWriter(str(writer))
         self._writer = writer
 
@@ -137,9 +133,7 @@ class WandB:
 
 
 class DeepSpeedMonitor:
-    """The monitor of a DeepSpeed engine: TensorBoard, W&B, Comet or CSV, as its JSON configuration
-    says.
-    """
+    """The monitor of a DeepSpeed engine: TensorBoard, W&B, Comet or CSV, as its JSON says."""
 
     def __init__(self, monitor: Any) -> None:
         self._monitor = monitor
@@ -151,8 +145,9 @@ class DeepSpeedMonitor:
 
 
 def engine_sinks(engine: Any) -> list[Sink]:
-    """Return the writers that a DeepSpeed engine, or Megatron's training loop in this process,
-    already has.
+    """Return the writers that an engine already has.
+
+    The engine is DeepSpeed's, or Megatron's training loop in this process.
     """
     monitor = getattr(engine, "monitor", None)
     if monitor is not None and getattr(monitor, "enabled", False):
@@ -161,16 +156,16 @@ def engine_sinks(engine: Any) -> list[Sink]:
         from megatron.training import get_tensorboard_writer, get_wandb_writer
     except ImportError:  # megatron-core alone has no training loop
         return []
-    found: list[Sink] = []
     try:
         tensorboard, wandb = get_tensorboard_writer(), get_wandb_writer()
     except AssertionError:  # its globals are not set up
         return []
+    sinks: list[Sink] = []
     if tensorboard is not None:
-        found.append(TensorBoard(tensorboard))
+        sinks.append(TensorBoard(tensorboard))
     if wandb is not None:
-        found.append(WandB(wandb))
-    return found
+        sinks.append(WandB(wandb))
+    return sinks
 
 
 def _short(value: float) -> float | None:

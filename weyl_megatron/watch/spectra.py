@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 _Map = Callable[[Tensor], Tensor]
 
-#: Lanczos steps at most; two singular values that differ by a part in a thousand are told apart
-#: after about so many.
+#: Lanczos steps at most. About so many set apart two singular values that differ by a part in a
+#: thousand.
 _STEPS = 64
 
 #: The estimate of σ₁² has settled where four more steps change it by less than this share.
@@ -41,9 +41,8 @@ def largest_singular_value(square: _Map, size: int, name: str, like: Tensor) -> 
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     vector = start_block(name, size, 1)[:, 0].to(like.device)
-    basis = vector.unsqueeze(
-        0
-    )  # (steps, size) in float64: squares of σ₁² need not be float32 numbers
+    # (steps, size) in float64: squares of σ₁² need not be float32 numbers.
+    basis = vector.unsqueeze(0)
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
     value = previous = 0.0
@@ -56,8 +55,7 @@ def largest_singular_value(square: _Map, size: int, name: str, like: Tensor) -> 
         betas.append(length)
         if step % 4 == 0 or step == min(size, _STEPS):
             value = _largest(alphas, betas)
-            # A length of rounding's size: what is reached from the start vector is all in the
-            # basis.
+            # A length of rounding's size: all that the start vector reaches is in the basis.
             exhausted = float(length) <= 1e-6 * abs(value)
             if not value > 0 or exhausted or abs(value - previous) <= _SETTLED * value:
                 break
@@ -94,9 +92,7 @@ def sigma_of_columns(matrix: Tensor, name: str, group: ProcessGroup | None = Non
 def sigma_of_product(
     left: Tensor, right: Tensor, name: str, group: ProcessGroup | None = None
 ) -> float:
-    """Return σ₁ of left @ right, ``(m, r) (r, n)``, where the ranks of ``group`` share out the
-    r.
-    """
+    """Return σ₁ of left (m, r) @ right (r, n), where the ranks of ``group`` share out the r."""
 
     def square(x: Tensor) -> Tensor:
         y = total(left @ (right @ x), group)
@@ -106,11 +102,10 @@ def sigma_of_product(
 
 
 def head_spectra(query: Tensor, key: Tensor, heads: int, key_heads: int) -> Tensor:
-    """Return the singular values of W_qᵀW_k of every head, ``(heads, d_q)`` in float64, the largest
-    first.
+    """Return the singular values of W_qᵀW_k of every head, ``(heads, d_q)`` in float64.
 
-    SEC(d_q, s) of Qi et al. is the sum of the s largest squares over that of all. Heads that share
-    a key (grouped queries) have it each.
+    The largest comes first. SEC(d_q, s) of Qi et al. is the sum of the s largest squares over that
+    of all. Heads that share a key (grouped queries) have it each.
 
     Args:
         query, key: W_q ``(heads · d_q, d)`` and W_k ``(key_heads · d_q, d)``.
@@ -122,16 +117,18 @@ def head_spectra(query: Tensor, key: Tensor, heads: int, key_heads: int) -> Tens
 
 
 def energy_concentration(singular_values: Tensor, largest: int) -> Tensor:
-    """Return SEC(d_q, s) of singular values ``(…, d_q)``: the share of their energy in the s
-    ``largest``.
+    """Return SEC(d_q, s) of singular values ``(…, d_q)``: the energy's share in the s largest.
+
+    Args:
+        largest: s.
     """
     energy = singular_values.square()
-    total = energy.sum(-1)
-    return torch.where(total > 0, energy[..., :largest].sum(-1) / total.clamp(min=1e-300), 0.0)
+    whole = energy.sum(-1)
+    return torch.where(whole > 0, energy[..., :largest].sum(-1) / whole.clamp(min=1e-300), 0.0)
 
 
 def _root(gram: Tensor) -> Tensor:
-    """The symmetric root of a positive semidefinite matrix; NaN where it is not finite."""
+    """Return the symmetric root of a positive semidefinite matrix; NaN where it is not finite."""
     if not bool(gram.isfinite().all()):
         return torch.full_like(gram, float("nan"))
     values, vectors = torch.linalg.eigh(gram)

@@ -1,11 +1,11 @@
-"""Watch a training run: measure its blocks at an interval, under plain torch, DeepSpeed and
-Megatron.
+"""Watch a training run: measure its blocks every so many steps.
+
+Under plain torch, DeepSpeed and Megatron.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,8 @@ from ..layouts.buffers import model_name
 from ..optimizer import AdamW2, MatrixStats
 from ..transformer.blocks import Block, find_blocks
 from .attention import classify_numbers
-from .capture import MEAN, NORM, ONCE, Capture, Found, Map
+from .capture import Capture, Map
+from .ranks import MEAN, NORM, ONCE, Ranks, Reading, gather, joined
 from .sinks import JsonLines, Sink, engine_sinks
 from .warning import Warnings
 
@@ -27,8 +28,9 @@ _LOGGER = logging.getLogger("weyl_megatron")
 
 
 class Watch:
-    """Measures a model's blocks every ``every`` steps; the tags and what they mean are in
-    docs/stability.md.
+    """Measures a model's blocks every ``every`` steps.
+
+    The tags and what they mean are in docs/stability.md.
 
     Between measurements nothing is hooked and nothing costs. Collective: make it, and call
     :meth:`step`, on every rank.
@@ -83,34 +85,29 @@ class Watch:
         names: Mapping[str, Any] | None = None,
         steps_done: int | None = None,
     ) -> None:
-        for key, value in {
-            "every": every,
-            "rows": rows,
-            "sequences": sequences,
-            "largest": largest,
-        }.items():
+        counts = {"every": every, "rows": rows, "sequences": sequences, "largest": largest}
+        for key, value in counts.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"watch: {key} got {value!r}, it takes a whole number from 1 on.")
         engine = model if hasattr(model, "basic_optimizer") else None
         self._engine = engine
-        self._optimizer = (
-            optimizer if optimizer is not None else getattr(engine, "basic_optimizer", None)
-        )
+        self._optimizer = optimizer
+        if optimizer is None:
+            self._optimizer = getattr(engine, "basic_optimizer", None)
         self._chunks: list[nn.Module] = [engine.module] if engine is not None else _chunks(model)
         self._every = every
-        self._step = int(getattr(engine, "global_steps", 0)) if steps_done is None else steps_done
-        self._before = self._step - int(
-            getattr(engine, "global_steps", 0)
-        )  # steps that the engine does not count
+        counted = int(getattr(engine, "global_steps", 0))
+        self._step = counted if steps_done is None else steps_done
+        self._before = self._step - counted  # steps that the engine does not count
         self._is_first = True
-        ranks = _Ranks(engine, self._chunks)
+        ranks = Ranks(engine, self._chunks)
         self._data_parallel = ranks.data_parallel
         self._is_writer = ranks.is_writer
-        found = _blocks_of(self._chunks, names)
+        chunks_blocks = _blocks_of(self._chunks, names)
         self._captures = [
             Capture(
                 chunk,
-                [block for block in of_chunk if blocks is None or block.number in blocks],
+                [block for block in chunk_blocks if blocks is None or block.number in blocks],
                 rows=rows,
                 sequences=sequences,
                 largest=largest,
@@ -118,14 +115,14 @@ class Watch:
                 is_first=ranks.tensor_rank == 0,
                 sequence_parallel=ranks.sequence_parallel,
             )
-            for chunk, of_chunk in zip(self._chunks, found, strict=True)
+            for chunk, chunk_blocks in zip(self._chunks, chunks_blocks, strict=True)
         ]
         self._blocks = [block for capture in self._captures for block in capture.blocks]
-        self._tells_once = ranks.data_rank == 0
+        self._reads_once = ranks.data_rank == 0
         self._sinks = [*sinks, *engine_sinks(engine)] if self._is_writer else []
-        self._lines = (
-            self._open(out, run, found, largest) if out is not None and self._is_writer else None
-        )
+        self._lines: JsonLines | None = None
+        if out is not None and self._is_writer:
+            self._lines = self._open(out, run, chunks_blocks, largest)
         self._warnings = Warnings()
         self._grads: dict[str, float] = {}
         self._hook: Any = None
@@ -134,8 +131,7 @@ class Watch:
             self._arm()
 
     def step(self, loss: Tensor | float | None = None, **more: float) -> Mapping[str, float]:
-        """Say that the optimizer has made a step; measure, and arm the next measurement, where one
-        is due.
+        """Say that the optimizer has made a step; measure where a measurement is due.
 
         With a DeepSpeed engine it may be called after every micro-batch: calls between steps do
         nothing.
@@ -165,8 +161,10 @@ class Watch:
             capture.disarm()
         if self._hook is not None:
             self._hook.remove()
-        for sink in [*self._sinks, *([self._lines] if self._lines is not None else [])]:
+        for sink in self._sinks:
             sink.close()
+        if self._lines is not None:
+            self._lines.close()
 
     def _is_due(self) -> bool:
         """Whether the step that comes next is measured."""
@@ -176,14 +174,13 @@ class Watch:
         for capture in self._captures:
             capture.arm()
         self._grads = {}
+        has_whole_gradients = self._engine is None and not hasattr(
+            self._optimizer, "chained_optimizers"
+        )
         for optimizer in _plain_optimizers(self._optimizer):
             if isinstance(optimizer, AdamW2):
                 optimizer.measure_gradients()
-            elif (
-                self._engine is None
-                and self._hook is None
-                and not hasattr(self._optimizer, "chained_optimizers")
-            ):
+            elif has_whole_gradients and self._hook is None:
                 self._hook = optimizer.register_step_pre_hook(lambda *_: self._read_gradients())
 
     def _read_gradients(self) -> None:
@@ -195,43 +192,38 @@ class Watch:
                 weight = block.weights.get(role)
                 gradient = None if weight is None else getattr(weight.owner, weight.attribute).grad
                 if weight is not None and gradient is not None:
-                    self._grads[f"block/{block.number}/grad_{role}"] = float(
-                        weight.cut(gradient.float()).norm()
-                    )
+                    norm = float(weight.cut(gradient.float()).norm())
+                    self._grads[f"block/{block.number}/grad_{role}"] = norm
 
     def _finish(self, loss: Tensor | float | None, more: Mapping[str, float]) -> dict[str, float]:
-        mine: dict[str, Found] = {}
+        readings: dict[str, Reading] = {}
         maps: list[Map] = []
         for capture in self._captures:
             capture.disarm()
-            mine |= capture.found
-            maps += capture.attention_maps if self._tells_once else []
-        scale = 1 / (
-            self._loss_scale() * self._data_parallel
-        )  # the global loss is the mean of the ranks'
-        mine |= {
-            tag: Found(each.value * scale, NORM)
-            for tag, each in mine.items()
-            if tag.endswith("/grad_x")
-        }
+            readings |= capture.readings
+            maps += capture.attention_maps if self._reads_once else []
+        # The global loss is the mean of the ranks'.
+        scale = 1 / (self._loss_scale() * self._data_parallel)
+        for tag, reading in readings.items():
+            if tag.endswith("/grad_x"):
+                readings[tag] = Reading(reading.value * scale, NORM)
         if loss is not None:
-            mine["loss"] = Found(float(loss.detach() if isinstance(loss, Tensor) else loss), MEAN)
-        mine |= {
-            tag: Found(float(value), ONCE)
-            for tag, value in {**more, **self._of_optimizer()}.items()
-        }
-        if not self._tells_once:
-            mine = {tag: found for tag, found in mine.items() if found.kind != ONCE}
-        everyone = _gather((mine, maps))
-        if everyone is None:
+            value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+            readings["loss"] = Reading(value, MEAN)
+        for tag, number in {**more, **self._of_optimizer()}.items():
+            readings[tag] = Reading(float(number), ONCE)
+        if not self._reads_once:
+            readings = {tag: reading for tag, reading in readings.items() if reading.kind != ONCE}
+        ranks = gather((readings, maps))
+        if ranks is None:
             return {}
-        self.values = _joined([found for found, _ in everyone])
+        self.values = joined([rank_readings for rank_readings, _ in ranks])
         self._classify()
-        self._write([kept for _, of_rank in everyone for kept in of_rank])
+        self._write([kept for _, rank_maps in ranks for kept in rank_maps])
         return self.values
 
     def _of_optimizer(self) -> dict[str, float]:
-        """The scheduled rate, gradient norms, and what AdamW² did to every matrix."""
+        """Return the scheduled rate, gradient norms, and what AdamW² did to every matrix."""
         values = dict(self._grads)
         stats: dict[str, MatrixStats] = {}
         for optimizer in _plain_optimizers(self._optimizer):
@@ -256,11 +248,9 @@ class Watch:
         return values | {tag: sum(clipped) / len(clipped) for tag, clipped in shares.items()}
 
     def _loss_scale(self) -> float:
-        wrapper = (
-            getattr(self._engine, "optimizer", None)
-            if self._engine is not None
-            else self._optimizer
-        )
+        wrapper = self._optimizer
+        if self._engine is not None:
+            wrapper = getattr(self._engine, "optimizer", None)
         scale = getattr(wrapper, "get_loss_scale", None)
         if callable(scale):
             return float(scale())
@@ -275,9 +265,8 @@ class Watch:
         for tag, value in list(self.values.items()):
             if tag.endswith("/map_rank"):
                 head = tag.removesuffix("/map_rank")
-                mode = classify_numbers(
-                    self.values[f"{head}/entropy"] / uniform, value, int(self.values["map_rows"])
-                )
+                relative = self.values[f"{head}/entropy"] / uniform
+                mode = classify_numbers(relative, value, int(self.values["map_rows"]))
                 self.values[f"{head}/mode"] = float(mode)
 
     def _write(self, maps: Sequence[Map]) -> None:
@@ -294,12 +283,13 @@ class Watch:
                 self._lines.write_warning(self._step, block, head, text)
 
     def _open(
-        self, out: Path | str, run: str, found: Sequence[Sequence[Block]], largest: int
+        self, out: Path | str, run: str, chunks_blocks: Sequence[Sequence[Block]], largest: int
     ) -> JsonLines:
-        first = next(block for of_chunk in found for block in of_chunk)
-        heads = first.heads * (1 if first.group is None else dist.get_world_size(first.group))
+        blocks = [block for chunk_blocks in chunks_blocks for block in chunk_blocks]
+        group = blocks[0].group
+        heads = blocks[0].heads * (1 if group is None else dist.get_world_size(group))
         # Those of other pipeline stages are known by their numbers in the tags.
-        names = [block.name for of_chunk in found for block in of_chunk]
+        names = [block.name for block in blocks]
         header = {
             "run": run or Path(out).name,
             "blocks": names,
@@ -308,36 +298,6 @@ class Watch:
             "interval": self._every,
         }
         return JsonLines(out, header)
-
-
-class _Ranks:
-    """Where this rank stands among those that train the model."""
-
-    def __init__(self, engine: Any, chunks: Sequence[nn.Module]) -> None:
-        self.data_parallel, self.data_rank, self.tensor_rank = 1, 0, 0
-        self.sequence_parallel, self.is_writer = False, True
-        if not (dist.is_available() and dist.is_initialized()):
-            return
-        self.is_writer = dist.get_rank() == 0
-        layers = (
-            module
-            for chunk in chunks
-            for module in chunk.modules()
-            if hasattr(module, "linear_qkv")
-        )
-        config: Any = getattr(next(layers, None), "config", None)
-        if config is not None:
-            from megatron.core import parallel_state
-
-            self.data_parallel = parallel_state.get_data_parallel_world_size(
-                with_context_parallel=True
-            )
-            self.data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-            self.tensor_rank = parallel_state.get_tensor_model_parallel_rank()
-            self.sequence_parallel = bool(config.sequence_parallel)
-            return
-        group = getattr(engine, "data_parallel_group", None)
-        self.data_parallel, self.data_rank = dist.get_world_size(group), dist.get_rank(group)
 
 
 def _chunks(model: Any) -> list[nn.Module]:
@@ -351,85 +311,59 @@ def _chunks(model: Any) -> list[nn.Module]:
 
 
 def _blocks_of(chunks: Sequence[nn.Module], names: Mapping[str, Any] | None) -> list[list[Block]]:
-    """The blocks of every chunk; of several chunks, the first and the last may hold nothing but
-    embeddings.
+    """Return the blocks of every chunk.
+
+    Of several chunks, the first and the last may hold nothing but embeddings.
     """
-    found: list[list[Block]] = []
+    blocks: list[list[Block]] = []
     unrecognised: ValueError | None = None
     for chunk in chunks:
         try:
-            found.append(find_blocks(chunk, names))
+            blocks.append(find_blocks(chunk, names))
         except ValueError as error:
             if names is not None:
                 raise
             unrecognised = unrecognised or error
-            found.append([])
-    if unrecognised is not None and not any(found):
+            blocks.append([])
+    if unrecognised is not None and not any(blocks):
         raise unrecognised
-    return found
+    return blocks
 
 
 def _plain_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The optimizers inside an engine's wrappers."""
-    found = []
-    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
-        while (
-            not isinstance(one, torch.optim.Optimizer)
-            and getattr(one, "optimizer", None) is not None
-        ):
-            one = one.optimizer
-        if isinstance(one, torch.optim.Optimizer):
-            found.append(one)
-    return found
+    """Return the optimizers inside an engine's wrappers."""
+    wrapped = getattr(optimizer, "chained_optimizers", [optimizer])
+    unwrapped = (_unwrapped(inner) for inner in wrapped)
+    return [inner for inner in unwrapped if isinstance(inner, torch.optim.Optimizer)]
 
 
-def _gather(mine: Any) -> list[Any] | None:
-    """What every rank has, on rank 0; None on the others."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return [mine]
-    everyone: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(mine, everyone)
-    return everyone
-
-
-def _joined(everyone: Sequence[Mapping[str, Found]]) -> dict[str, float]:
-    values: dict[str, list[float]] = {}
-    kinds: dict[str, str] = {}
-    for of_rank in everyone:
-        for tag, found in of_rank.items():
-            values.setdefault(tag, []).append(found.value)
-            kinds[tag] = found.kind
-    joined = {}
-    for tag, numbers in values.items():
-        if kinds[tag] == ONCE:
-            joined[tag] = numbers[0]
-        elif kinds[tag] == MEAN:
-            joined[tag] = sum(numbers) / len(numbers)
-        else:
-            joined[tag] = math.sqrt(sum(number * number for number in numbers))
-    return joined
+def _unwrapped(optimizer: Any) -> Any:
+    while not isinstance(optimizer, torch.optim.Optimizer):
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None:
+            break
+        optimizer = inner
+    return optimizer
 
 
 def _place(matrix: str) -> tuple[str, int | None]:
-    """A matrix's kind, and the number of the block it is in."""
+    """Return a matrix's kind, and the number of the block it is in."""
     inside = re.match(r"(?:.*?\.)?(\d+)\.(.+)", matrix)
     kind = inside[2] if inside else matrix
     return kind.replace(".weight", ""), int(inside[1]) if inside else None
 
 
 def _matrix_name(block: Block, role: str, known: Mapping[str, float]) -> str | None:
-    """The optimizer's name for W_q, W_k or W_v of a block."""
+    """Return the optimizer's name for W_q, W_k or W_v of a block."""
     weight = block.weights.get(role)
     if weight is None:
         return None
-    path = next(
-        (path for path, module in block.module.named_modules() if module is weight.owner), ""
-    )
-    prefix = (
-        re.sub(r"\d+$", str(block.number), block.name)
-        if hasattr(block.attention, "linear_qkv")
-        else block.name
-    )
+    modules = block.module.named_modules()
+    path = next((path for path, module in modules if module is weight.owner), "")
+    prefix = block.name
+    if hasattr(block.attention, "linear_qkv"):
+        prefix = re.sub(r"\d+$", str(block.number), prefix)
     whole = ".".join(part for part in (prefix, path, weight.attribute) if part)
-    names = (model_name(whole), whole)  # the second where the first would be another weight's, too
-    return next((name for one in names for name in (f"{one}[{role}]", one) if name in known), None)
+    short = model_name(whole)  # not the optimizer's where it would be another weight's, too
+    names = (f"{short}[{role}]", short, f"{whole}[{role}]", whole)
+    return next((name for name in names if name in known), None)
