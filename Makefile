@@ -83,6 +83,17 @@ megatron-%:
 		torch==$(lastword $(subst +, ,$*)) megatron-core==$(firstword $(subst +, ,$*)) -e ".[examples]"
 	OMP_NUM_THREADS=1 .venv-megatron-$*/bin/python -m pytest -q tests/engines/megatron tests/examples tests/patches
 
+# The pages, into out/docs; --strict: a link or an anchor that leads nowhere is an error.
+.PHONY: docs
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mkdocs build --strict --quiet
+	@echo "out/docs/index.html; its search needs a server: $(BIN)/python -m http.server -d out/docs"
+
+$(VENV)/.docs: setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e ".[docs]"
+	touch $@
+
 $(VENV)/.demo: setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e ".[demo]"

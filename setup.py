@@ -55,6 +55,12 @@ setup(
             "pyyaml>=6.0.3",  # from a recipe,
             "safetensors>=0.8",  # or reads a checkpoint
         ],
+        "docs": [
+            "mkdocs>=1.6,<2",  # builds docs/; 1.6 checks anchors, and the theme is for 1
+            "mkdocs-material>=9.7",  # the theme
+            "mkdocstrings[python]>=1.0",  # the API page, from the docstrings
+            "ruff>=0.17.6",  # breaks the lines of that page's signatures
+        ],
         "demo": ["deepspeed>=0.16.9"],  # `weyl-megatron demo` trains under ZeRO-2
         "dev": [
             "pytest>=9",  # runs the tests
