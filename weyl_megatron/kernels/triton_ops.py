@@ -79,23 +79,17 @@ def products(
     """
     unit = tl.program_id(0)
     tile = tiles + tl.load(units + unit * 4) * TILE
-    first, count, place = (
-        tl.load(units + unit * 4 + 1),
-        tl.load(units + unit * 4 + 2),
-        tl.load(units + unit * 4 + 3),
-    )
-    buffer, offset, cols, stride = (
-        tl.load(tile),
-        tl.load(tile + 1),
-        tl.load(tile + 3),
-        tl.load(tile + 4),
-    )
-    matrix, n, width, slot = (
-        tl.load(tile + 5),
-        tl.load(tile + 8),
-        tl.load(tile + 9),
-        tl.load(tile + 11),
-    )
+    first = tl.load(units + unit * 4 + 1)
+    count = tl.load(units + unit * 4 + 2)
+    place = tl.load(units + unit * 4 + 3)
+    buffer = tl.load(tile)
+    offset = tl.load(tile + 1)
+    cols = tl.load(tile + 3)
+    stride = tl.load(tile + 4)
+    matrix = tl.load(tile + 5)
+    n = tl.load(tile + 8)
+    width = tl.load(tile + 9)
+    slot = tl.load(tile + 11)
     counts = tl.load(tile + 12)
     hyper = hypers + buffer * HYPER
     is_there = (SOURCE == 0) | (tl.load(pointers + buffer * 4 + 2) != 0)
@@ -122,9 +116,8 @@ def products(
                     if SOURCE == 2:
                         grad = tl.load(_tensor(pointers, buffer, 1) + at, mask=inside, other=0.0)
                         exp_avg = tl.load(_tensor(pointers, buffer, 2) + at, mask=inside, other=0.0)
-                        exp_avg_sq = tl.load(
-                            _tensor(pointers, buffer, 3) + at, mask=inside, other=0.0
-                        )
+                        second = _tensor(pointers, buffer, 3) + at
+                        exp_avg_sq = tl.load(second, mask=inside, other=0.0)
                         exp_avg, exp_avg_sq = _moments(grad, exp_avg, exp_avg_sq, hyper)
                         tl.store(_tensor(pointers, buffer, 2) + at, exp_avg, mask=inside)
                         tl.store(_tensor(pointers, buffer, 3) + at, exp_avg_sq, mask=inside)
@@ -170,10 +163,8 @@ def products(
 def add_partials(shapes, spans, places, mask, partial, z, LENGTH: tl.constexpr):
     """Z and YᵀY of a matrix: what its units have summed, in their order."""
     matrix = tl.load(spans + tl.program_id(0) * 3)
-    start, stop = (
-        tl.load(spans + tl.program_id(0) * 3 + 1),
-        tl.load(spans + tl.program_id(0) * 3 + 2),
-    )
+    start = tl.load(spans + tl.program_id(0) * 3 + 1)
+    stop = tl.load(spans + tl.program_id(0) * 3 + 2)
     if tl.load(mask + matrix) != 0:
         shape = shapes + matrix * 5
         n, width = tl.load(shape + 2), tl.load(shape + 3)
@@ -205,12 +196,10 @@ def elementwise(
     unit = tl.program_id(0)
     tile = tiles + tl.load(units + unit * 4) * TILE
     first, count = tl.load(units + unit * 4 + 1), tl.load(units + unit * 4 + 2)
-    buffer, offset, cols, stride = (
-        tl.load(tile),
-        tl.load(tile + 1),
-        tl.load(tile + 3),
-        tl.load(tile + 4),
-    )
+    buffer = tl.load(tile)
+    offset = tl.load(tile + 1)
+    cols = tl.load(tile + 3)
+    stride = tl.load(tile + 4)
     matrix, width = tl.load(tile + 5), tl.load(tile + 9)
     hyper = hypers + buffer * HYPER
     is_rest = (matrix < 0) & (MODE == 0)
@@ -260,10 +249,8 @@ def add_sums(spans, mask, partial, sums, FIRST: tl.constexpr, LAST: tl.constexpr
     order.
     """
     matrix = tl.load(spans + tl.program_id(0) * 3)
-    start, stop = (
-        tl.load(spans + tl.program_id(0) * 3 + 1),
-        tl.load(spans + tl.program_id(0) * 3 + 2),
-    )
+    start = tl.load(spans + tl.program_id(0) * 3 + 1)
+    stop = tl.load(spans + tl.program_id(0) * 3 + 2)
     if tl.load(mask + matrix) != 0:
         column = tl.arange(0, 4)
         inside = (column >= FIRST) & (column < LAST)
@@ -378,10 +365,8 @@ def orthonormalize(
         ratio = _product(_product(to_y, gram_z), tl.trans(to_y))
         value = tl.sqrt(_largest(ratio, index))
         # NaN and infinity are not less than anything
-        finite = (
-            tl.sum(tl.sum(gram_y + gram_z, axis=1), axis=0)
-            - tl.sum(tl.sum(gram_y + gram_z, axis=1), axis=0)
-        ) == 0
+        total = tl.sum(tl.sum(gram_y + gram_z, axis=1), axis=0)
+        finite = total - total == 0
         value = tl.where(finite, value, float("nan"))
         tl.store(sigma + matrix, value)
 
