@@ -1,7 +1,10 @@
-"""What bounds a matrix that is 0 at the start: LoRA's B, or the output projections of a model that
-starts as identity.
+"""What bounds a matrix that is 0 at the start.
 
-    python -m benchmarks.adapters [regression text zeros methods] [--seeds 0 1 2]     about 20 minutes on one core
+LoRA's B is one, and the output projections of a model that starts as identity are.
+
+    python -m benchmarks.adapters [regression text zeros methods] [--seeds 0 1 2]
+
+It takes about 20 minutes on one core.
 
 Rule 1 takes τ σ₁(W) for the bound, which is 0 for W = 0. A row is what stands for σ₁(W), measured
 exactly; a column a rate, the mean final loss over the seeds under it. ``regression``: a frozen net
@@ -16,7 +19,8 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from math import cos, inf, pi, sqrt
 from statistics import mean
@@ -46,6 +50,9 @@ SHIFT, SHIFT_RANK = 2.1, 1
 
 #: What is 0 at the start of a GPT each of whose blocks is the identity then.
 ZEROS = ("o.weight", "proj.weight")
+
+#: The rates of the steps that a model is trained by before it is adapted.
+PRETRAINING = [3e-3 * min(1, step / 100) * (1 - step / 400) for step in range(400)]
 
 #: Makes a step at this rate.
 Step = Callable[[float], None]
@@ -81,9 +88,7 @@ def of_partner(matrix: Matrix) -> float:
 
 
 def of_product(matrix: Matrix) -> float:
-    """Return the σ₁ of which a share τ changes the product by a share τ of the frozen weight's
-    σ₁.
-    """
+    """Return the σ₁ of which a share τ changes the product by τ of the frozen weight's σ₁."""
     other = ALPHA / RANK * sigma(matrix.partner)
     return matrix.base / other if other > 0 else inf
 
@@ -113,10 +118,8 @@ SHARES = {
 }
 
 
-def adamw(model: nn.Module) -> Step:
-    """Return AdamW's step."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
+def stepped(optimizer: torch.optim.Optimizer) -> Step:
+    """Return an optimizer's step."""
 
     def step(rate: float) -> None:
         optimizer.param_groups[0]["lr"] = rate
@@ -124,6 +127,12 @@ def adamw(model: nn.Module) -> Step:
         optimizer.zero_grad()
 
     return step
+
+
+def adamw(model: nn.Module) -> Step:
+    """Return AdamW's step."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return stepped(torch.optim.AdamW(trained, weight_decay=0.0))
 
 
 def bounded(model: nn.Module, rule: Callable[[Matrix], float]) -> Step:
@@ -174,16 +183,10 @@ def train(step: Step, rule: str, loss: Callable[[], Tensor], rates: list[float])
     return losses
 
 
-class Layers(nn.Module):
-    """Two layers without bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(64, 128, bias=False), nn.Linear(128, 64, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down(F.gelu(self.up(x)))
-        return out
+def two_layers() -> nn.Sequential:
+    """Return two layers without bias."""
+    up, down = nn.Linear(64, 128, bias=False), nn.Linear(128, 64, bias=False)
+    return nn.Sequential(OrderedDict(up=up, gelu=nn.GELU(), down=down))
 
 
 def with_lora(model: nn.Module, task: str) -> nn.Module:
@@ -195,7 +198,7 @@ def with_lora(model: nn.Module, task: str) -> nn.Module:
 def regression(rule: str, rate: float, seed: int) -> float:
     """Return the mean loss of the last 10 of 300 steps at a constant rate."""
     torch.manual_seed(seed)
-    model = Layers()
+    model = two_layers()
     wanted = copy.deepcopy(model)
     for linear in (wanted.up, wanted.down):
         rows, cols = linear.weight.shape
@@ -221,13 +224,10 @@ def english() -> Tensor:
 
 @cache
 def pretrained(layers: int = 2) -> GPT:
-    """A GPT after 400 steps of AdamW, a quarter of them warmup, on the standard library's
-    sources.
-    """
+    """A GPT after 400 steps of AdamW, 100 of them warmup, on the standard library's sources."""
     torch.manual_seed(0)
     model, text = GPT(GPTConfig(layers=layers)), load_corpus().train
-    rates = [3e-3 * min(1, number / 100) * (1 - number / 400) for number in range(400)]
-    train(adamw(model), "", lambda: model(*batch(text)), rates)
+    train(adamw(model), "", lambda: model(*batch(text)), PRETRAINING)
     return model
 
 
@@ -260,17 +260,13 @@ def finetuning(rule: str, rate: float, seed: int) -> float:
 
 def rules_of(task: str) -> list[str]:
     """Return the rules that are tried on a task: of what has no partner, floors."""
-    return (
-        [rule for rule in RULES if RULES[rule] is None or rule in SHARES] + [OF_ZEROS]
-        if task == "zeros"
-        else [*RULES]
-    )
+    if task != "zeros":
+        return list(RULES)
+    return [rule for rule in RULES if RULES[rule] is None or rule in SHARES] + [OF_ZEROS]
 
 
 def zeros(rule: str, rate: float, seed: int) -> float:
-    """Return the validation loss after 300 steps from a start at which every block is the
-    identity.
-    """
+    """Return the validation loss after 300 steps from blocks that are the identity."""
     torch.manual_seed(seed)
     model = GPT(GPTConfig(layers=2))
     for name, p in model.named_parameters():
@@ -279,7 +275,8 @@ def zeros(rule: str, rate: float, seed: int) -> float:
     text, rates = load_corpus().train, cosine(rate, 300)
     if rule not in SHARES:
         return on_text(model, adamw(model), rule, rates, text)
-    optimizer, share = AdamW2(model.named_parameters(), weight_decay=0.0, tau=TAU), SHARES[rule]
+    optimizer = AdamW2(model.named_parameters(), weight_decay=0.0, tau=TAU)
+    share = SHARES[rule]
 
     def floor_and_tau(
         _: Thresholds, what: Parameter, rows: int, cols: int, tau: float
@@ -288,13 +285,8 @@ def zeros(rule: str, rate: float, seed: int) -> float:
         std = 1e-3 if is_low else share * xavier_std(rows, cols)
         return random_sigma(rows, cols, std), tau
 
-    def step(rate: float) -> None:
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
-
     with patch.object(Thresholds, "floor_and_tau", floor_and_tau):
-        return on_text(model, step, rule, rates, text)
+        return on_text(model, stepped(optimizer), rule, rates, text)
 
 
 TASKS = {
@@ -304,33 +296,26 @@ TASKS = {
 }
 
 
+#: What adapts GPT-2's layers, whose weights are (in, out).
+GPT2_LAYERS: dict[str, Any] = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
+
+
+def lora(**options: Any) -> peft.PeftConfig:
+    return LoraConfig(r=RANK, lora_alpha=ALPHA, **GPT2_LAYERS, **options)
+
+
+def prompt_tuning() -> peft.PeftConfig:
+    return peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8)
+
+
 #: PEFT's methods, with a rate at which AdamW does well here.
 METHODS: dict[str, tuple[Callable[[], peft.PeftConfig], float]] = {
-    "LoRA": (
-        lambda: LoraConfig(
-            r=RANK, lora_alpha=ALPHA, target_modules=GPT2_LAYERS, fan_in_fan_out=True
-        ),
-        1e-2,
-    ),
-    "DoRA": (
-        lambda: LoraConfig(
-            r=RANK, lora_alpha=ALPHA, target_modules=GPT2_LAYERS, fan_in_fan_out=True, use_dora=True
-        ),
-        1e-2,
-    ),
-    "VeRA": (lambda: peft.VeraConfig(r=64, target_modules=GPT2_LAYERS, fan_in_fan_out=True), 3e-2),
-    "IA³": (
-        lambda: peft.IA3Config(
-            target_modules=GPT2_LAYERS, feedforward_modules=["c_fc"], fan_in_fan_out=True
-        ),
-        3e-2,
-    ),
-    "prompt tuning": (
-        lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=8),
-        1e-1,
-    ),
+    "LoRA": (lora, 1e-2),
+    "DoRA": (lambda: lora(use_dora=True), 1e-2),
+    "VeRA": (lambda: peft.VeraConfig(r=64, **GPT2_LAYERS), 3e-2),
+    "IA³": (lambda: peft.IA3Config(feedforward_modules=["c_fc"], **GPT2_LAYERS), 3e-2),
+    "prompt tuning": (prompt_tuning, 1e-1),
 }
-GPT2_LAYERS = ["c_attn", "c_fc"]
 
 #: How adapters are stepped: AdamW, or AdamW2 with these options.
 WAYS: dict[str, dict[str, Any] | None] = {
@@ -349,9 +334,8 @@ class Logits(nn.Module):
         self.model = model
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=inputs).logits[
-            :, -inputs.shape[1] :
-        ]  # without a prompt's
+        logits: Tensor = self.model(input_ids=inputs).logits
+        logits = logits[:, -inputs.shape[1] :]  # without a prompt's
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
@@ -359,14 +343,21 @@ class Logits(nn.Module):
 def pretrained_gpt2() -> GPT2LMHeadModel:
     """GPT-2's architecture at the size of :func:`pretrained`, trained likewise."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 256, "n_positions": CONTEXT + 8, "n_embd": 64, "n_layer": 2, "n_head": 4}
     config = GPT2Config(
-        **sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0
+        vocab_size=256,
+        n_positions=CONTEXT + 8,
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     model, text = GPT2LMHeadModel(config), load_corpus().train
-    rates = [3e-3 * min(1, number / 100) * (1 - number / 400) for number in range(400)]
     net = Logits(model)
-    train(adamw(net), "", lambda: net(*batch(text)), rates)
+    train(adamw(net), "", lambda: net(*batch(text)), PRETRAINING)
     return model
 
 
@@ -379,26 +370,14 @@ def method(name: str, way: str, seed: int) -> float:
     if options is None:
         return on_text(net, adamw(net), "", cosine(rate, 200), english())
     optimizer = AdamW2(net.named_parameters(), weight_decay=0.0, model=net, **options)
-
-    def step(rate: float) -> None:
-        optimizer.param_groups[0]["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return on_text(net, step, "", cosine(rate, 200), english())
+    return on_text(net, stepped(optimizer), "", cosine(rate, 200), english())
 
 
-def print_methods(seeds: list[int]) -> None:
-    """Print a row for each method, a column for each way to step it."""
-    print("\n| method | " + " | ".join(WAYS) + " |\n| --- |" + " ---: |" * len(WAYS))
-    for name in METHODS:
-        cells = [mean(method(name, way, seed) for seed in seeds) for way in WAYS]
-        print(
-            f"| {name}, lr {METHODS[name][1]:g} | "
-            + " | ".join(f"{cell:.3f}" for cell in cells)
-            + " |",
-            flush=True,
-        )
+def print_table(names: list[str], rows: Iterable[tuple[str, list[float]]]) -> None:
+    """Print a table of losses, a row when it is there."""
+    print("\n| " + " | ".join(names) + " |\n| --- |" + " ---: |" * (len(names) - 1))
+    for name, losses in rows:
+        print(f"| {name} | " + " | ".join(f"{loss:.3f}" for loss in losses) + " |", flush=True)
 
 
 def main() -> None:
@@ -408,17 +387,25 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", default=[*TASKS, "methods"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args()
+    seeds = options.seeds
     torch.set_num_threads(1)
     for task in options.tasks:
         if task == "methods":
-            print_methods(options.seeds)
+            rows = (
+                (
+                    f"{name}, lr {rate:g}",
+                    [mean(method(name, way, s) for s in seeds) for way in WAYS],
+                )
+                for name, (_, rate) in METHODS.items()
+            )
+            print_table(["method", *WAYS], rows)
             continue
         run, rates = TASKS[task]
-        print(f"\n| {task} | " + " | ".join(f"lr {rate:g}" for rate in rates) + " |")
-        print("| --- |" + " ---: |" * len(rates))
-        for rule in rules_of(task):
-            cells = [mean(run(rule, rate, seed) for seed in options.seeds) for rate in rates]
-            print(f"| {rule} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |", flush=True)
+        rows = (
+            (rule, [mean(run(rule, rate, seed) for seed in seeds) for rate in rates])
+            for rule in rules_of(task)
+        )
+        print_table([task, *(f"lr {rate:g}" for rate in rates)], rows)
 
 
 if __name__ == "__main__":

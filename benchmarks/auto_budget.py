@@ -1,7 +1,8 @@
-"""What `tau="auto"` would be with other budgets, on the small GPT and ViT of examples/compare and a
-seed of its own.
+"""What ``tau="balanced"`` would be with other budgets.
 
-    python -m benchmarks.auto_budget [--depth 6] [--seeds 10]        about 5 minutes on one core
+On the small GPT and ViT of examples/compare and a seed of its own; about 5 minutes on one core.
+
+    python -m benchmarks.auto_budget [--depth 6] [--seeds 10]
 
 A column is a budget for the hidden matrices (rule.HIDDEN_BUDGET) and τ of embeddings, positions and
 head (rule.IO_TAU); the first is the one that is built in.
@@ -19,11 +20,8 @@ import torch
 from examples.compare.train import TASKS, Run, train
 from weyl_megatron import rule
 
-BUDGETS = [
-    (rule.HIDDEN_BUDGET, rule.IO_TAU),
-    *((budget, rule.IO_TAU) for budget in (0.07, 0.1, 0.3, 0.6)),
-    (rule.HIDDEN_BUDGET, 0.2),
-]
+BUDGETS = [(budget, rule.IO_TAU) for budget in (rule.HIDDEN_BUDGET, 0.07, 0.1, 0.3, 0.6)]
+BUDGETS.append((rule.HIDDEN_BUDGET, 0.2))
 
 
 def score(run: Run, budget: float, io_tau: float) -> float:
@@ -31,8 +29,8 @@ def score(run: Run, budget: float, io_tau: float) -> float:
     module = "weyl_megatron.thresholds"
     with patch(f"{module}.HIDDEN_BUDGET", budget), patch(f"{module}.IO_TAU", io_tau):
         result = train(run)
-    found = result[TASKS[run.task].score]
-    return float("nan") if found is None else float(found)
+    number = result[TASKS[run.task].score]
+    return float("nan") if number is None else float(number)
 
 
 def main() -> None:
@@ -47,19 +45,23 @@ def main() -> None:
     print("| | " + " | ".join(f"{budget:g}, io {io:g}" for budget, io in BUDGETS) + " |")
     print("| --- |" + " ---: |" * len(BUDGETS))
     for task, norm, lr in product(TASKS, ("post", "pre"), options.lrs):
-        cells = []
-        for budget, io_tau in BUDGETS:
-            runs = [
-                Run(
-                    task, options.depth, norm, "adamw2-auto", lr, seed, 0.95, TASKS[task].steps, 0.0
-                )
-                for seed in options.seeds
-            ]
-            cells.append(f"{mean(score(run, budget, io_tau) for run in runs):.3f}")
-        print(
-            f"| {task} {norm}-LN, lr {lr:g}, {TASKS[task].score} | {' | '.join(cells)} |",
-            flush=True,
-        )
+        runs = [
+            Run(
+                task=task,
+                depth=options.depth,
+                norm=norm,
+                method="adamw2-auto",
+                lr=lr,
+                seed=seed,
+                beta2=0.95,
+                steps=TASKS[task].steps,
+                warmup=0.0,
+            )
+            for seed in options.seeds
+        ]
+        means = [mean(score(run, budget, tau) for run in runs) for budget, tau in BUDGETS]
+        cells = " | ".join(f"{number:.3f}" for number in means)
+        print(f"| {task} {norm}-LN, lr {lr:g}, {TASKS[task].score} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

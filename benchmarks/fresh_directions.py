@@ -1,13 +1,14 @@
-"""How far σ₁(U) is underestimated where each step's gradient is a direction that the vectors do not
-know.
+"""How far σ₁(U) is underestimated where the vectors do not know each step's gradient.
 
-    python -m benchmarks.fresh_directions [--steps 60]        about a minute on one core
+    python -m benchmarks.fresh_directions [--steps 60]
+
+It takes about a minute on one core.
 
 The block of vectors knows the updates before. A gradient of rank one that is another in every step,
 or one that fills another column in every step (an embedding's token), is the worst that an update
 can bring: in training directions persist. Prints, per matrix and ``power_iters``, how far the
-estimate is below SVD's σ₁(U) and how large the step was against what Rule 1 allows, ‖ΔW‖₂ / (τ
-σ₁(W)): median, 95th percentile, largest.
+estimate is below SVD's σ₁(U) and how large the step was against what Rule 1 allows,
+‖ΔW‖₂ / (τ σ₁(W)): median, 95th percentile, largest.
 """
 
 from __future__ import annotations
@@ -85,15 +86,13 @@ def main() -> None:
     for case in CASES:
         for power_iters in (1, 2, 4, 8):
             below, moved = measure(case, power_iters, steps)
-            print(
-                f"| {case} | {power_iters} | {_quantiles(100 * below, 1)} | {_quantiles(moved, 3)} "
-                "|"
-            )
+            cells = f"{_quantiles(100 * below, 1)} | {_quantiles(moved, 3)}"
+            print(f"| {case} | {power_iters} | {cells} |")
 
 
 def _quantiles(values: Tensor, digits: int) -> str:
-    found = values.median(), values.quantile(0.95), values.max()
-    return " / ".join(f"{float(value):.{digits}f}" for value in found)
+    quantiles = values.median(), values.quantile(0.95), values.max()
+    return " / ".join(f"{float(value):.{digits}f}" for value in quantiles)
 
 
 if __name__ == "__main__":

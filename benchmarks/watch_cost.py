@@ -1,7 +1,8 @@
 """What watching costs: a training step that is measured beside one that is not.
 
-    python -m benchmarks.watch_cost                    GPT-2 124M, 1024 tokens a step, about 3 minutes on 2 cores
-    python -m benchmarks.watch_cost --device cuda
+    python -m benchmarks.watch_cost [--device cuda]
+
+GPT-2 124M, 1024 tokens a step; about 3 minutes on 2 cores.
 
 All twelve blocks, every quantity of docs/stability.md but sharpness, no sink but JSON lines. Steps
 with and without take turns; medians. What it costs at interval N is the difference over N steps.
@@ -18,7 +19,7 @@ import torch
 
 from examples.collapse.model import GPT, GPTConfig
 from weyl_megatron import AdamW2
-from weyl_megatron.watch.watch import Watch
+from weyl_megatron.watch import Watch
 
 
 def main() -> None:
@@ -32,32 +33,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--interval", type=int, default=100)
     options = parser.parse_args()
-    share = cost(
-        options.device,
-        options.layers,
-        options.width,
-        options.tokens,
-        options.rounds,
-        options.interval,
+    config = GPTConfig(
+        "pre",
+        vocabulary=50257,
+        context=options.tokens,
+        layers=options.layers,
+        heads=options.width // 64,
+        width=options.width,
     )
+    share = cost(config, options.device, options.rounds, options.interval)
     print(f"at interval {options.interval} watching takes {share:.2%} of the run's time")
 
 
-def cost(device: str, layers: int, width: int, tokens: int, rounds: int, interval: int) -> float:
+def cost(config: GPTConfig, device: str, rounds: int, interval: int) -> float:
     """Return the share of a run's time that watching takes."""
     torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(
-            "pre", vocabulary=50257, context=tokens, layers=layers, heads=width // 64, width=width
-        )
-    )
-    model.to(device)
+    model = GPT(config).to(device)
     optimizer = AdamW2(model.named_parameters(), lr=1e-3)
     times: dict[bool, list[float]] = {True: [], False: []}
     with tempfile.TemporaryDirectory() as folder:
         watch = Watch(model, optimizer, every=2, out=folder)
         for step in range(2 * rounds + 2):
-            x = torch.randint(50257, (1, tokens + 1), device=device)
+            x = torch.randint(config.vocabulary, (1, config.context + 1), device=device)
             began = time.perf_counter()
             loss = model(x[:, :-1], x[:, 1:])
             optimizer.zero_grad()
@@ -71,8 +68,8 @@ def cost(device: str, layers: int, width: int, tokens: int, rounds: int, interva
         watch.close()
     plain, measured = statistics.median(times[False]), statistics.median(times[True])
     print(
-        f"{device}, {layers} blocks of width {width}, {tokens} tokens: step {plain:.3f} s, "
-        f"measured {measured:.3f} s"
+        f"{device}, {config.layers} blocks of width {config.width}, {config.context} tokens: "
+        f"step {plain:.3f} s, measured {measured:.3f} s"
     )
     return (measured - plain) / (interval * plain)
 

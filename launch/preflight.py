@@ -52,14 +52,12 @@ def main() -> int:
     )
     options = parser.parse_args()
     nodes, rank = int(os.environ.get("NUM_NODES", 1)), int(os.environ.get("NODE_RANK", 0))
-    address, port = (
-        os.environ.get("MASTER_ADDR", "localhost"),
-        int(os.environ.get("MASTER_PORT", 29500)),
-    )
+    address = os.environ.get("MASTER_ADDR", "localhost")
+    port = int(os.environ.get("MASTER_PORT", 29500))
 
     warnings.simplefilter("ignore")  # what engines say at their import
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # else torch's import fails where only weyl_megatron's does
+    # Else torch's import fails where only weyl_megatron's does.
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     facts = look(options.engine)
     if options.local:
@@ -69,18 +67,14 @@ def main() -> int:
         try:
             listener = listen(port)
         except OSError:
-            failures = [
-                f"{facts['host']}: MASTER_PORT takes a free port, got {port}, which is in use"
-            ]
-            return report(failures, facts, rank)
-        meeting = threading.Thread(
-            target=meet, args=(listener, nodes, options.timeout), daemon=True
-        )
+            line = f"{facts['host']}: MASTER_PORT takes a free port, got {port}, which is in use"
+            return report([line], facts, rank)
+        hosts = (listener, nodes, options.timeout)
+        meeting = threading.Thread(target=meet, args=hosts, daemon=True)
         meeting.start()
     try:
-        failures = take_part(
-            facts, rank, nodes, "localhost" if rank == 0 else address, port, options.timeout
-        )
+        first = "localhost" if rank == 0 else address
+        failures = take_part(facts, rank, nodes, first, port, options.timeout)
     except (OSError, ValueError) as error:
         failures = [f"{facts['host']}: {error}"]
     if rank == 0:
@@ -90,13 +84,13 @@ def main() -> int:
 
 def report(failures: list[str], facts: Facts, rank: int) -> int:
     """Print what is wrong: all of it on the first host, its own on every other."""
-    mine = [line for line in failures if rank == 0 or line.startswith(f"{facts['host']}: ")]
-    if failures and not mine:
-        mine = [
+    own = [line for line in failures if rank == 0 or line.startswith(f"{facts['host']}: ")]
+    if failures and not own:
+        own = [
             f"{facts['host']}: stopped, because of {failures[0].split(':')[0]}; the host of "
             "NODE_RANK 0 says why"
         ]
-    for line in mine:
+    for line in own:
         print(f"preflight: {line}", file=sys.stderr, flush=True)
     return 1 if failures else 0
 
@@ -106,15 +100,9 @@ def report(failures: list[str], facts: Facts, rank: int) -> int:
 
 def look(engine: str | None) -> Facts:
     """What this host has, of which some must be the same everywhere."""
-    facts: Facts = {
-        "host": socket.gethostname(),
-        "errors": [],
-        "gpus": 0,
-        "backend": "gloo",
-        "versions": {},
-    }
-    versions: dict[str, str] = facts["versions"]
-    versions["Python"] = platform.python_version()
+    versions = {"Python": platform.python_version()}
+    facts: Facts = {"host": socket.gethostname(), "versions": versions, "errors": []}
+    facts |= {"gpus": 0, "backend": "gloo"}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
@@ -125,13 +113,11 @@ def look(engine: str | None) -> Facts:
             importlib.import_module(module)
         except Exception as error:  # whatever an import may raise
             line = " ".join(f"{type(error).__name__}: {error}".split())
-            facts["errors"].append(
-                f"{module} takes an installation in {sys.executable}, got {line}"
-            )
+            takes = f"{module} takes an installation in {sys.executable}"
+            facts["errors"].append(f"{takes}, got {line}")
     if "weyl_megatron" in sys.modules:
-        versions["weyl_megatron's source code"] = sources(
-            Path(sys.modules["weyl_megatron"].__file__ or "").parent
-        )
+        package = Path(sys.modules["weyl_megatron"].__file__ or "").parent
+        versions["weyl_megatron's source code"] = sources(package)
     if "torch" in sys.modules:
         import torch
 
@@ -139,23 +125,21 @@ def look(engine: str | None) -> Facts:
         if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
             facts["gpus"], facts["backend"] = torch.cuda.device_count(), "nccl"
             versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
-    facts["num_nodes"], facts["gpus_per_node"] = (
-        int(os.environ.get(name, 1)) for name in ("NUM_NODES", "GPUS_PER_NODE")
-    )
+    facts["num_nodes"] = int(os.environ.get("NUM_NODES", 1))
+    facts["gpus_per_node"] = int(os.environ.get("GPUS_PER_NODE", 1))
     interfaces = [name for _, name in socket.if_nameindex()]
     variable = "NCCL_SOCKET_IFNAME" if facts["backend"] == "nccl" else "GLOO_SOCKET_IFNAME"
     chosen = os.environ.get(variable, "")
     # NCCL takes beginnings of names, "=" for whole ones and "^" for all but these; gloo takes
     # names.
-    names = (
-        [] if chosen.startswith("^") else [name for name in chosen.lstrip("=").split(",") if name]
-    )
+    names = [name for name in chosen.lstrip("=").split(",") if name and chosen[0] != "^"]
     if names and not any(interface.startswith(name) for name in names for interface in interfaces):
-        facts["errors"].append(
-            f"{variable} takes an interface of {', '.join(interfaces)}, got {chosen}"
-        )
+        there = ", ".join(interfaces)
+        facts["errors"].append(f"{variable} takes an interface of {there}, got {chosen}")
     if not chosen and facts["backend"] == "gloo" and facts["num_nodes"] > 1:
-        own = resolve(facts["host"])
+        own = ""
+        with contextlib.suppress(OSError):
+            own = socket.gethostbyname(facts["host"])
         if own.startswith("127."):
             facts["errors"].append(
                 "GLOO_SOCKET_IFNAME takes the interface to the others where the host's own name "
@@ -173,45 +157,30 @@ def sources(package: Path) -> str:
     return digest.hexdigest()[:8]
 
 
-def resolve(host: str) -> str:
-    try:
-        return socket.gethostbyname(host)
-    except OSError:
-        return ""
-
-
 def broken(facts: Facts) -> list[str]:
     """What is wrong with one host by itself."""
     failures = list(facts["errors"])
     if facts["backend"] == "nccl" and facts["gpus"] < facts["gpus_per_node"]:
-        failures.append(
-            f"GPUS_PER_NODE takes at most the {facts['gpus']} GPUs there, got "
-            f"{facts['gpus_per_node']}"
-        )
+        takes = f"GPUS_PER_NODE takes at most the {facts['gpus']} GPUs there"
+        failures.append(f"{takes}, got {facts['gpus_per_node']}")
     return [f"{facts['host']}: {failure}" for failure in failures]
 
 
 def unequal(facts: list[Facts]) -> list[str]:
     """What is wrong with the hosts beside each other, the first of which is the measure."""
     first, *others = facts
+    names = {"num_nodes": "NUM_NODES", "gpus_per_node": "GPUS_PER_NODE", "backend": "the backend"}
     failures = []
     for other in others:
-        for key, name in (
-            ("num_nodes", "NUM_NODES"),
-            ("gpus_per_node", "GPUS_PER_NODE"),
-            ("backend", "the backend"),
-        ):
+        for key, name in names.items():
             if other[key] != first[key]:
-                failures.append(
-                    f"{other['host']}: {name} takes {first['host']}'s {first[key]}, got "
-                    f"{other[key]}"
-                )
+                takes = f"{other['host']}: {name} takes {first['host']}'s {first[key]}"
+                failures.append(f"{takes}, got {other[key]}")
         for name, version in first["versions"].items():
-            if other["versions"].get(name, version) != version:
-                failures.append(
-                    f"{other['host']}: {name} takes {first['host']}'s version {version}, got "
-                    f"{other['versions'][name]}"
-                )
+            got = other["versions"].get(name, version)
+            if got != version:
+                takes = f"{other['host']}: {name} takes {first['host']}'s version {version}"
+                failures.append(f"{takes}, got {got}")
     return failures
 
 
@@ -219,36 +188,29 @@ def unequal(facts: list[Facts]) -> list[str]:
 
 
 def listen(port: int) -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(
-            ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
-        )
-    return socket.create_server(("", port), backlog=1024)
+    if not socket.has_dualstack_ipv6():
+        return socket.create_server(("", port), backlog=1024)
+    family = socket.AF_INET6
+    return socket.create_server(("", port), family=family, dualstack_ipv6=True, backlog=1024)
 
 
 def meet(listener: socket.socket, nodes: int, timeout: float) -> None:
-    """Gather the hosts, compare them, have them reach each other, and tell all of them the
-    verdict.
-    """
+    """Gather the hosts, compare them, have them reach each other, and send all the verdict."""
     peers: dict[int, tuple[Link, Facts]] = {}
     try:
         with listener:
             failures = gather(listener, peers, nodes, timeout)
         facts_by_rank = [peers[rank][1] for rank in sorted(peers)]
-        failures = (
-            failures
-            or [line for facts in facts_by_rank for line in broken(facts)]
-            or unequal(facts_by_rank)
-        )
+        failures = failures or [line for facts in facts_by_rank for line in broken(facts)]
+        failures = failures or unequal(facts_by_rank)
         if not failures:
-            doors = [(facts["host"], facts["address"], facts["door"]) for facts in facts_by_rank]
-            failures = ask(peers, {"reach": doors}, (1 + nodes / 32) * CONNECT + PATIENCE)
+            ports = [(facts["host"], facts["address"], facts["port"]) for facts in facts_by_rank]
+            failures = ask(peers, {"reach": ports}, (1 + nodes / 32) * CONNECT + PATIENCE)
         if not failures:
             failures = ask(peers, {"reduce": facts_by_rank[0]["store"]}, REDUCE + PATIENCE)
     except Exception as error:  # the others wait for a verdict
-        failures = [
-            f"{socket.gethostname()}: the preflight takes answers of its own version, got {error!r}"
-        ]
+        takes = f"{socket.gethostname()}: the preflight takes answers of its own version"
+        failures = [f"{takes}, got {error!r}"]
     for link, _ in peers.values():
         link.say({"failures": failures})
 
@@ -300,9 +262,8 @@ def ask(peers: dict[int, tuple[Link, Facts]], question: Any, seconds: float) -> 
         try:
             failures += [f"{facts['host']}: {line}" for line in link.hear(seconds)]
         except (OSError, ValueError) as error:
-            failures.append(
-                f"{facts['host']}: its preflight takes at most {seconds:g} s, got {error}"
-            )
+            takes = f"{facts['host']}: its preflight takes at most {seconds:g} s"
+            failures.append(f"{takes}, got {error}")
     return failures
 
 
@@ -310,7 +271,7 @@ def ask(peers: dict[int, tuple[Link, Facts]], question: Any, seconds: float) -> 
 
 
 class Link:
-    """A connection that carries a line of JSON at a time."""
+    """A connection on which each message is a line of JSON."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
@@ -332,8 +293,8 @@ def take_part(
     facts: Facts, rank: int, nodes: int, address: str, port: int, timeout: float
 ) -> list[str]:
     """Answer the first host's questions until its verdict."""
-    door = listen(0)  # stays open for the other hosts to knock at
-    facts |= {"rank": rank, "door": door.getsockname()[1]}
+    listener = listen(0)  # stays open for the other hosts to connect to
+    facts |= {"rank": rank, "port": listener.getsockname()[1]}
     store = None
     if rank == 0 and not facts["errors"]:
         import torch.distributed as dist
@@ -363,9 +324,8 @@ def connect(address: str, port: int, timeout: float) -> Link:
             raise ValueError(f"{where}, a name that is not known here") from None
         except OSError as error:
             if time.monotonic() > end:
-                raise ValueError(
-                    f"{where}, which does not answer within {timeout:g} s ({error})"
-                ) from None
+                late = f"{where}, which does not answer within {timeout:g} s ({error})"
+                raise ValueError(late) from None
             time.sleep(0.2)
             continue
         try:
@@ -376,11 +336,11 @@ def connect(address: str, port: int, timeout: float) -> Link:
         raise ValueError(f"{where}, where something else answers")
 
 
-def reach(doors: list[tuple[str, str, int]], rank: int) -> list[str]:
+def reach(ports: list[tuple[str, str, int]], rank: int) -> list[str]:
     """Connect to every other host."""
 
-    def knock(door: tuple[str, str, int]) -> str | None:
-        host, address, port = door
+    def knock(other: tuple[str, str, int]) -> str | None:
+        host, address, port = other
         # The first host came to itself by localhost; the others know it as MASTER_ADDR.
         if address in ("127.0.0.1", "::1"):
             address = os.environ.get("MASTER_ADDR", "localhost")
@@ -390,7 +350,7 @@ def reach(doors: list[tuple[str, str, int]], rank: int) -> list[str]:
             return f"the others' ports take connections, got {error} from {host} ({address}:{port})"
         return None
 
-    others = [door for number, door in enumerate(doors) if number != rank]
+    others = [port for number, port in enumerate(ports) if number != rank]
     with concurrent.futures.ThreadPoolExecutor(32) as pool:
         return [line for line in pool.map(knock, others) if line]
 
@@ -405,26 +365,21 @@ def reduce(facts: Facts, rank: int, nodes: int, address: str, port: int) -> list
         import torch.distributed as dist
 
         try:
-            limit = datetime.timedelta(
-                seconds=2 * REDUCE
-            )  # NCCL's watchdog ends the process, which is to say why first
+            # NCCL's watchdog ends the process, which is to say why first.
+            limit = datetime.timedelta(seconds=2 * REDUCE)
             store = dist.TCPStore(address, port, timeout=limit)
-            dist.init_process_group(
-                backend, store=store, rank=rank, world_size=nodes, timeout=limit
-            )
-            one = torch.ones(1 << 16, device="cuda:0" if backend == "nccl" else "cpu")
-            dist.all_reduce(one)
-            if one[0].item() != nodes:
-                failures.append(
-                    f"{backend} takes a sum of {nodes} over all hosts, got {one[0].item()}"
-                )
+            world = {"rank": rank, "world_size": nodes}
+            dist.init_process_group(backend, store=store, **world, timeout=limit)
+            ones = torch.ones(1 << 16, device="cuda:0" if backend == "nccl" else "cpu")
+            dist.all_reduce(ones)
+            if (got := ones[0].item()) != nodes:
+                failures.append(f"{backend} takes a sum of {nodes} over all hosts, got {got}")
         except Exception as error:  # whatever a backend may raise
             line = " ".join(f"{type(error).__name__}: {error}".split())[:400]
             failures.append(f"{backend} takes a sum over all hosts, got {line}")
 
-    thread = threading.Thread(
-        target=work, daemon=True
-    )  # a start of NCCL that hangs cannot be stopped, only left
+    # A start of NCCL that hangs cannot be stopped, only left.
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(REDUCE)
     if thread.is_alive():

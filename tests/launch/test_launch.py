@@ -346,7 +346,7 @@ def facts(host: str, rank: int, **others: Any) -> dict[str, Any]:
         "backend": "nccl",
         "num_nodes": 2,
         "gpus_per_node": 8,
-        "door": 1,
+        "port": 1,
         "store": 2,
     }
     return {"host": host, "rank": rank, "versions": versions, **common, **others}
