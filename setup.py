@@ -58,7 +58,7 @@ setup(
         "docs": [
             "mkdocs>=1.6,<2",  # builds docs/; 1.6 checks anchors, and the theme is for 1
             "mkdocs-material>=9.7",  # the theme
-            "mkdocstrings[python]>=1.0",  # the API page, from the docstrings
+            "mkdocstrings[python]>=1.0.8",  # the API page, from the docstrings
             "ruff>=0.17.6",  # breaks the lines of that page's signatures
         ],
         "demo": ["deepspeed>=0.16.9"],  # `weyl-megatron demo` trains under ZeRO-2
