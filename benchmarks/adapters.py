@@ -20,7 +20,7 @@ import argparse
 import copy
 import importlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from math import cos, inf, pi, sqrt
 from statistics import mean
@@ -258,13 +258,6 @@ def finetuning(rule: str, rate: float, seed: int) -> float:
     return on_text(adapted, step_of(rule, adapted), rule, cosine(rate, 200), english())
 
 
-def rules_of(task: str) -> list[str]:
-    """Return the rules that are tried on a task: of what has no partner, floors."""
-    if task != "zeros":
-        return list(RULES)
-    return [rule for rule in RULES if RULES[rule] is None or rule in SHARES] + [OF_ZEROS]
-
-
 def zeros(rule: str, rate: float, seed: int) -> float:
     """Return the validation loss after 300 steps from blocks that are the identity."""
     torch.manual_seed(seed)
@@ -287,13 +280,6 @@ def zeros(rule: str, rate: float, seed: int) -> float:
 
     with patch.object(Thresholds, "floor_and_tau", floor_and_tau):
         return on_text(model, stepped(optimizer), rule, rates, text)
-
-
-TASKS = {
-    "regression": (regression, (1e-3, 1e-2, 1e-1)),
-    "text": (finetuning, (1e-3, 1e-2, 1e-1)),
-    "zeros": (zeros, (1e-3, 1e-2)),
-}
 
 
 #: What adapts GPT-2's layers, whose weights are (in, out).
@@ -373,39 +359,40 @@ def method(name: str, way: str, seed: int) -> float:
     return on_text(net, stepped(optimizer), "", cosine(rate, 200), english())
 
 
-def print_table(names: list[str], rows: Iterable[tuple[str, list[float]]]) -> None:
-    """Print a table of losses, a row when it is there."""
-    print("\n| " + " | ".join(names) + " |\n| --- |" + " ---: |" * (len(names) - 1))
-    for name, losses in rows:
-        print(f"| {name} | " + " | ".join(f"{loss:.3f}" for loss in losses) + " |", flush=True)
+#: What is run, with its columns: rates, or ways.
+TASKS: dict[str, tuple[Callable[[str, Any, int], float], Sequence[Any]]] = {
+    "regression": (regression, (1e-3, 1e-2, 1e-1)),
+    "text": (finetuning, (1e-3, 1e-2, 1e-1)),
+    "zeros": (zeros, (1e-3, 1e-2)),
+    "methods": (method, list(WAYS)),
+}
+
+
+def rules_of(task: str) -> list[str]:
+    """Return the rows of a task: methods, rules, or of what has no partner, floors."""
+    if task == "methods":
+        return list(METHODS)
+    if task != "zeros":
+        return list(RULES)
+    return [rule for rule in RULES if RULES[rule] is None or rule in SHARES] + [OF_ZEROS]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("tasks", nargs="*", default=[*TASKS, "methods"])
+    parser.add_argument("tasks", nargs="*", default=[*TASKS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args()
-    seeds = options.seeds
     torch.set_num_threads(1)
     for task in options.tasks:
-        if task == "methods":
-            rows = (
-                (
-                    f"{name}, lr {rate:g}",
-                    [mean(method(name, way, s) for s in seeds) for way in WAYS],
-                )
-                for name, (_, rate) in METHODS.items()
-            )
-            print_table(["method", *WAYS], rows)
-            continue
-        run, rates = TASKS[task]
-        rows = (
-            (rule, [mean(run(rule, rate, seed) for seed in seeds) for rate in rates])
-            for rule in rules_of(task)
-        )
-        print_table([task, *(f"lr {rate:g}" for rate in rates)], rows)
+        run, columns = TASKS[task]
+        names = [f"lr {name:g}" if isinstance(name, float) else name for name in columns]
+        print(f"\n| {task} | {' | '.join(names)} |\n| --- |" + " ---: |" * len(names))
+        for rule in rules_of(task):
+            means = [mean(run(rule, column, s) for s in options.seeds) for column in columns]
+            name = f"{rule}, lr {METHODS[rule][1]:g}" if task == "methods" else rule
+            print(f"| {name} | " + " | ".join(f"{loss:.3f}" for loss in means) + " |", flush=True)
 
 
 if __name__ == "__main__":
