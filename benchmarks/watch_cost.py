@@ -4,7 +4,7 @@
 
 GPT-2 124M, 1024 tokens a step; about 3 minutes on 2 cores.
 
-All twelve blocks, every quantity of docs/stability.md but sharpness, no sink but JSON lines. Steps
+All twelve blocks, every quantity of docs/watch.md but sharpness, no sink but JSON lines. Steps
 with and without take turns; medians. What it costs at interval N is the difference over N steps.
 """
 

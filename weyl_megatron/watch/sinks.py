@@ -30,7 +30,7 @@ class Sink(Protocol):
 class JsonLines:
     """``FOLDER/stability.jsonl``, one object a line; a resumed run goes on in the same file.
 
-    Beside the numbers it holds attention maps and warnings, as docs/stability.md says.
+    Beside the numbers it holds attention maps and warnings, as docs/watch.md says.
     """
 
     def __init__(self, folder: Path | str, header: Mapping[str, Any]) -> None:

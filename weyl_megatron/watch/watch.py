@@ -30,7 +30,7 @@ _LOGGER = logging.getLogger("weyl_megatron")
 class Watch:
     """Measures a model's blocks every ``every`` steps.
 
-    The tags and what they mean are in docs/stability.md.
+    The tags and what they mean are in docs/watch.md.
 
     Between measurements nothing is hooked and nothing costs. Collective: make it, and call
     :meth:`step`, on every rank.
