@@ -60,6 +60,7 @@ def records(run: Run, final: float) -> list[dict[str, Any]]:
         {
             "event": "start",
             "run": run.name,
+            "title": run.title,
             "steps": STEPS,
             "config": deepspeed_config(run, 2, bf16=False),
             "elapsed": 0,

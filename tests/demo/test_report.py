@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.demo.synthetic import STEPS, synthetic_results
+from tests.demo.synthetic import SHAPE, STEPS, synthetic_results
+from weyl_megatron.demo.model import GPT
 from weyl_megatron.demo.recipe import RUNS
-from weyl_megatron.demo.report import place, smooth, write_report
+from weyl_megatron.demo.report import KINDS, write_report
+from weyl_megatron.report.charts import smooth
+from weyl_megatron.report.runs import matrix_place
 
 EMPTY = {"meta", "line", "polyline", "polygon", "circle", "path", "link", "img", "br"}
 
@@ -64,9 +67,8 @@ def test_every_run_has_its_numbers_and_its_curves(page: Page) -> None:
     names = [value for name, value in page.attributes if name == "data-name"]
     for run, loss in zip(RUNS, ["3.150", "2.350", "2.410", "2.330"], strict=True):
         assert run.title in page.text and loss in page.text
-        assert names.count(run.title) == 2 + 2, (
-            "the loss twice, smooth and faint, and the entropy of two layers"
-        )
+        # The loss twice, smooth and faint, and the entropy of two layers.
+        assert names.count(run.title) == 2 + 2
 
 
 def test_every_matrix_has_its_rate_in_both_runs(page: Page) -> None:
@@ -95,9 +97,11 @@ def test_a_run_that_diverged_is_still_drawn(tmp_path: Path) -> None:
 
 
 def test_names_of_matrices() -> None:
-    assert place("h.3.attn.q.weight") == ("q", 3)
-    assert place("h.0.mlp.proj.weight") == ("proj", 0)
-    assert place("lm_head.weight") == ("lm_head", None)
+    assert matrix_place("h.3.attn.q.weight") == ("attn.q", 3)
+    assert matrix_place("h.0.mlp.proj.weight") == ("mlp.proj", 0)
+    assert matrix_place("lm_head.weight") == ("lm_head", None)
+    matrices = [name for name, weight in GPT(SHAPE).named_parameters() if weight.ndim == 2]
+    assert {matrix_place(name)[0] for name in matrices} == set(KINDS)
 
 
 def test_smoothing_keeps_constants_and_lengths() -> None:

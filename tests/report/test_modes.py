@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.browser import CHROMIUM, FLAGS
-from weyl_megatron.report import modes
-from weyl_megatron.report.modes import HEAD, TOKENS, run, simulate
+from weyl_megatron.report import simulation
+from weyl_megatron.report.modes import run
+from weyl_megatron.report.simulation import HEAD, TOKENS, simulate
 from weyl_megatron.watch.attention import Mode
 
 LOOK = """<script>
@@ -89,7 +90,7 @@ def test_the_command_prints_the_table(
 def test_another_mode_than_built_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(modes, "_SIGMA", 10.0)
+    monkeypatch.setattr(simulation, "SIGMA", 10.0)
     assert run(argparse.Namespace(out=tmp_path / "modes.html", seed=0)) == 1
 
 

@@ -511,6 +511,15 @@ def test_a_folder_of_the_demo_is_its_runs(tmp_path: Path) -> None:
     assert read.heads("entropy")[1, 1][0] == (1, 2.0) and read.matrices("lr")["h.0.attn.q.weight"]
 
 
+def test_a_run_of_the_demo_without_a_title_has_its_folders_name(tmp_path: Path) -> None:
+    synthetic_results(tmp_path)
+    log = tmp_path / "adamw2" / "log.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines()
+    first = {key: value for key, value in json.loads(lines[0]).items() if key != "title"}
+    log.write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n", encoding="utf-8")
+    assert read_run(tmp_path / "adamw2").title == "adamw2"
+
+
 def test_runs_of_one_title_are_told_apart(tmp_path: Path) -> None:
     names = ("x/a", "y/a", "b")
     html = html_of(

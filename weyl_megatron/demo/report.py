@@ -1,6 +1,4 @@
-"""The report: one HTML file with everything in it, readable without a network, in light and in dark
-mode.
-"""
+"""The report: what the demo's page shows, drawn by the library of all pages in `report/`."""
 
 from __future__ import annotations
 
@@ -13,63 +11,87 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from ..report.charts import Axis, Chart, Line, Rule, depth_color, smooth
-from .page import PAGE
-from .recipe import (
-    ADAMW2,
-    ADAMW2_AUTO,
-    ADAMW_ALONE,
-    ADAMW_WARMUP,
-    PEAK_LR,
-    RUNS,
-    warmup_steps,
-)
-from .results import Results, RunResult, claims, row
+from ..report.charts import Axis, Chart, Line, Rule, depth_color
+from ..report.curves import banded, rate_curves, run_color, trend
+from ..report.page import card, cell, figure, grid, legend, page, row, section, table, tile
+from .recipe import ADAMW2, ADAMW2_AUTO, ADAMW_ALONE, ADAMW_WARMUP, PEAK_LR, RUNS, warmup_steps
+from .results import Results, RunResult, cells, claims
 
-COLORS = {run.name: f"var(--{run.name})" for run in RUNS}
+COLORS = {
+    ADAMW_ALONE.name: run_color(0),
+    ADAMW_WARMUP.name: run_color(3),
+    ADAMW2.name: run_color(1),
+    ADAMW2_AUTO.name: run_color(2),
+}
+
+#: What a chart of rates is called, by the kind of matrix; in the order of the page.
 KINDS = {
-    "q": "query",
-    "k": "key",
-    "v": "value",
-    "o": "attention output",
-    "fc": "MLP in",
-    "proj": "MLP out",
+    "attn.q": "query",
+    "attn.k": "key",
+    "attn.v": "value",
+    "attn.o": "attention output",
+    "mlp.fc": "MLP in",
+    "mlp.proj": "MLP out",
     "wte": "token embedding",
     "wpe": "position embedding",
     "lm_head": "head",
 }
 
+_LOSS = (
+    "Training loss of the four runs, smoothed, the single steps faint behind. The numbers above "
+    "are mean losses on held-out files after the last step. The unigram entropy is the least loss "
+    "of a model that knows how often each byte occurs and ignores its context."
+)
+_RATES = (
+    "AdamW² bounds the rate of each matrix: α = min(schedule, τ σ₁(W) / σ₁(U)), where U is Adam's "
+    "update. A curve that runs below the dashed schedule is a matrix being clipped; where they "
+    "meet, the step is AdamW's."
+)
+_ENTROPY = (
+    "Mean over the heads of a layer, and the range between its heads, on fixed held-out text. At "
+    "the dotted line every query looks at all its visible keys alike: attention that stays there "
+    "has collapsed, and passes on nothing but an average. Layer 1 reads the raw embeddings, which "
+    "are too small for its scores to leave zero in any run."
+)
+_NUMBERS = "Of each run, on the held-out files after the last step."
+_CHANGE = (
+    "DeepSpeed's configuration of AdamW without warmup, and what AdamW² changes in it. The "
+    "training script is the same."
+)
+
 
 def write_report(results: Results, path: Path) -> None:
     """Writes the report of `results` to `path`."""
-    path.write_text(PAGE.substitute(sections(results)), encoding="utf-8")
+    title = "AdamW² without warmup: the demo"
+    text = page(title, "".join(parts(results)), heading=headline(results))
+    path.write_text(text, encoding="utf-8")
 
 
-def sections(results: Results) -> dict[str, str]:
-    """The values of the page's placeholders."""
-    layers = results.setting["model"]["layers"]
-    judged = claims(results)
-    return {
-        "headline": "AdamW² trains without warmup"
-        if all(claim.holds for claim in judged)
-        else "A claim is not met",
-        "takeaway": takeaway(results),
-        "tiles": "".join(tile(results, result) for result in results.runs.values()),
-        "claims": "".join(
-            f'<li class="{"met" if claim.holds else "unmet"}">{escape(claim.text)}</li>'
-            for claim in judged
-        ),
-        "legend": legend(),
-        "loss": loss_chart(results).svg(),
-        "rates_paper": rate_charts(results.runs[ADAMW2.name], layers),
-        "rates_auto": rate_charts(results.runs[ADAMW2_AUTO.name], layers),
-        "depths": depth_legend(layers),
-        "entropy": "".join(f"<figure>{chart.svg()}</figure>" for chart in entropy_charts(results)),
-        "rows": "".join(table_row(results, result) for result in results.runs.values()),
-        "unigram": f"{results.unigram_entropy:.3f}",
-        "change": change(results),
-        "facts": facts(results),
-    }
+def headline(results: Results) -> str:
+    """What the demo is there to show, if it does."""
+    holds = all(claim.holds for claim in claims(results))
+    return "AdamW² trains without warmup" if holds else "A claim is not met"
+
+
+def parts(results: Results) -> list[str]:
+    """The page from top to bottom."""
+    tiles = "".join(run_tile(results, result) for result in results.runs.values())
+    items = "".join(
+        f'<li class="{"met" if claim.holds else "unmet"}">{escape(claim.text)}</li>'
+        for claim in claims(results)
+    )
+    names = legend((run.title, COLORS[run.name]) for run in RUNS)
+    entropy = grid(3, (figure(chart.svg()) for chart in entropy_charts(results)))
+    settings = f"<div>{card(f'<pre>{change(results)}</pre>')}</div><dl>{facts(results)}</dl>"
+    return [
+        f'<p class="takeaway">{escape(takeaway(results))}</p>',
+        f'<div class="tiles">{tiles}</div><ul class="claims">{items}</ul>',
+        section("Loss", _LOSS, card(names + loss_chart(results).svg())),
+        section("The rate of every matrix", _RATES, rates(results)),
+        section("Attention entropy", _ENTROPY, names + entropy),
+        section("The numbers", _NUMBERS, numbers(results)),
+        section("The change", _CHANGE, f'<div class="grid of-2">{settings}</div>'),
+    ]
 
 
 def takeaway(results: Results) -> str:
@@ -85,49 +107,32 @@ def takeaway(results: Results) -> str:
     )
 
 
-def tile(results: Results, result: RunResult) -> str:
-    """A run's final number, large, and what there is to say about it."""
+def run_tile(results: Results, result: RunResult) -> str:
+    """A run's final number, and what there is to say about it."""
+    steps = results.setting["steps"]
     if result.clipped_share is not None:
         note = f"{result.clipped_share:.0%} of matrix-steps clipped"
     elif result.run.warmup:
-        note = (
-            f"warmup over {warmup_steps(results.setting['steps'])} of "
-            f"{results.setting['steps']} steps"
-        )
+        note = f"warmup over {warmup_steps(steps)} of {steps} steps"
     else:
         note = f"the unigram entropy is {results.unigram_entropy:.3f}"
-    return (
-        f'<div class="tile" style="--run:{COLORS[result.run.name]}"><b>{escape(result.run.title)}</b>'
-        f"<strong>{result.validation_loss:.3f}</strong><span>{note}</span></div>"
-    )
-
-
-def legend() -> str:
-    """The runs and their colours."""
-    return "".join(
-        f'<span style="--run:{COLORS[run.name]}">{escape(run.title)}</span>' for run in RUNS
-    )
+    color = COLORS[result.run.name]
+    return tile(color, result.run.title, f"{result.validation_loss:.3f}", note)
 
 
 def loss_chart(results: Results) -> Chart:
-    """Training loss of all runs, smoothed, with the final validation loss as the end point's
-    label.
-    """
+    """Training loss of all runs, smoothed, with their names at the ends."""
     steps = results.setting["steps"]
-    smooth_lines = [
-        loss_line(result, reach=max(1, steps // 20)) for result in results.runs.values()
-    ]
-    faint_lines = [
-        replace(loss_line(result), faint=True, width=0.75) for result in results.runs.values()
-    ]
+    lines = [line for result in results.runs.values() for line in loss_lines(result, steps)]
     finals = [result.validation_loss for result in results.runs.values()]
-    drawn = [results.unigram_entropy, *finals, *(loss for line in smooth_lines for loss in line.y)]
+    smoothed = (loss for line in lines if not line.faint for loss in line.y)
+    drawn = [results.unigram_entropy, *finals, *smoothed]
     lowest = min(loss for loss in drawn if math.isfinite(loss))
     return Chart(
         title="",
         x=Axis("step", 0, steps),
         y=Axis("training loss, nats per byte", lowest - 0.15, results.unigram_entropy + 0.7),
-        lines=[*faint_lines, *smooth_lines],
+        lines=sorted(lines, key=lambda line: not line.faint),
         rules=[Rule(results.unigram_entropy, "unigram entropy", at_end=True)],
         width=1080,
         height=420,
@@ -136,117 +141,100 @@ def loss_chart(results: Results) -> Chart:
     )
 
 
-def loss_line(result: RunResult, reach: int = 0) -> Line:
-    """One run's training loss, with a `reach` smoothed and labelled."""
-    losses = [record["loss"] for record in result.steps]
-    return Line(
-        name=result.run.title,
-        x=[record["step"] for record in result.steps],
-        y=smooth(losses, reach) if reach else losses,
-        color=COLORS[result.run.name],
-        label=result.run.title if reach else "",
-        width=2.25,
+def loss_lines(result: RunResult, steps: int) -> list[Line]:
+    """One run's training loss, smoothed; its name at the end, unless it diverged before that."""
+    title = result.run.title
+    lines = trend(title, result.losses, COLORS[result.run.name], reach=max(1, steps // 20))
+    if lines and lines[-1].x[-1] == steps:
+        lines[-1] = replace(lines[-1], label=title)
+    return lines
+
+
+def rates(results: Results) -> str:
+    """The rate of every matrix of both runs of AdamW²."""
+    layers = results.setting["model"]["layers"]
+    colors = ((layer_name(layer), depth_color(layer, layers)) for layer in range(layers))
+    return (
+        f"{legend(colors, 'schedule')}<h3>τ = 0.01: one threshold for all matrices</h3>"
+        f"{rate_charts(results.runs[ADAMW2.name], layers)}"
+        "<h3>τ = balanced: the hidden matrices share a budget, embeddings and head have their "
+        f"own</h3>{rate_charts(results.runs[ADAMW2_AUTO.name], layers)}"
     )
-
-
-def place(matrix: str) -> tuple[str, int | None]:
-    """A matrix's kind, and its layer where it is in one."""
-    inside = re.fullmatch(r"h\.(\d+)\.(?:attn|mlp)\.(\w+)\.weight", matrix)
-    return (inside[2], int(inside[1])) if inside else (matrix.removesuffix(".weight"), None)
 
 
 def rate_charts(result: RunResult, layers: int) -> str:
-    """The rate of every matrix of a run beside the schedule, one chart per kind."""
-    logged = [record for record in result.steps if record.get("alpha")]
-    steps = [record["step"] for record in logged]
-    schedule = Line(
-        "schedule", steps, [record["lr"] for record in logged], "var(--ink-3)", dashed=True, width=1
+    """The rates of a run beside the schedule, one chart per kind of matrix."""
+    kinds = rate_curves(
+        result.rates, result.schedule, layer_name, lambda layer: depth_color(layer, layers)
     )
-    lines = {kind: [schedule] for kind in KINDS}
-    for matrix in logged[0]["alpha"]:
-        kind, layer = place(matrix)
-        name, color = (
-            ("α", "var(--ink)")
-            if layer is None
-            else (f"layer {layer + 1}", depth_color(layer, layers))
-        )
-        lines[kind].append(
-            Line(name, steps, [record["alpha"][matrix] for record in logged], color, width=1.25)
-        )
     x = Axis("step", 0, len(result.steps))
     y = Axis("rate α, log scale", lowest_rate(result) * 0.8, PEAK_LR * 1.4, log=True)
     charts = (
-        Chart(title, x, y, lines[kind], width=350, height=190) for kind, title in KINDS.items()
+        Chart(title, x, y, kinds.get(kind, ()), width=350, height=190)
+        for kind, title in KINDS.items()
     )
-    return "".join(f"<figure>{chart.svg()}</figure>" for chart in charts)
+    return grid(3, (figure(chart.svg()) for chart in charts))
 
 
 def lowest_rate(result: RunResult) -> float:
     """The smallest rate that a matrix got."""
-    rates: list[float] = [
-        rate for record in result.steps for rate in record.get("alpha", {}).values()
-    ]
-    return min(rate for rate in rates if rate > 0)
+    rates = (rate for points in result.rates.values() for _, rate in points)
+    return min(rate for rate in rates if rate is not None and rate > 0)
 
 
-def depth_legend(layers: int) -> str:
-    """The layers and their colours."""
-    names = (
-        f'<span style="--run:{depth_color(layer, layers)}">layer {layer + 1}</span>'
-        for layer in range(layers)
-    )
-    return "".join(names) + '<span class="dashed">schedule</span>'
+def layer_name(layer: int) -> str:
+    """A layer, counted from 1."""
+    return f"layer {layer + 1}"
 
 
 def entropy_charts(results: Results) -> list[Chart]:
     """Attention entropy, one chart per layer: each run's mean over the heads and their range."""
     uniform = results.setting["uniform_entropy"]
-    layers = results.setting["model"]["layers"]
-    lowest = min(
-        min(map(min, record["entropy"]))
+    layers = range(results.setting["model"]["layers"])
+    heads = [
+        points
         for result in results.runs.values()
-        for record in snapshots(result)
-    )
+        for layer in layers
+        for points in result.entropy(layer)
+    ]
+    lowest = min(value for points in heads for _, value in points if value is not None)
+    y = Axis("attention entropy, nats", max(0.0, lowest - 0.1), uniform + 0.35)
     return [
         Chart(
-            title=f"layer {layer + 1}",
+            title=layer_name(layer),
             x=Axis("step", 0, results.setting["steps"]),
-            y=Axis("attention entropy, nats", max(0.0, lowest - 0.1), uniform + 0.35),
-            lines=[entropy_line(result, layer) for result in results.runs.values()],
+            y=y,
+            lines=[
+                line
+                for name, result in results.runs.items()
+                for line in banded(result.run.title, result.entropy(layer), COLORS[name])
+            ],
             rules=[Rule(uniform, "uniform")],
             width=350,
             height=210,
         )
-        for layer in range(layers)
+        for layer in layers
     ]
 
 
-def snapshots(result: RunResult) -> list[dict[str, list[list[float]]]]:
-    """The steps of a run that logged the attention entropy."""
-    return [record for record in result.steps if "entropy" in record]
-
-
-def entropy_line(result: RunResult, layer: int) -> Line:
-    """One run's attention entropy in one layer."""
-    heads = [record["entropy"][layer] for record in snapshots(result)]
-    return Line(
-        name=result.run.title,
-        x=[record["step"] for record in result.steps if "entropy" in record],
-        y=[sum(values) / len(values) for values in heads],
-        color=COLORS[result.run.name],
-        band=([min(values) for values in heads], [max(values) for values in heads]),
+def numbers(results: Results) -> str:
+    """The table of the runs."""
+    heads = (
+        "run",
+        "warmup steps",
+        "validation loss",
+        "against warmup",
+        "matrix-steps clipped",
+        "time",
     )
-
-
-def table_row(results: Results, result: RunResult) -> str:
-    """A run's row of the table."""
-    title, *numbers = row(results, result)
-    warmup = warmup_steps(results.setting["steps"]) if result.run.warmup else 0
-    cells = "".join(f"<td>{escape(cell)}</td>" for cell in [str(warmup), *numbers])
-    return (
-        f'<tr style="--run:{COLORS[result.run.name]}"><th '
-        f'scope="row">{escape(title)}</th>{cells}</tr>'
-    )
+    rows = []
+    for result in results.runs.values():
+        title, *values = cells(results, result)
+        warmup = warmup_steps(results.setting["steps"]) if result.run.warmup else 0
+        rows.append(row(COLORS[result.run.name], title, map(cell, [str(warmup), *values])))
+    unigram = f"<td>{results.unigram_entropy:.3f}</td>"
+    foot = f'<tr><th scope="row">unigram entropy</th><td></td>{unigram}{"<td></td>" * 3}</tr>'
+    return table(heads, rows, foot)
 
 
 def change(results: Results) -> str:
@@ -270,16 +258,26 @@ def facts(results: Results) -> str:
     setting = results.setting
     model, text, machine = setting["model"], setting["text"], setting["machine"]
     entries = {
-        "Model": f"byte-level GPT, post-LN, {model['layers']} layers, width {model['width']}, "
-        f"{model['heads']} heads, context {model['context']}, {model['parameters']:,} parameters, "
-        "no biases",
-        "Text": f"{text['files']} files of the Python {machine['python']} standard library (sha256 {text['digest']}…), "
-        f"{text['train_bytes']:,} bytes to train on and {text['validation_bytes']:,} held out",
-        "Training": f"{setting['steps']} steps of {setting['batch']} sequences, cosine from {PEAK_LR:g} to a tenth, "
-        f"no gradient clipping, seed {setting['seed']}; all runs start from the same weights and "
-        "see the same batches",
-        "Engine": f"DeepSpeed {machine['deepspeed']} ZeRO-2, {setting['ranks']} processes, {setting['precision']}, "
-        f"torch {machine['torch']}, weyl-megatron {machine['weyl-megatron']}",
+        "Model": (
+            f"byte-level GPT, post-LN, {model['layers']} layers, width {model['width']}, "
+            f"{model['heads']} heads, context {model['context']}, {model['parameters']:,} "
+            "parameters, no biases"
+        ),
+        "Text": (
+            f"{text['files']} files of the Python {machine['python']} standard library (sha256 "
+            f"{text['digest']}…), {text['train_bytes']:,} bytes to train on and "
+            f"{text['validation_bytes']:,} held out"
+        ),
+        "Training": (
+            f"{setting['steps']} steps of {setting['batch']} sequences, cosine from {PEAK_LR:g} to "
+            f"a tenth, no gradient clipping, seed {setting['seed']}; all runs start from the same "
+            "weights and see the same batches"
+        ),
+        "Engine": (
+            f"DeepSpeed {machine['deepspeed']} ZeRO-2, {setting['ranks']} processes, "
+            f"{setting['precision']}, torch {machine['torch']}, weyl-megatron "
+            f"{machine['weyl-megatron']}"
+        ),
         "Machine": f"{setting['device']}: {machine['processor']}, {machine['system']}",
     }
     return "".join(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..report.runs import Points
 from .recipe import ADAMW2, ADAMW2_AUTO, ADAMW_ALONE, ADAMW_WARMUP, RUNS, Run
 
 # How far above the warmup run the paper's τ may end, in nats per byte.
@@ -18,7 +19,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunResult:
-    """One finished run as its log tells it."""
+    """One finished run, as its log has it. A value that is no finite number is None in a curve."""
 
     run: Run
     config: dict[str, Any]
@@ -28,11 +29,36 @@ class RunResult:
 
     @property
     def clipped_share(self) -> float | None:
-        """The share of all (matrix, step) pairs that were clipped; None for an optimizer that does
-        not clip.
-        """
+        """The share of all (matrix, step) pairs that were clipped; None of AdamW's."""
         pairs = sum(record.get("matrices", 0) for record in self.steps)
         return sum(record.get("clipped", 0) for record in self.steps) / pairs if pairs else None
+
+    @property
+    def losses(self) -> Points:
+        """The training loss of every step, nats per byte."""
+        return [(record["step"], _finite(record["loss"])) for record in self.steps]
+
+    @property
+    def schedule(self) -> Points:
+        """The rate before the clip, at the steps that logged the rates."""
+        return [(record["step"], record["lr"]) for record in self.steps if record.get("alpha")]
+
+    @property
+    def rates(self) -> dict[str, Points]:
+        """The rate of every matrix."""
+        rates: dict[str, Points] = {}
+        for record in self.steps:
+            for matrix, rate in record.get("alpha", {}).items():
+                rates.setdefault(matrix, []).append((record["step"], _finite(rate)))
+        return rates
+
+    def entropy(self, layer: int) -> list[Points]:
+        """The attention entropy of each head of a layer, nats."""
+        heads: dict[int, Points] = {}
+        for record in self.steps:
+            for head, value in enumerate(record["entropy"][layer] if "entropy" in record else []):
+                heads.setdefault(head, []).append((record["step"], _finite(value)))
+        return list(heads.values())
 
 
 @dataclass(frozen=True)
@@ -63,9 +89,8 @@ class Claim:
 def load_results(out: Path) -> Results:
     """Reads what the worker left under `out`."""
     setting = json.loads((out / "setting.json").read_text(encoding="utf-8"))
-    return Results(
-        setting, {run.name: _load_run(run, out / run.name / "log.jsonl") for run in RUNS}
-    )
+    runs = {run.name: _load_run(run, out / run.name / "log.jsonl") for run in RUNS}
+    return Results(setting, runs)
 
 
 def _load_run(run: Run, log: Path) -> RunResult:
@@ -124,21 +149,17 @@ def summary(results: Results) -> dict[str, Any]:
 def table(results: Results) -> str:
     """The final numbers, aligned for a terminal."""
     head = ("", "validation loss", "against warmup", "clipped", "time")
-    rows = [head, *(row(results, result) for result in results.runs.values())]
+    rows = [head, *(cells(results, result) for result in results.runs.values())]
     rows.append(("unigram entropy", f"{results.unigram_entropy:.3f}", "", "", ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = (
-        [cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])] for cells in rows
-    )
-    lines = ["   ".join(cells).rstrip() for cells in aligned]
+    aligned = ([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])] for first, *rest in rows)
+    lines = ["   ".join(texts).rstrip() for texts in aligned]
     rule = "─" * (sum(widths) + 3 * (len(widths) - 1))
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
-def row(results: Results, result: RunResult) -> tuple[str, str, str, str, str]:
-    """One run's cells: title, validation loss, difference to the warmup run, share of clipped
-    rates, time.
-    """
+def cells(results: Results, result: RunResult) -> tuple[str, str, str, str, str]:
+    """A run's title, validation loss, difference to the warmup run, clipped share and time."""
     warmup = result.run is ADAMW_WARMUP
     share = result.clipped_share
     return (

@@ -1,7 +1,7 @@
 """The worker that torchrun starts on every rank: trains the runs one after another and logs them.
 
-`train` is what a user's own script would hold. It never names the optimizer: DeepSpeed finds it by
-the JSON.
+`train` is what a user's own script would hold. It never names the optimizer, which DeepSpeed finds
+by the name in the JSON.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def mean_over_ranks(value: Tensor) -> float:
 def validation_loss(engine: Any, batches: Batches) -> float:
     """The mean loss on the validation sequences, each rank doing its share of the chunks."""
     inputs, targets = (torch.split(part, VALIDATION_CHUNK) for part in batches.validation)
-    mine = range(dist.get_rank(), len(inputs), dist.get_world_size())
-    losses = [engine.module(inputs[chunk], targets[chunk]).float() for chunk in mine]
+    chunks = range(dist.get_rank(), len(inputs), dist.get_world_size())
+    losses = [engine.module(inputs[chunk], targets[chunk]).float() for chunk in chunks]
     total = torch.stack(losses).sum() if losses else torch.zeros((), device=batches.device)
     return mean_over_ranks(total) * dist.get_world_size() / len(inputs)
 
@@ -103,12 +103,11 @@ class Log:
         if self.out is not None:
             (self.out / run.name).mkdir(parents=True, exist_ok=True)
             self.file = (self.out / run.name / "log.jsonl").open("w", encoding="utf-8")
-            self._write("start", {"run": run.name, "steps": steps, "config": config})
+            facts = {"run": run.name, "title": run.title, "steps": steps, "config": config}
+            self._write("start", facts)
 
     def step(self, engine: Any, step: int, loss: float, lr: float, batches: Batches) -> None:
-        """Writes one step: loss, scheduled rate, how many matrices were clipped, and now and then
-        the details.
-        """
+        """Writes a step: loss, scheduled rate, clipped matrices, now and then the details."""
         if self.file is None:
             return
         stats = matrix_stats(engine)
@@ -138,7 +137,7 @@ class Log:
 
 
 def matrix_stats(engine: Any) -> Mapping[str, Any]:
-    """What the last step did to each matrix; nothing where the optimizer does not tell."""
+    """What the last step did to each matrix; nothing where the optimizer does not say."""
     stats: Mapping[str, Any] = getattr(engine.basic_optimizer, "stats", dict)()
     return stats
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 
 LABEL_GAP = 15.0  # pixels between the labels at the line ends
@@ -31,9 +31,7 @@ class Axis:
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self, wanted: int) -> list[tuple[float, str]]:
-        """Round values in the range with their labels, about `wanted`; on a logarithmic axis the
-        decades.
-        """
+        """About `wanted` round values in the range, and labels; on a log axis the decades."""
         if self.log:
             decades = range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
             return [(10.0**decade, f"10{_superscript(decade)}") for decade in decades]
@@ -45,8 +43,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Line:
-    """One curve; `band` is a range around it, `label` is written at its end, `faint` makes it a
-    background.
+    """One curve.
+
+    `band` is a range around it, `label` stands at its end, `faint` makes it a background.
     """
 
     name: str
@@ -59,11 +58,17 @@ class Line:
     width: float = 1.5
     band: tuple[Sequence[float], Sequence[float]] | None = None
 
+    def stroke(self) -> str:
+        """Its attributes: colour, width and dashes."""
+        dashes = ' stroke-dasharray="4 3"' if self.dashed else ""
+        return f'style="stroke:{self.color};stroke-width:{self.width}"{dashes}'
+
 
 @dataclass(frozen=True)
 class Rule:
-    """A horizontal reference line; its name stands above its right end, or with `at_end` among the
-    lines' labels.
+    """A horizontal reference line.
+
+    Its name stands above its right end, or with `at_end` among the lines' labels.
     """
 
     y: float
@@ -83,31 +88,30 @@ class Chart:
     width: int = 260
     height: int = 170
     right: int = 10
-    margins: tuple[int, int, int] = field(default=(34, 30, 42))  # top, bottom, left
+    margins: tuple[int, int, int] = (34, 30, 42)  # top, bottom, left
 
     def svg(self) -> str:
         """The chart as an `<svg>` element."""
         top, bottom, left = self.margins
         right, base = self.width - self.right, self.height - bottom
         inner = f'x="{left}" y="{top}" width="{right - left}" height="{base - top}"'
-        box = f'data-box="{left},{right},{top},{base}"'
-        x = f'data-x="{self.x.low:g},{self.x.high:g}"'
-        y = f'data-y="{self.y.low:g},{self.y.high:g},{"log" if self.y.log else "linear"}"'
-        return "".join(
-            [
-                f'<svg class="chart" viewBox="0 0 {self.width} {self.height}" role="img" ',
-                f'aria-label="{escape(self.title or self.y.label)}" {box} {x} {y}>',
-                self._frame(),
-                self._axes(),
-                *(self._rule(rule) for rule in self.rules),
-                f'<svg {inner} viewBox="{left} {top} {right - left} {base - top}">',
-                *(self._band(line) for line in self.lines),
-                *(self._line(line) for line in self.lines),
-                "</svg>",
-                self._end_labels(),
-                "</svg>",
-            ]
-        )
+        parts = [
+            f'<svg class="chart" viewBox="0 0 {self.width} {self.height}" role="img" ',
+            f'aria-label="{escape(self.title or self.y.label)}" ',
+            f'data-box="{left},{right},{top},{base}" data-along="{escape(self.x.label)}" ',
+            f'data-x="{self.x.low:g},{self.x.high:g}" ',
+            f'data-y="{self.y.low:g},{self.y.high:g},{"log" if self.y.log else "linear"}">',
+            self._frame(),
+            self._axes(),
+            *(self._rule(rule) for rule in self.rules),
+            f'<svg {inner} viewBox="{left} {top} {right - left} {base - top}">',
+            *(self._band(line) for line in self.lines),
+            *(self._line(line) for line in self.lines),
+            "</svg>",
+            self._end_labels(),
+            "</svg>",
+        ]
+        return "".join(parts)
 
     def _px(self, value: float) -> float:
         left = self.margins[2]
@@ -119,11 +123,11 @@ class Chart:
 
     def _frame(self) -> str:
         top, _, left = self.margins
+        end = f'x="{self.width - self.right}" y="{self.height - 3}" text-anchor="end"'
         return (
             f'<text class="title" x="{left}" y="13">{escape(self.title)}</text>'
             f'<text class="unit" x="{left}" y="{top - 7}">{escape(self.y.label)}</text>'
-            f'<text class="unit" x="{self.width - self.right}" y="{self.height - 3}" text-anchor="end">'
-            f"{escape(self.x.label)}</text>"
+            f'<text class="unit" {end}>{escape(self.x.label)}</text>'
         )
 
     def _axes(self) -> str:
@@ -137,9 +141,8 @@ class Chart:
             parts.append(f"{tick}{text}</text>")
         for value, text in self.x.ticks(max(2, (right - left) // 70)):
             x = self._px(value)
-            parts.append(
-                f'<text class="tick" x="{x:.1f}" y="{base + 14}" text-anchor="middle">{text}</text>'
-            )
+            tick = f'<text class="tick" x="{x:.1f}" y="{base + 14}" text-anchor="middle">'
+            parts.append(f"{tick}{text}</text>")
         parts.append(f'<line class="axis" x1="{left}" x2="{right}" y1="{base}" y2="{base}"/>')
         return "".join(parts)
 
@@ -148,26 +151,23 @@ class Chart:
         line = f'<line class="rule" x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
         if rule.at_end:
             return line
-        text = (
-            f'<text class="tick" x="{right}" y="{y - 5:.1f}" '
-            f'text-anchor="end">{escape(rule.label)}</text>'
-        )
-        return line + text
+        place = f'x="{right}" y="{y - 5:.1f}" text-anchor="end"'
+        return f'{line}<text class="tick" {place}>{escape(rule.label)}</text>'
 
     def _band(self, line: Line) -> str:
         if line.band is None:
             return ""
         low, high = line.band
-        edge = [*zip(line.x, high, strict=True), *reversed(list(zip(line.x, low, strict=True)))]
-        return f'<polygon points="{self._points(edge)}" style="fill:{line.color}" class="band"/>'
+        upper = list(zip(line.x, high, strict=True))
+        lower = list(zip(line.x, low, strict=True))
+        points = self._points([*upper, *reversed(lower)])
+        return f'<polygon points="{points}" style="fill:{line.color}" class="band"/>'
 
     def _line(self, line: Line) -> str:
-        dash = ' stroke-dasharray="4 3"' if line.dashed else ""
         faint = ' class="faint"' if line.faint else ""
         points = self._points(list(zip(line.x, line.y, strict=True)))
         return (
-            f'<polyline data-name="{escape(line.name)}" points="{points}" '
-            f'style="stroke:{line.color};stroke-width:{line.width}"{dash}{faint}/>'
+            f'<polyline data-name="{escape(line.name)}" points="{points}" {line.stroke()}{faint}/>'
         )
 
     def _points(self, pairs: Sequence[tuple[float, float]]) -> str:
@@ -186,16 +186,13 @@ class Chart:
             style = f' style="fill:{color}"' if color else ""
             dot = f'<circle cx="{x}" cy="{y:.1f}" r="3.5"{style}/>' if color else ""
             parts.append(f'{dot}<path class="lead" d="M{x + 5} {y:.1f}L{x + 14} {place:.1f}"/>')
-            parts.append(
-                f'<text class="end" x="{x + 18}" y="{place + 4:.1f}"{style}>{escape(label)}</text>'
-            )
+            text = f'<text class="end" x="{x + 18}" y="{place + 4:.1f}"{style}>'
+            parts.append(f"{text}{escape(label)}</text>")
         return "".join(parts)
 
 
 def spread(places: Sequence[float], gap: float) -> list[float]:
-    """Moves ascending `places` apart to `gap` or more, each group of close ones about its own
-    centre.
-    """
+    """Ascending `places`, moved apart to `gap` or more: close ones about their common centre."""
     groups: list[tuple[list[float], float]] = []
     for place in places:
         groups.append(([place], place))
@@ -226,9 +223,7 @@ def _superscript(number: int) -> str:
 
 
 def smooth(values: Sequence[float], reach: int) -> list[float]:
-    """The mean of each value and its neighbours less than `reach` away, the nearer the heavier (a
-    Hann window).
-    """
+    """The mean of each value and its neighbours less than `reach` away, in a Hann window."""
     weights = {offset: 1 + math.cos(math.pi * offset / reach) for offset in range(1 - reach, reach)}
     means = []
     for index in range(len(values)):
@@ -243,8 +238,6 @@ def smooth(values: Sequence[float], reach: int) -> list[float]:
 
 
 def depth_color(layer: int, layers: int) -> str:
-    """A layer's colour, from blue (first) to orange (last), readable on light and on dark
-    ground.
-    """
+    """A layer's colour from blue (first) to orange (last), for light and for dark ground."""
     fraction = layer / max(1, layers - 1)
     return f"hsl({235 + 160 * fraction:.0f} 68% {57 - 5 * fraction:.0f}%)"

@@ -1,19 +1,17 @@
-"""The curves of a report: what all charts of a page have in common, their axes, colours and
-names.
-"""
+"""Curves of what was logged: their axes, gaps, colours and names, the same on all pages."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
 
-from .charts import Axis, Chart, Line, Rule, depth_color
+from .charts import Axis, Chart, Line, Rule, depth_color, smooth
 from .page import figure_of_run, legend
-from .runs import Points, Run, evenly, stretches, thin
+from .runs import Points, Run, evenly, matrix_place, stretches, thin
 
 Place = TypeVar("Place", bound=Hashable)
 
@@ -31,13 +29,10 @@ class Range(Axis):
             ticks = super().ticks(max(3, wanted))
             return [(value, text if len(text) < 7 else f"{value:g}") for value, text in ticks]
         first, last = math.floor(math.log10(self.low)), math.ceil(math.log10(self.high))
-        every, factors = (
-            max(1, math.ceil((last - first) / (wanted + 3))),
-            (1, 2, 5) if last - first < 3 else (1,),
-        )
-        values = (
-            factor * 10.0**decade for decade in range(first, last + 1, every) for factor in factors
-        )
+        every = max(1, math.ceil((last - first) / (wanted + 3)))
+        factors = (1, 2, 5) if last - first < 3 else (1,)
+        decades = range(first, last + 1, every)
+        values = (factor * 10.0**decade for decade in decades for factor in factors)
         return [(value, f"{value:g}") for value in values if self.low <= value <= self.high]
 
 
@@ -68,7 +63,7 @@ class Shown:
         return len(self.runs) if len(self.runs) <= 4 else 3
 
     def color(self, each: Run) -> str:
-        return f"var(--run-{self.runs.index(each) % _COLORS})"
+        return run_color(self.runs.index(each))
 
     def block_color(self, block: int) -> str:
         return depth_color(min(block, self.depth - 1), self.depth)
@@ -78,7 +73,7 @@ class Shown:
 
     def block_legend(self, more: str = "") -> str:
         named = evenly(range(self.depth), _LEGEND)
-        return legend(((f"block {block}", self.block_color(block)) for block in named), more)
+        return legend(((block_name(block), self.block_color(block)) for block in named), more)
 
     def chart(
         self,
@@ -89,23 +84,25 @@ class Shown:
         height: int,
         rules: Sequence[Rule] = (),
     ) -> str:
-        return Chart(
-            title, Range("step", 0, max(1, self.steps[-1])), y, lines, rules, width, height
-        ).svg()
+        x = Range("step", 0, max(1, self.steps[-1]))
+        return Chart(title, x, y, lines, rules, width, height).svg()
 
     def of_run(self, each: Run, body: str, is_named: bool = False, attributes: str = "") -> str:
         return figure_of_run(self.color(each), each.title if is_named else "", body, attributes)
 
 
+def run_color(number: int) -> str:
+    """The colour of a page's run."""
+    return f"var(--run-{number % _COLORS})"
+
+
 def axis(
     label: str, series: Iterable[Points], log: bool | None = None, roof: float = math.inf
 ) -> Axis:
-    """A range around all numbers below `roof`; logarithmic as `log` says, or where they span
-    much.
-    """
-    found = [value for points in series for _, value in points if value is not None]
-    low, high = min(found, default=0.0), min(max(found, default=1.0), roof)
-    positive = [value for value in found if value > 0]
+    """A range around all numbers below `roof`; with `log` None logarithmic where they span much."""
+    numbers = [value for points in series for _, value in points if value is not None]
+    low, high = min(numbers, default=0.0), min(max(numbers, default=1.0), roof)
+    positive = [value for value in numbers if value > 0]
     if log or (log is None and low > 0 and high / low > 30):
         low, high = min(positive, default=0.1), max(positive, default=1.0)
         return Range(label, max(low, high * 1e-12) / 1.25, high * 1.25, log=True)
@@ -120,6 +117,7 @@ def curves(
     color: Callable[[Place], str],
     width: float = 1.25,
 ) -> list[Line]:
+    """The curves of several places."""
     return [
         line
         for place, points in series.items()
@@ -131,15 +129,73 @@ def curve(
     name: str, points: Points, color: str, width: float = 1.25, dashed: bool = False
 ) -> list[Line]:
     """A curve: a line for each stretch between gaps; one that is a point is drawn as a dot."""
-    found = []
+    lines = []
     for stretch in stretches(thin(points, POINTS)):
-        steps, values = zip(*(stretch if len(stretch) > 1 else stretch * 2), strict=True)
-        found.append(
-            Line(
-                name, steps, values, color, dashed=dashed, width=width if len(stretch) > 1 else 3.5
-            )
+        is_dot = len(stretch) == 1
+        steps, values = zip(*(stretch * 2 if is_dot else stretch), strict=True)
+        lines.append(
+            Line(name, steps, values, color, dashed=dashed, width=3.5 if is_dot else width)
         )
-    return found
+    return lines
+
+
+def trend(name: str, points: Points, color: str, reach: int, width: float = 2.25) -> list[Line]:
+    """A curve that is smoothed over `reach` points to either side, the single ones faint behind."""
+    smoothed: Points = []
+    for stretch in stretches(points):
+        values = smooth([value for _, value in stretch], reach)
+        smoothed.append((stretch[0][0] - 1, None))
+        smoothed += zip((step for step, _ in stretch), values, strict=True)
+    behind = [replace(line, faint=True, width=0.75) for line in curve(name, points, color)]
+    return [*behind, *curve(name, smoothed, color, width)]
+
+
+def banded(name: str, heads: Iterable[Points], color: str) -> list[Line]:
+    """The mean of several heads, and their range as a band."""
+    of_step: dict[int, list[float]] = {}
+    for points in heads:
+        for step, value in points:
+            of_step.setdefault(step, []).extend([] if value is None else [value])
+    means: Points = [
+        (step, sum(values) / len(values) if values else None)
+        for step, values in sorted(of_step.items())
+    ]
+    lines = []
+    for stretch in stretches(means):
+        mean_of = dict(stretch)
+        steps = evenly(list(mean_of), POINTS)
+        band = ([min(of_step[step]) for step in steps], [max(of_step[step]) for step in steps])
+        drawn = curve(name, [(step, mean_of[step]) for step in steps], color)
+        lines += [replace(line, band=band) for line in drawn] if len(steps) > 1 else drawn
+    return lines
+
+
+def rate_curves(
+    rates: Mapping[str, Points],
+    schedule: Points,
+    name: Callable[[int], str],
+    color: Callable[[int], str],
+) -> dict[str, list[Line]]:
+    """The rates of the matrices of each kind, over the dashed schedule.
+
+    Args:
+        rates: by matrix.
+        schedule: the rate before the clip.
+        name: of a block.
+        color: of a block.
+    """
+    over = curve("schedule", schedule, "var(--ink-3)", 1.0, dashed=True)
+    kinds: dict[str, list[Line]] = {}
+    for matrix, points in rates.items():
+        kind, block = matrix_place(matrix)
+        plain = "α" if block is None else name(block)
+        lines = kinds.setdefault(kind, list(over))
+        lines += curve(
+            matrix if "*" in kind else plain,
+            points,
+            "var(--ink)" if block is None else color(block),
+        )
+    return kinds
 
 
 def block_name(block: int) -> str:

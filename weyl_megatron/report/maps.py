@@ -1,6 +1,4 @@
-"""The canvases of a report: heat maps of heads over steps, attention maps, and their frames for the
-scrubber.
-"""
+"""The canvases of a report: heat maps of heads over steps, attention maps and their frames."""
 
 from __future__ import annotations
 
@@ -8,15 +6,17 @@ import base64
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .curves import POINTS, Shown, head_name
+from .curves import POINTS, Shown, block_name, head_name
 from .page import grid, legend
 from .runs import Points, Run, evenly, pooled
 
 MODES = ("normal", "benign", "malignant", "uniform")
 _SIDES = {64: 20, 32: 6, 16: 0}  # rows and columns of a map on the page, if so many steps fit
+_CANVAS = '<canvas class="map" width="1" height="1"></canvas>'
 
 
 def modes(shown: Shown) -> str:
+    """Each head's mode over the steps."""
     if not any(each.heads("mode") for each in shown.runs):
         return ""
     names = ((name, f"var(--mode-{mode})") for mode, name in enumerate(MODES))
@@ -42,13 +42,18 @@ def _heat(series: Mapping[tuple[int, int], Points], name: str, scale: float) -> 
         block: (blocks.index(block) + blocks.count(block) / 2) / len(blocks) for block in numbers
     }
     labels = "".join(
-        f'<span style="top:{100 * at:.1f}%">block {block}</span>' for block, at in middles.items()
+        f'<span style="top:{100 * at:.1f}%">{block_name(block)}</span>'
+        for block, at in middles.items()
     )
+    canvas = (
+        f'<canvas data-kind="{name}" data-scale="{scale:g}" '
+        f'data-steps="{",".join(map(str, steps))}" data-heads="{"|".join(map(head_name, series))}" '
+        f'data-levels="{_base64(levels)}"></canvas>'
+    )
+    ends = f'<div class="steps"><span>step {steps[0]}</span><span>{steps[-1]}</span></div>'
     return (
-        f'<div class="heat" style="grid-template-rows:{height}px auto"><div class="rows">{labels}</div>'
-        f'<canvas data-kind="{name}" data-steps="{",".join(map(str, steps))}" data-scale="{scale:g}" '
-        f'data-heads="{"|".join(map(head_name, series))}" data-levels="{_base64(levels)}"></canvas>'
-        f'<div class="steps"><span>step {steps[0]}</span><span>{steps[-1]}</span></div></div>'
+        f'<div class="heat" style="grid-template-rows:{height}px auto">'
+        f'<div class="rows">{labels}</div>{canvas}{ends}</div>'
     )
 
 
@@ -62,40 +67,45 @@ def _level(value: float | None, scale: float, is_mode: bool) -> int:
 
 
 def attention_maps(shown: Shown) -> str:
+    """The scrubber, each run's chosen head large, and all heads small."""
     runs = [each for each in shown.runs if each.maps]
-    canvas = '<canvas class="map" width="1" height="1"></canvas>'
-    big, small = [], []
+    if not runs:
+        return ""
+    large, small = [], []
     for number, each in enumerate(runs):
-        big.append(
-            shown.of_run(
-                each, f'<div class="big" id="big-{number}">{canvas}<p></p></div>', is_named=True
-            )
-        )
-        cells = _map_places(each)
-        heads = sorted({head for _, head in cells})
-        parts = [
-            "<span></span>",
-            *(f"<span>{head if len(heads) > 6 else f'head {head}'}</span>" for head in heads),
-        ]
-        for block in sorted({block for block, _ in cells}):
-            parts.append(f"<span>block {block}</span>")
-            for place in ((block, head) for head in heads):
-                at = cells.index(place) if place in cells else None
-                button = (
-                    f'<button type="button" data-cell="{at}" '
-                    f'aria-label="{head_name(place)}">{canvas}</button>'
-                )
-                parts.append("<span></span>" if at is None else button)
-        template = f"grid-template-columns:auto repeat({len(heads)},minmax(0,1fr))"
-        body = f'<div class="small" id="small-{number}" style="{template}">{"".join(parts)}</div>'
-        small.append(shown.of_run(each, body))
-    last = len(_map_steps(shown)[0]) - 1
-    scrubber = (
-        '<div class="scrubber"><button id="play" type="button">▶ play</button><input id="step" type="range" min="0" '
-        f'max="{last}" value="{last}" aria-label="step of the maps"><output id="at" for="step"></output></div>'
-    )
+        body = f'<div class="big" id="big-{number}">{_CANVAS}<p></p></div>'
+        large.append(shown.of_run(each, body, is_named=True))
+        small.append(shown.of_run(each, _small_maps(each, number)))
     columns = len(runs) if len(runs) <= 4 else 3
-    return scrubber + grid(columns, big) + grid(columns, small) if runs else ""
+    return _scrubber(len(_map_steps(shown)[0])) + grid(columns, large) + grid(columns, small)
+
+
+def _scrubber(steps: int) -> str:
+    span = f'min="0" max="{steps - 1}" value="{steps - 1}"'
+    return (
+        '<div class="scrubber"><button id="play" type="button">▶ play</button>'
+        f'<input id="step" type="range" {span} aria-label="step of the maps">'
+        '<output id="at" for="step"></output></div>'
+    )
+
+
+def _small_maps(each: Run, number: int) -> str:
+    """A run's maps as buttons: a row a block, a column a head."""
+    cells = _map_places(each)
+    heads = sorted({head for _, head in cells})
+    names = (f"{head}" if len(heads) > 6 else f"head {head}" for head in heads)
+    parts = ["<span></span>", *(f"<span>{name}</span>" for name in names)]
+    for block in sorted({block for block, _ in cells}):
+        parts.append(f"<span>{block_name(block)}</span>")
+        for place in ((block, head) for head in heads):
+            at = cells.index(place) if place in cells else None
+            button = (
+                f'<button type="button" data-cell="{at}" '
+                f'aria-label="{head_name(place)}">{_CANVAS}</button>'
+            )
+            parts.append("<span></span>" if at is None else button)
+    template = f"grid-template-columns:auto repeat({len(heads)},minmax(0,1fr))"
+    return f'<div class="small" id="small-{number}" style="{template}">{"".join(parts)}</div>'
 
 
 def _map_places(each: Run) -> list[tuple[int, int]]:
@@ -103,14 +113,12 @@ def _map_places(each: Run) -> list[tuple[int, int]]:
 
 
 def _map_steps(shown: Shown) -> tuple[list[int], int]:
-    """The steps that the scrubber has, and the rows and columns of a map, so that all of them
-    fit.
-    """
+    """The steps of the scrubber, and the rows and columns of a map, so that all of them fit."""
     logged = sorted({kept.step for each in shown.runs for kept in each.maps})
     sizes = {
-        (number, m.block, m.head): (m.rows, m.cols)
+        (number, kept.block, kept.head): (kept.rows, kept.cols)
         for number, each in enumerate(shown.runs)
-        for m in each.maps
+        for kept in each.maps
     }
     for side, least in _SIDES.items():
         of_a_step = sum(min(rows, side) * min(cols, side) for rows, cols in sizes.values())
@@ -132,20 +140,20 @@ def frames(shown: Shown) -> dict[str, Any]:
 
 
 def _cells(each: Run, steps: Sequence[int], side: int) -> list[dict[str, Any]]:
-    told = {name: each.heads(name) for name in ("entropy", "map_rank", "mode")}
+    logged = {name: each.heads(name) for name in ("entropy", "map_rank", "mode")}
     cells = []
     for place in _map_places(each):
         here = {kept.step: kept for kept in each.maps if (kept.block, kept.head) == place}
-        facts = {name: dict(series.get(place, [])) for name, series in told.items()}
+        facts = {name: dict(series.get(place, [])) for name, series in logged.items()}
         newest = [max((at for at in here if at <= step), default=-1) for step in steps]
         used = sorted(set(newest) - {-1})
         drawn = []
         for step in used:
             small = pooled(here[step], side)
-            numbers = {name: values.get(step) for name, values in facts.items()}
-            numbers["mode"] = numbers["mode"] if numbers["mode"] in range(len(MODES)) else None
-            size = {"step": step, "rows": small.rows, "cols": small.cols}
-            drawn.append({**size, **numbers, "levels": _base64(small.levels)})
+            frame: dict[str, Any] = {"step": step, "rows": small.rows, "cols": small.cols}
+            frame |= {name: values.get(step) for name, values in facts.items()}
+            frame["mode"] = frame["mode"] if frame["mode"] in range(len(MODES)) else None
+            drawn.append({**frame, "levels": _base64(small.levels)})
         at = [used.index(step) if step in used else -1 for step in newest]
         cells.append({"block": place[0], "head": place[1], "at": at, "frames": drawn})
     return cells

@@ -1,21 +1,31 @@
-"""The panels of a report that are charts and tables: each is HTML, empty where no run has what it
-shows.
-"""
+"""The panels of a report that are charts and tables: HTML, empty where no run has its data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from itertools import chain
 from typing import Any
 
-from .charts import Axis, Chart, Line, Rule, smooth
-from .curves import POINTS, Range, Shown, axis, block_name, curve, curves, cut, head_name
+from .charts import Axis, Chart, Line, Rule
+from .curves import (
+    Range,
+    Shown,
+    axis,
+    banded,
+    block_name,
+    curve,
+    curves,
+    cut,
+    head_name,
+    rate_curves,
+    trend,
+)
 from .maps import MODES, heats
 from .page import cell, figure, grid, legend, row, table
-from .runs import Points, Run, evenly, matrix_place, stretches
+from .runs import Points, Run
 
 _SMOOTHED_FROM = 100  # points of a loss
 _WARNINGS = 200  # rows of the table
@@ -37,6 +47,7 @@ _SHARPNESS = {
 
 
 def summary(shown: Shown) -> str:
+    """A row a run."""
     heads = (
         "run",
         "last loss",
@@ -44,44 +55,39 @@ def summary(shown: Shown) -> str:
         "worst head's SEC",
         "largest σ₁(W_qᵀW_k)",
         "heads by mode",
+        "warnings",
     )
-    return table((*heads, "warnings"), (_summary_row(shown, each) for each in shown.runs))
+    return table(heads, (_summary_row(shown, each) for each in shown.runs))
 
 
 def _summary_row(shown: Shown, each: Run) -> str:
-    losses, validation, uniform = (
-        each.series.get("loss"),
-        each.last("validation_loss"),
-        each.uniform_entropy,
-    )
-    said = (
-        f"validation {validation:.4g}"
-        if validation is not None
-        else f"step {losses[-1][0]}"
-        if losses
-        else ""
-    )
-    last = losses[-1][1] if losses else None
     entropies = [points[-1][1] for points in each.heads("entropy").values()]
     finite = [value for value in entropies if value is not None]
+    uniform = f"uniform {each.uniform_entropy:.2f}" if each.uniform_entropy else ""
     sigma: Mapping[Any, Points] = each.heads("sigma_qk") or {
         (block, None): points for block, points in each.blocks("sigma_qk").items()
     }
+    first = f"first at step {each.warnings[0].step}" if each.warnings else ""
     cells = [
-        cell("–" if not losses else "not finite" if last is None else f"{last:.4g}", said),
-        cell(
-            f"{sum(finite) / len(finite):.2f}" if finite else "–",
-            f"uniform {uniform:.2f}" if uniform else "",
-        ),
+        _last_loss(each),
+        cell(f"{sum(finite) / len(finite):.2f}" if finite else "–", uniform),
         _largest({place: points[-1:] for place, points in each.heads("sec").items()}),
         _largest(sigma),
         f"<td>{_mode_counts(each)}</td>",
-        cell(
-            str(len(each.warnings)),
-            f"first at step {each.warnings[0].step}" if each.warnings else "",
-        ),
+        cell(str(len(each.warnings)), first),
     ]
     return row(shown.color(each), each.title, cells)
+
+
+def _last_loss(each: Run) -> str:
+    losses, validation = each.series.get("loss"), each.last("validation_loss")
+    said = f"step {losses[-1][0]}" if losses else ""
+    if validation is not None:
+        said = f"validation {validation:.4g}"
+    if not losses:
+        return cell("–", said)
+    last = losses[-1][1]
+    return cell("not finite" if last is None else f"{last:.4g}", said)
 
 
 def _largest(series: Mapping[Any, Points]) -> str:
@@ -93,10 +99,9 @@ def _largest(series: Mapping[Any, Points]) -> str:
     ]
     if not values:
         return cell("–")
-    value, step, (block, head) = max(values, key=lambda found: found[0])
-    return cell(
-        f"{value:.4g}", f"block {block}{'' if head is None else f', head {head}'}, step {step}"
-    )
+    value, step, (block, head) = max(values, key=lambda point: point[0])
+    where = block_name(block) if head is None else head_name((block, head))
+    return cell(f"{value:.4g}", f"{where}, step {step}")
 
 
 def _mode_counts(each: Run) -> str:
@@ -110,6 +115,7 @@ def _mode_counts(each: Run) -> str:
 
 
 def loss(shown: Shown) -> str:
+    """All runs' losses in one chart."""
     runs = [each for each in shown.runs if "loss" in each.series]
     if not runs:
         return ""
@@ -123,57 +129,41 @@ def loss(shown: Shown) -> str:
 
 
 def _loss_lines(each: Run, color: str, x: Axis, y: Axis) -> list[Line]:
-    """A run's loss, the single steps faint behind where there are many; its name at the end if that
-    is at the edge.
-    """
+    """A run's loss, smoothed where it has many points; its name at the end if that is in sight."""
     points = each.series["loss"]
-    lines = curve(each.title, points, color, 2.0)
-    behind: list[Line] = []
     if len(points) >= _SMOOTHED_FROM:
-        behind = [replace(line, faint=True, width=0.75) for line in lines]
-        smoothed: Points = []
-        for stretch in stretches(points):
-            values = smooth([value for _, value in stretch], len(points) // 20)
-            smoothed += [
-                (stretch[0][0] - 1, None),
-                *zip((step for step, _ in stretch), values, strict=True),
-            ]
-        lines = curve(each.title, smoothed, color, 2.25)
+        lines = trend(each.title, points, color, reach=len(points) // 20)
+    else:
+        lines = curve(each.title, points, color, 2.0)
     if lines and x.fraction(lines[-1].x[-1]) > 0.98 and 0 <= y.fraction(lines[-1].y[-1]) <= 1:
         lines[-1] = replace(lines[-1], label=cut(each.title, 26))
-    return [*behind, *lines]
+    return lines
 
 
 def rates(shown: Shown) -> str:
+    """For each run a chart of every kind of matrix."""
     runs = [each for each in shown.runs if each.matrices("lr")]
-    found = (
+    drawn = (
         points
         for each in runs
         for points in [*each.matrices("lr").values(), each.series.get("lr", [])]
     )
-    y = axis("rate α, log scale", found, log=True)
+    y = axis("rate α, log scale", drawn, log=True)
     parts = []
     for each in runs:
-        kinds: dict[str, list[Line]] = {}
-        for matrix, points in each.matrices("lr").items():
-            kind, block = matrix_place(matrix)
-            color = "var(--ink)" if block is None else shown.block_color(block)
-            name = matrix if "*" in kind else "α" if block is None else f"block {block}"
-            kinds.setdefault(kind, []).extend(curve(name, points, color))
-        schedule = curve("schedule", each.series.get("lr", []), "var(--ink-3)", 1.0, dashed=True)
-        charts = (
-            shown.chart(cut(kind, 48), y, [*schedule, *kinds[kind]], 347, 180) for kind in kinds
-        )
+        schedule = each.series.get("lr", [])
+        kinds = rate_curves(each.matrices("lr"), schedule, block_name, shown.block_color)
+        charts = (shown.chart(cut(kind, 48), y, lines, 347, 180) for kind, lines in kinds.items())
         parts.append(f"<h3>{escape(each.title)}</h3>{grid(3, map(figure, charts))}")
-    return (
-        shown.block_legend('<span class="dashed">schedule</span>') + "".join(parts) if parts else ""
-    )
+    return shown.block_legend("schedule") + "".join(parts) if parts else ""
 
 
 def clipped(shown: Shown) -> str:
+    """For each run the share of clipped matrices, by kind and by block."""
     runs = [each for each in shown.runs if each.shares() or each.block_shares()]
     kinds = list(dict.fromkeys(kind for each in runs for kind in each.shares()))
-    colors = {kind: f"hsl({360 * at / len(kinds):.0f} 60% 52%)" for at, kind in enumerate(kinds)}
+    hues = {kind: 360 * at / len(kinds) for at, kind in enumerate(kinds)}
+    colors = {kind: f"hsl({hue:.0f} 60% 52%)" for kind, hue in hues.items()}
     y = Range("share of clipped matrices", 0, 1.02)
     parts = []
     for each in runs:
@@ -192,16 +182,20 @@ def terms(shown: Shown) -> str:
     charts = (
         _of_blocks(shown, tag, each, [tag], columns) for tag in present for each in shown.runs
     )
-    return shown.legend() + shown.block_legend() + grid(columns, charts) if present else ""
+    return _legends(shown) + grid(columns, charts) if present else ""
+
+
+def _legends(shown: Shown) -> str:
+    return shown.legend() + shown.block_legend()
 
 
 def similarity(shown: Shown) -> str:
-    if not any(each.blocks("similarity") for each in shown.runs):
+    """A chart a run."""
+    tag = "similarity"
+    if not any(each.blocks(tag) for each in shown.runs):
         return ""
-    charts = (
-        _of_blocks(shown, "similarity", each, ["similarity"], shown.columns) for each in shown.runs
-    )
-    return shown.legend() + shown.block_legend() + grid(shown.columns, charts)
+    charts = (_of_blocks(shown, tag, each, [tag], shown.columns) for each in shown.runs)
+    return _legends(shown) + grid(shown.columns, charts)
 
 
 def gradients(shown: Shown) -> str:
@@ -210,121 +204,101 @@ def gradients(shown: Shown) -> str:
     charts = (
         _of_blocks(shown, tag, each, list(_GRADIENTS), 3) for each in runs for tag in _GRADIENTS
     )
-    return shown.legend() + shown.block_legend() + grid(3, charts) if runs else ""
+    return _legends(shown) + grid(3, charts) if runs else ""
 
 
 def _of_blocks(shown: Shown, tag: str, each: Run, ranged: Sequence[str], columns: int) -> str:
-    """A run's chart of a term, a curve for every block, in the range of all runs' terms
-    `ranged`.
-    """
+    """A run's chart of a term, a curve for every block, in the range of all runs' `ranged`."""
     y = axis(
         "",
-        (points for other in shown.runs for one in ranged for points in other.blocks(one).values()),
+        (
+            points
+            for other in shown.runs
+            for term in ranged
+            for points in other.blocks(term).values()
+        ),
     )
     lines = curves(each.blocks(tag), block_name, shown.block_color)
     title = {**_TERMS, **_GRADIENTS}.get(tag, tag)
-    return shown.of_run(
-        each, shown.chart(title, y, lines, _WIDTHS[columns], 170), attributes=f' data-term="{tag}"'
-    )
+    chart = shown.chart(title, y, lines, _WIDTHS[columns], 170)
+    return shown.of_run(each, chart, attributes=f' data-term="{tag}"')
 
 
 def energy(shown: Shown) -> str:
+    """A curve a head: SEC and the effective rank of W_qᵀW_k."""
     figures = []
     for name, title in _ENERGY.items():
         if not any(each.heads(name) for each in shown.runs):
             continue
-        y = axis(
-            "", (points for each in shown.runs for points in each.heads(name).values()), log=False
-        )
+        drawn = (points for each in shown.runs for points in each.heads(name).values())
+        y = axis("", drawn, log=False)
         for each in shown.runs:
             largest = f"(d, {each.header['sec']})" if name == "sec" and "sec" in each.header else ""
-            lines = curves(
-                each.heads(name), head_name, lambda head: shown.block_color(head[0]), 1.0
-            )
+            lines = curves(each.heads(name), head_name, lambda at: shown.block_color(at[0]), 1.0)
             chart = shown.chart(cut(title + largest, 32), y, lines, _WIDTHS[shown.columns], 230)
             figures.append(shown.of_run(each, chart))
-    return shown.legend() + shown.block_legend() + grid(shown.columns, figures) if figures else ""
+    return _legends(shown) + grid(shown.columns, figures) if figures else ""
 
 
 def entropy(shown: Shown) -> str:
+    """Every head as a heat map, then for each block the mean of its heads and their range."""
     runs = [each for each in shown.runs if each.heads("entropy")]
     if not runs:
         return ""
-    uniform = sorted({told for each in runs if (told := round(each.uniform_entropy or 0.0, 3)) > 0})
-    found = (points for each in runs for points in each.heads("entropy").values())
-    y = axis(
-        "attention entropy, nats",
-        chain(found, ([(0, value * 1.08)] for value in uniform)),
-        log=False,
-    )
+    rounded = {round(each.uniform_entropy or 0.0, 3) for each in runs}
+    uniform = sorted(value for value in rounded if value > 0)
+    drawn = (points for each in runs for points in each.heads("entropy").values())
+    rooms: Iterable[Points] = ([(0, value * 1.08)] for value in uniform)  # for the rules' names
+    y = axis("attention entropy, nats", chain(drawn, rooms), log=False)
     scale = uniform[-1] if uniform else max(y.high, 1e-3)
-    ramp = (
-        f'<p>0<span class="ramp"></span>{scale:.3g} '
-        f"nats{', uniform attention' if uniform else ''}</p>"
-    )
+    end = "nats, uniform attention" if uniform else "nats"
+    ramp = f'<p>0<span class="ramp"></span>{scale:.3g} {end}</p>'
     rules = [Rule(value, "uniform") for value in uniform]
     charts = []
     for block in sorted({block for each in runs for block, _ in each.heads("entropy")}):
-        lines = [line for each in runs for line in _banded(each, block, shown.color(each))]
+        lines = [line for each in runs for line in _of_block(each, block, shown.color(each))]
         charts.append(figure(shown.chart(block_name(block), y, lines, 347, 190, rules)))
     return ramp + heats(shown, "entropy", scale) + shown.legend() + grid(3, charts)
 
 
-def _banded(each: Run, block: int, color: str) -> list[Line]:
-    """The mean of a block's heads, and their range."""
-    of_step: dict[int, list[float]] = {}
-    for (number, _), points in each.heads("entropy").items():
-        for step, value in points if number == block else []:
-            of_step.setdefault(step, []).extend([] if value is None else [value])
-    means: Points = [(step, sum(v) / len(v) if v else None) for step, v in sorted(of_step.items())]
-    lines = []
-    for stretch in stretches(means):
-        steps = evenly([step for step, _ in stretch], POINTS)
-        band = ([min(of_step[step]) for step in steps], [max(of_step[step]) for step in steps])
-        drawn = curve(each.title, [(step, dict(stretch)[step]) for step in steps], color)
-        lines += [replace(line, band=band) for line in drawn] if len(steps) > 1 else drawn
-    return lines
+def _of_block(each: Run, block: int, color: str) -> list[Line]:
+    """A run's entropy in a block."""
+    series = each.heads("entropy")
+    return banded(each.title, (points for at, points in series.items() if at[0] == block), color)
 
 
 def sharpness(shown: Shown) -> str:
+    """The Hessian's largest eigenvalue, plain and preconditioned."""
     charts = []
     for tag, title in _SHARPNESS.items():
-        tags = (tag, "sharpness_threshold") if tag == "sharpness_adam" else (tag,)
+        has_threshold = tag == "sharpness_adam"
+        tags = (tag, "sharpness_threshold") if has_threshold else (tag,)
         runs = [each for each in shown.runs if each.series.get(tag)]
         if not runs:
             continue
-        y = axis("", (each.series.get(one, []) for each in runs for one in tags))
-        lines = [
-            line
-            for each in runs
-            for line in curve(each.title, each.series[tag], shown.color(each), 2.0)
-        ]
-        for each in runs if len(tags) > 1 else []:
+        y = axis("", (each.series.get(name, []) for each in runs for name in tags))
+        lines: list[Line] = []
+        for each in runs:
+            lines += curve(each.title, each.series[tag], shown.color(each), 2.0)
+        for each in runs if has_threshold else []:
             threshold = each.series.get("sharpness_threshold", [])
             lines += curve(f"threshold, {each.title}", threshold, shown.color(each), dashed=True)
         charts.append(figure(shown.chart(title, y, lines, 530, 230)))
     if not charts:
         return ""
-    dashed = '<span class="dashed">threshold (2 + 2β₁) / ((1 − β₁) η)</span>'
-    return legend(((each.title, shown.color(each)) for each in shown.runs), dashed) + grid(
-        2, charts
-    )
+    colors = ((each.title, shown.color(each)) for each in shown.runs)
+    return legend(colors, "threshold (2 + 2β₁) / ((1 − β₁) η)") + grid(2, charts)
 
 
 def warnings(shown: Shown) -> str:
+    """A row a warning."""
     given = [(each, warned) for each in shown.runs for warned in each.warnings]
-    rows = (
-        row(
-            shown.color(each),
-            each.title,
-            [
-                cell(str(it.step)),
-                cell(str(it.block)),
-                cell(str(it.head)),
-                cell(it.text, kind="text"),
-            ],
-        )
-        for each, it in given[:_WARNINGS]
-    )
+    if not given:
+        return ""
+    rows = []
+    for each, warned in given[:_WARNINGS]:
+        numbers = (warned.step, warned.block, warned.head)
+        cells = [cell(str(number)) for number in numbers] + [cell(warned.text, kind="text")]
+        rows.append(row(shown.color(each), each.title, cells))
     more = f"<p>and {len(given) - _WARNINGS} more.</p>" if len(given) > _WARNINGS else ""
-    return table(("run", "step", "block", "head", "warning"), rows) + more if given else ""
+    return table(("run", "step", "block", "head", "warning"), rows) + more

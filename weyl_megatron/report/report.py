@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -11,19 +10,15 @@ from pathlib import Path
 
 from . import maps, panels
 from .curves import Shown
-from .page import PAGE, section
+from .page import page, section
 from .runs import Run, expand, read_run
 
-_PAGE_BYTES, _MAP_BYTES = (
-    9_000_000,
-    4_500_000,
-)  # of a page about, and of all attention maps on it at most
+_PAGE_BYTES = 9_000_000  # of a page, about
+_MAP_BYTES = 4_500_000  # of all attention maps on it, at most
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Writes the report of the folders `arguments.runs` to `arguments.out`; prints where it is, and
-    every note.
-    """
+    """Writes the report of `arguments.runs` to `arguments.out`; prints where, and every note."""
     notes = write_report(arguments.runs, arguments.out)
     print(f"The report: {arguments.out}")
     for note in notes:
@@ -66,55 +61,51 @@ def _page(shown: Shown, notes: Sequence[str]) -> str:
     bodies = {
         panel: "" if panel.body is maps.attention_maps else panel.body(shown) for panel in _PANELS
     }
-    left = (
-        (_PAGE_BYTES - sum(map(len, bodies.values()))) * 3 // 4
-    )  # a map's bytes are written in base 64
+    # The attention maps get what the others leave; in base 64, four bytes hold three of a map.
+    left = (_PAGE_BYTES - sum(map(len, bodies.values()))) * 3 // 4
     shown = replace(shown, map_bytes=min(left, _MAP_BYTES))
-    bodies |= {
-        panel: maps.attention_maps(shown) for panel in _PANELS if panel.body is maps.attention_maps
-    }
+    for panel in _PANELS:
+        if panel.body is maps.attention_maps:
+            bodies[panel] = panel.body(shown)
     parts = [
-        section(panel.name, panel.title, panel.text, body) for panel, body in bodies.items() if body
+        section(panel.title, escape(panel.text), body, panel.name)
+        for panel, body in bodies.items()
+        if body
     ]
-    missing = (panel for panel, body in bodies.items() if not body)
+    parts += [_missing([panel for panel, body in bodies.items() if not body]), _noted(notes)]
+    title = f"Stability of {len(shown.runs)} runs"
+    if len(shown.runs) == 1:
+        title = f"Stability: {shown.runs[0].title}"
+    data = {"steps": shown.steps, "maps": maps.frames(shown)}
+    return page(title, "".join(parts), data=data, parts=("maps",))
+
+
+def _missing(panels: Sequence[_Panel]) -> str:
     items = "".join(
-        f'<li data-missing="{each.name}">{each.title}: needs {escape(each.needs)}.</li>'
-        for each in missing
+        f'<li data-missing="{panel.name}">{panel.title}: needs {escape(panel.needs)}.</li>'
+        for panel in panels
     )
-    parts += [f"<section><h2>Not in these logs</h2><ul>{items}</ul></section>"] if items else []
-    if notes:
-        said = "".join(f"<li>{escape(note)}</li>" for note in notes)
-        parts.append(
-            section(
-                "notes",
-                "What could not be read",
-                "The rest of these logs is shown.",
-                f"<ul>{said}</ul>",
-            )
-        )
-    title = (
-        f"Stability: {shown.runs[0].title}"
-        if len(shown.runs) == 1
-        else f"Stability of {len(shown.runs)} runs"
-    )
-    return PAGE.substitute(
-        title=escape(title),
-        body="".join(parts),
-        steps=json.dumps(shown.steps, separators=(",", ":")),
-        maps=json.dumps(maps.frames(shown), separators=(",", ":")),
-    )
+    return f"<section><h2>Not in these logs</h2><ul>{items}</ul></section>" if items else ""
+
+
+def _noted(notes: Sequence[str]) -> str:
+    if not notes:
+        return ""
+    items = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    lead = "The rest of these logs is shown."
+    return section("What could not be read", lead, f"<ul>{items}</ul>", "notes")
 
 
 def _distinct(runs: Sequence[Run]) -> list[Run]:
     """The runs, those of one title told apart by their folders' names, and else by numbers."""
     titles = [each.title for each in runs]
-    told = [
+    named = [
         f"{each.title} ({each.name})" if titles.count(each.title) > 1 else each.title
         for each in runs
     ]
-    numbered = [f"{title} #{told[: at + 1].count(title)}" for at, title in enumerate(told)]
+    numbered = [f"{title} #{named[: at + 1].count(title)}" for at, title in enumerate(named)]
     final = [
-        new if told.count(title) > 1 else title for title, new in zip(told, numbered, strict=True)
+        new if named.count(title) > 1 else title for title, new in zip(named, numbered, strict=True)
     ]
     return [replace(each, title=title) for each, title in zip(runs, final, strict=True)]
 

@@ -6,18 +6,15 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..demo.recipe import RUNS as DEMO_RUNS
-
 LOG, DEMO_LOG = "stability.jsonl", "log.jsonl"
 VERSION = 1
 
-_DEMO_TITLES = {run.name: run.title for run in DEMO_RUNS}
 _LARGEST_MAP = 64  # rows and columns that are kept of a map; larger ones are pooled
 _LARGEST = 1e300
 _LISTED = 5  # line numbers that a note names
@@ -49,8 +46,9 @@ class Warned:
 
 @dataclass(frozen=True)
 class Run:
-    """One run's log. A value that was not a finite number is None; `notes` say what could not be
-    read.
+    """One run's log.
+
+    A value that was not a finite number is None; `notes` say what could not be read.
     """
 
     name: str
@@ -73,16 +71,16 @@ class Run:
 
     def heads(self, name: str) -> dict[tuple[int, int], Points]:
         """The series `name` of every head, by (block, head)."""
-        found = self._tagged(rf"block/(\d{{1,6}})/head/(\d{{1,6}})/{re.escape(name)}")
-        return dict(sorted(((int(match[1]), int(match[2])), points) for match, points in found))
+        tagged = self._tagged(rf"block/(\d{{1,6}})/head/(\d{{1,6}})/{re.escape(name)}")
+        return dict(sorted(((int(match[1]), int(match[2])), points) for match, points in tagged))
 
     def blocks(self, name: str) -> dict[int, Points]:
         """The series `name` of every block."""
-        found = self._tagged(rf"block/(\d{{1,6}})/{re.escape(name)}")
-        return dict(sorted((int(match[1]), points) for match, points in found))
+        tagged = self._tagged(rf"block/(\d{{1,6}})/{re.escape(name)}")
+        return dict(sorted((int(match[1]), points) for match, points in tagged))
 
     def matrices(self, name: str) -> dict[str, Points]:
-        """What the optimizer told of every matrix, by its name."""
+        """What the optimizer said of every matrix, by its name."""
         return {match[1]: points for match, points in self._tagged(rf"clip/(.+)/{re.escape(name)}")}
 
     def shares(self) -> dict[str, Points]:
@@ -91,14 +89,14 @@ class Run:
 
     def block_shares(self) -> dict[int, Points]:
         """The share of clipped matrices, by block."""
-        found = self._tagged(r"clip_share_block/(\d{1,6})")
-        return dict(sorted((int(match[1]), points) for match, points in found))
+        tagged = self._tagged(r"clip_share_block/(\d{1,6})")
+        return dict(sorted((int(match[1]), points) for match, points in tagged))
 
     @property
     def uniform_entropy(self) -> float | None:
         """The entropy of attention that looks at all keys alike."""
-        told = _number(self.header.get("uniform_entropy"))
-        return self.last("uniform_entropy") if told is None else told
+        value = _number(self.header.get("uniform_entropy"))
+        return self.last("uniform_entropy") if value is None else value
 
     def _tagged(self, pattern: str) -> Iterator[tuple[re.Match[str], Points]]:
         for tag, points in self.series.items():
@@ -108,16 +106,14 @@ class Run:
 
 
 def expand(folders: Sequence[Path]) -> list[Path]:
-    """Return the run folders: each given one, or in place of one without a log those of its folders
-    that have one.
-    """
-    found: list[Path] = []
+    """Return the run folders; one without a log stands for those of its folders that have one."""
+    expanded: list[Path] = []
     for folder in folders:
         inside = []
         if folder.is_dir() and not _has_log(folder):
             inside = sorted(path for path in folder.iterdir() if path.is_dir() and _has_log(path))
-        found += inside or [folder]
-    return list(dict.fromkeys(found))
+        expanded += inside or [folder]
+    return list(dict.fromkeys(expanded))
 
 
 def read_run(folder: Path) -> Run:
@@ -201,13 +197,12 @@ class _Reading:
         """Take one line of a run of the demo, under the tags of a watched one."""
         event = record.get("event")
         if event == "start":
-            title = _DEMO_TITLES.get(str(record.get("run")), record.get("run"))
+            title = record.get("title", record.get("run"))
             self._start({"version": VERSION, **record, "run": title})
             return ""
         if event == "end":
-            self.series["validation_loss"] = {
-                max(self.newest, 0): _number(record.get("validation_loss"))
-            }
+            loss = _number(record.get("validation_loss"))
+            self.series["validation_loss"] = {max(self.newest, 0): loss}
             return ""
         if event != "step":
             return f"of the unknown event {event!r}"
@@ -215,11 +210,8 @@ class _Reading:
         if step is None:
             return "a step without its number"
         values: dict[str, Any] = {key: record[key] for key in ("loss", "lr") if key in record}
-        alpha, entropy, matrices = (
-            record.get("alpha"),
-            record.get("entropy"),
-            _number(record.get("matrices")),
-        )
+        alpha, entropy = record.get("alpha"), record.get("entropy")
+        matrices = _number(record.get("matrices"))
         if isinstance(alpha, dict):
             values |= {f"clip/{name}/lr": value for name, value in alpha.items()}
         if matrices:
@@ -254,9 +246,7 @@ class _Reading:
         self.is_restarted = self.newest >= 0
 
     def _at(self, step: int) -> None:
-        """A run that is started again from an earlier step says once more what it had said from
-        there on.
-        """
+        """Drop what a run that is started again from an earlier step says once more."""
         if self.is_restarted and step <= self.newest:
             self.notes.append(
                 f"{self.name} was started again at step {step}; what it logged from there on "
@@ -282,11 +272,8 @@ class _Reading:
         return "a step with values that are not numbers" if unfit else ""
 
     def _map(self, step: int, block: int, head: int, record: Mapping[str, Any]) -> str:
-        rows, cols, text = (
-            _whole(record.get("rows")),
-            _whole(record.get("cols")),
-            record.get("levels"),
-        )
+        rows, cols = _whole(record.get("rows")), _whole(record.get("cols"))
+        text = record.get("levels")
         try:
             levels = bytes.fromhex(text if isinstance(text, str) else "?")
         except ValueError:
@@ -294,33 +281,26 @@ class _Reading:
         if not rows or not cols or len(levels) != rows * cols:
             return "a map whose levels are not rows × cols"
         self._at(step)
-        self.maps[step, block, head] = pooled(
-            AttentionMap(step, block, head, rows, cols, levels), _LARGEST_MAP
-        )
+        whole = AttentionMap(step, block, head, rows, cols, levels)
+        self.maps[step, block, head] = pooled(whole, _LARGEST_MAP)
         return ""
 
 
 def pooled(kept: AttentionMap, largest: int) -> AttentionMap:
-    """The map with `largest` rows and columns at most, each of them the maximum of those that it
-    stands for.
-    """
+    """The map with at most `largest` rows and columns, each the maximum of those it stands for."""
     rows, cols = min(kept.rows, largest), min(kept.cols, largest)
     if (rows, cols) == (kept.rows, kept.cols):
         return kept
-    whole = (
-        torch.frombuffer(bytearray(kept.levels), dtype=torch.uint8)
-        .view(1, kept.rows, kept.cols)
-        .float()
-    )
+    levels = torch.frombuffer(bytearray(kept.levels), dtype=torch.uint8)
+    whole = levels.view(1, kept.rows, kept.cols).float()
     small = torch.nn.functional.adaptive_max_pool2d(whole, (rows, cols)).to(torch.uint8)
-    return AttentionMap(
-        kept.step, kept.block, kept.head, rows, cols, bytes(small.flatten().tolist())
-    )
+    return replace(kept, rows=rows, cols=cols, levels=bytes(small.flatten().tolist()))
 
 
 def thin(points: Points, most: int) -> Points:
-    """At most `most` of the points: of each stretch the lowest, the highest and a gap; the first
-    and the last.
+    """At most `most` of the points, the first and the last among them.
+
+    Of each stretch of the others: the lowest, the highest and a gap.
     """
     if len(points) <= most:
         return points
@@ -337,13 +317,13 @@ def thin(points: Points, most: int) -> Points:
 
 def stretches(points: Points) -> list[list[tuple[int, float]]]:
     """The points between the gaps."""
-    found: list[list[tuple[int, float]]] = [[]]
+    split: list[list[tuple[int, float]]] = [[]]
     for step, value in points:
         if value is None:
-            found.append([])
+            split.append([])
         else:
-            found[-1].append((step, value))
-    return [stretch for stretch in found if stretch]
+            split[-1].append((step, value))
+    return [stretch for stretch in split if stretch]
 
 
 def evenly(steps: Sequence[int], most: int) -> list[int]:
@@ -371,9 +351,7 @@ def _demo_setting(path: Path) -> dict[str, Any]:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number as a float; None for all else, and for one so large that a chart's range
-    overflows.
-    """
+    """A finite number as a float; None for all else, and where a chart's range would overflow."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if -_LARGEST < value < _LARGEST else None
@@ -381,8 +359,6 @@ def _number(value: Any) -> float | None:
 
 def _whole(value: Any) -> int | None:
     """A whole number from 0 on; None for all else."""
-    return (
-        value
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
-        else None
-    )
+    if isinstance(value, bool) or not isinstance(value, int):
+        return None
+    return value if 0 <= value < 2**53 else None
