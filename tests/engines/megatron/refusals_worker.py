@@ -19,6 +19,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 
 from tests.engines.megatron import gpt  # noqa: E402
 from weyl_megatron.engines import megatron  # noqa: E402
+from weyl_megatron.engines.megatron import adapter  # noqa: E402
 
 
 def said(act: Callable[[], Any]) -> str:
@@ -69,10 +70,10 @@ def main() -> None:
     found["is_gtp_weight_remat"] = said(lambda: get_megatron_optimizer(config(), model))
     cut.is_gtp_weight_remat = False
     model[0].ddp_config.use_megatron_fsdp = True
-    found["use_megatron_fsdp"] = said(lambda: megatron._refuse(config(), model))
+    found["use_megatron_fsdp"] = said(lambda: adapter._refuse(config(), model))
     model[0].ddp_config.use_megatron_fsdp = False
     wrapped = type("TorchFullyShardedDataParallel", (), {"ddp_config": model[0].ddp_config})()
-    found["torch FSDP2"] = said(lambda: megatron._refuse(config(), [wrapped]))
+    found["torch FSDP2"] = said(lambda: adapter._refuse(config(), [wrapped]))
 
     megatron.enable(overrides=[{"match": "*.nothing", "tau": 0.1}])
     optimizer = get_megatron_optimizer(config(), model)
