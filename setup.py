@@ -25,7 +25,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["weyl_megatron", "weyl_megatron.*"]),
-    package_data={"weyl_megatron": ["py.typed", "kernels/*.cpp", "kernels/*/*.h", "report/*.css", "report/*.js"]},
+    package_data={
+        "weyl_megatron": [
+            "py.typed",
+            "kernels/*.cpp",
+            "kernels/*/*.h",
+            "report/*.css",
+            "report/*.js",
+        ]
+    },
     install_requires=[
         # 2.5 is the first that loads plugins at import, which is how DeepSpeed finds the name
         # AdamW2
