@@ -1,5 +1,6 @@
-"""The keys of a recipe: what each takes, and how a YAML file and `--set key=value` become a checked
-dataclass.
+"""The keys of a recipe: what each takes.
+
+A YAML file and `--set key=value` become a checked dataclass.
 """
 
 from __future__ import annotations
@@ -17,12 +18,10 @@ RecipeType = TypeVar("RecipeType")
 
 @dataclass(frozen=True)
 class Takes:
-    """What a key takes: in words, and as a function from what YAML read to the value, which raises
-    if it cannot.
-    """
+    """What a key takes."""
 
     words: str
-    convert: Callable[[Any], Any]
+    convert: Callable[[Any], Any]  # from what YAML read to the value; raises if it cannot
 
 
 def key(takes: Takes, default: Any = MISSING) -> Any:
@@ -41,27 +40,25 @@ def integer(smallest: int) -> Takes:
 
 def number(words: str, accepts: Callable[[float], bool]) -> Takes:
     def convert(value: Any) -> float:
-        if isinstance(value, bool) or not accepts(
-            number := float(value)
-        ):  # YAML reads 6e-4 as text
+        if isinstance(value, bool):
             raise ValueError
-        return number
+        read = float(value)  # YAML reads 6e-4 as text
+        if not accepts(read):
+            raise ValueError
+        return read
 
     return Takes(words, convert)
 
 
 def choice(*values: Any) -> Takes:
     def convert(value: Any) -> Any:
-        if not any(
-            value is known or (isinstance(value, str) and value == known) for known in values
-        ):
+        is_text = isinstance(value, str)
+        if not any(value is known or (is_text and value == known) for known in values):
             raise ValueError
         return value
 
-    return Takes(
-        " or ".join(str(value).lower() if isinstance(value, bool) else value for value in values),
-        convert,
-    )
+    words = (str(value).lower() if isinstance(value, bool) else value for value in values)
+    return Takes(" or ".join(words), convert)
 
 
 def pair(words: str, accepts: Callable[[float, float], bool]) -> Takes:
@@ -123,9 +120,8 @@ def read(kind: type[RecipeType], path: Path, overrides: Sequence[str] = ()) -> R
                 raise ValueError(f"--set takes key=value, got {override!r}")
             values[name] = yaml.safe_load(given)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} and --set take YAML, got {' '.join(str(error).split())}"
-        ) from None
+        got = " ".join(str(error).split())
+        raise ValueError(f"{path} and --set take YAML, got {got}") from None
     return kind(**_converted(kind, values, path))
 
 
@@ -136,9 +132,8 @@ def _converted(kind: type[Any], values: dict[Any, Any], path: Path) -> dict[str,
             raise ValueError(f"{path} takes the keys {', '.join(known)}; got {name!r}")
     for name, entry in known.items():
         if name not in values and entry.default is MISSING:
-            raise ValueError(
-                f"{name} takes {entry.metadata['takes'].words}, got nothing: {path} lacks it"
-            )
+            words = entry.metadata["takes"].words
+            raise ValueError(f"{name} takes {words}, got nothing: {path} lacks it")
     converted = {}
     for name, value in values.items():
         takes = known[name].metadata["takes"]

@@ -1,9 +1,9 @@
 """The two ways in which attention dies without warmup, and AdamW² beside each.
 
-    python -m examples.collapse [--out out/collapse]        about 1 minute on 2 cores
+    python -m examples.collapse [--out out/collapse]
 
-Trains a byte-level GPT on the standard library's sources four times, watched every 10 steps, and
-writes OUT/report.html. You should see:
+About 1 minute on 2 cores. Trains a byte-level GPT on the standard library's sources four times,
+watched every 10 steps, and writes OUT/report.html. You should see:
 
 - post-LN at lr 3e-3: AdamW's attention goes uniform (rank collapse) and the loss stays at the
   bytes' unigram entropy, about 3.07 nats; AdamW² trains to about 2.5.
@@ -28,7 +28,7 @@ from examples.collapse.model import GPT, GPTConfig
 from weyl_megatron import AdamW2
 from weyl_megatron.demo.data import load_corpus, sequences, training_offsets
 from weyl_megatron.report.report import write_report
-from weyl_megatron.watch.watch import Watch
+from weyl_megatron.watch import Watch
 
 BATCH, CONTEXT = 8, 64
 
@@ -105,9 +105,8 @@ def _of_heads(values: Mapping[str, float], name: str) -> list[float]:
 
 
 def _of_blocks(values: Mapping[str, float], name: str) -> list[float]:
-    return [
-        value for tag, value in values.items() if tag.count("/") == 2 and tag.endswith(f"/{name}")
-    ]
+    blocks = ((tag, value) for tag, value in values.items() if tag.count("/") == 2)
+    return [value for tag, value in blocks if tag.endswith(f"/{name}")]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -122,10 +121,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(
-        f"uniform attention has {math.fsum(map(math.log, range(1, CONTEXT + 1))) / CONTEXT:.3f} "
-        "nats"
-    )
+    uniform = math.fsum(map(math.log, range(1, CONTEXT + 1))) / CONTEXT
+    print(f"uniform attention has {uniform:.3f} nats")
     columns = "loss", "entropy", "least", "σ₁(WqᵀWk)", "SEC(16,4)", "similarity"
     print(" " * 27 + "".join(f"{column:>12}" for column in columns))
     for run in RUNS:

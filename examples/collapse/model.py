@@ -1,5 +1,6 @@
-"""A byte-level GPT with the norm where you want it: behind each residual sum (post) or in front of
-each branch (pre).
+"""A byte-level GPT with the norm where you want it.
+
+It is behind each residual sum (post) or in front of each branch (pre).
 
 No biases, Xavier-uniform matrices, embeddings N(0, 0.02), an untied head: the model on which both
 of attention's collapses are cheap to see. About 400 thousand parameters at the defaults.
@@ -31,9 +32,8 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.num_heads = config.heads
-        self.q, self.k, self.v, self.o = (
-            nn.Linear(config.width, config.width, bias=False) for _ in range(4)
-        )
+        width = config.width
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
@@ -83,9 +83,8 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocabulary, config.width)
         self.wpe = nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = (
-            nn.LayerNorm(config.width, bias=False) if config.norm == "pre" else nn.Identity()
-        )
+        has_norm = config.norm == "pre"
+        self.norm = nn.LayerNorm(config.width, bias=False) if has_norm else nn.Identity()
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -98,6 +97,6 @@ class GPT(nn.Module):
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.norm(x))
-        return (
-            logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        )
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

@@ -1,8 +1,7 @@
-"""The methods that are compared, in one table: what each does to the model, its optimizers and
-their rates.
+"""The methods that are compared, in one table.
 
-All of them decay the matrices by 0.1 and vectors (gains, γ) not at all, and none has a warmup
-unless its row says so.
+What each does to the model, its optimizers and their rates. All of them decay the matrices by 0.1
+and vectors (gains, γ) not at all, and none has a warmup unless its row says so.
 """
 
 from __future__ import annotations
@@ -28,22 +27,18 @@ TUNING_SEED = 1000
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """The hidden matrices, the other matrices (embeddings, positions, head) and the vectors, with
-    their names.
+    """The hidden matrices, the other matrices and the vectors, with their names.
+
+    Other matrices are embeddings, positions and the head.
     """
-    named = list(model.named_parameters())
-    hidden = [
-        (name, param) for name, param in named if name.startswith("blocks.") and param.ndim == 2
-    ]
-    vectors = [(name, param) for name, param in named if param.ndim < 2]
-    taken = {name for name, _ in hidden + vectors}
+    hidden, others, vectors = [], [], []
+    for name, param in model.named_parameters():
+        is_hidden = name.startswith("blocks.") and param.ndim == 2
+        group = vectors if param.ndim < 2 else hidden if is_hidden else others
+        group.append((name, param))
     return [
         {"params": hidden, "weight_decay": WEIGHT_DECAY, "is_hidden": True},
-        {
-            "params": [pair for pair in named if pair[0] not in taken],
-            "weight_decay": WEIGHT_DECAY,
-            "is_hidden": False,
-        },
+        {"params": others, "weight_decay": WEIGHT_DECAY, "is_hidden": False},
         {"params": vectors, "weight_decay": 0.0, "is_hidden": False},
     ]
 
@@ -62,26 +57,26 @@ def radam(model: nn.Module, lr: float, beta2: float) -> list[Optimizer]:
 
 
 def muon(model: nn.Module, lr: float, beta2: float) -> list[Optimizer]:
-    """Muon on the hidden matrices, AdamW on the rest, at one rate: "match_rms_adamw" makes Muon's
-    steps as large.
+    """Muon on the hidden matrices, AdamW on the rest, at one rate.
+
+    "match_rms_adamw" makes Muon's steps as large.
     """
     hidden, *rest = parameter_groups(model)
+    size = "match_rms_adamw"
     return [
-        torch.optim.Muon(
-            [hidden], lr=lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
-        ),
+        torch.optim.Muon([hidden], lr=lr, weight_decay=WEIGHT_DECAY, adjust_lr_fn=size),
         torch.optim.AdamW(rest, lr=lr, betas=(BETA1, beta2), fused=True),
     ]
 
 
 def reparametrize(model: nn.Module) -> None:
-    from weyl_megatron.transformer.reparam import sigma_reparam
+    from weyl_megatron.transformer import sigma_reparam
 
     sigma_reparam(model)
 
 
 def scale(model: nn.Module) -> None:
-    from weyl_megatron.transformer.residual import scale_residuals
+    from weyl_megatron.transformer import scale_residuals
 
     scale_residuals(model)
 
@@ -137,21 +132,34 @@ METHODS = {
         warms_all=False,
     ),
     "adamw2": Method("AdamW², τ = 0.01", "the paper's τ for GPT", "#0f8a78", partial(adamw2, 0.01)),
-    "adamw2-slow": Method("AdamW², τ = 0.004", "the paper's τ for ViT", "#3b9fd8", partial(adamw2, 0.004)),
-    "adamw2-auto": Method(
-        "AdamW², τ = balanced", ("one budget for the hidden "
-        "matrices"), "#5b4bd6", partial(adamw2, "balanced")
+    "adamw2-slow": Method(
+        "AdamW², τ = 0.004", "the paper's τ for ViT", "#3b9fd8", partial(adamw2, 0.004)
     ),
-    "sigma-reparam": Method("σReparam", ("W replaced by γ W/σ₁(W), γ learned; "
-        "AdamW"), "#d946a0", convert=reparametrize),
-    "residual": Method("1/√L residuals", ("every residual branch times 1/√L; "
-        "AdamW"), "#e08a1e", convert=scale),
-    "qk-norm": Method("QK-norm", "LayerNorm on the queries and keys of each head; AdamW", "#65a30d",
-                      convert=norm_queries_and_keys),
+    "adamw2-auto": Method(
+        "AdamW², τ = balanced",
+        "one budget for the hidden matrices",
+        "#5b4bd6",
+        partial(adamw2, "balanced"),
+    ),
+    "sigma-reparam": Method(
+        "σReparam", "W replaced by γ W/σ₁(W), γ learned; AdamW", "#d946a0", convert=reparametrize
+    ),
+    "residual": Method(
+        "1/√L residuals", "every residual branch times 1/√L; AdamW", "#e08a1e", convert=scale
+    ),
+    "qk-norm": Method(
+        "QK-norm",
+        "LayerNorm on the queries and keys of each head; AdamW",
+        "#65a30d",
+        convert=norm_queries_and_keys,
+    ),
     "clip": Method("AdamW, clipping", "the gradient's norm clipped to 1", "#b08968", clip=1.0),
     "radam": Method("RAdam", "with decoupled weight decay", "#8b5cf6", radam),
     "muon": Method(
-        "Muon", 'hidden matrices by Muon at the same rate (adjust_lr_fn="match_rms_adamw", momentum 0.95), '
-        "the rest by AdamW", "#22a559", muon,
+        "Muon",
+        'hidden matrices by Muon at the same rate (adjust_lr_fn="match_rms_adamw", momentum 0.95), '
+        "the rest by AdamW",
+        "#22a559",
+        muon,
     ),
-}  # fmt: skip
+}

@@ -61,9 +61,8 @@ def text_batches(steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def held_out_text() -> tuple[Tensor, Tensor]:
-    return data.sequences(
-        corpus().validation, data.validation_offsets(corpus(), WINDOWS, CONTEXT), CONTEXT
-    )
+    offsets = data.validation_offsets(corpus(), WINDOWS, CONTEXT)
+    return data.sequences(corpus().validation, offsets, CONTEXT)
 
 
 TASKS = {
@@ -85,8 +84,9 @@ TASKS = {
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
-    """The rate at `step` (from 0) as a share of its peak: linear over the warmup, then a cosine to
-    a tenth.
+    """The rate at `step` (from 0) as a share of its peak.
+
+    Linear over the warmup, then a cosine to a tenth.
     """
     warm = round(warmup * steps)
     if step < warm:
@@ -95,13 +95,13 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 
 def train(run: Run) -> dict[str, Any]:
-    """The run's settings and how it ended; `diverged`: not finite, or above the loss that it
-    started from.
+    """The run's settings and how it ended.
+
+    `diverged`: the loss is not finite, or above the one that it started from.
     """
     task, method = TASKS[run.task], METHODS[run.method]
-    held_out = (
-        task.held_out()
-    )  # reads the data in a process's first run, which is not to count as that run's time
+    # In a process's first run this reads the data, which is not to count as that run's time.
+    held_out = task.held_out()
     start = time.perf_counter()
     torch.manual_seed(run.seed)
     model = task.model(run.depth, run.norm)
@@ -150,17 +150,13 @@ def badness(result: Mapping[str, Any]) -> tuple[float, ...]:
     """What the smallest of is best: by the task's score, and infinite where the run diverged."""
     if result["diverged"]:
         return (math.inf, math.inf)
-    return (
-        (result["loss"],)
-        if TASKS[result["task"]].score == "loss"
-        else (-result["accuracy"], result["loss"])
-    )
+    if TASKS[result["task"]].score == "loss":
+        return (result["loss"],)
+    return (-result["accuracy"], result["loss"])
 
 
 def be_a_worker() -> None:
-    """Set up a process that trains: one thread, and no life of its own when the command is
-    killed.
-    """
+    """Set up a process that trains: one thread, and no life beyond the command's."""
     torch.set_num_threads(1)
     threading.Thread(target=_die_with_the_parent, daemon=True).start()
 

@@ -1,5 +1,6 @@
-"""A small ViT on scikit-learn's handwritten digits: 8×8 pixels, patches of 2×2, 16 tokens and a
-class token.
+"""A small ViT on scikit-learn's handwritten digits.
+
+They have 8×8 pixels; with patches of 2×2 these are 16 tokens and a class token.
 
 The blocks are the GPT's of examples/collapse, without the causal mask, so that everything that
 converts or recognises those works here. About 300 thousand parameters at 6 layers.
@@ -32,9 +33,7 @@ class BidirectionalAttention(Attention):
 
 
 class ViT(nn.Module):
-    """Takes images (N, 8, 8); returns the logits, or with ``targets`` the mean cross-entropy in
-    nats.
-    """
+    """Takes images (N, 8, 8); returns the logits, or with ``targets`` the mean loss in nats."""
 
     def __init__(self, depth: int, norm: str) -> None:
         super().__init__()
@@ -65,8 +64,9 @@ class ViT(nn.Module):
 
 @cache
 def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """The images, standardised, and their classes: three quarters to train on, and the held-out
-    quarter.
+    """The images, standardised, and their classes.
+
+    Three quarters are to train on, one is held out.
     """
     try:
         from sklearn.datasets import load_digits
@@ -87,8 +87,7 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 def batches(steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Random images of the training part, the same for a seed whatever trains on them."""
     images, classes = digits()[0]
-    chosen = torch.randint(
-        len(images), (steps, BATCH), generator=torch.Generator().manual_seed(seed)
-    )
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(images), (steps, BATCH), generator=generator)
     for index in chosen:
         yield images[index], classes[index]

@@ -42,16 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"digits: error: {error}", file=sys.stderr)
         return 2
     for split in ("train", "valid"):
-        print(
-            f"{args.out / split}: {len(held(split)):,} images of {args.size} × {args.size}, "
-            f"{args.format}"
-        )
+        count, size = len(held(split)), f"{args.size} × {args.size}"
+        print(f"{args.out / split}: {count:,} images of {size}, {args.format}")
     return 0
 
 
 def write_digits(out: Path, kind: str, size: int) -> None:
-    """Writes both splits under `out`; ValueError where other images are there already, which would
-    mix with these.
+    """Writes both splits under `out`.
+
+    ValueError: other images are there already, which would mix with these.
     """
     if size < 8:
         raise ValueError(f"--size takes 8 or more, got {size}")
@@ -62,9 +61,8 @@ def write_digits(out: Path, kind: str, size: int) -> None:
         samples = list(digits(split, size))
         if kind == "tar":
             for number, first in enumerate(range(0, len(samples), TAR_IMAGES)):
-                _write_tar(
-                    out / split / f"digits-{number:03}.tar", samples[first : first + TAR_IMAGES]
-                )
+                path = out / split / f"digits-{number:03}.tar"
+                _write_tar(path, samples[first : first + TAR_IMAGES])
         else:
             for name, png, label in samples:
                 (out / split / str(label)).mkdir(exist_ok=True)

@@ -1,5 +1,6 @@
-"""Documents: which text files there are, the parts that one process takes at a time, and the text
-of each document.
+"""Documents: which text files there are, and the text of each document in them.
+
+One process takes a part of the files at a time.
 """
 
 from __future__ import annotations
@@ -33,12 +34,10 @@ WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 
 
 class File(NamedTuple):
-    """An input file; `place` is its name from its argument on, so that it does not depend on where
-    the data lies.
-    """
+    """An input file."""
 
     path: Path
-    place: str
+    place: str  # its name from its argument on, which does not depend on where the data lies
     size: int
     mtime_ns: int
 
@@ -60,19 +59,19 @@ def find_files(arguments: Sequence[Path]) -> list[File]:
     ValueError: no file at all, one that is found twice, or what is no file, such as a pipe, which
     cannot be read twice.
     """
-    found: dict[Path, File] = {}
+    files: dict[Path, File] = {}
     for argument in arguments:
         for path in sorted(_walk(argument), key=str) if argument.is_dir() else [argument]:
             inside = path.relative_to(argument) if path != argument else Path()
             place = (PurePosixPath(argument.resolve().name) / inside.as_posix()).as_posix()
             file = _file(path, place)
-            known = found.setdefault(path.resolve(), file)
+            known = files.setdefault(path.resolve(), file)
             if known is not file:
                 both = f"{known.path} and {file.path}"
                 raise ValueError(f"FILE takes each file once, got {both}, which are one")
-    if not found:
+    if not files:
         raise ValueError(f"FILE takes text, got none in {', '.join(map(str, arguments))}")
-    return list(found.values())
+    return list(files.values())
 
 
 def order_by_place(files: Sequence[File]) -> list[File]:
@@ -80,10 +79,8 @@ def order_by_place(files: Sequence[File]) -> list[File]:
     ordered = sorted(files, key=lambda file: file.place)
     for first, second in pairwise(ordered):
         if first.place == second.place:
-            both = f"{first.path} and {second.path}"
-            raise ValueError(
-                f"FILE takes names that differ, got {both}: give the folder above both"
-            )
+            both = f"{first.path} and {second.path}: give the folder above both"
+            raise ValueError(f"FILE takes names that differ, got {both}")
     return ordered
 
 
@@ -105,9 +102,8 @@ def _file(path: Path, place: str) -> File:
 def _walk(root: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(root, onerror=_refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (
-            Path(folder, name) for name in names if not name.startswith(".") and _is_known(name)
-        )
+        shown = (name for name in names if not name.startswith("."))
+        yield from (Path(folder, name) for name in shown if _is_known(name))
 
 
 def _refuse(error: OSError) -> None:
@@ -131,8 +127,9 @@ def _suffix(name: str) -> str:
 
 
 def make_parts(files: Sequence[File], part_bytes: int = PART_BYTES) -> list[Part]:
-    """Neighbouring files up to `part_bytes` together; a longer .jsonl that is not packed is cut
-    into byte ranges.
+    """Neighbouring files up to `part_bytes` together.
+
+    A longer .jsonl that is not packed is cut into byte ranges.
     """
     parts: list[Part] = []
     open_part: list[Span] = []
@@ -143,10 +140,8 @@ def make_parts(files: Sequence[File], part_bytes: int = PART_BYTES) -> list[Part
             parts.append(tuple(open_part))
             open_part, filled = [], 0
         if _suffix(file.path.name) == ".jsonl" and file.size > part_bytes:
-            starts = range(0, file.size, part_bytes)
-            parts.extend(
-                (Span(file, start, min(start + part_bytes, file.size)),) for start in starts
-            )
+            for start in range(0, file.size, part_bytes):
+                parts.append((Span(file, start, min(start + part_bytes, file.size)),))
         else:
             open_part.append(Span(file, 0, END if packed else file.size))
             filled += file.size
@@ -176,10 +171,8 @@ def documents(part: Part, separator: str | None) -> Iterator[tuple[str, str]]:
             raise ValueError(f"FILE takes whole archives, got {file.path}: {reason}") from None
         status = file.path.stat()
         if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-            raise ValueError(
-                f"FILE takes files at rest, got {file.path}, which changed meanwhile: run this "
-                "again"
-            )
+            changed = f"{file.path}, which changed meanwhile: run this again"
+            raise ValueError(f"FILE takes files at rest, got {changed}")
 
 
 def sample(parts: Sequence[Part], separator: str | None, size: int = SAMPLE_BYTES) -> Iterator[str]:
@@ -246,8 +239,9 @@ def _shown(line: bytes) -> str:
 
 
 def _line(path: Path, offset: int) -> int:
-    """The number of the line that begins at `offset`; spans do not know how many lines were before
-    them.
+    """The number of the line that begins at `offset`.
+
+    Spans do not know how many lines were before them.
     """
     number = 1
     with _open(path) as stream:
@@ -295,9 +289,7 @@ def _not_utf8(error: UnicodeError, where: str) -> ValueError:
 
 
 def _is_wide(data: bytes) -> bool:
-    """Whether this is UTF-16 or UTF-32: by its mark or, as Latin text is half NUL in it, by
-    that.
-    """
+    """Whether this is UTF-16 or UTF-32: by its mark, or as Latin text is half NUL in it."""
     begin = data[:4096]
     halves = (begin[::2], begin[1::2])
     return begin.startswith(WIDE_MARKS) or any(2 * half.count(0) > len(half) for half in halves)

@@ -1,5 +1,6 @@
-"""Images by number: folders of a class each (ImageFolder) and WebDataset tars, in an order of the
-seed alone.
+"""Images by number, in an order of the seed alone.
+
+They lie in folders of a class each (ImageFolder) or in WebDataset tars.
 
     train = open_images("imagenet", "train", transform, seed=0)
     image, label = train[i]
@@ -42,15 +43,14 @@ class Source(Protocol):
 
 
 class Images(Dataset[tuple[Any, int]]):
-    """``images[i]`` is (transform(image), label), the image in RGB, for any i >= 0; `len()` samples
-    are an epoch.
+    """``images[i]`` is (transform(image), label), the image in RGB, for any i >= 0.
 
-    The random numbers that a transform takes from torch, NumPy and Python depend on (seed, i);
-    those that the process draws otherwise are not disturbed.
+    `len()` samples are an epoch. The random numbers that a transform takes from torch, NumPy and
+    Python depend on (seed, i); those that the process draws otherwise are not disturbed.
 
     ValueError: an image that cannot be read, unless `on_error` is "skip": then its name is logged,
-        once in each
-    process, and the next image that can be read is taken in its place. IndexError: i < 0.
+    once in each process, and the next image that can be read is taken in its place. IndexError:
+    i < 0.
     """
 
     def __init__(
@@ -77,10 +77,8 @@ class Images(Dataset[tuple[Any, int]]):
             try:
                 image = _decode(self.source.read(item))
             except Unreadable as error:
-                sentence = (
-                    f"an image takes a format that Pillow reads, got {self.source.name(item)}: "
-                    f"{error}"
-                )
+                got = f"{self.source.name(item)}: {error}"
+                sentence = f"an image takes a format that Pillow reads, got {got}"
                 if self.on_error == "raise":
                     raise ValueError(sentence) from None
                 if item not in self._logged:
@@ -103,9 +101,8 @@ def _decode(data: bytes) -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
             rgb: Image.Image = image.convert("RGB")
             return rgb
-    except (
-        Exception
-    ) as error:  # Pillow's formats fail with OSError, SyntaxError, struct.error and others
+    # Pillow's formats fail with OSError, SyntaxError, struct.error and others.
+    except Exception as error:
         reason = "is none" if isinstance(error, UnidentifiedImageError) else str(error)
         raise Unreadable(f"{len(data)} bytes, {reason}") from None
 
@@ -116,9 +113,8 @@ def _seeded(seed: int, i: int) -> Iterator[None]:
     python, legacy = random.getstate(), numpy.random.get_state()
     words = numpy.random.SeedSequence([seed, i]).generate_state(3)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(
-            int(words[0])
-        )  # torch.manual_seed would reset the GPUs' generators, too
+        # torch.manual_seed would reset the GPUs' generators, too.
+        torch.default_generator.manual_seed(int(words[0]))
         numpy.random.seed(words[1])
         random.seed(int(words[2]))
         try:
@@ -135,19 +131,17 @@ class Folder:
         try:
             from torchvision.datasets import ImageFolder
         except ModuleNotFoundError:
-            raise ValueError(
-                f"path takes `pip install torchvision` for folders of images, got {root}"
-            ) from None
+            takes = "path takes `pip install torchvision` for folders of images"
+            raise ValueError(f"{takes}, got {root}") from None
         try:
-            found = ImageFolder(str(root))
+            folder = ImageFolder(str(root))
         except FileNotFoundError as error:
-            raise ValueError(
-                f"path takes images in every class' folder, got {root}: {error}"
-            ) from None
-        self.classes: list[str] = found.classes
-        self.num_classes = len(found.classes)
-        self._paths: list[str] = [path for path, _ in found.samples]
-        self._labels = numpy.array([label for _, label in found.samples], dtype=numpy.int32)
+            takes = "path takes images in every class' folder"
+            raise ValueError(f"{takes}, got {root}: {error}") from None
+        self.classes: list[str] = folder.classes
+        self.num_classes = len(folder.classes)
+        self._paths: list[str] = [path for path, _ in folder.samples]
+        self._labels = numpy.array([label for _, label in folder.samples], dtype=numpy.int32)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -176,27 +170,18 @@ def open_images(
     """
     root = Path(path, split)
     if not root.is_dir():
-        there = (
-            sorted(folder.name for folder in Path(path).iterdir() if folder.is_dir())
-            if Path(path).is_dir()
-            else []
-        )
-        raise ValueError(
-            f"split takes a folder in {path}, got {split}, and there is "
-            f"{', '.join(there) or 'none'}"
-        )
+        entries = Path(path).iterdir() if Path(path).is_dir() else ()
+        there = ", ".join(sorted(entry.name for entry in entries if entry.is_dir())) or "none"
+        raise ValueError(f"split takes a folder in {path}, got {split}, and there is {there}")
     tars = sorted(root.glob("*.tar"))
     if tars:
         return Images(Tars(tars), transform, seed, on_error)
     folder, train = Folder(root), Path(path, "train")
     if split != "train" and train.is_dir():
-        # Labels are numbers in the order of the names: one folder less, and they mean other
-        # classes.
+        # Labels are numbers in the order of the names: with a folder less they mean other classes.
         classes = sorted(entry.name for entry in train.iterdir() if entry.is_dir())
         if classes != folder.classes:
             differing = ", ".join(sorted(set(classes) ^ set(folder.classes))[:5])
-            raise ValueError(
-                f"{split} takes the class folders of train, got {root}, which differs in "
-                f"{differing}"
-            )
+            got = f"{root}, which differs in {differing}"
+            raise ValueError(f"{split} takes the class folders of train, got {got}")
     return Images(folder, transform, seed, on_error)

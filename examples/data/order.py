@@ -1,5 +1,6 @@
-"""The order of an epoch's samples: a permutation from (seed, epoch), so that sample i depends on i
-alone.
+"""The order of an epoch's samples: a permutation from (seed, epoch).
+
+So sample i depends on i alone.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ import numpy
 
 
 class Order:
-    """``Order(count, seed)(i)`` is the item, from 0 to count - 1, of sample i >= 0; every item
-    comes once an epoch.
+    """``Order(count, seed)(i)`` is the item, from 0 to count - 1, of sample i >= 0.
+
+    Every item comes once an epoch.
     """
 
     def __init__(self, count: int, seed: int) -> None:
@@ -24,12 +26,8 @@ class Order:
             raise IndexError(f"sample takes a number from 0 on, got {i}")
         epoch, position = divmod(int(i), self.count)
         if epoch != self._epoch:
-            # RandomState, because NumPy promises that its numbers stay the same from release to
-            # release.
-            self._items = (
-                numpy.random.RandomState([self.seed, epoch])
-                .permutation(self.count)
-                .astype(numpy.uint32)
-            )
+            # NumPy promises of RandomState alone that its numbers stay the same in every release.
+            numbers = numpy.random.RandomState([self.seed, epoch])
+            self._items = numbers.permutation(self.count).astype(numpy.uint32)
             self._epoch = epoch
         return int(self._items[position])

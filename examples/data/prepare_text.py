@@ -1,9 +1,10 @@
-"""Turns text into a folder of token shards, on several processes; a run that was stopped goes on
-where it was.
+"""Turns text into a folder of token shards, on several processes.
 
-    python -m examples.data.prepare_text FILE_OR_DIRECTORY... --out DIR [--tokenizer PATH |
-    --vocab-size N] python -m examples.data.prepare_text --stdlib --out DIR
+    python -m examples.data.prepare_text FILE_OR_DIRECTORY... --out DIR
+        [--tokenizer PATH | --vocab-size N]
+    python -m examples.data.prepare_text --stdlib --out DIR
 
+A run that was stopped goes on where it was.
 OUT/tokens.json is written last: `examples.data.tokens.Tokens` reads what it lists. The shards are
 the same whatever --workers is. After a file has changed, the same command does that file's parts
 anew; with other settings or another tokenizer than the folder was begun with, it refuses to.
@@ -64,26 +65,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(f"stopped: {_kept(args.out)}", status=130)
     except BrokenProcessPool:
-        return _fail(
-            f"--workers takes processes that live, got one that was killed: {_kept(args.out)}"
-        )
+        killed = "--workers takes processes that live, got one that was killed"
+        return _fail(f"{killed}: {_kept(args.out)}")
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _fail(
-                f"--out takes a disk with room, got {args.out} on a full one: {_kept(args.out)}"
-            )
+            full = f"--out takes a disk with room, got {args.out} on a full one"
+            return _fail(f"{full}: {_kept(args.out)}")
         return _fail(str(error))
     except ValueError as error:
         return _fail(str(error))
-    print(
-        f"{args.out / index['tokenizer']}: {index['vocab_size']:,} tokens, end of document "
-        f"{index['eod']}"
-    )
+    size, eod = index["vocab_size"], index["eod"]
+    print(f"{args.out / index['tokenizer']}: {size:,} tokens, end of document {eod}")
     for split, part in index["splits"].items():
-        print(
-            f"{split}: {part['documents']:,} documents, {part['tokens']:,} tokens, "
-            f"{len(part['shards'])} shards"
-        )
+        counts = f"{part['documents']:,} documents, {part['tokens']:,} tokens"
+        print(f"{split}: {counts}, {len(part['shards'])} shards")
     return 0
 
 
@@ -93,10 +88,8 @@ def _fail(sentence: str, status: int = 2) -> int:
 
 
 def _kept(out: Path) -> str:
-    return (
-        f"{len(list((out / 'shards').glob('*.json')))} parts are done and kept, the same "
-        "command goes on from there"
-    )
+    done = len(list((out / "shards").glob("*.json")))
+    return f"{done} parts are done and kept, the same command goes on from there"
 
 
 def prepare(
@@ -145,9 +138,8 @@ def prepare(
     copy = out / ("tokenizer.json" if loaded.file.suffix == ".json" else "tokenizer.model")
     if not copy.exists():
         write_whole(copy, loaded.file.read_bytes())
-    digest = hashlib.sha256(
-        copy.read_bytes() + json.dumps([settings, loaded.eod]).encode()
-    ).hexdigest()
+    settled = json.dumps([settings, loaded.eod]).encode()
+    digest = hashlib.sha256(copy.read_bytes() + settled).hexdigest()
     dtype = "uint16" if loaded.vocab_size <= 2**16 else "uint32"
     job = Job(out / "shards", tokenizer, digest, dtype, valid, separator)
     keyed = [(part_key(part, job), part) for part in parts]
@@ -168,9 +160,8 @@ def prepare(
             raise ValueError(f"{takes}, got {valid}, which holds out all {held:,}")
         raise ValueError(f"FILE takes text to train on, got {len(files)} files with none")
     write_whole(out / "tokens.json", json.dumps(index, indent=1).encode())
-    for (
-        path
-    ) in job.folder.iterdir():  # of inputs that have changed since, and of runs that were killed
+    # Of inputs that have changed since, and of runs that were killed.
+    for path in job.folder.iterdir():
         if path.name.partition(".")[0] not in records or path.suffix == ".tmp":
             path.unlink(missing_ok=True)
     return index
@@ -187,19 +178,16 @@ def _check_settings(path: Path, settings: dict[str, Any]) -> None:
     try:
         begun = dict(json.loads(path.read_bytes()))
     except (ValueError, TypeError):
-        raise ValueError(
-            f"--out takes a folder that prepare_text began, got {path} with something else"
-        ) from None
+        takes = "--out takes a folder that prepare_text began"
+        raise ValueError(f"{takes}, got {path} with something else") from None
     for name, value in settings.items():
         if begun.get(name) != value:
             was, got = (
-                f"sha256 {x[:12]}" if x and name == "tokenizer" else x
-                for x in (begun.get(name), value)
+                f"sha256 {setting[:12]}" if setting and name == "tokenizer" else setting
+                for setting in (begun.get(name), value)
             )
-            raise ValueError(
-                f"--{name} takes {was}, with which {path.parent} was begun, got {got}: take "
-                "another --out"
-            )
+            takes = f"--{name} takes {was}, with which {path.parent} was begun"
+            raise ValueError(f"{takes}, got {got}: take another --out")
 
 
 def _tokenise_missing(keyed: Sequence[tuple[str, Part]], job: Job, workers: int) -> None:
@@ -213,26 +201,24 @@ def _tokenise_missing(keyed: Sequence[tuple[str, Part]], job: Job, workers: int)
         now = time.monotonic()
         if now - shown > 5 or done == len(missing):
             rate = tokens / (now - began)
-            print(
-                f"part {done} of {len(missing)}: {tokens:,} tokens, {rate:,.0f} a second",
-                file=sys.stderr,
-            )
+            counts = f"{tokens:,} tokens, {rate:,.0f} a second"
+            print(f"part {done} of {len(missing)}: {counts}", file=sys.stderr)
             shown = now
 
 
 def _map(
     function: Callable[[tuple[str, Part]], int], keyed: Sequence[tuple[str, Part]], workers: int
 ) -> Iterator[int]:
-    """`function` of every part, in order; after an error the parts that are under way are still
-    finished.
+    """`function` of every part, in order.
+
+    After an error the parts that are under way are still finished.
     """
     if workers == 1 or len(keyed) < 2:
         yield from map(function, keyed)
         return
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(keyed)), spawn, initializer=_start_worker) as pool:
-        # Ctrl-C is the parent's to handle: the workers inherit what is blocked while they are
-        # started.
+        # Ctrl-C is for the parent: the workers inherit what is blocked while they are started.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         results = pool.map(function, keyed)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -253,14 +239,11 @@ def _exit_with_parent() -> None:
 
 def _split(split: str, records: dict[str, Any]) -> dict[str, Any]:
     counts = {key: record[split] for key, record in records.items()}
+    tokens = {key: count["tokens"] for key, count in counts.items() if count["tokens"]}
     return {
         "documents": sum(count["documents"] for count in counts.values()),
-        "tokens": sum(count["tokens"] for count in counts.values()),
-        "shards": [
-            [f"shards/{key}.{split}.bin", count["tokens"]]
-            for key, count in counts.items()
-            if count["tokens"]
-        ],
+        "tokens": sum(tokens.values()),
+        "shards": [[f"shards/{key}.{split}.bin", count] for key, count in tokens.items()],
     }
 
 
@@ -292,9 +275,9 @@ def _parser() -> argparse.ArgumentParser:
         default=32000,
         help="of a new tokenizer, without one (%(default)s)",
     )
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=cores, help="processes (%(default)s)")
     parser.add_argument(
         "--valid", type=float, default=0.01, help="share of documents held out (%(default)s)"
@@ -302,11 +285,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--separator", help="text between the documents of a text file; without it each is one"
     )
-    default = PART_BYTES // 2**20
     parser.add_argument(
         "--part-mb",
         type=float,
-        default=default,
+        default=PART_BYTES // 2**20,
         help="input that is done or lost at once (%(default)s)",
     )
     return parser

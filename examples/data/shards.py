@@ -68,8 +68,9 @@ def tokenise(keyed: tuple[str, Part], job: Job) -> int:
 
 
 def read_record(key: str, job: Job) -> Counts | None:
-    """What a part that is done holds; None where its record or one of its shards is missing or not
-    whole.
+    """What a part that is done holds.
+
+    None where its record or one of its shards is missing or not whole.
     """
     try:
         counts: Counts = json.loads((job.folder / f"{key}.json").read_bytes())

@@ -1,5 +1,6 @@
-"""WebDataset tars, read by number: key.jpg (or .jpeg, .png, .webp) beside key.cls, or key.json with
-"label".
+"""WebDataset tars, read by number.
+
+They hold key.jpg (or .jpeg, .png, .webp) beside key.cls, or beside key.json with "label".
 """
 
 from __future__ import annotations
@@ -42,9 +43,8 @@ class Tars:
 
     def read(self, item: int) -> bytes:
         path, offset, size = self._place(item)
-        with open(
-            path, "rb", buffering=0
-        ) as file:  # opened anew: a file's position is shared by forked workers
+        # Opened anew: a file's position is shared by forked workers.
+        with open(path, "rb", buffering=0) as file:
             file.seek(offset)
             data = file.read(size)
         if len(data) < size:
@@ -95,17 +95,14 @@ def _scan(path: Path) -> numpy.ndarray:
             for member in tar:
                 end, last = member.offset_data + -(-member.size // BLOCK) * BLOCK, member.name
                 folder, _, name = member.name.rpartition("/")
-                base, _, extension = name.partition(
-                    "."
-                )  # WebDataset's rule: a key ends at the first dot
+                base, _, extension = name.partition(".")  # WebDataset's rule: at the first dot
                 key, extension = f"{folder}/{base}", extension.lower()
                 if not member.isfile() or extension not in IMAGES | {"cls", "json"}:
                     continue
                 if extension in IMAGES:
                     if key in images:
-                        raise ValueError(
-                            f"a sample takes one image, got a second in {path}:{member.name}"
-                        )
+                        second = f"{path}:{member.name}"
+                        raise ValueError(f"a sample takes one image, got a second in {second}")
                     images[key] = (member.offset_data, member.size)
                 elif extension == "cls" or key not in labels:
                     data = tar.extractfile(member)
@@ -113,33 +110,27 @@ def _scan(path: Path) -> numpy.ndarray:
                     if label is None and extension == "json":
                         continue  # captions and the like; a .cls may follow
                     if label is None:
-                        raise ValueError(
-                            "a .cls takes a class' number from 0 on, got another in "
-                            f"{path}:{member.name}"
-                        )
+                        takes = "a .cls takes a class' number from 0 on"
+                        raise ValueError(f"{takes}, got another in {path}:{member.name}")
                     labels[key] = label
     except tarfile.TarError as error:
-        raise ValueError(
-            f"a tar takes all of its members, got {path}, which is cut short at {last}: {error}"
-        ) from None
-    # tarfile takes a missing or broken header after the first for the end, so the end is looked at
-    # here.
+        raise _cut_short(path, last, str(error)) from None
+    # tarfile takes a missing or broken header after the first for the end.
     with path.open("rb") as file:
         file.seek(end)
         if file.read(BLOCK) != bytes(BLOCK):
-            raise ValueError(
-                f"a tar takes all of its members, got {path}, which is cut short at {last}: no end "
-                "mark"
-            )
+            raise _cut_short(path, last, "no end mark")
     for key in images:
         if key not in labels:
-            raise ValueError(
-                f'a sample takes a .cls, or a .json with "label", got {path}:{key.lstrip("/")} '
-                "without"
-            )
-    return numpy.array([(*images[key], labels[key]) for key in images], dtype=numpy.int64).reshape(
-        -1, 3
-    )
+            takes = 'a sample takes a .cls, or a .json with "label"'
+            raise ValueError(f"{takes}, got {path}:{key.lstrip('/')} without")
+    rows = [(*place, labels[key]) for key, place in images.items()]
+    return numpy.array(rows, dtype=numpy.int64).reshape(-1, 3)
+
+
+def _cut_short(path: Path, member: str, why: str) -> ValueError:
+    got = f"{path}, which is cut short at {member}: {why}"
+    return ValueError(f"a tar takes all of its members, got {got}")
 
 
 def _label(data: bytes, extension: str) -> int | None:

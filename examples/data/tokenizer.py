@@ -1,5 +1,6 @@
-"""Tokenizers: an existing SentencePiece or Hugging Face one, or a SentencePiece BPE that is trained
-on a sample.
+"""Tokenizers: an existing SentencePiece or Hugging Face one, or a new SentencePiece BPE.
+
+The new one is trained on a sample.
 """
 
 from __future__ import annotations
@@ -25,20 +26,19 @@ CUT = re.compile(rf"[^\u2585]{{1,{LINE}}}(?:$|(?=\u2585)|(?<! )(?= ))|[^\u2585]{
 
 
 class Tokenizer(NamedTuple):
-    """`encode` gives a text's ids without any end of document; `file` is all that it takes to
-    decode them.
-    """
+    """A tokenizer and its file."""
 
-    encode: Callable[[str], list[int]]
+    encode: Callable[[str], list[int]]  # a text to its ids, without any end of document
     vocab_size: int
-    eod: int
-    file: Path
+    eod: int  # the id of an end of document
+    file: Path  # all that it takes to decode ids
 
 
 @cache
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a SentencePiece model, a tokenizer.json or a folder with one; ValueError for
-    anything else.
+    """The tokenizer of a SentencePiece model, a tokenizer.json or a folder with one.
+
+    ValueError: it is anything else.
     """
     if path.is_dir() or path.suffix == ".json":
         return _hugging_face(path / "tokenizer.json" if path.is_dir() else path)
@@ -54,20 +54,18 @@ def _sentencepiece(path: Path) -> Tokenizer:
 
 
 def load_sentencepiece(path: Path) -> Any:
-    """The SentencePieceProcessor of a model with an end of sentence; ValueError for anything
-    else.
+    """The SentencePieceProcessor of a model with an end of sentence.
+
+    ValueError: it is anything else.
     """
     sentencepiece = _import_sentencepiece()
+    takes = "--tokenizer takes a SentencePiece model"
     if not path.is_file():
-        raise ValueError(
-            f"--tokenizer takes a SentencePiece model, got {path}, which is not a file"
-        )
+        raise ValueError(f"{takes}, got {path}, which is not a file")
     try:
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except RuntimeError:
-        raise ValueError(
-            f"--tokenizer takes a SentencePiece model, got {path}, which is not one"
-        ) from None
+        raise ValueError(f"{takes}, got {path}, which is not one") from None
     if pieces.eos_id() < 0:
         raise ValueError(
             f"--tokenizer takes a model with an end-of-sentence piece, got {path}, which has none"
@@ -79,9 +77,8 @@ def _import_sentencepiece() -> Any:
     try:
         import sentencepiece
     except ModuleNotFoundError:
-        raise ValueError(
-            "a SentencePiece tokenizer takes `pip install sentencepiece`, got none"
-        ) from None
+        takes = "a SentencePiece tokenizer takes `pip install sentencepiece`"
+        raise ValueError(f"{takes}, got none") from None
     return sentencepiece
 
 
@@ -89,35 +86,30 @@ def _hugging_face(path: Path) -> Tokenizer:
     try:
         import tokenizers
     except ModuleNotFoundError:
-        raise ValueError(
-            f"--tokenizer takes `pip install tokenizers` for a tokenizer.json, got {path}"
-        ) from None
+        takes = "--tokenizer takes `pip install tokenizers` for a tokenizer.json"
+        raise ValueError(f"{takes}, got {path}") from None
     if not path.is_file():
         raise ValueError(
             f"--tokenizer takes a folder with a tokenizer.json, got {path.parent} without: "
-            f"AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes it"
+            "AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes it"
         )
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception:  # of tokenizers, which has one bare Exception for everything
-        raise ValueError(
-            f"--tokenizer takes a Hugging Face tokenizer.json, got {path}, which is not one"
-        ) from None
+        takes = "--tokenizer takes a Hugging Face tokenizer.json"
+        raise ValueError(f"{takes}, got {path}, which is not one") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    names = [
-        name for name in (_named_eod(path.with_name("tokenizer_config.json")), *HF_EODS) if name
-    ]
+    named = _named_eod(path.with_name("tokenizer_config.json"))
+    names = [named, *HF_EODS] if named else HF_EODS
     eod = next((i for i in map(tokenizer.token_to_id, names) if i is not None), None)
     if eod is None:
-        raise ValueError(
-            f"--tokenizer takes a tokenizer_config.json with eos_token, got {path}, which has no "
-            "known end"
-        )
+        takes = "--tokenizer takes a tokenizer_config.json with eos_token"
+        raise ValueError(f"{takes}, got {path}, which has no known end")
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())  # ids can have gaps
     return Tokenizer(
         encode=lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
-        vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values())
-        + 1,  # ids can have gaps
+        vocab_size=largest + 1,
         eod=eod,
         file=path,
     )
@@ -129,9 +121,8 @@ def _named_eod(config: Path) -> str | None:
     try:
         eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
     except (ValueError, AttributeError):
-        raise ValueError(
-            f"--tokenizer takes a JSON object as tokenizer_config.json, got {config}"
-        ) from None
+        takes = "--tokenizer takes a JSON object as tokenizer_config.json"
+        raise ValueError(f"{takes}, got {config}") from None
     name = eos.get("content") if isinstance(eos, dict) else eos
     return name if isinstance(name, str) else None
 
@@ -181,7 +172,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, model_type: str =
 
 def _trainable(line: str) -> Sequence[str]:
     """A line as the trainer takes it, which leaves out long ones and any with U+2585 in silence."""
-    return CUT.findall(line) if len(line) > LINE or "\u2585" in line else [line] if line else []
+    if len(line) > LINE or "\u2585" in line:
+        return CUT.findall(line)
+    return [line] if line else []
 
 
 def _reason(message: str, characters: int) -> str:

@@ -16,28 +16,24 @@ VERSION = 1
 
 
 class Tokens(Dataset[tuple[Tensor, Tensor]]):
-    """The windows of `context` tokens of one split, "train" or "valid", of a folder of
-    prepare_text.
+    """The windows of `context` tokens of one split of a folder that prepare_text wrote.
 
-    ``tokens[i]`` is (inputs, targets), two LongTensors (context,); targets are the inputs one token
-    later. `len()` windows are an epoch, and i goes on past it: the next epoch has an order of its
-    own. Sample i depends on i and `seed` alone, so that a run that takes its samples by number
-    resumes exactly, on any number of processes.
+    The split is "train" or "valid". ``tokens[i]`` is (inputs, targets), two LongTensors (context,);
+    targets are the inputs one token later. `len()` windows are an epoch, and i goes on past it: the
+    next epoch has an order of its own. Sample i depends on i and `seed` alone, so that a run that
+    takes its samples by number resumes exactly, on any number of processes.
 
     ValueError: a folder that is missing, unfinished or of another version, a shard whose size is
-        not that of its
-    tokens, or a split of too few tokens. IndexError: i < 0.
+    not that of its tokens, or a split of too few tokens. IndexError: i < 0.
     """
 
     def __init__(
         self, folder: str | Path, split: str = "train", *, context: int, seed: int = 0
     ) -> None:
         self.folder = Path(folder)
+        wrote = f"folder takes one that prepare_text wrote, got {self.folder}"
         if not self.folder.is_dir():
-            raise ValueError(
-                f"folder takes one that prepare_text wrote, got {self.folder}, which is not a "
-                "folder"
-            )
+            raise ValueError(f"{wrote}, which is not a folder")
         try:
             index = json.loads((self.folder / "tokens.json").read_text(encoding="utf-8"))
             version = index["version"]
@@ -47,10 +43,7 @@ class Tokens(Dataset[tuple[Tensor, Tensor]]):
                 "tokens.json: run it again"
             ) from None
         except (ValueError, KeyError, TypeError):
-            raise ValueError(
-                f"folder takes one that prepare_text wrote, got {self.folder} with another "
-                "tokens.json"
-            ) from None
+            raise ValueError(f"{wrote} with another tokens.json") from None
         if version != VERSION:
             raise ValueError(
                 f"folder takes tokens.json of version {VERSION}, got {version} in {self.folder}"

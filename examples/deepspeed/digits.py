@@ -1,5 +1,4 @@
-"""A ViT on scikit-learn's digits: AdamW² without warmup beside AdamW with the best of several
-warmups.
+"""A ViT on scikit-learn's digits: AdamW² without warmup, AdamW with the best of several.
 
     python -m examples.deepspeed.digits
 
@@ -47,28 +46,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     methods = {
         "AdamW², no warmup": [],
         "AdamW, no warmup": ["optimizer=AdamW"],
-        **{
-            f"AdamW, warmup {share:.0%}": [
-                "optimizer=AdamW",
-                f"lr_warmup_steps={round(share * steps)}",
-            ]
-            for share in WARMUPS
-        },
     }
-    found = {
+    for share in WARMUPS:
+        warmup = f"lr_warmup_steps={round(share * steps)}"
+        methods[f"AdamW, warmup {share:.0%}"] = ["optimizer=AdamW", warmup]
+    accuracies = {
         name: [accuracy(args, data, name, [*args.set, *overrides], seed) for seed in args.seeds]
         for name, overrides in methods.items()
     }
-    for name, accuracies in found.items():
-        print(
-            f"{name:<20}{mean(accuracies):7.2%}   ({', '.join(f'{one:.2%}' for one in accuracies)})"
-        )
-    ours = mean(found["AdamW², no warmup"])
-    best = max(mean(accuracies) for name, accuracies in found.items() if "warmup " in name)
-    print(
-        f"AdamW² without warmup against AdamW with the best warmup: {100 * (ours - best):+.2f} "
-        "points"
-    )
+    for name, shares in accuracies.items():
+        print(f"{name:<20}{mean(shares):7.2%}   ({', '.join(f'{share:.2%}' for share in shares)})")
+    ours = mean(accuracies["AdamW², no warmup"])
+    best = max(mean(shares) for name, shares in accuracies.items() if "warmup " in name)
+    ahead = f"{100 * (ours - best):+.2f} points"
+    print(f"AdamW² without warmup against AdamW with the best warmup: {ahead}")
     return int(ours < best - 0.01)
 
 
@@ -78,7 +69,8 @@ from pathlib import Path
 from examples.data.images import open_images
 from examples.deepspeed.recipe import HERE, ImageRecipe, read_recipe
 recipe = read_recipe(ImageRecipe, HERE / "recipes" / "vit_digits.yaml", sys.argv[2:], 1)
-print(recipe.epochs * len(open_images(Path(sys.argv[1]), "train", None, 0)) // recipe.global_batch_size)
+images = open_images(Path(sys.argv[1]), "train", None, 0)
+print(recipe.epochs * len(images) // recipe.global_batch_size)
 """
 
 
@@ -86,20 +78,13 @@ def accuracy(
     args: argparse.Namespace, data: Path, name: str, overrides: Sequence[str], seed: int
 ) -> float:
     """Return a run's accuracy at its end; make the run where it is not there."""
-    out = (
-        args.out
-        / f"{name.replace(', ', '-').replace(' ', '-').replace('²', '2').replace('%', '')}-{seed}"
-    )
+    folder = name.replace(", ", "-").replace(" ", "-").replace("²", "2").replace("%", "")
+    out = args.out / f"{folder}-{seed}"
     records = logged(out)
     if not any("accuracy" in record for record in records):
-        options = [part for one in [*overrides, f"seed={seed}"] for part in ("--set", one)]
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={args.procs}",
-        ]
+        options = [part for value in [*overrides, f"seed={seed}"] for part in ("--set", value)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command.append(f"--nproc-per-node={args.procs}")
         command += [str(HERE / "pretrain_vit.py"), str(HERE / "recipes" / "vit_digits.yaml")]
         run([*command, "--data", str(data), "--out", str(out), *options])
         records = logged(out)

@@ -1,7 +1,7 @@
-"""FLatten-Swin-S (Han et al. 2023): Swin-S whose first two stages attend linearly, over the whole
-image.
+"""FLatten-Swin-S (Han et al. 2023): Swin-S whose first two stages attend linearly.
 
-timm has no such model; it is timm's Swin with the attention of 4 of its 24 blocks replaced.
+They attend over the whole image. timm has no such model; it is timm's Swin with the attention of 4
+of its 24 blocks replaced.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ FOCUS, KERNEL = 3, 5
 
 
 class FocusedLinearAttention(nn.Module):
-    """φ(q) φ(k)ᵀ v in linear time, plus a depth-wise convolution of v, which restores the rank
-    (Equations 5 to 9).
+    """φ(q) φ(k)ᵀ v in linear time, plus a depth-wise convolution of v (Equations 5 to 9).
+
+    The convolution restores the rank.
     """
 
     def __init__(self, width: int, heads: int, side: int) -> None:
@@ -37,15 +38,9 @@ class FocusedLinearAttention(nn.Module):
         """x: (batch, side², width). There is one window, so that nothing is masked."""
         assert mask is None
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, k, v = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for part in (
-                # fmt: skip  # (batch, head, side², width)
-                self._focus(q),
-                self._focus(k + self.positional_encoding),
-                v,
-            )
-        )
+        q, k = self._focus(q), self._focus(k + self.positional_encoding)
+        # (batch, head, side², width)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (q, k, v))
         shares = q @ k.mean(dim=-2, keepdim=True).transpose(-2, -1) + 1e-6
         y = q @ (k.transpose(-2, -1) @ v / v.shape[-2]) / shares
         pixels = v.flatten(0, 1).unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)
@@ -53,8 +48,9 @@ class FocusedLinearAttention(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2))
 
     def _focus(self, x: Tensor) -> Tensor:
-        """φ: the direction of relu(x) raised to a power, at its old length; close directions come
-        closer.
+        """φ: the direction of relu(x) raised to a power, at its old length.
+
+        Close directions come closer.
         """
         x = (F.relu(x) + 1e-6) / F.softplus(self.scale)
         powered = x**FOCUS

@@ -1,5 +1,6 @@
-"""GPT-2 as nanoGPT trains it: pre-LN, no biases, no dropout, tied embeddings; Xavier matrices, as
-in the paper.
+"""GPT-2 as nanoGPT trains it, with Xavier matrices as in the paper.
+
+Pre-LN, no biases, no dropout, tied embeddings.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (
-            self.c_attn(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        )  # (batch, head, time, width)
+        # Each (batch, head, time, width).
+        q, k, v = self.c_attn(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.c_proj(y.transpose(1, 2).flatten(2))
 
@@ -82,8 +82,6 @@ class GPT(nn.Module):
             recompute = self.checkpoints and torch.is_grad_enabled()
             x = checkpoint(block, x, use_reentrant=True) if recompute else block(x)
         logits = self.lm_head(self.ln_f(x))
-        return (
-            logits
-            if targets is None
-            else F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-        )
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())

@@ -34,18 +34,13 @@ class Heartbeat:
     """
 
     def __init__(self, seconds: float, step: int) -> None:
-        self.step, self.seconds, self.rank, self.ranks = (
-            step,
-            seconds,
-            dist.get_rank(),
-            dist.get_world_size(),
-        )
+        self.step, self.seconds = step, seconds
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self._main, self._closed = threading.main_thread().ident, threading.Event()
         self._since = time.monotonic()  # when this step began
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         if seconds and self.ranks > 1:
-            # A connection of its own: another thread's call on the process group's would wait for
-            # ours.
+            # Its own connection: another thread's call on the process group's would wait for ours.
             self._store = dist.PrefixStore("heartbeat", _get_default_store().clone())
             self._thread.start()
 
@@ -61,45 +56,42 @@ class Heartbeat:
     def _run(self) -> None:
         watched = (self.rank + 1) % self.ranks
         me = f"{socket.gethostname()}, pid {os.getpid()}"
-        beat, heard, last, named, told = 0, "", time.monotonic(), False, -1
+        beat, heard, last, is_named = 0, "", time.monotonic(), False
+        reported = -1  # the last step in which this rank was said to be busy
         while beat == 0 or not self._closed.wait(min(self.seconds / 5, 10)):
             beat += 1
             try:
                 self._store.set(str(self.rank), f"{beat}|{self.step}|{me}")
-                now = (
-                    self._store.get(str(watched)).decode()
-                    if self._store.check([str(watched)])
-                    else ""
-                )
+                now = ""
+                if self._store.check([str(watched)]):
+                    now = self._store.get(str(watched)).decode()
             except Exception as error:
-                self._say(
-                    f"heartbeat: rank {self.rank} ({me}) ends it: torch's store does not answer: "
-                    f"{error}"
-                )
+                ends = f"heartbeat: rank {self.rank} ({me}) ends it"
+                self._say(f"{ends}: torch's store does not answer: {error}")
                 return
             _, step, other = (now or heard or "||not heard of yet").split("|", 2)
             if now != heard:
-                if named:
+                if is_named:
                     self._say(f"rank {watched} ({other}) is heard of again")
-                heard, last, named = now, time.monotonic(), False
-            elif not named and time.monotonic() - last > self.seconds:
-                named = True
+                heard, last, is_named = now, time.monotonic(), False
+            elif not is_named and time.monotonic() - last > self.seconds:
+                is_named = True
                 self._say(
                     f"rank {watched} ({other}) has been silent for {self.seconds:g} s, after step "
                     f"{step}: its process or its machine has stopped, and the other ranks wait for "
                     "it"
                 )
-            if told < self.step and time.monotonic() - self._since > self.seconds:
+            if reported < self.step and time.monotonic() - self._since > self.seconds:
                 where = self._busy()
                 if where:
-                    told = self.step
+                    reported = self.step
                     self._say(
                         f"rank {self.rank} ({me}) has been in step {self.step + 1} for "
                         f"{self.seconds:g} s, at {where}; the other ranks wait for it"
                     )
 
     def _busy(self) -> str:
-        """Where the main thread is, if not where one waits for other ranks."""
+        """Where the main thread is, if not where it waits for other ranks."""
         frame: FrameType | None = sys._current_frames().get(self._main or 0)
         if frame is None or any(part in frame.f_code.co_filename for part in WAITS):
             return ""

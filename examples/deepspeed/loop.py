@@ -1,5 +1,6 @@
-"""The training loop that both scripts share: DeepSpeed's engine, resuming, evaluation, progress,
-checkpoints.
+"""The training loop that both scripts share.
+
+DeepSpeed's engine, resuming, evaluation, progress, checkpoints.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ RECORDS = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 @dataclass(frozen=True)
 class Work:
-    """What is trained, and on what. Sample i of `data` depends on i alone, so that a run can resume
-    on any GPUs.
+    """What is trained, and on what.
+
+    Sample i of `data` depends on i alone, so that a run can resume on any GPUs.
     """
 
     model: nn.Module
@@ -61,8 +63,9 @@ class Work:
 
 
 def train(recipe: Recipe, work: Work, out: Path, watched: Path | None = None) -> None:
-    """Train to the end, or until a SIGTERM; go on from the newest checkpoint under `out` where
-    there is one.
+    """Train to the end, or until a SIGTERM.
+
+    Where there is a checkpoint under `out`, go on from the newest.
     """
     config = deepspeed_config(recipe, work.steps, dist.get_world_size())
     step, checkpoints = 0, out / "checkpoints"
@@ -85,9 +88,8 @@ def train(recipe: Recipe, work: Work, out: Path, watched: Path | None = None) ->
     engine.train()
     while step < work.steps:
         seed = hash((recipe.seed, step, dist.get_rank())) % 2**32
-        torch.manual_seed(
-            seed
-        )  # dropout, and with numpy mixup: a resumed run draws what the other would have
+        # Dropout, and with numpy mixup: a resumed run draws what the other would have.
+        torch.manual_seed(seed)
         numpy.random.seed(seed)
         losses = []
         for _ in range(engine.gradient_accumulation_steps()):
@@ -98,11 +100,10 @@ def train(recipe: Recipe, work: Work, out: Path, watched: Path | None = None) ->
             losses.append(loss.detach().float())
         step += 1
         heartbeat.at(step)
+        mean = torch.stack(losses).mean()
         if watch is not None:
-            watch.step(torch.stack(losses).mean())
-        loss, stops = mean_over_ranks(
-            torch.stack([torch.stack(losses).mean(), stop.asked(engine.device)])
-        )
+            watch.step(mean)
+        loss, stops = mean_over_ranks(torch.stack([mean, stop.asked(engine.device)]))
         log.step(step, loss, lr)
         ends = step == work.steps or stops > 0
         if ends or (recipe.eval_interval and step % recipe.eval_interval == 0):
@@ -118,14 +119,14 @@ def train(recipe: Recipe, work: Work, out: Path, watched: Path | None = None) ->
 
 
 def save(engine: Any, folder: Path, step: int) -> None:
-    """Save, and only then let `latest` name it: a run that is killed meanwhile goes on from the one
-    before.
+    """Save, and only then let `latest` name it.
+
+    A run that is killed meanwhile goes on from the checkpoint before.
     """
     # DeepSpeed itself writes `latest` once rank 0 has saved its own files, others may still be at
     # theirs.
-    engine.save_checkpoint(
-        str(folder), tag=f"step_{step}", client_state={"step": step}, save_latest=False
-    )
+    state = {"step": step}
+    engine.save_checkpoint(str(folder), tag=f"step_{step}", client_state=state, save_latest=False)
     if dist.get_rank() == 0:  # that ended in a barrier
         (folder / "latest.new").write_text(f"step_{step}", encoding="utf-8")
         (folder / "latest.new").replace(folder / "latest")
@@ -142,11 +143,11 @@ def check(folder: Path, stage: int) -> None:
     owners = {int(match[1]) for match in matches if match}
     problem = None
     if stage and owners != set(range(ranks)):
+        files_of = ", ".join(map(str, sorted(owners))) or "none"
         problem = (
             f"{folder / tag} takes as many ranks as saved it, whose files are all there, got "
-            f"{ranks} ranks and "
+            f"{ranks} ranks and files of {files_of}"
         )
-        problem += f"files of {', '.join(map(str, sorted(owners))) or 'none'}"
     for path in files[dist.get_rank() :: ranks]:
         problem = problem or _problem_of(path)
     problems: list[str | None] = [None] * ranks
@@ -154,12 +155,9 @@ def check(folder: Path, stage: int) -> None:
     problem = next(filter(None, problems), None)
     if problem is None:
         return
-    others = sorted(path.name for path in folder.glob("step_*") if path.name != tag)
-    problem += (
-        f"; there are {', '.join(others)}, too: write one's name into {folder / 'latest'}"
-        if others
-        else ""
-    )
+    others = ", ".join(sorted(path.name for path in folder.glob("step_*") if path.name != tag))
+    if others:
+        problem += f"; there are {others}, too: write one's name into {folder / 'latest'}"
     if dist.get_rank() == 0:
         fail(Path(sys.argv[0]).name, ValueError(problem))
     shutdown(2)
@@ -173,18 +171,16 @@ def _problem_of(path: Path) -> str | None:
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is not None:
                     return f"{path} is damaged"
-        # Else it is of before zip files, or of "checkpoint_serialization": false; there are no
-        # check sums in it.
+        # Else it is from before zip files, or of "checkpoint_serialization": false, and there are
+        # no check sums in it.
         with torch.serialization.safe_globals(RECORDS):
             torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         name = re.search(r"GLOBAL (\S+)", str(error))
-        if name is not None:
-            return (
-                f"{path} takes tensors and DeepSpeed's own records, got {name[1]}, which could "
-                "run code"
-            )
-        return f"{path} is damaged"
+        if name is None:
+            return f"{path} is damaged"
+        takes = f"{path} takes tensors and DeepSpeed's own records"
+        return f"{takes}, got {name[1]}, which could run code"
     except (zipfile.BadZipFile, OSError, EOFError, RuntimeError):
         return f"{path} is damaged"
     return None
@@ -193,28 +189,24 @@ def _problem_of(path: Path) -> str | None:
 def groups(model: nn.Module) -> list[dict[str, Any]]:
     """Matrices decay; gains, biases and what timm's model exempts, its position tables, do not."""
     exempt = getattr(model, "no_weight_decay", set)()
-    named = [
-        (name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad
-    ]
-    return [
-        {"params": [one for name, one in named if one.ndim >= 2 and name not in exempt]},
-        {
-            "params": [one for name, one in named if one.ndim < 2 or name in exempt],
-            "weight_decay": 0.0,
-        },
-    ]
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim >= 2 and name not in exempt
+            (decayed if decays else others).append(parameter)
+    return [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
 
 
 def batches(recipe: Recipe, work: Work, step: int) -> Iterator[Batch]:
-    """This rank's micro batches from `step` on: which samples a step takes depends on its number
-    alone.
+    """This rank's micro batches from `step` on.
+
+    Which samples a step takes depends on its number alone.
     """
     rank, ranks, size = dist.get_rank(), dist.get_world_size(), recipe.micro_batch_size
 
     def indices() -> Iterator[list[int]]:
-        for first in range(
-            step * recipe.global_batch_size, work.steps * recipe.global_batch_size, size * ranks
-        ):
+        begin, end = step * recipe.global_batch_size, work.steps * recipe.global_batch_size
+        for first in range(begin, end, size * ranks):
             yield list(range(first + rank * size, first + (rank + 1) * size))
 
     loader = DataLoader(
@@ -236,27 +228,25 @@ def evaluate(engine: Any, recipe: Recipe, work: Work) -> dict[str, float]:
     for first in range(0, len(starts), ranks):
         # Under ZeRO-3 a forward pass is collective: a rank without samples of its own repeats some
         # that do not count.
-        start = starts[first + rank] if first + rank < len(starts) else None
-        samples = [
-            work.valid[i] for i in range(start or 0, min((start or 0) + size, work.valid_samples))
-        ]
+        has_own = first + rank < len(starts)
+        start = starts[first + rank] if has_own else 0
+        samples = [work.valid[i] for i in range(start, min(start + size, work.valid_samples))]
         batch = to_device(default_collate(samples), engine)
         for name, mean in work.score(engine, batch).items():
-            weight = 0 if start is None else len(samples)
+            weight = len(samples) if has_own else 0
             sums[name] = sums.get(name, 0.0) + mean.double() * weight
-    totals = mean_over_ranks(torch.stack(list(sums.values())))
+    means = mean_over_ranks(torch.stack(list(sums.values())))
     engine.train()
-    return {
-        name: total * ranks / work.valid_samples for name, total in zip(sums, totals, strict=True)
-    }
+    samples = work.valid_samples
+    return {name: mean * ranks / samples for name, mean in zip(sums, means, strict=True)}
 
 
 def to_device(batch: Any, engine: Any) -> Batch:
     """Tokens stay integers; images take the type of the weights."""
     inputs, targets = (part.to(engine.device, non_blocking=True) for part in batch)
-    return (
-        inputs.to(next(engine.module.parameters()).dtype) if inputs.is_floating_point() else inputs
-    ), targets
+    if inputs.is_floating_point():
+        inputs = inputs.to(next(engine.module.parameters()).dtype)
+    return inputs, targets
 
 
 def mean_over_ranks(values: Tensor) -> list[float]:
@@ -281,8 +271,9 @@ class Stop:
 
 
 class Log:
-    """Rank 0's lines on the terminal, and OUT/log.jsonl with every step; the other ranks write
-    nothing.
+    """Rank 0's lines on the terminal, and OUT/log.jsonl with every step.
+
+    The other ranks write nothing.
     """
 
     def __init__(self, recipe: Recipe, work: Work, out: Path, step: int) -> None:
@@ -291,27 +282,21 @@ class Log:
         if dist.get_rank() == 0:
             out.mkdir(parents=True, exist_ok=True)
             path = out / "log.jsonl"
-            kept = (
-                [line for line in _lines(path) if json.loads(line)["step"] <= step] if step else []
-            )
-            path.write_text(
-                "".join(kept), encoding="utf-8"
-            )  # steps after the checkpoint are made again
+            # Steps after the checkpoint are made again.
+            lines = _lines(path) if step else []
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            path.write_text("".join(kept), encoding="utf-8")
             self.file = path.open("a", encoding="utf-8")
-        millions = (
-            sum(getattr(one, "ds_numel", one.numel()) for one in work.model.parameters()) / 1e6
-        )  # ds_: ZeRO-3's
+        # ds_numel is ZeRO-3's.
+        sizes = (getattr(weight, "ds_numel", weight.numel()) for weight in work.model.parameters())
+        millions = sum(sizes) / 1e6
         accumulated = recipe.global_batch_size // (recipe.micro_batch_size * dist.get_world_size())
         self.line(
             f"{millions:.1f} M parameters, {recipe.optimizer}, {dist.get_world_size()} ranks × "
             f"{accumulated} × {recipe.micro_batch_size} samples, steps {step} to {work.steps}"
         )
-        self.start, self.first, self.last, self.last_step = (
-            time.monotonic(),
-            step,
-            time.monotonic(),
-            step,
-        )
+        self.start = self.last = time.monotonic()
+        self.first = self.last_step = step
 
     def step(self, step: int, loss: float, lr: float) -> None:
         if self.file is None:
@@ -333,10 +318,8 @@ class Log:
     def evaluation(self, step: int, values: dict[str, float]) -> None:
         if self.file is not None:
             self._write({"step": step, **values})
-            self.line(
-                f"step {step}: "
-                + ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-            )
+            scores = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+            self.line(f"step {step}: {scores}")
         self.last = time.monotonic()
 
     def line(self, line: str) -> None:
@@ -358,11 +341,8 @@ def _lines(path: Path) -> list[str]:
     """The whole lines of a log; a run that was killed may have left half of one."""
     if not path.is_file():
         return []
-    return [
-        line
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if line.endswith("}\n")
-    ]
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("}\n")]
 
 
 def _duration(seconds: float) -> str:
@@ -372,17 +352,15 @@ def _duration(seconds: float) -> str:
 
 
 def _forget(folder: Path, kept: int, step: int) -> None:
-    """Delete all checkpoints up to this step but the newest. Those of later steps are of a run that
-    was cut off.
+    """Delete all checkpoints up to this step but the newest.
+
+    Those of later steps are of a run that was cut off.
     """
     dist.barrier()
     if dist.get_rank() == 0:
-        steps = sorted(
-            int(match[1])
-            for path in folder.iterdir()
-            if (match := re.fullmatch(r"step_(\d+)", path.name))
-        )
-        for old in [one for one in steps if one <= step][:-kept]:
+        matches = (re.fullmatch(r"step_(\d+)", path.name) for path in folder.iterdir())
+        steps = sorted(int(match[1]) for match in matches if match and int(match[1]) <= step)
+        for old in steps[:-kept]:
             shutil.rmtree(folder / f"step_{old}")
 
 
@@ -393,11 +371,10 @@ def start(script: str) -> int:
             f"{script} takes RANK and WORLD_SIZE from torchrun or deepspeed, got neither"
         )
     if not torch.cuda.is_available():
-        # compiled for a minute, and no faster
+        # Compiled for a minute, and no faster.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    get_accelerator().set_device(
-        int(os.environ.get("LOCAL_RANK", 0))
-    )  # the engine does so later than `check`
+    # The engine does so later than `check`.
+    get_accelerator().set_device(int(os.environ.get("LOCAL_RANK", 0)))
     deepspeed.init_distributed(verbose=False)
     return dist.get_world_size()
 

@@ -1,9 +1,8 @@
 """Pretrain a GPT under DeepSpeed, without warmup.
 
     python -m examples.data.prepare_text --stdlib --vocab-size 512 --out out/text512
-    torchrun --nproc-per-node 2 examples/deepspeed/pretrain_gpt.py
-    examples/deepspeed/recipes/gpt_tiny.yaml \\
-        --data out/text512 --out out/gpt_tiny
+    torchrun --nproc-per-node 2 examples/deepspeed/pretrain_gpt.py \\
+        examples/deepspeed/recipes/gpt_tiny.yaml --data out/text512 --out out/gpt_tiny
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # where `examples` is, wherever this is started
+# Where `examples` is, wherever this is started.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 from examples.data.tokens import Tokens
 from examples.deepspeed.gpt import GPT
 from examples.deepspeed.loop import Batch, Work, fail, start, train
@@ -33,10 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         recipe = read_recipe(GPTRecipe, args.recipe, args.set, int(os.environ.get("WORLD_SIZE", 1)))
-        data, valid = (
-            Tokens(args.data, split, context=recipe.seq_length, seed=recipe.seed)
-            for split in ("train", "valid")
-        )
+        windows = {"context": recipe.seq_length, "seed": recipe.seed}
+        data, valid = (Tokens(args.data, split, **windows) for split in ("train", "valid"))
         if data.vocab_size > recipe.vocabulary:
             raise ValueError(
                 f"vocabulary takes the data's {data.vocab_size} tokens or more, got "
@@ -99,9 +95,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--watch", action="store_true", help="write what `weyl-megatron report DIR` draws, too"
     )
-    parser.add_argument(
-        "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # what the deepspeed launcher appends
+    # What the deepspeed launcher appends.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 

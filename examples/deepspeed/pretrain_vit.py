@@ -1,9 +1,8 @@
 """Pretrain a ViT, Swin or FLatten-Swin on images under DeepSpeed, without warmup.
 
     python -m examples.data.digits --out out/digits16 --size 16
-    torchrun --nproc-per-node 2 examples/deepspeed/pretrain_vit.py
-    examples/deepspeed/recipes/vit_digits.yaml \\
-        --data out/digits16 --out out/vit_digits
+    torchrun --nproc-per-node 2 examples/deepspeed/pretrain_vit.py \\
+        examples/deepspeed/recipes/vit_digits.yaml --data out/digits16 --out out/vit_digits
 """
 
 from __future__ import annotations
@@ -22,9 +21,8 @@ from timm.data import Mixup, create_transform
 from timm.layers import set_reentrant_ckpt
 from torch import Tensor, nn
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # where `examples` is, wherever this is started
+# Where `examples` is, wherever this is started.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 from examples.data.images import open_images
 from examples.deepspeed.flatten_swin import flatten_swin_small
 from examples.deepspeed.loop import Batch, Work, fail, start, train
@@ -37,9 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Check everything that one process can check, then train; return the exit status."""
     args = parser().parse_args(arguments)
     try:
-        recipe = read_recipe(
-            ImageRecipe, args.recipe, args.set, int(os.environ.get("WORLD_SIZE", 1))
-        )
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        recipe = read_recipe(ImageRecipe, args.recipe, args.set, ranks)
         check_model(recipe)
         data = open_images(args.data, "train", transform(recipe, train=True), recipe.seed)
         valid = open_images(args.data, "valid", transform(recipe, train=False), recipe.seed)
@@ -90,9 +87,8 @@ def build(recipe: ImageRecipe) -> nn.Module:
         if isinstance(module, nn.Linear) and "head" not in name:
             xavier(module.weight)
     if recipe.activation_checkpointing:
-        set_reentrant_ckpt(
-            True
-        )  # the kind that works with the weights that ZeRO-3 takes away after a block's forward
+        # The kind that works with the weights that ZeRO-3 takes away after a block's forward.
+        set_reentrant_ckpt(True)
         model.set_grad_checkpointing()
     return model
 
@@ -123,12 +119,8 @@ def loss_of(recipe: ImageRecipe) -> Callable[[nn.Module, Batch], Tensor]:
     """Cross-entropy with label smoothing, on images that mixup and cutmix blend in pairs."""
     mix = None
     if recipe.mixup or recipe.cutmix:
-        mix = Mixup(
-            recipe.mixup,
-            recipe.cutmix,
-            label_smoothing=recipe.smoothing,
-            num_classes=recipe.classes,
-        )
+        labels = {"label_smoothing": recipe.smoothing, "num_classes": recipe.classes}
+        mix = Mixup(recipe.mixup, recipe.cutmix, **labels)
 
     def loss(model: nn.Module, batch: Batch) -> Tensor:
         images, classes = batch
@@ -170,9 +162,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--watch", action="store_true", help="write what `weyl-megatron report DIR` draws, too"
     )
-    parser.add_argument(
-        "--local_rank", type=int, help=argparse.SUPPRESS
-    )  # what the deepspeed launcher appends
+    # What the deepspeed launcher appends.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser
 
 

@@ -1,5 +1,6 @@
-"""The recipe: every number of a run from YAML, checked before anything starts, and the DeepSpeed
-config made of it.
+"""The recipe: every number of a run from YAML, and the DeepSpeed config made of it.
+
+It is checked before anything starts.
 """
 
 from __future__ import annotations
@@ -29,14 +30,16 @@ from examples.keys import (
 HERE = Path(__file__).resolve().parent
 RecipeType = TypeVar("RecipeType", bound="Recipe")
 
+OPTIONS = mapping("arguments of timm's model by name")
+UP_TO_ONE = number("a number above 0, at most 1", lambda x: 0 < x <= 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What GPT and image recipes have in common. The keys are those of the YAML file."""
 
-    deepspeed: str = key(
-        text("the path of a DeepSpeed JSON file"), "zero1.json"
-    )  # beside this file, or anywhere
+    # Beside this file, or anywhere.
+    deepspeed: str = key(text("the path of a DeepSpeed JSON file"), "zero1.json")
     optimizer: str = key(choice("AdamW2", "AdamW"), "AdamW2")
     tau: float | str = key(TAU, 0.01)
     lr: float = key(POSITIVE)
@@ -59,9 +62,8 @@ class Recipe:
     save_interval: int = key(integer(0), 0)  # 0: at the end only
     keep_checkpoints: int = key(integer(1), 2)
     watch_interval: int = key(integer(1), 100)  # of --watch
-    hang_after: float = key(
-        NOT_NEGATIVE, 300.0
-    )  # seconds until a rank that the others wait for is named; 0: never
+    # Seconds until a rank that the others wait for is named; 0: never.
+    hang_after: float = key(NOT_NEGATIVE, 300.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,7 @@ class ImageRecipe(Recipe):
     model: str = key(text("the name of a model of timm, or flatten_swin_small"))
     image_size: int = key(integer(8), 224)
     classes: int = key(integer(2), 1000)
-    model_options: dict[str, Any] | None = key(mapping("arguments of timm's model by name"), None)  # noqa: RUF009
+    model_options: dict[str, Any] | None = key(OPTIONS, None)  # noqa: RUF009
     epochs: int = key(integer(1))
     randaugment: str = key(text('timm\'s notation, "rand-m9-mstd0.5-inc1", or "none"'), "none")
     mixup: float = key(NOT_NEGATIVE, 0.0)
@@ -92,18 +94,14 @@ class ImageRecipe(Recipe):
     random_erasing: float = key(SHARE, 0.0)
     smoothing: float = key(SHARE, 0.0)
     drop_path: float = key(SHARE, 0.0)
-    scale: float = key(
-        number("a number above 0, at most 1", lambda x: 0 < x <= 1), 0.08
-    )  # smallest share of a crop
+    scale: float = key(UP_TO_ONE, 0.08)  # smallest share of a crop
     flip: bool = key(SWITCH, True)
 
 
 def read_recipe(
     kind: type[RecipeType], path: Path, overrides: Sequence[str], world_size: int
 ) -> RecipeType:
-    """Return the recipe at `path`, `key=value` overrides put over it, checked for `world_size`
-    ranks.
-    """
+    """Return the recipe at `path` with `key=value` overrides, checked for `world_size` ranks."""
     recipe = read(kind, path, overrides)
     share = recipe.micro_batch_size * world_size
     if recipe.global_batch_size % share:
@@ -154,12 +152,11 @@ def deepspeed_config(
         optimizer["tau"] = recipe.tau
     else:
         optimizer["torch_adam"] = True  # DeepSpeed's own is a kernel that it compiles first
-    warmup, ratio = recipe.lr_warmup_steps, recipe.min_lr / recipe.lr
+    micro_batches = recipe.global_batch_size // (recipe.micro_batch_size * world_size)
     fill = {
         "train_batch_size": recipe.global_batch_size,
         "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
-        "gradient_accumulation_steps": recipe.global_batch_size
-        // (recipe.micro_batch_size * world_size),
+        "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": recipe.clip_grad,
         "enabled": recipe.bf16,
         "lr": recipe.lr,
@@ -169,20 +166,19 @@ def deepspeed_config(
         "total_num_steps": steps,
     }
     config = _filled(config, fill, path)
-    for name, meant in (
-        ("train_batch_size", "global"),
-        ("train_micro_batch_size_per_gpu", "micro"),
-    ):
+    sizes = {"train_batch_size": "global", "train_micro_batch_size_per_gpu": "micro"}
+    for name, meant in sizes.items():
         if config.setdefault(name, fill[name]) != fill[name]:
             raise ValueError(
                 f'{path} takes "auto" or {meant}_batch_size {fill[name]} for "{name}", got '
                 f"{config[name]}"
             )
     schedule = config.get("scheduler", {}).get("params", {})
-    if warmup:
-        schedule.update(warmup_num_steps=warmup, warmup_min_ratio=0.0, warmup_type="linear")
+    if recipe.lr_warmup_steps:
+        warmup = {"warmup_num_steps": recipe.lr_warmup_steps, "warmup_min_ratio": 0.0}
+        schedule.update(warmup, warmup_type="linear")
     if "cos_min_ratio" in schedule:
-        schedule["cos_min_ratio"] = ratio
+        schedule["cos_min_ratio"] = recipe.min_lr / recipe.lr
     config.setdefault("steps_per_print", log_every)  # the loop has its own lines
     return config
 

@@ -20,12 +20,11 @@ PEAK = {
 
 
 def training_flops(build: Callable[[], nn.Module], inputs: Callable[[], Tensor]) -> float:
-    """Return the FLOPs that training on `inputs` takes: counted by torch on one forward pass, and
-    twice as many back.
+    """Return the FLOPs that training on `inputs` takes.
 
-    Model and inputs are built on the meta device, which computes nothing. A recomputed forward pass
-    does not count, which is what makes the quotient the model's utilisation (MFU) and not the
-    hardware's.
+    torch counts those of one forward pass; a backward pass takes twice as many. Model and inputs
+    are built on the meta device, which computes nothing. A recomputed forward pass does not count,
+    which is what makes the quotient the model's utilisation (MFU) and not the hardware's.
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         build()(inputs())
@@ -37,11 +36,5 @@ def peak_flops() -> float | None:
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    return next(
-        (
-            flops
-            for model, flops in sorted(PEAK.items(), key=lambda row: -len(row[0]))
-            if model in name
-        ),
-        None,
-    )
+    models = sorted((model for model in PEAK if model in name), key=len)
+    return PEAK[models[-1]] if models else None  # "H100 PCIe" before "H100"

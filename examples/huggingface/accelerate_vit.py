@@ -1,9 +1,9 @@
-"""Train a ViT on scikit-learn's handwritten digits in a plain loop with Accelerate. Nothing is
-downloaded.
+"""Train a ViT on scikit-learn's handwritten digits in a plain loop with Accelerate.
 
-accelerate launch --config_file accelerate_vit.yaml accelerate_vit.py [--epochs 20] [--lr 3e-3]
+    accelerate launch --config_file accelerate_vit.yaml accelerate_vit.py [--epochs 20] [--lr 3e-3]
 
-Nothing is imported to train with AdamW2: DeepSpeed finds it by the name in its JSON file.
+Nothing is downloaded, and nothing is imported to train with AdamW2: DeepSpeed finds it by the name
+in its JSON file.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from weyl_megatron.engines.shutdown import shutdown
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """The images (N, 1, 8, 8), standardised, with their classes: to train on, and a held-out
-    quarter.
+    """The images (N, 1, 8, 8), standardised, with their classes.
+
+    Three quarters are to train on, one is held out.
     """
     loaded = load_digits()
     images = torch.tensor(loaded.images, dtype=torch.float32).unsqueeze(1)
     images = (images - images.mean()) / images.std()
     classes = torch.tensor(loaded.target, dtype=torch.long)
     held_out, train = torch.randperm(len(images)).tensor_split([len(images) // 4])
-    return TensorDataset(images[train], classes[train]), TensorDataset(
-        images[held_out], classes[held_out]
-    )
+    test = TensorDataset(images[held_out], classes[held_out])
+    return TensorDataset(images[train], classes[train]), test
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=0.1)
     args = parser.parse_args()
 
-    # Without a GPU accelerate takes all processes for one, unless it is told a backend.
+    # Without a GPU accelerate takes all processes for one, unless it gets a backend.
     handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(kwargs_handlers=handlers)
     set_seed(0)
@@ -64,13 +64,12 @@ def main() -> None:
         )
     )
 
-    # Accelerate fills the rate, the weight decay, the batch and the steps in where the file says
+    # Accelerate fills in the rate, the weight decay, the batch and the steps where the file says
     # "auto"; not these.
     config = accelerator.state.deepspeed_plugin.deepspeed_config
     config["optimizer"]["params"] |= {"betas": [0.9, 0.95], "eps": 1e-8}
     optimizer = DummyOptim(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
-    # Accelerate divides the steps by the processes: it expects those of the loader before it is
-    # prepared.
+    # Accelerate divides the steps by the processes: it takes those of the unprepared loader.
     scheduler = DummyScheduler(optimizer, total_num_steps=args.epochs * len(loader))
     model, optimizer, loader, test, scheduler = accelerator.prepare(
         model, optimizer, loader, test, scheduler
@@ -87,9 +86,8 @@ def main() -> None:
             optimizer.zero_grad()
             losses.append(loss.detach())
         mean = accelerator.reduce(torch.stack(losses).mean(), "mean")
-        accelerator.print(
-            f"epoch {epoch + 1}: loss {mean:.4f}, lr {scheduler.get_last_lr()[0]:.2e}"
-        )
+        lr = scheduler.get_last_lr()[0]
+        accelerator.print(f"epoch {epoch + 1}: loss {mean:.4f}, lr {lr:.2e}")
 
     model.eval()
     right = []
@@ -97,14 +95,11 @@ def main() -> None:
         with torch.no_grad():
             guesses = model(pixel_values=images).logits.argmax(-1)
         right.append(accelerator.gather_for_metrics(guesses == classes))
-    accelerator.print(
-        f"accuracy on {len(held_out)} held-out digits: {torch.cat(right).float().mean():.3f}"
-    )
+    accuracy = torch.cat(right).float().mean()
+    accelerator.print(f"accuracy on {len(held_out)} held-out digits: {accuracy:.3f}")
     stats = model.basic_optimizer.stats()
-    clipped = sum(entry.clipped for entry in stats.values())
-    accelerator.print(
-        f"AdamW2: {clipped} of {len(stats)} matrices clipped in the last step; the first three:"
-    )
+    clipped = f"{sum(entry.clipped for entry in stats.values())} of {len(stats)} matrices clipped"
+    accelerator.print(f"AdamW2: {clipped} in the last step; the first three:")
     for name in list(stats)[:3]:
         accelerator.print(f"  {name}: {stats[name]}")
 

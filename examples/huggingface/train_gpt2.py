@@ -1,10 +1,9 @@
-"""Pretrain a GPT-2 with the Trainer, on the sources of Python's standard library as bytes. Nothing
-is downloaded.
+"""Pretrain a GPT-2 with the Trainer, on the sources of Python's standard library as bytes.
 
-torchrun --nproc-per-node 2 train_gpt2.py --deepspeed ../deepspeed/zero2.json [any other
-TrainingArguments]
+    torchrun --nproc-per-node 2 train_gpt2.py --deepspeed ../deepspeed/zero2.json
 
-Nothing is imported to train with AdamW2: DeepSpeed finds it by the name in its JSON file.
+Any other TrainingArguments can be given, too. Nothing is downloaded, and nothing is imported to
+train with AdamW2: DeepSpeed finds it by the name in its JSON file.
 """
 
 from __future__ import annotations
@@ -61,14 +60,18 @@ def standard_library() -> bytes:
 def main() -> None:
     parser = HfArgumentParser((ModelArguments, TrainingArguments))
     parser.set_defaults(
-        output_dir="out/gpt2", max_steps=400, per_device_train_batch_size=16, logging_steps=40
+        output_dir="out/gpt2",
+        max_steps=400,
+        per_device_train_batch_size=16,
+        logging_steps=40,
+        learning_rate=3e-3,
+        adam_beta2=0.95,
+        weight_decay=0.1,
+        save_strategy="no",
+        report_to="none",
     )
-    parser.set_defaults(
-        learning_rate=3e-3, adam_beta2=0.95, weight_decay=0.1, save_strategy="no", report_to="none"
-    )
-    parser.set_defaults(
-        use_cpu=not torch.cuda.is_available()
-    )  # accelerate would take all processes for one
+    # Accelerate would take all processes for one.
+    parser.set_defaults(use_cpu=not torch.cuda.is_available())
     model_args, args = parser.parse_args_into_dataclasses()
     set_seed(args.seed)
     config = GPT2Config(
@@ -92,14 +95,10 @@ def main() -> None:
     loss = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
         stats = trainer.model_wrapped.basic_optimizer.stats()
-        print(
-            f"validation loss {loss:.4f}; {sum(s.clipped for s in stats.values())} of {len(stats)} "
-            "matrices clipped"
-        )
-        print(
-            "transformer.h.0.attn.c_attn.weight[q]: "
-            f"{stats['transformer.h.0.attn.c_attn.weight[q]']}"
-        )
+        clipped = sum(entry.clipped for entry in stats.values())
+        print(f"validation loss {loss:.4f}; {clipped} of {len(stats)} matrices clipped")
+        name = "transformer.h.0.attn.c_attn.weight[q]"
+        print(f"{name}: {stats[name]}")
 
 
 if __name__ == "__main__":

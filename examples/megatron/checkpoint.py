@@ -1,5 +1,6 @@
-"""Checkpoints: one folder per step, in Megatron's distributed format; a run may resume on more or
-fewer replicas.
+"""Checkpoints: one folder per step, in Megatron's distributed format.
+
+A run may resume on more or fewer replicas.
 """
 
 from __future__ import annotations
@@ -23,10 +24,8 @@ from recipe import Recipe
 # How the distributed optimizer writes: each rank what it holds. megatron-core 0.14 has an older
 # format for that.
 RESHARDABLE = hasattr(DistributedOptimizer, "sharded_param_state_dp_reshardable")
-METADATA = {
-    "distrib_optim_sharding_type": "dp_reshardable" if RESHARDABLE else "fully_sharded_model_space"
-}
-
+SHARDING = "dp_reshardable" if RESHARDABLE else "fully_sharded_model_space"
+METADATA = {"distrib_optim_sharding_type": SHARDING}
 
 #: What torch's distributed checkpoints keep their index in, the file ``.metadata``.
 RECORDS = {
@@ -40,14 +39,14 @@ RECORDS = {
         "WriteItemType",
     },
     "torch.distributed.checkpoint.metadata": {
-        *(
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "Metadata",
-            "MetadataIndex",
-            "StorageMeta",
-        ),
-        *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
     },
 }
 
@@ -67,17 +66,17 @@ def check_support(recipe: Recipe) -> None:
 
 def newest(folder: Path) -> Path:
     """The checkpoint of the last step under `folder` that was written to its end."""
-    found = {
+    steps = {
         int(match[1]): path
         for path in folder.glob("step_*")
         if (match := re.fullmatch(r"step_(\d+)", path.name))
         and dist_checkpointing.check_is_distributed_checkpoint(str(path))
     }
-    if not found:
+    if not steps:
         raise ValueError(
             f"--load takes a folder that --save wrote, got {folder}, which has no checkpoint"
         )
-    return found[max(found)]
+    return steps[max(steps)]
 
 
 def save(
@@ -96,21 +95,19 @@ def save(
 
 
 class _Index(pickle.Unpickler):
-    """Reads an index, and nothing that is not of one: torch itself would run whatever a pickle can
-    hold.
-    """
+    """Reads an index, and nothing else: torch itself would run whatever a pickle can hold."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if name in RECORDS.get(module, ()) or (
-            module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)
-        ):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, 0), torch.dtype)
+        if is_dtype or name in RECORDS.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name}, which could run code")
 
 
 def check(path: Path) -> None:
-    """Refuses a checkpoint whose index would run code; torch loads the other files with
-    weights_only.
+    """Refuses a checkpoint whose index would run code.
+
+    torch loads the other files with weights_only.
     """
     index = path / ".metadata"
     if index.is_file():
@@ -125,9 +122,7 @@ def check(path: Path) -> None:
 def load(
     path: Path, gpt: GPTModel, optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler
 ) -> int:
-    """Puts a checkpoint into the model, the optimizer and the schedule, and returns how many steps
-    they have made.
-    """
+    """Puts a checkpoint into the model, the optimizer and the schedule; returns their steps."""
     check(path)
     step = int(path.name.removeprefix("step_"))
     _allocate(optimizer)

@@ -1,6 +1,4 @@
-"""Tokens: the SentencePiece tokenizer, the checks of prepared data, and Megatron's GPT dataset in
-batches.
-"""
+"""Tokens: the SentencePiece tokenizer, prepared data, and Megatron's GPT dataset in batches."""
 
 from __future__ import annotations
 
@@ -24,9 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from recipe import Recipe
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # where `examples` is, wherever this is started
+# Where `examples` is, wherever this is started.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 from examples.data.tokenizer import load_sentencepiece
 
 Batch = dict[str, Tensor]
@@ -44,8 +41,9 @@ class Tokenizer:
 
 
 def read_blend(arguments: Sequence[str]) -> tuple[list[str], list[float] | None]:
-    """The prefixes and weights of `PREFIX...` or `WEIGHT PREFIX WEIGHT PREFIX...`, as in
-    Megatron-LM's --data-path.
+    """The prefixes and weights of `PREFIX...` or `WEIGHT PREFIX WEIGHT PREFIX...`.
+
+    They are as in Megatron-LM's --data-path.
     """
     numbers = [_number(argument) for argument in arguments]
     if all(number is None for number in numbers):
@@ -71,8 +69,9 @@ def _number(text: str) -> float | None:
 def check_data(
     arguments: Sequence[str], tokenizer: Tokenizer, recipe: Recipe, cache: Path | None
 ) -> GPTDatasetConfig:
-    """The configuration of Megatron's dataset, once every prefix is known to hold what the recipe
-    needs.
+    """The configuration of Megatron's dataset.
+
+    ValueError: a prefix does not hold what the recipe needs.
     """
     prefixes, weights = read_blend(arguments)
     config = GPTDatasetConfig(
@@ -89,8 +88,8 @@ def check_data(
     )
     for prefix in prefixes:
         _check_prefix(prefix, config)
-        # Megatron keeps its shuffles under a hash of these: data that was prepared anew must not
-        # find the old ones.
+        # Megatron keeps its shuffles under a hash of these: data that was prepared anew gets new
+        # ones.
         stat = Path(get_idx_path(prefix)).stat()
         tokenizer.unique_identifiers[prefix] = [stat.st_size, stat.st_mtime_ns]
     return config
@@ -108,9 +107,8 @@ def _check_prefix(prefix: str, config: GPTDatasetConfig) -> None:
             if file.read(len(_INDEX_HEADER)) != _INDEX_HEADER:
                 raise ValueError
         data = IndexedDataset(prefix, mmap=False)
-    except (
-        Exception
-    ):  # a broken index fails in struct, numpy or an assertion, wherever the reader happens to be
+    # A broken index fails in struct, numpy or an assertion, wherever the reader happens to be.
+    except Exception:
         raise ValueError(
             f"--data takes Megatron's index files, got {get_idx_path(prefix)}, which is not one"
         ) from None
@@ -138,25 +136,25 @@ def _check_prefix(prefix: str, config: GPTDatasetConfig) -> None:
 
 
 def build_datasets(config: GPTDatasetConfig, recipe: Recipe) -> tuple[Dataset, Dataset]:
-    """Training and validation samples: as many as the whole run takes, and the ones that every
-    evaluation takes.
+    """Training and validation samples.
+
+    As many as the whole run takes, and those that every evaluation takes.
     """
-    train, valid = (
-        recipe.train_steps * recipe.global_batch_size,
-        recipe.eval_batches * recipe.global_batch_size,
-    )
+    sizes = [
+        steps * recipe.global_batch_size for steps in (recipe.train_steps, recipe.eval_batches)
+    ]
     # Every rank reads its own samples: the ranks of one replica the same ones.
-    datasets = BlendedMegatronDatasetBuilder(
-        GPTDataset, [train, valid, 0], lambda: True, config
-    ).build()
-    return datasets[0], datasets[1]
+    builder = BlendedMegatronDatasetBuilder(GPTDataset, [*sizes, 0], lambda: True, config)
+    train, valid, _ = builder.build()
+    return train, valid
 
 
 def batches(
     dataset: Dataset, recipe: Recipe, steps: range, replica: int, replicas: int
 ) -> Iterator[Batch]:
-    """The micro batches of `steps` for one replica; a step's samples depend on its number alone, so
-    runs resume.
+    """The micro batches of `steps` for one replica.
+
+    A step's samples depend on its number alone, so runs resume.
     """
     share = recipe.global_batch_size // replicas
 
@@ -166,11 +164,10 @@ def batches(
             for first in range(start, start + share, recipe.micro_batch_size):
                 yield range(first, first + recipe.micro_batch_size)
 
-    return iter(
-        DataLoader(
-            dataset,
-            batch_sampler=indices(),
-            num_workers=recipe.dataloader_workers,
-            pin_memory=torch.cuda.is_available(),
-        )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=indices(),
+        num_workers=recipe.dataloader_workers,
+        pin_memory=torch.cuda.is_available(),
     )
+    return iter(loader)

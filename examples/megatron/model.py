@@ -41,24 +41,17 @@ def check_layers(recipe: Recipe) -> None:
 
 
 def padded_vocab_size(vocab_size: int, recipe: Recipe) -> int:
-    """The rows of the embedding: Megatron-LM's rounding, so that every rank's share is a multiple
-    of 128.
-    """
+    """The rows of the embedding: Megatron-LM's rounding, every rank's share a multiple of 128."""
     multiple = 128 * recipe.tensor_parallel
     return math.ceil(vocab_size / multiple) * multiple
 
 
 def parameter_count(recipe: Recipe, vocab_size: int) -> int:
-    """Parameters of the whole model: tied embeddings, positions, the layers' matrices, biases and
-    norms, last norm.
-    """
+    """Parameters of the whole model."""
     h = recipe.hidden_size
-    layer = 12 * h * h + 13 * h
-    return (
-        (padded_vocab_size(vocab_size, recipe) + recipe.seq_length) * h
-        + recipe.num_layers * layer
-        + 2 * h
-    )
+    embeddings = (padded_vocab_size(vocab_size, recipe) + recipe.seq_length) * h  # tied; positions
+    layer = 12 * h * h + 13 * h  # matrices, biases and norms
+    return embeddings + recipe.num_layers * layer + 2 * h  # and the last norm
 
 
 def transformer_config(recipe: Recipe) -> TransformerConfig:
@@ -83,8 +76,9 @@ def transformer_config(recipe: Recipe) -> TransformerConfig:
 
 
 def build_model(recipe: Recipe, vocab_size: int) -> tuple[GPTModel, DistributedDataParallel]:
-    """This rank's shard of the model: bare, which checkpoints take, and within Megatron's data
-    parallelism.
+    """This rank's shard of the model, bare and within Megatron's data parallelism.
+
+    Checkpoints take the bare one.
     """
     config = transformer_config(recipe)
     gpt = GPTModel(
@@ -101,17 +95,14 @@ def build_model(recipe: Recipe, vocab_size: int) -> tuple[GPTModel, DistributedD
         check_for_nan_in_grad=True,
         use_distributed_optimizer=recipe.distributed_optimizer,
     )
-    return gpt, DistributedDataParallel(
-        config, replicated, Float16Module(config, gpt) if recipe.bf16 else gpt
-    )
+    inner = Float16Module(config, gpt) if recipe.bf16 else gpt
+    return gpt, DistributedDataParallel(config, replicated, inner)
 
 
 def forward_step(
     batches: Iterator[Batch], model: DistributedDataParallel
 ) -> tuple[Tensor, partial]:
-    """One micro batch through this stage, and the function that makes a loss of what the last stage
-    returns.
-    """
+    """One micro batch through this stage, and the loss of what the last stage returns."""
     batch = {name: tensor.cuda(non_blocking=True) for name, tensor in next(batches).items()}
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return output, partial(_loss, batch["loss_mask"])

@@ -1,5 +1,6 @@
-"""Turns text into what Megatron reads: PREFIX_text_document.bin and .idx, and PREFIX.model, a
-SentencePiece model.
+"""Turns text into what Megatron reads: PREFIX_text_document.bin and .idx.
+
+And PREFIX.model, a SentencePiece model.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ from megatron.core.datasets.indexed_dataset import (
 
 from data import Tokenizer
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # where `examples` is, wherever this is started
+# Where `examples` is, wherever this is started.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 from examples.data.documents import documents as read
 from examples.data.documents import find_files, make_parts, sample
 from examples.data.tokenizer import train_sentencepiece
@@ -45,9 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             model.write_bytes(trained)
         tokenizer = Tokenizer(model)
         prefix = str(args.prefix) + SUFFIX
-        count, tokens, dtype = write_tokens(
-            documents(args.files, args.separator), tokenizer, prefix
-        )
+        texts = documents(args.files, args.separator)
+        count, tokens, dtype = write_tokens(texts, tokenizer, prefix)
     except (ValueError, OSError) as error:
         print(f"prepare.py: error: {error}", file=sys.stderr)
         return 2
@@ -63,8 +62,9 @@ def documents(files: Sequence[Path], separator: str | None) -> Iterator[str]:
 
 
 def write_tokens(texts: Iterator[str], tokenizer: Tokenizer, prefix: str) -> tuple[int, int, str]:
-    """Writes every document and an end-of-document token; returns documents, tokens and the tokens'
-    type.
+    """Writes every document and an end-of-document token.
+
+    Returns how many documents and tokens, and the tokens' type.
     """
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     Path(get_idx_path(prefix)).unlink(missing_ok=True)  # an older index must not outlive its data

@@ -1,5 +1,6 @@
-"""Pretrains a GPT with megatron-core alone and AdamW². Start it with torchrun; README.md shows
-how.
+"""Pretrains a GPT with megatron-core alone and AdamW².
+
+Start it with torchrun; README.md shows how.
 """
 
 from __future__ import annotations
@@ -31,9 +32,7 @@ from weyl_megatron.watch import Watch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Checks everything that can be checked on one process, then trains; returns the exit
-    status.
-    """
+    """Checks all that can be checked on one process, then trains; returns the exit status."""
     args = _parser().parse_args(arguments)
     try:
         recipe = read_recipe(args.recipe, args.set, int(os.environ.get("WORLD_SIZE", 1)))
@@ -62,10 +61,8 @@ def train(
     watched: Path | None = None,
 ) -> None:
     """The run: from step 0, or from the checkpoint `resume`, to the recipe's last."""
-    replica, replicas = (
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_data_parallel_world_size(),
-    )
+    replica = parallel_state.get_data_parallel_rank()
+    replicas = parallel_state.get_data_parallel_world_size()
     train_set, valid_set = build_datasets(data, recipe)
     gpt, model = build_model(recipe, vocab_size)
     optimizer = build_optimizer(recipe, model)
@@ -81,8 +78,14 @@ def train(
     watch = None
     if watched:
         watch = Watch(
-            [model], optimizer, every=recipe.watch_interval, out=watched, maps=[0], steps_done=first
+            [model],
+            optimizer,
+            every=recipe.watch_interval,
+            out=watched,
+            maps=[0],
+            steps_done=first,
         )
+    micro_batches = recipe.micro_batches(dist.get_world_size())
     train_batches = batches(train_set, recipe, range(first, recipe.train_steps), replica, replicas)
     started = time.perf_counter()
     for step in range(first + 1, recipe.train_steps + 1):
@@ -90,9 +93,7 @@ def train(
         model.zero_grad_buffer()
         optimizer.zero_grad()
         lr = scheduler.get_lr(optimizer.param_groups[0])
-        loss = forward_backward(
-            recipe, model, train_batches, recipe.micro_batches(dist.get_world_size())
-        )
+        loss = forward_backward(recipe, model, train_batches, micro_batches)
         updated, grad_norm, _ = optimizer.step()
         if updated:  # not where fp16 gradients overflowed
             scheduler.step(increment=1)
@@ -107,10 +108,8 @@ def train(
                 f"{elapsed:.1f} s"
             )
         if last or (recipe.eval_interval and step % recipe.eval_interval == 0):
-            _log(
-                f"step {step}: validation loss "
-                f"{evaluate(recipe, model, valid_set, replica, replicas):.4f}"
-            )
+            valid_loss = evaluate(recipe, model, valid_set, replica, replicas)
+            _log(f"step {step}: validation loss {valid_loss:.4f}")
         if save and (last or (recipe.save_interval and step % recipe.save_interval == 0)):
             checkpoint.save(save, step, gpt, optimizer, scheduler)
             _log(f"step {step}: saved {save}/step_{step}")
@@ -139,9 +138,7 @@ def build_optimizer(recipe: Recipe, model: DistributedDataParallel) -> MegatronO
 
 
 def build_scheduler(recipe: Recipe, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """A cosine from lr to min_lr over the whole run, behind a linear warmup if the recipe has
-    one.
-    """
+    """A cosine from lr to min_lr over the run, behind a linear warmup if the recipe has one."""
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -164,8 +161,9 @@ def forward_backward(
     micro_batches: int,
     train: bool = True,
 ) -> float:
-    """The next global batch's mean loss, on the last pipeline stage, elsewhere NaN; gradients, if
-    it is to train.
+    """The next global batch's mean loss on the last pipeline stage, NaN on others.
+
+    And gradients, if it is to train.
     """
     losses = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -190,13 +188,8 @@ def evaluate(
     """The mean loss of the same eval_batches global batches each time."""
     model.eval()
     data = batches(dataset, recipe, range(recipe.eval_batches), replica, replicas)
-    return forward_backward(
-        recipe,
-        model,
-        data,
-        recipe.eval_batches * recipe.micro_batches(dist.get_world_size()),
-        train=False,
-    )
+    micro_batches = recipe.eval_batches * recipe.micro_batches(dist.get_world_size())
+    return forward_backward(recipe, model, data, micro_batches, train=False)
 
 
 def _initialize(recipe: Recipe) -> None:

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.append(
-    str(Path(__file__).resolve().parents[2])
-)  # where `examples` is, wherever this is started
+# Where `examples` is, wherever this is started.
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 from examples.keys import (
     BETAS,
     NOT_NEGATIVE,
@@ -78,20 +77,14 @@ class Recipe:
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = (), world_size: int = 1) -> Recipe:
-    """The recipe at `path` with each `key=value` of `overrides` put over it, checked for
-    `world_size` ranks.
-    """
+    """The recipe at `path` with `key=value` overrides, checked for `world_size` ranks."""
     recipe = read(Recipe, path, overrides)
     _check_together(recipe, world_size)
     return recipe
 
 
 def _check_together(recipe: Recipe, world_size: int) -> None:
-    r, model_parallel, heads = (
-        recipe,
-        recipe.tensor_parallel * recipe.pipeline_parallel,
-        recipe.num_attention_heads,
-    )
+    r, heads = recipe, recipe.num_attention_heads
     if r.hidden_size % heads:
         raise ValueError(
             f"num_attention_heads takes a divisor of hidden_size {r.hidden_size}, got {heads}"
@@ -111,7 +104,7 @@ def _check_together(recipe: Recipe, world_size: int) -> None:
             "sequence_parallel takes a tensor_parallel above 1 that divides seq_length "
             f"{r.seq_length}, got {r.tensor_parallel}"
         )
-    if world_size % model_parallel:
+    if world_size % (r.tensor_parallel * r.pipeline_parallel):
         raise ValueError(
             "WORLD_SIZE takes a multiple of tensor_parallel × pipeline_parallel = "
             f"{r.tensor_parallel} × {r.pipeline_parallel}, got {world_size}"

@@ -1,8 +1,8 @@
-"""The temperature intervention of Zhai et al. (2023, arXiv 2303.06296), Appendix B: attention's
-entropy pushed by hand.
+"""The temperature intervention of Zhai et al. (2023, arXiv 2303.06296), Appendix B.
 
-    python -m examples.temperature [--temperature 0.1] [--at 100] [--until 150] [--out
-    out/temperature]
+Attention's entropy is pushed by hand.
+
+    python -m examples.temperature [--temperature 0.1] [--at 100] [--until 150] [--out DIR]
 
 About 1 minute on 2 cores. Trains the pre-LN GPT of examples.collapse at a healthy rate, lr 3e-3,
 under AdamW and under AdamW², each with a softmax temperature of 0.1 in the steps 100 to 149 and
@@ -42,7 +42,7 @@ from weyl_megatron import AdamW2
 from weyl_megatron.demo.data import load_corpus, sequences, training_offsets
 from weyl_megatron.report.report import write_report
 from weyl_megatron.transformer.blocks import find_blocks
-from weyl_megatron.watch.watch import Watch
+from weyl_megatron.watch import Watch
 
 BATCH, CONTEXT, EVERY = 8, 64, 10
 LR, STEPS = 3e-3, 200
@@ -66,13 +66,13 @@ class _Divided(TorchFunctionMode):
 
 @contextlib.contextmanager
 def softened(model: nn.Module, temperature: float) -> Iterator[None]:
-    """Inside, every attention of ``model`` is softmax(qᵀk / (√d · temperature)): below 1 it is
-    sharper.
+    """Inside, every attention of ``model`` is softmax(qᵀk / (√d · temperature)).
+
+    Below 1 it is sharper.
     """
     attentions = [block.attention for block in find_blocks(model)]
     for attention in attentions:
-        # Inside the module's forward, so that Watch, which listens around the whole model's, hears
-        # of the new scale.
+        # Inside the module's forward: Watch, around the whole model's, sees the new scale then.
         def forward(*args: Any, usual: Any = attention.forward, **kwargs: Any) -> Any:
             with _Divided(temperature):
                 return usual(*args, **kwargs)
@@ -87,9 +87,7 @@ def softened(model: nn.Module, temperature: float) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Intervention:
-    """The temperature of all attention in the steps from ``at`` on, before ``until``; 1 in all
-    others.
-    """
+    """The temperature of all attention from step ``at`` on, before ``until``; else it is 1."""
 
     temperature: float
     at: int
@@ -159,15 +157,8 @@ def train(
     )
     corpus = load_corpus()
     offsets = training_offsets(corpus, steps, BATCH, CONTEXT, seed)
-    folder = None if out is None else out / run.name
-    watch = Watch(
-        model,
-        optimizer,
-        every=every,
-        out=folder,
-        run=run.title,
-        maps=() if out is None else range(4),
-    )
+    folder, maps = (None, ()) if out is None else (out / run.name, range(4))
+    watch = Watch(model, optimizer, every=every, out=folder, run=run.title, maps=maps)
     story = Story()
     for step in range(steps):
         temperature = change.temperature_of(step) if run.is_changed else 1.0
@@ -175,9 +166,8 @@ def train(
             loss = model(*sequences(corpus.train, offsets[step], CONTEXT))
         optimizer.zero_grad()
         loss.backward()
-        story.gradients[step] = float(
-            nn.utils.clip_grad_norm_(model.parameters(), torch.inf)
-        )  # clips nothing
+        norm = nn.utils.clip_grad_norm_(model.parameters(), torch.inf)  # clips nothing
+        story.gradients[step] = float(norm)
         optimizer.step()
         values = watch.step(loss, temperature=temperature)
         story.losses[step] = loss.item()
@@ -189,8 +179,9 @@ def train(
 
 
 def row(story: Story, change: Intervention) -> list[float]:
-    """Entropy before, with and after the change; the loss likewise, last of the last 20 steps; the
-    largest gradient.
+    """Entropy and loss before, with and after the change, and the largest gradient.
+
+    The last loss is that of the last 20 steps.
     """
     at, until, steps = change.at, change.until, len(story.losses)
     spans = [(at - 20, at), (at, until), (until, steps)]
@@ -220,10 +211,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     torch.set_num_threads(1)
-    print(
-        f"temperature {change.temperature} in the steps {change.at} to {change.until - 1} of "
-        f"{options.steps}"
-    )
+    changed = f"{change.at} to {change.until - 1} of {options.steps}"
+    print(f"temperature {change.temperature} in the steps {changed}")
     print(f"{'':29}{'entropy':^27}{'loss':^27}{'largest':>9}")
     columns = ("before", "with", "after") * 2
     print(" " * 29 + "".join(f"{column:>9}" for column in columns) + f"{'‖g‖':>9}")
