@@ -140,13 +140,11 @@ def build_datasets(config: GPTDatasetConfig, recipe: Recipe) -> tuple[Dataset, D
 
     As many as the whole run takes, and those that every evaluation takes.
     """
-    sizes = [
-        steps * recipe.global_batch_size for steps in (recipe.train_steps, recipe.eval_batches)
-    ]
+    steps = (recipe.train_steps, recipe.eval_batches, 0)
+    sizes = [count * recipe.global_batch_size for count in steps]
     # Every rank reads its own samples: the ranks of one replica the same ones.
-    builder = BlendedMegatronDatasetBuilder(GPTDataset, [*sizes, 0], lambda: True, config)
-    train, valid, _ = builder.build()
-    return train, valid
+    datasets = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()
+    return datasets[0], datasets[1]
 
 
 def batches(
