@@ -35,8 +35,9 @@ class _NoStream:
         return False
 
 
+@functools.cache
 def install() -> None:
-    """Answer megatron-core's calls to CUDA from the CPU, in this process."""
+    """Answer megatron-core's calls to CUDA from the CPU, in this process; once."""
     _devices()
     _streams()
     _generators()

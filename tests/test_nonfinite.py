@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.processes import torchrun
+from tests.processes import run_ranks
 from weyl_megatron import AdamW2
 from weyl_megatron.layouts.buffers import Buffer, Parameter, Shard
 from weyl_megatron.nonfinite import Guard, is_finite
@@ -191,7 +191,9 @@ def test_one_rank_s_nan_skips_the_step_on_all_under_deepspeed(
     record_property(
         "tried", "NaN and Inf in one gradient on one of 2 ranks: ZeRO-0 to 3, fp32, bf16, offload"
     )
-    said = torchrun(Path(__file__).parent / "engines/deepspeed/nonfinite_worker.py", 2)
+    said = run_ranks(
+        "deepspeed", Path(__file__).parent / "engines/deepspeed/nonfinite_worker.py", 2
+    )
     lines = said.splitlines()
     results = [line for line in lines if "step" in line and line.startswith("zero")]
     assert len(results) == 18 and all(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tests import net as nets
-from tests.processes import torchrun
+from tests.processes import run_ranks
 from weyl_megatron import AdamW2, MatrixStats
 from weyl_megatron.engines.given import GivenLayout
 from weyl_megatron.layouts.buffers import Layout
@@ -460,7 +460,7 @@ def test_tensor_parallel_marks_without_a_group_are_refused() -> None:
 
 def test_ddp_trains_as_one_process_and_fsdp_is_refused() -> None:
     """Two real processes, see ddp_worker.py."""
-    output = torchrun(Path(__file__).with_name("ddp_worker.py"), 2)
+    output = run_ranks("torch", Path(__file__).with_name("ddp_worker.py"), 2)
     assert "ddp follows one process" in output
     assert "fsdp1 refused" in output and "fsdp2 refused" in output
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.processes import ROOT, torchrun
+from tests.processes import ROOT, run_ranks
 
 for module in ("deepspeed", "sentencepiece", "timm", "sklearn", "yaml"):
     pytest.importorskip(module)
@@ -65,7 +65,8 @@ def pretrain(
     script: str, recipe: str, data: Path, out: Path, *overrides: str, ranks: int = 2
 ) -> dict[str, list[Any]]:
     options = [option for override in overrides for option in ("--set", override)]
-    torchrun(
+    run_ranks(
+        "deepspeed",
         EXAMPLE / script,
         ranks,
         str(RECIPES / recipe),

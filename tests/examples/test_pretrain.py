@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.examples.example import RECIPES, sources
-from tests.processes import torchrun
+from tests.processes import run_ranks
 from weyl_megatron.report.runs import read_run
 
 import checkpoint  # isort: skip
@@ -35,7 +35,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pretrain(text: Path, *arguments: str) -> str:
     data = ["--data", f"{text}_text_document", "--tokenizer", f"{text}.model"]
-    return torchrun(WORKER, 4, TINY, *data, *arguments, timeout=300)
+    return run_ranks("megatron", WORKER, 4, TINY, *data, *arguments, timeout=300)
 
 
 def losses(output: str) -> dict[int, str]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.processes import torchrun
+from tests.processes import run_ranks
 from weyl_megatron import AdamW2
 from weyl_megatron.kernels.choice import VARIABLE
 from weyl_megatron.reference import AdamW2Reference, exact_sigma
@@ -504,7 +504,7 @@ def on_ranks() -> list[dict[str, Any]]:
     reference's.
     """
     pytest.importorskip("deepspeed")
-    output = torchrun(Path(__file__).with_name("odd_worker.py"), 3)
+    output = run_ranks("deepspeed", Path(__file__).with_name("odd_worker.py"), 3)
     found = re.search(r"^odd (.*)$", output, re.M)
     assert found is not None, output[-3000:]
     return json.loads(found[1])

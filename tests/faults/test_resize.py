@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.processes import torchrun
+from tests.processes import run_ranks
 
 pytest.importorskip("deepspeed")
 
@@ -65,7 +65,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     (folder / "cases.json").write_text(json.dumps(CASES))
     for name, (ranks, leg) in LEGS.items():
         told = json.dumps({"name": name, **leg})
-        torchrun(WORKER, ranks, str(folder / "cases.json"), str(folder), told, timeout=300)
+        run_ranks(
+            "deepspeed", WORKER, ranks, str(folder / "cases.json"), str(folder), told, timeout=300
+        )
         if "save" in leg:
             convert(folder, leg["save"])
     found: dict[str, dict[str, Any]] = {}

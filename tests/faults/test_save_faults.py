@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT, torchrun
+from tests.processes import ROOT, run_ranks
 
 for module in ("deepspeed", "sentencepiece", "yaml"):
     pytest.importorskip(module)
@@ -242,7 +242,7 @@ def test_a_rank_that_is_busy_with_something_else_says_where(record_property: Rec
     record_property(
         "tried", "examples/deepspeed/heartbeat.py, 2 ranks: one does not come back from a function"
     )
-    said = torchrun(Path(__file__).with_name("hang_worker.py"), 2, timeout=120)
+    said = run_ranks("deepspeed", Path(__file__).with_name("hang_worker.py"), 2, timeout=120)
     told = [line for line in said.splitlines() if "wait for it" in line]
     assert len(told) == 1, said
     assert re.search(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.processes import torchrun
+from tests.processes import run_ranks
 from weyl_megatron import AdamW2
 
 Optimizer = torch.optim.Optimizer
@@ -189,7 +189,8 @@ def test_deepspeed_s_cpu_adam_s_state_is_taken_over(record_property: Record) -> 
 def switched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     pytest.importorskip("deepspeed")
     folder = tmp_path_factory.mktemp("switch")
-    torchrun(
+    run_ranks(
+        "deepspeed",
         Path(__file__).with_name("switch_worker.py"),
         2,
         json.dumps(STAGES),

@@ -1,8 +1,7 @@
 """torchrun worker: tests/engines/deepspeed/train_worker.py on a tree of DeepSpeed that has the
 patch, or on none ("").
 
-Usage: deepspeed_worker.py TREE CASES.json OUT_DIR. A case's "type" is the optimizer's name in the
-    JSON.
+Usage: deepspeed_worker.py TREE CASES.json OUT_DIR. A case's "type" is the optimizer's name in JSON.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ if __name__ == "__main__":
     import deepspeed
     import torch
 
-    from tests.engines import deepspeed_worker
+    from tests.engines.deepspeed import train_worker
 
     assert deepspeed.__file__.startswith(tree)
     assert hasattr(torch.optim, "AdamW2") == (not tree), (
         "the plugin is on for the tree, or off without it"
     )
-    config_of = deepspeed_worker.config_of
+    config_of = train_worker.config_of
 
     def named(case: dict[str, Any]) -> dict[str, Any]:
         config = config_of(case)
@@ -34,6 +33,6 @@ if __name__ == "__main__":
     # Compiled per tree, and kept where the installed DeepSpeed's is: the one would undo the
     # other's.
     import_module("deepspeed.comm.torch").build_shm_op = lambda: None
-    deepspeed_worker.config_of = named
+    train_worker.config_of = named
     sys.argv[1:] = [cases, out]
-    deepspeed_worker.main()
+    train_worker.main()

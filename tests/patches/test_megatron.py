@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.patches.trees import CORE, PATCHES, SITE, SUPPORTED, check_round_trip
-from tests.processes import torchrun
+from tests.processes import run_ranks
 from weyl_megatron.engines.megatron import enable
 
 WORKER = Path(__file__).with_name("megatron_worker.py")
@@ -88,7 +88,7 @@ def runs(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
         for ranks, cases in CASES.items():
             more = REFUSED if way == "patched" and ranks == 1 else []
             (folder / "cases.json").write_text(json.dumps([*cases, *more]))
-            torchrun(WORKER, ranks, path, str(folder / "cases.json"), str(folder))
+            run_ranks("torch", WORKER, ranks, path, str(folder / "cases.json"), str(folder))
     return folders
 
 

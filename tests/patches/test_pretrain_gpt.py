@@ -20,7 +20,7 @@ import pytest
 from tests.engines import megatron
 from tests.engines.megatron.test_pretrain_gpt import SMALL
 from tests.patches.trees import PATCHES, SUPPORTED, check_round_trip
-from tests.processes import ROOT, torchrun
+from tests.processes import ROOT, run_ranks
 
 INTEGRATION = Path(megatron.__file__).parent
 CHECKOUT = os.environ.get("MEGATRON_LM", "")
@@ -61,7 +61,7 @@ def pretrain(tree: Path) -> Callable[[str, str], tuple[Losses, set[str]]]:
             "door": (CHECKOUT, "door"),
         }[way]
         argv = [door, checkout, *SMALL.split(), "--tensor-model-parallel-size", "2", *flags.split()]
-        printed = torchrun(INTEGRATION / "pretrain_worker.py", 2, *argv)
+        printed = run_ranks("torch", INTEGRATION / "pretrain_worker.py", 2, *argv)
         number = r"([-+.\dE]+|nan|inf)"
         losses = rf"iteration +(\d+)/.*learning rate: {number} .*lm loss: {number} .*grad norm: {number} "
         return re.findall(losses, printed), set(re.findall(r"stepped (\w+)", printed))

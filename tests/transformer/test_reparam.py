@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from examples.collapse.model import GPT, GPTConfig
-from tests.processes import torchrun
+from tests.processes import run_ranks
 from weyl_megatron.transformer.reparam import drop_norms, fold, sigma_reparam, sigmas
 from weyl_megatron.watch import Watch
 
@@ -358,8 +358,8 @@ class TELinear(nn.Module):
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reparam")
-    torchrun(HERE / "reparam_zero_worker.py", 1, str(folder), "0")
-    torchrun(HERE / "reparam_zero_worker.py", 2, str(folder), "1", "2", "3")
+    run_ranks("deepspeed", HERE / "reparam_zero_worker.py", 1, str(folder), "0")
+    run_ranks("deepspeed", HERE / "reparam_zero_worker.py", 2, str(folder), "1", "2", "3")
     return folder
 
 
@@ -383,8 +383,17 @@ def test_what_zero_3_has_partitioned_is_refused(spread: Path) -> None:
 def test_under_tensor_parallelism_it_is_one_process_s(tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
     paths = {ranks: str(tmp_path / f"checkpoint{ranks}") for ranks in (1, 2)}
-    torchrun(HERE / "reparam_megatron_worker.py", 1, str(tmp_path / "1.json"), paths[1])
-    torchrun(HERE / "reparam_megatron_worker.py", 2, str(tmp_path / "2.json"), paths[2], paths[1])
+    run_ranks(
+        "megatron", HERE / "reparam_megatron_worker.py", 1, str(tmp_path / "1.json"), paths[1]
+    )
+    run_ranks(
+        "megatron",
+        HERE / "reparam_megatron_worker.py",
+        2,
+        str(tmp_path / "2.json"),
+        paths[2],
+        paths[1],
+    )
     one, two = (json.loads((tmp_path / f"{ranks}.json").read_text()) for ranks in (1, 2))
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert two["sigmas"] == pytest.approx(one["sigmas"], rel=1e-5)

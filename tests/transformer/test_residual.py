@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.collapse.model import GPT, GPTConfig
-from tests.processes import torchrun
+from tests.processes import run_ranks
 from tests.transformer.residual_worker import CONFIG, OPTIMIZER, STEPS, scaled_model, tokens
 from tests.transformer.test_blocks import CASES
 from weyl_megatron import AdamW2
@@ -318,7 +318,7 @@ def final_loss(mode: str | None, steps: int = 100) -> float:
 @pytest.fixture(scope="module")
 def zero(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("residual")
-    torchrun(WORKER, 2, str(folder), "2", "3")
+    run_ranks("deepspeed", WORKER, 2, str(folder), "2", "3")
     return folder
 
 
@@ -351,8 +351,8 @@ def megatron(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, fl
     pytest.importorskip("megatron.core")
     folder = tmp_path_factory.mktemp("megatron")
     worker = WORKER.with_name("residual_megatron_worker.py")
-    torchrun(worker, 1, str(folder), "plain", "forward", "init")
-    torchrun(worker, 2, str(folder), "tp2-sp", "pp2")
+    run_ranks("megatron", worker, 1, str(folder), "plain", "forward", "init")
+    run_ranks("megatron", worker, 2, str(folder), "tp2-sp", "pp2")
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.processes import torchrun
+from tests.processes import run_ranks
 from weyl_megatron import AdamW2
 from weyl_megatron.watch.sharpness import adam_preconditioner, adam_threshold, sharpness
 
@@ -158,7 +158,7 @@ def test_adam_diverges_above_its_threshold_and_converges_below(
 
 
 def test_two_ranks_see_the_joined_batch() -> None:
-    output = torchrun(Path(__file__).parent / "sharpness_worker.py", 2, timeout=120)
+    output = run_ranks("torch", Path(__file__).parent / "sharpness_worker.py", 2, timeout=120)
     assert "two ranks see the joined batch" in output
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.collapse.model import GPT, GPTConfig
-from tests.processes import torchrun
+from tests.processes import run_ranks
 from weyl_megatron import AdamW2
 from weyl_megatron.watch.attention import map_rank
 from weyl_megatron.watch.sinks import Csv, TensorBoard, WandB
@@ -335,8 +335,8 @@ MEGATRON = ["tp2", "tp2-sp", "pp2", "tp2-distopt", "dp2-distopt"]
 @pytest.fixture(scope="module")
 def zero(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zero")
-    torchrun(HERE / "zero_worker.py", 1, str(folder), "0")
-    torchrun(HERE / "zero_worker.py", 2, str(folder), "1", "2", "3")
+    run_ranks("deepspeed", HERE / "zero_worker.py", 1, str(folder), "0")
+    run_ranks("deepspeed", HERE / "zero_worker.py", 2, str(folder), "1", "2", "3")
     return folder
 
 
@@ -344,8 +344,8 @@ def zero(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def megatron(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("megatron.core")
     folder = tmp_path_factory.mktemp("megatron")
-    torchrun(HERE / "megatron_worker.py", 1, str(folder), "one")
-    torchrun(HERE / "megatron_worker.py", 2, str(folder), *MEGATRON)
+    run_ranks("megatron", HERE / "megatron_worker.py", 1, str(folder), "one")
+    run_ranks("megatron", HERE / "megatron_worker.py", 2, str(folder), *MEGATRON)
     return folder
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests import net as nets
-from tests.processes import torchrun
+from tests.processes import run_ranks
 
 WORKER = Path(__file__).with_name("train_worker.py")
 
@@ -126,7 +126,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         folders[world] = tmp_path_factory.mktemp(f"world{world}")
         sound = [case for case in cases if not engine_fault(case)]
         (folders[world] / "cases.json").write_text(json.dumps(sound))
-        torchrun(WORKER, world, str(folders[world] / "cases.json"), str(folders[world]))
+        run_ranks(
+            "deepspeed", WORKER, world, str(folders[world] / "cases.json"), str(folders[world])
+        )
     return folders
 
 
@@ -226,7 +228,7 @@ def test_matrices_straddle_ranks_in_mid_row(
 
 
 def test_collectives_per_step_are_the_same_for_3_and_for_49_layers() -> None:
-    output = torchrun(Path(__file__).with_name("collectives_worker.py"), 2)
+    output = run_ranks("deepspeed", Path(__file__).with_name("collectives_worker.py"), 2)
     table = json.loads(
         next(line for line in output.splitlines() if "collectives {" in line).split("collectives ")[
             1
@@ -243,7 +245,7 @@ def test_collectives_per_step_are_the_same_for_3_and_for_49_layers() -> None:
 
 @pytest.fixture(scope="module")
 def refusals() -> dict[str, Any]:
-    output = torchrun(Path(__file__).with_name("refusals_worker.py"), 1)
+    output = run_ranks("deepspeed", Path(__file__).with_name("refusals_worker.py"), 1)
     lines = [line for line in output.splitlines() if line.startswith(("refusals {", "modes {"))]
     return {kind: json.loads(said) for kind, said in (line.split(" ", 1) for line in lines)}
 
@@ -272,7 +274,7 @@ def test_what_is_not_understood_is_refused_in_one_sentence_that_names_it(
 
 @pytest.fixture(scope="module")
 def named() -> dict[str, Any]:
-    output = torchrun(Path(__file__).with_name("names_worker.py"), 1)
+    output = run_ranks("torch", Path(__file__).with_name("names_worker.py"), 1)
     found: dict[str, Any] = json.loads(
         next(line[6:] for line in output.splitlines() if line.startswith("names {"))
     )
@@ -361,7 +363,7 @@ def test_no_mode_of_deepspeed_steps_an_adam_of_its_own_in_its_place(
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_pipeline_engine_follows_the_reference_and_refuses_auto(ranks: int) -> None:
-    output = torchrun(Path(__file__).with_name("pipeline_worker.py"), ranks)
+    output = run_ranks("deepspeed", Path(__file__).with_name("pipeline_worker.py"), ranks)
     assert (
         "pipeline follows; AdamW2: tau got 'balanced', but a pipeline stage or a rank of experts "
         "does not know" in output
@@ -369,7 +371,7 @@ def test_the_pipeline_engine_follows_the_reference_and_refuses_auto(ranks: int) 
 
 
 def test_the_cosine_without_warmup_of_the_readme_works_from_json_at_every_stage() -> None:
-    output = torchrun(Path(__file__).with_name("schedule_worker.py"), 1)
+    output = run_ranks("deepspeed", Path(__file__).with_name("schedule_worker.py"), 1)
     stages = json.loads(
         next(line for line in output.splitlines() if "rates [[" in line).split("rates ", 1)[1]
     )
@@ -380,7 +382,7 @@ def test_the_cosine_without_warmup_of_the_readme_works_from_json_at_every_stage(
 
 
 def test_experts_on_their_ranks_are_matrices_of_their_own() -> None:
-    output = torchrun(Path(__file__).with_name("moe_worker.py"), 2)
+    output = run_ranks("deepspeed", Path(__file__).with_name("moe_worker.py"), 2)
     assert (
         "moe agrees; AdamW2: tau got 'balanced', but a pipeline stage or a rank of experts"
         in output

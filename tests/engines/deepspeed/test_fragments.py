@@ -17,7 +17,7 @@ pytest.importorskip("deepspeed")
 
 from tests import net as nets
 from tests.engines.deepspeed import fragments_worker as worker
-from tests.processes import torchrun
+from tests.processes import run_ranks
 from weyl_megatron import AdamW2
 
 WORLD = 2
@@ -28,7 +28,7 @@ CASES = [pytest.param(stage, dtype, id=f"zero{stage}-{dtype}") for stage, dtype 
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case in one launch: starting DeepSpeed costs more than training."""
     out = tmp_path_factory.mktemp("fragments")
-    torchrun(Path(worker.__file__), WORLD, str(out))
+    run_ranks("deepspeed", Path(worker.__file__), WORLD, str(out))
     return out
 
 

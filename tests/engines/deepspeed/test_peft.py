@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.processes import torchrun
+from tests.processes import run_ranks
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -25,7 +25,9 @@ CASES = [pytest.param(case, id=case["name"]) for case in peft_net.CASES]
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case runs in one launch: starting costs more than training."""
     folder = tmp_path_factory.mktemp("peft")
-    torchrun(Path(__file__).with_name("peft_worker.py"), peft_net.WORLD, str(folder))
+    run_ranks(
+        "huggingface", Path(__file__).with_name("peft_worker.py"), peft_net.WORLD, str(folder)
+    )
     return folder
 
 

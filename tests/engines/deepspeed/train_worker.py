@@ -1,8 +1,8 @@
 """torchrun worker: trains tests/net.py under DeepSpeed for every case of a list and saves what came
 out.
 
-Usage: deepspeed_worker.py CASES.json OUT_DIR. Imports nothing to train with AdamW2: DeepSpeed finds
-    it by its name.
+Usage: train_worker.py CASES.json OUT_DIR. Imports nothing to train with AdamW2: DeepSpeed finds it
+by its name.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.processes import ROOT, torchrun
+from tests.processes import ROOT, run_ranks
 from weyl_megatron import AdamW2
 
 pytest.importorskip("accelerate")
@@ -73,7 +73,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case runs in one launch: starting costs more than training."""
     folder = tmp_path_factory.mktemp("huggingface")
     (folder / "cases.json").write_text(json.dumps([*CASES, IGNORED]))
-    torchrun(
+    run_ranks(
+        "huggingface",
         ROOT / "tests/engines/huggingface/worker.py",
         tiny.WORLD,
         str(folder / "cases.json"),
@@ -253,8 +254,14 @@ def test_the_trainers_example_runs(tmp_path: Path) -> None:
         "--logging_steps",
         "2",
     ]
-    printed = torchrun(
-        EXAMPLES / "train_gpt2.py", 2, *options, *sizes, "--per_device_eval_batch_size", "512"
+    printed = run_ranks(
+        "huggingface",
+        EXAMPLES / "train_gpt2.py",
+        2,
+        *options,
+        *sizes,
+        "--per_device_eval_batch_size",
+        "512",
     )
     assert "'learning_rate': '0.003'" in printed
     assert "of 14 matrices clipped" in printed and "c_attn.weight[q]: MatrixStats(" in printed

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.engines.megatron.test_megatron import distances
-from tests.processes import torchrun
+from tests.processes import run_ranks
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
@@ -100,8 +100,12 @@ CASES = cases()
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
     (folder / "cases.json").write_text(json.dumps(CASES))
-    torchrun(
-        Path(__file__).with_name("checkpoint_worker.py"), 4, str(folder / "cases.json"), str(folder)
+    run_ranks(
+        "megatron",
+        Path(__file__).with_name("checkpoint_worker.py"),
+        4,
+        str(folder / "cases.json"),
+        str(folder),
     )
     return folder
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.processes import torchrun
+from tests.processes import run_ranks
 from weyl_megatron import MatrixStats
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
@@ -120,7 +120,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "cases.json").write_text(
             json.dumps([case for case in cases if not megatron_fault(case)])
         )
-        torchrun(WORKER, ranks, str(folder / "cases.json"), str(folder))
+        run_ranks("megatron", WORKER, ranks, str(folder / "cases.json"), str(folder))
     return folder
 
 
@@ -248,7 +248,7 @@ def test_adam_beside_the_door_is_megatrons_own_bit_for_bit(runs: Path) -> None:
 
 
 def test_what_cannot_be_right_is_refused_in_one_sentence() -> None:
-    output = torchrun(Path(__file__).with_name("refusals_worker.py"), 1)
+    output = run_ranks("megatron", Path(__file__).with_name("refusals_worker.py"), 1)
     said = json.loads(
         next(line for line in output.splitlines() if "refusals {" in line).split("refusals ", 1)[1]
     )

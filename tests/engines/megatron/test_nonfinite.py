@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import torchrun
+from tests.processes import run_ranks
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
@@ -17,7 +17,7 @@ def test_one_rank_s_nan_skips_the_step_on_all(
         "tried",
         "NaN and Inf in one gradient on one of 4 ranks: Megatron TP, PP, DP, experts, bf16, fp16",
     )
-    said = torchrun(Path(__file__).with_name("nonfinite_worker.py"), 4)
+    said = run_ranks("megatron", Path(__file__).with_name("nonfinite_worker.py"), 4)
     results = [line for line in said.splitlines() if line.endswith(": as without that step")]
     assert len(results) == 14 and "DIFFERS" not in said, said
     assert (

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from tests.processes import ROOT, torchrun
+from tests.processes import ROOT, run_ranks
 from weyl_megatron.engines.megatron import arguments, enable
 
 HERE = Path(__file__).parent
@@ -407,7 +407,7 @@ def pretrain() -> Callable[[str, str], tuple[Losses, list[str]]]:
         made the steps.
         """
         argv = [CHECKOUT, *SMALL.split(), "--tensor-model-parallel-size", "2", *flags.split()]
-        printed = torchrun(HERE / "pretrain_worker.py", 2, way, *argv)
+        printed = run_ranks("torch", HERE / "pretrain_worker.py", 2, way, *argv)
         number = r"([-+.\dE]+|nan|inf)"
         losses = rf"iteration +(\d+)/.*learning rate: {number} .*lm loss: {number} .*grad norm: {number} "
         return re.findall(losses, printed), re.findall(r"stepped (\w+)", printed)
@@ -460,8 +460,8 @@ def test_pretrain_gpt_trains_on_what_the_example_prepared(tmp_path: Path) -> Non
     small = SMALL.replace("--mock-data --tokenizer-type NullTokenizer", "").replace(
         "--vocab-size 127", ""
     )
-    printed = torchrun(
-        HERE / "pretrain_worker.py", 4, "door", CHECKOUT, *small.split(), *flags.split()
+    printed = run_ranks(
+        "torch", HERE / "pretrain_worker.py", 4, "door", CHECKOUT, *small.split(), *flags.split()
     )
     losses = [float(loss) for loss in re.findall(r"lm loss: ([.\dE+-]+)", printed)]
     assert len(losses) == 5 and losses[-1] < losses[0] - 0.1
