@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .rule import SLOW_TAU
+from .spectral import ritz
 from .spectral.blocks import start_block
 from .spectral.power import BLOCK, COLD_ITERS
-from .spectral.ritz import SETTLED
 
 
 def exact_sigma(matrix: Tensor) -> float:
@@ -38,7 +38,7 @@ class BlockPower:
             self.block, after = torch.linalg.qr(matrix.T @ left)  # (cols, b), (b, b)
             sigma = float(torch.linalg.matrix_norm(after, 2))
             gain = sigma - float(torch.linalg.matrix_norm(before, 2))
-            if made >= least and gain <= SETTLED * sigma:
+            if made >= least and gain <= ritz.SETTLED * sigma:
                 break
         return sigma
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from ..environment import CACHE, CXXFLAGS
 from ..spectral.blocks import Blocks, Table
 from ..spectral.iterations import Iterations
-from ..spectral.ritz import INDEPENDENT, SETTLED
+from ..spectral.ritz import INDEPENDENT
 from .stepped import Hyper, Stepped
 
 #: What the compiler is given; it includes the headers in the folder of the same name.
@@ -170,7 +170,7 @@ class CpuKernel:
             torch.empty_like(limits[0]),
             sums,
             _INDEPENDENT,
-            SETTLED,
+            iterations.settled,
         )
 
     def _struct(self, batch: int, table: Table, sigma: Tensor, gain: Tensor) -> Tensor:

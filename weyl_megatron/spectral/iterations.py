@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .ritz import SETTLED
+from . import ritz
 
 
 class Iterations:
@@ -19,7 +19,11 @@ class Iterations:
     has iterations of its own.
 
     All of it is equal on all ranks that share a matrix: ``most`` and ``least`` come from what they
-    all know, the gains from sums over all of them.
+    all know, the gains from sums over all of them, which give every rank the same bits. From run to
+    run, and from layout to layout, sums round in other ways. A gain that is ``ritz.SETTLED`` but
+    for a rounding then makes one iteration more or less, and σ₁ differs by what that gains. No
+    rounding of the gain nor a second threshold changes that: whatever takes two values has a place
+    where it jumps. tests/tolerances.py says by how much.
 
     Args:
         most: iterations at most, int64 ``(operands, matrices)``; 0 leaves a matrix alone.
@@ -38,6 +42,7 @@ class Iterations:
         rounds: Sequence[int] | None = None,
     ) -> None:
         self.most, self.least = most, least
+        self.settled = ritz.SETTLED
         self._begun = begun or {}
         if rounds is None:
             rounds = most.amax(1).tolist() if most.numel() else [0] * len(most)
@@ -62,7 +67,7 @@ class Iterations:
         if number == 0:
             return making
         for operand in operands:
-            goes_on = self._at_least[number, operand] | ~(gains[operand] <= SETTLED)  # NaN goes on
+            goes_on = self._at_least[number, operand] | ~(gains[operand] <= self.settled)  # NaN: on
             making[operand] = making[operand] & goes_on
         # On a device the host does not wait to see whether there are any.
         is_seen = self.most.device.type == "cpu"
