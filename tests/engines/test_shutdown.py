@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.processes import ROOT, torchrun
+from tests.processes import HANGS, ROOT, torchrun
 
 
 def test_ranks_leave_with_what_they_registered_run_and_nothing_torn_down() -> None:
@@ -24,6 +24,6 @@ def test_the_status_is_the_process_s_and_what_was_printed_is_written() -> None:
         "print('printed')\nshutdown(3)\nprint('after')"
     )
     run = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=300
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=HANGS
     )
     assert (run.returncode, run.stdout) == (3, "printed\n")

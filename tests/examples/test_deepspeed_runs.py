@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.processes import ROOT, run_ranks
+from tests.processes import HANGS, ROOT, run_ranks
 
 for module in ("deepspeed", "sentencepiece", "timm", "sklearn", "yaml"):
     pytest.importorskip(module)
@@ -152,7 +152,7 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on_exactly(text: Path, tmp_pat
         assert cut.poll() is None and time.monotonic() < until, cut.communicate()[0]
         time.sleep(0.05)
     cut.send_signal(signal.SIGTERM)
-    said, _ = cut.communicate(timeout=120)
+    said, _ = cut.communicate(timeout=HANGS)
     assert "saved after a SIGTERM" in said, said
     assert 10 <= len(log_of(tmp_path / "cut")["loss"]) < 60
     resumed = pretrain("pretrain_gpt.py", "gpt_tiny.yaml", text, tmp_path / "cut", *settings)

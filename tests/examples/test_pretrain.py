@@ -35,7 +35,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def pretrain(text: Path, *arguments: str) -> str:
     data = ["--data", f"{text}_text_document", "--tokenizer", f"{text}.model"]
-    return run_ranks("megatron", WORKER, 4, TINY, *data, *arguments, timeout=300)
+    return run_ranks("megatron", WORKER, 4, TINY, *data, *arguments)
 
 
 def losses(output: str) -> dict[int, str]:

@@ -95,7 +95,7 @@ def unlike(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
 
 def main() -> None:
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=120), verbose=False)
+    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(minutes=10), verbose=False)
     for case in cases:
         try:
             result = resume(case, out / "checkpoints" / case["name"])

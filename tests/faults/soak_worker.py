@@ -74,7 +74,7 @@ def digest(engine: Any) -> str:
 def main() -> None:
     out, last, total, load = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=60), verbose=False)
+    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(minutes=10), verbose=False)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     corpus = data.load_corpus()
     offsets = data.training_offsets(corpus, total, BATCH, CONTEXT, 0)

@@ -87,7 +87,7 @@ def steps(engine: Any, numbers: range) -> None:
 
 def main() -> None:
     stages, out = json.loads(sys.argv[1]), Path(sys.argv[2])
-    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=120), verbose=False)
+    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(minutes=10), verbose=False)
     found = {}
     for stage in stages:
         try:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.processes import run_ranks
+from tests.processes import HANGS, run_ranks
 
 pytest.importorskip("deepspeed")
 
@@ -54,7 +54,7 @@ def convert(folder: Path, step: int) -> None:
         os.environ, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES=""
     )
     command = [sys.executable, "-c", CONVERT, *saved]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
@@ -65,9 +65,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     (folder / "cases.json").write_text(json.dumps(CASES))
     for name, (ranks, leg) in LEGS.items():
         told = json.dumps({"name": name, **leg})
-        run_ranks(
-            "deepspeed", WORKER, ranks, str(folder / "cases.json"), str(folder), told, timeout=300
-        )
+        run_ranks("deepspeed", WORKER, ranks, str(folder / "cases.json"), str(folder), told)
         if "save" in leg:
             convert(folder, leg["save"])
     found: dict[str, dict[str, Any]] = {}

@@ -57,7 +57,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case runs in one launch: starting DeepSpeed costs more than training."""
     folder = tmp_path_factory.mktemp("resume")
     (folder / "cases.json").write_text(json.dumps(CASES))
-    run_ranks("deepspeed", WORKER, 2, str(folder / "cases.json"), str(folder), timeout=600)
+    run_ranks("deepspeed", WORKER, 2, str(folder / "cases.json"), str(folder))
     return folder
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import ROOT, run_ranks
+from tests.processes import HANGS, ROOT, run_ranks
 
 for module in ("deepspeed", "sentencepiece", "yaml"):
     pytest.importorskip(module)
@@ -52,7 +52,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(folder),
     ]
     subprocess.run(
-        [*command, "--vocab-size", "512", "--valid", "0.1"], cwd=ROOT, check=True, timeout=120
+        [*command, "--vocab-size", "512", "--valid", "0.1"], cwd=ROOT, check=True, timeout=HANGS
     )
     return folder
 
@@ -77,7 +77,7 @@ def begin(
     )
 
 
-def end(run: subprocess.Popen[str], timeout: float = 240) -> tuple[int, str]:
+def end(run: subprocess.Popen[str], timeout: float = HANGS) -> tuple[int, str]:
     try:
         said, _ = run.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -242,7 +242,7 @@ def test_a_rank_that_is_busy_with_something_else_says_where(record_property: Rec
     record_property(
         "tried", "examples/deepspeed/heartbeat.py, 2 ranks: one does not come back from a function"
     )
-    said = run_ranks("deepspeed", Path(__file__).with_name("hang_worker.py"), 2, timeout=120)
+    said = run_ranks("deepspeed", Path(__file__).with_name("hang_worker.py"), 2)
     told = [line for line in said.splitlines() if "wait for it" in line]
     assert len(told) == 1, said
     assert re.search(

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.processes import ROOT
+from tests.processes import HANGS, ROOT
 from weyl_megatron.cli import main
 
 Record = Callable[[str, object], None]
@@ -282,7 +282,7 @@ def test_examples_refuse_a_recipe_that_would_run_code(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
         cwd=tmp_path,
     )
     assert run.returncode != 0 and "Traceback" not in run.stderr, run.stderr[-3000:]
@@ -331,7 +331,7 @@ def test_plan_runs_no_code_that_a_config_brings_along(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
     )
     sentence = run.stderr.strip().splitlines()[-1]
     assert run.returncode == 2 and sentence.startswith("weyl-megatron: error: plan: "), run.stderr
@@ -369,7 +369,7 @@ def test_the_deepspeed_example_refuses_a_checkpoint_that_would_run_code(
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
     )
     assert run.returncode != 0 and str(path) in run.stderr, run.stderr[-3000:]
     assert "Traceback" not in run.stderr and not went_off.exists()
@@ -402,7 +402,7 @@ def test_the_megatron_example_refuses_a_checkpoint_that_would_run_code(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
     )
     assert run.returncode == 1 and run.stderr.strip().splitlines()[-1] == (
         f"--load takes torch's own records in {path}, got posix.mkdir, which could run code"
@@ -437,7 +437,7 @@ print(count, "modules")
 
 def test_no_import_uses_the_network(record_property: Record) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", NO_NETWORK], capture_output=True, text=True, timeout=120, cwd=ROOT
+        [sys.executable, "-c", NO_NETWORK], capture_output=True, text=True, timeout=HANGS, cwd=ROOT
     )
     assert run.returncode == 0, run.stdout + run.stderr
     count = re.search(r"(\d+) modules", run.stdout)
@@ -450,7 +450,9 @@ def test_the_forbidden_network_is_noticed() -> None:
     code = NO_NETWORK.replace(
         "import torch, weyl_megatron\n", "socket.create_connection(('127.0.0.1', 1))\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGS
+    )
     assert run.returncode != 0 and "the network was used" in run.stderr
 
 

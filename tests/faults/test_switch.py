@@ -195,7 +195,6 @@ def switched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         2,
         json.dumps(STAGES),
         str(folder),
-        timeout=300,
     )
     found: dict[str, Any] = json.loads((folder / "found.json").read_text())
     return found

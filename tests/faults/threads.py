@@ -37,7 +37,7 @@ class Group:
 
     def __init__(self, ranks: Sequence[int]) -> None:
         self.ranks = list(ranks)
-        self.barrier = threading.Barrier(len(self.ranks), timeout=60)
+        self.barrier = threading.Barrier(len(self.ranks), timeout=600)
         self._given: list[Tensor] = [torch.empty(0)] * len(self.ranks)
 
     def all_reduce(self, tensor: Tensor) -> None:

@@ -73,7 +73,7 @@ def main() -> None:
         Path(sys.argv[2]),
         json.loads(sys.argv[3]),
     )
-    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=120), verbose=False)
+    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(minutes=10), verbose=False)
     for case in cases:
         try:
             result = train(case, leg, out / case["name"])

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.processes import ROOT
+from tests.processes import HANGS, ROOT
 
 NAMES = ["node1", "node2", "node3"]
 ADDRESSES = {name: f"10.77.0.{i}" for i, name in enumerate(NAMES, start=1)}
@@ -231,7 +231,9 @@ class Hosts:
         )
 
     def _in(self, name: str, script: str, processes: bool = True) -> None:
-        subprocess.run([*self.enter(name, processes), "bash", "-c", script], check=True, timeout=30)
+        subprocess.run(
+            [*self.enter(name, processes), "bash", "-c", script], check=True, timeout=HANGS
+        )
 
     def enter(self, name: str, processes: bool = True) -> list[str]:
         """The command that runs what follows it on this host."""
@@ -255,7 +257,7 @@ class Hosts:
         return process
 
     def run(
-        self, name: str, command: list[str], timeout: float = 120, **environment: str
+        self, name: str, command: list[str], timeout: float = HANGS, **environment: str
     ) -> tuple[int, str]:
         """Run a command on a host; return its exit status and what it printed, both streams."""
         done = subprocess.run(
@@ -302,4 +304,4 @@ class Hosts:
             first.kill()
             first.communicate()
         for process in self.started:
-            process.wait(timeout=30)
+            process.wait(timeout=HANGS)

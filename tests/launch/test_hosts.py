@@ -21,7 +21,7 @@ import pytest
 
 from tests.launch.hosts import ENVIRONMENT, NAMES, PROGRAMS, SLURM, Hosts, missing
 from tests.launch.test_launch import ODD
-from tests.processes import ROOT
+from tests.processes import HANGS, ROOT
 
 reason = missing(PROGRAMS)
 lacking = [
@@ -79,7 +79,7 @@ def data(folder: Path) -> Path:
         str(folder / "data"),
     ]
     command += ["--vocab-size", "512", "--valid", "0.3"]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, check=True, timeout=300)
+    subprocess.run(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, check=True, timeout=HANGS)
     return folder / "data"
 
 
@@ -109,7 +109,7 @@ def difference(out: Path, reference: dict[int, float]) -> float:
 def reference(hosts: Hosts, data: Path, folder: Path) -> dict[int, float]:
     """The losses of three processes on one host."""
     command = ["launch/torchrun.sh", "--no-preflight", *gpt(data, folder / "one")]
-    status, output = hosts.run("node1", command, GPUS_PER_NODE="3", timeout=300)
+    status, output = hosts.run("node1", command, GPUS_PER_NODE="3", timeout=HANGS)
     assert status == 0, output[-6000:]
     return losses(folder / "one")
 
@@ -126,7 +126,7 @@ def torchrun(
 
 
 def until_end(
-    hosts: Hosts, log: str, started: list[subprocess.Popen[bytes]], seconds: float = 400
+    hosts: Hosts, log: str, started: list[subprocess.Popen[bytes]], seconds: float = HANGS
 ) -> str:
     """Wait until all have ended well; return what they printed."""
     end = time.monotonic() + seconds
@@ -142,7 +142,7 @@ def until_end(
     return printed
 
 
-def until_step(out: Path, step: int, seconds: float = 300) -> None:
+def until_step(out: Path, step: int, seconds: float = HANGS) -> None:
     end = time.monotonic() + seconds
     while max(losses(out), default=0) < step:
         assert time.monotonic() < end, f"no step {step} within {seconds} s"
@@ -189,7 +189,7 @@ def test_torchrun_with_megatron(hosts: Hosts, folder: Path) -> None:
         str(folder / "text"),
     ]
     subprocess.run(
-        [*prepare, "--vocab-size", "512"], cwd=ROOT, check=True, timeout=300, capture_output=True
+        [*prepare, "--vocab-size", "512"], cwd=ROOT, check=True, timeout=HANGS, capture_output=True
     )
     # The worker is examples/megatron/pretrain_gpt.py, made to run without a GPU.
     command = ["tests/examples/pretrain_worker.py", "examples/megatron/recipes/tiny.yaml"]
@@ -204,7 +204,10 @@ def test_torchrun_with_megatron(hosts: Hosts, folder: Path) -> None:
         hosts, "megatron", torchrun(hosts, "megatron", ["--engine", "megatron", *command], nodes=2)
     )
     status, one = hosts.run(
-        "node1", ["launch/torchrun.sh", "--no-preflight", *command], GPUS_PER_NODE="2", timeout=300
+        "node1",
+        ["launch/torchrun.sh", "--no-preflight", *command],
+        GPUS_PER_NODE="2",
+        timeout=HANGS,
     )
     assert status == 0, one[-6000:]
     steps = re.findall(r"step \d: loss [\d.]+, lr [\d.e-]+, grad norm [\d.]+", one)
@@ -222,7 +225,7 @@ def test_deepspeed_by_pdsh(
     )
     out = folder / '$(touch pwned) "it\'s" 50%n \\'
     command = ["launch/deepspeed.sh", "--hostfile", str(hostfile), *gpt(data, out)]
-    status, output = hosts.run("node1", command, timeout=400)
+    status, output = hosts.run("node1", command, timeout=HANGS)
     assert status == 0, output[-6000:]
     assert difference(out, reference) <= 1e-6
     assert not (ROOT / "pwned").exists()
@@ -260,7 +263,7 @@ def test_deepspeed_by_openssh(hosts: Hosts, folder: Path) -> None:
         str(folder / "shown"),
         *ODD,
     ]
-    status, output = hosts.run("node2", command, timeout=300, ODD=odd, GPUS_PER_NODE="")
+    status, output = hosts.run("node2", command, timeout=HANGS, ODD=odd, GPUS_PER_NODE="")
     assert status == 7, output[-6000:]
     shown = [json.loads((folder / f"shown-{rank}").read_text()) for rank in range(3)]
     assert shown == [[host, "3", odd, ODD] for host in ("node3", "node3", "node1")]

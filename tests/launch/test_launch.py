@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from tests.launch.hosts import ENVIRONMENT
-from tests.processes import ROOT
+from tests.processes import HANGS, ROOT
 
 SCRIPTS = ["launch/torchrun.sh", "launch/deepspeed.sh", "launch/slurm.sbatch"]
 SCRIPT = "examples/deepspeed/pretrain_gpt.py"
@@ -49,7 +49,7 @@ def run(command: list[str], **environment: str) -> tuple[int, str, str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
         stdin=subprocess.DEVNULL,
     )
     return done.returncode, done.stdout, done.stderr
@@ -314,12 +314,12 @@ def test_preflight_of_one_host() -> None:
     variables = {**os.environ, **ENVIRONMENT, "MASTER_PORT": str(port)}
     del variables["GLOO_SOCKET_IFNAME"]
     good = subprocess.run(
-        command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=300
+        command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=HANGS
     )
     assert good.returncode == 0 and not good.stderr
     with socket.create_server(("", port)):
         bad = subprocess.run(
-            command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=300
+            command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=HANGS
         )
     name = socket.gethostname()
     assert bad.returncode == 1

@@ -20,7 +20,7 @@ import pytest
 from tests.engines import megatron
 from tests.engines.megatron.test_pretrain_gpt import SMALL
 from tests.patches.trees import PATCHES, SUPPORTED, check_round_trip
-from tests.processes import ROOT, run_ranks
+from tests.processes import HANGS, ROOT, run_ranks
 
 INTEGRATION = Path(megatron.__file__).parent
 CHECKOUT = os.environ.get("MEGATRON_LM", "")
@@ -122,5 +122,5 @@ def test_flags_that_cannot_be_right_stop(tree: Path, flags: str, sentence: str) 
     environment = dict(
         os.environ, PYTHONPATH=f"{tree}:{ROOT}", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1"
     )
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS)
     assert run.returncode != 0 and sentence in run.stderr, run.stderr[-2000:]

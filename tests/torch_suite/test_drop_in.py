@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.processes import ROOT
+from tests.processes import HANGS, ROOT
 from tests.torch_suite.__main__ import table
 from tests.torch_suite.cells import ADAMW, BOUNDED, CHECKS, UNBOUNDED, Cell
 from weyl_megatron import AdamW2
@@ -45,7 +45,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> list[Cell]:
         env=dict(os.environ, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=HANGS,
     )
     assert run.returncode == 0, f"the suite ended with {run.returncode}:\n{run.stderr[-6000:]}"
     return [Cell(**cell) for cell in json.loads(file.read_text(encoding="utf-8"))]

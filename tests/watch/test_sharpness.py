@@ -158,7 +158,7 @@ def test_adam_diverges_above_its_threshold_and_converges_below(
 
 
 def test_two_ranks_see_the_joined_batch() -> None:
-    output = run_ranks("torch", Path(__file__).parent / "sharpness_worker.py", 2, timeout=120)
+    output = run_ranks("torch", Path(__file__).parent / "sharpness_worker.py", 2)
     assert "two ranks see the joined batch" in output
 
 

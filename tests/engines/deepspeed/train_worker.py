@@ -176,7 +176,7 @@ def main() -> None:
     get_accelerator().is_fp16_supported = lambda: (
         True
     )  # torch computes fp16 on any CPU; DeepSpeed asks for fast fp16
-    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=120), verbose=False)
+    deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(minutes=10), verbose=False)
     for case in cases:
         try:
             result = train(case)

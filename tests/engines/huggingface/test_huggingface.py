@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.processes import ROOT, run_ranks
+from tests.processes import HANGS, ROOT, run_ranks
 from weyl_megatron import AdamW2
 
 pytest.importorskip("accelerate")
@@ -286,7 +286,7 @@ def test_accelerates_example_runs() -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=HANGS,
     )
     assert run.returncode == 0, run.stdout[-6000:]
     assert "epoch 2: loss" in run.stdout and "lr 3.00e-04" in run.stdout

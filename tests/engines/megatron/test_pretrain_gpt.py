@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from tests.processes import ROOT, run_ranks
+from tests.processes import HANGS, ROOT, run_ranks
 from weyl_megatron.engines.megatron import arguments, enable
 
 HERE = Path(__file__).parent
@@ -279,7 +279,7 @@ def door(*argv: str, path: str = "") -> subprocess.CompletedProcess[str]:
         CUDA_VISIBLE_DEVICES="",
     )
     command = [sys.executable, "-m", "weyl_megatron.engines.megatron", *argv]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGS)
 
 
 def test_importing_the_door_leaves_the_choice_of_a_megatron_open() -> None:
@@ -288,7 +288,7 @@ def test_importing_the_door_leaves_the_choice_of_a_megatron_open() -> None:
         "m in sys.modules})"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=300
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=HANGS
     )
     assert "'weyl_megatron'" in run.stdout and "'megatron'" not in run.stdout
 

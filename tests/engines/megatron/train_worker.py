@@ -133,7 +133,7 @@ def run(act: Callable[[dict[str, Any]], dict[str, Any]], out: Path) -> None:
     """Save what ``act`` makes of every case of the list that the command line names, or how it
     failed.
     """
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    dist.init_process_group("gloo", timeout=timedelta(minutes=10))
     for case in json.loads(Path(sys.argv[1]).read_text()):
         try:
             result = act(case)
