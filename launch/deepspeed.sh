@@ -1,25 +1,30 @@
 #!/usr/bin/env bash
-# Starts a training script on all hosts of a hostfile with DeepSpeed's launcher. Run it once, on any host that reaches
-# them by ssh without a password; this folder, Python and SCRIPT lie at the same path on all of them:
+# Starts a training script on all hosts of a hostfile with DeepSpeed's launcher. Run it once, on any
+# host that reaches them by ssh without a password; this folder, Python and SCRIPT lie at the same
+# path on all of them:
 #
 #   launch/deepspeed.sh --hostfile FILE [OPTIONS] SCRIPT ARGS...
 #   launch/deepspeed.sh --hostfile FILE [OPTIONS] -m MODULE ARGS...
 #
 #   --hostfile FILE     a line per host, "node1 slots=8"; # begins a comment
 #   --launcher NAME     pdsh, or openssh: the same by plain ssh, where there is no pdsh
-#   --export NAME       carry this variable to the workers, too; as often as you like. No secrets: the hosts' process
-#                       lists show it. Those that begin with NCCL_, GLOO_, TORCH_, CUDA_, OMP_, DS_, PYTHON go by themselves
+#   --export NAME       give this variable to the workers, too; as often as you like. No secrets:
+#                       the hosts' process lists show it. Those that begin with NCCL_, GLOO_,
+#                       TORCH_, CUDA_, OMP_, DS_, PYTHON go by themselves
 #   --engine NAME       deepspeed (as without this option) or megatron: what the preflight imports
 #   --no-preflight      start without looking at the hosts first
 #   --dry-run           print what would run
 #
-# NUM_NODES=2 takes the first two hosts only, GPUS_PER_NODE=4 four processes on each instead of its slots. Defaults:
-# MASTER_ADDR=the first host, MASTER_PORT=29500, PYTHON=python.
+# NUM_NODES=2 takes the first two hosts only, GPUS_PER_NODE=4 four processes on each instead of its
+# slots. Defaults: MASTER_ADDR=the first host, MASTER_PORT=29500, PYTHON=python.
 set -euo pipefail
 
 fail() {
     printf '%s\n' "$1" >&2
     exit 2
+}
+refuse() {
+    fail "deepspeed.sh: $1"
 }
 
 hostfile='' launcher=pdsh engine=deepspeed preflight=1 dry_run='' exports=()
@@ -33,51 +38,59 @@ while (($#)); do
     --dry-run) dry_run=1 ;;
     -h | --help) sed -n '2,/^set/{/^set/!s/^# \{0,1\}//p}' "$0" && exit ;;
     -m) break ;;
-    -*) fail "deepspeed.sh: OPTIONS take those of --help, got $1" ;;
+    -*) refuse "OPTIONS take those of --help, got $1" ;;
     *) break ;;
     esac
-    shift || fail "deepspeed.sh: the last option takes a value, got none"
+    shift || refuse "the last option takes a value, got none"
 done
-(($#)) || fail "deepspeed.sh: SCRIPT takes a file or -m MODULE, got nothing"
-[[ $1 == -m || -f $1 ]] || fail "deepspeed.sh: SCRIPT takes a file or -m MODULE, got $1, which is no file"
-[[ $1 != -m || -n ${2-} ]] || fail "deepspeed.sh: -m takes a module, got nothing"
-[[ $launcher =~ ^(pdsh|openssh)$ ]] || fail "deepspeed.sh: --launcher takes pdsh or openssh, got $launcher"
-[[ $engine =~ ^(deepspeed|megatron)$ ]] || fail "deepspeed.sh: --engine takes deepspeed or megatron, got $engine"
-[[ -f $hostfile ]] || fail "deepspeed.sh: --hostfile takes a file, got ${hostfile:-nothing}"
+(($#)) || refuse "SCRIPT takes a file or -m MODULE, got nothing"
+[[ $1 == -m || -f $1 ]] || refuse "SCRIPT takes a file or -m MODULE, got $1, which is no file"
+[[ $1 != -m || -n ${2-} ]] || refuse "-m takes a module, got nothing"
+[[ $launcher =~ ^(pdsh|openssh)$ ]] || refuse "--launcher takes pdsh or openssh, got $launcher"
+[[ $engine =~ ^(deepspeed|megatron)$ ]] ||
+    refuse "--engine takes deepspeed or megatron, got $engine"
+[[ -f $hostfile ]] || refuse "--hostfile takes a file, got ${hostfile:-nothing}"
 
-# Stricter than DeepSpeed, which reads "slots=8x" as 8. No name begins with "-", which ssh would take for an option, or
-# has anything in it that pdsh would expand.
+# Stricter than DeepSpeed, which reads "slots=8x" as 8. No name begins with "-", which ssh would
+# take for an option, or has anything in it that pdsh would expand.
+name='[A-Za-z0-9_][A-Za-z0-9_.@-]*' blank='[[:space:]]'
+takes="^$blank*($name)$blank+slots=([1-9][0-9]{0,4})$blank*$"
 hosts=() slots=() number=0
 while IFS= read -r line || [[ -n $line ]]; do
     number=$((number + 1))
     [[ ${line%%#*} =~ [^[:space:]] ]] || continue
-    [[ ${line%%#*} =~ ^[[:space:]]*([A-Za-z0-9_][A-Za-z0-9_.@-]*)[[:space:]]+slots=([1-9][0-9]{0,4})[[:space:]]*$ ]] ||
-        fail "$hostfile:$number takes \"host slots=N\", got \"$line\""
+    [[ ${line%%#*} =~ $takes ]] || fail "$hostfile:$number takes \"host slots=N\", got \"$line\""
     host=${BASH_REMATCH[1]} slot=${BASH_REMATCH[2]}
-    [[ " ${hosts[*]-} " != *" $host "* ]] || fail "$hostfile:$number takes a host that no line above has, got \"$line\""
+    [[ " ${hosts[*]-} " != *" $host "* ]] ||
+        fail "$hostfile:$number takes a host that no line above has, got \"$line\""
     hosts+=("$host") slots+=("${GPUS_PER_NODE:-$slot}")
 done <"$hostfile"
-((number && ${#hosts[@]})) || fail "$hostfile takes a line \"host slots=N\" for every host, got none"
+((number && ${#hosts[@]})) ||
+    fail "$hostfile takes a line \"host slots=N\" for every host, got none"
 
 NUM_NODES=${NUM_NODES:-${#hosts[@]}} MASTER_PORT=${MASTER_PORT:-29500}
 [[ $NUM_NODES =~ ^[1-9][0-9]{0,5}$ && $NUM_NODES -le ${#hosts[@]} ]] ||
-    fail "deepspeed.sh: NUM_NODES takes 1 to the ${#hosts[@]} hosts of $hostfile, got $NUM_NODES"
+    refuse "NUM_NODES takes 1 to the ${#hosts[@]} hosts of $hostfile, got $NUM_NODES"
 hosts=("${hosts[@]:0:NUM_NODES}") slots=("${slots[@]:0:NUM_NODES}")
 MASTER_ADDR=${MASTER_ADDR:-${hosts[0]#*@}}
-[[ ${slots[0]} =~ ^[1-9][0-9]{0,4}$ ]] || fail "deepspeed.sh: GPUS_PER_NODE takes a whole number from 1 on, got ${slots[0]}"
-[[ $MASTER_ADDR =~ ^[A-Za-z0-9_.:-]+$ ]] || fail "deepspeed.sh: MASTER_ADDR takes a name or an address, got $MASTER_ADDR"
+[[ ${slots[0]} =~ ^[1-9][0-9]{0,4}$ ]] ||
+    refuse "GPUS_PER_NODE takes a whole number from 1 on, got ${slots[0]}"
+[[ $MASTER_ADDR =~ ^[A-Za-z0-9_.:-]+$ ]] ||
+    refuse "MASTER_ADDR takes a name or an address, got $MASTER_ADDR"
 [[ $MASTER_PORT =~ ^[1-9][0-9]{0,4}$ && $MASTER_PORT -lt 65536 ]] ||
-    fail "deepspeed.sh: MASTER_PORT takes a port from 1 to 65535, got $MASTER_PORT"
-python=$(command -v "${PYTHON:-python}") || fail "deepspeed.sh: PYTHON takes a program, got ${PYTHON:-python}"
+    refuse "MASTER_PORT takes a port from 1 to 65535, got $MASTER_PORT"
+python=$(command -v "${PYTHON:-python}") || refuse "PYTHON takes a program, got ${PYTHON:-python}"
 python=$(realpath --no-symlinks "$python")
 check=$(realpath "$(dirname "$0")/preflight.py")
-for path in "$PWD" "$python"; do # DeepSpeed puts both into a line for the hosts' shells as they are
+# DeepSpeed puts both into a line for the hosts' shells as they are.
+characters='letters, digits and _@+=:,./-'
+for path in "$PWD" "$python"; do
     [[ $path =~ ^[A-Za-z0-9_@+=:,./-]+$ ]] ||
-        fail "deepspeed.sh: the working directory and PYTHON take paths of letters, digits and _@+=:,./-, got $path"
+        refuse "the working directory and PYTHON take paths of $characters, got $path"
 done
 
-# The workers' command: `env` brings the variables, so that DeepSpeed need not know them, and the script gets no
-# --local_rank, so that it is the same under every launcher.
+# The workers' command: `env` brings the variables, so that DeepSpeed need not know them, and the
+# script gets no --local_rank, so that it is the same under every launcher.
 for name in $(compgen -e); do
     case $name in
     PYTHONPATH | CUDA_VISIBLE_DEVICES) ;; # set below, and by DeepSpeed
@@ -87,33 +100,37 @@ done
 worker=(env)
 for name in ${exports[@]+"${exports[@]}"}; do
     [[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*$ && -n ${!name+set} ]] ||
-        fail "deepspeed.sh: --export takes the name of a variable that is set, got $name"
+        refuse "--export takes the name of a variable that is set, got $name"
     worker+=("$name=${!name}")
 done
 worker+=("PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}" "$python")
-launcher_options=("--master_addr=$MASTER_ADDR" "--master_port=$MASTER_PORT" --no_python --no_local_rank)
+launcher_options=("--master_addr=$MASTER_ADDR" "--master_port=$MASTER_PORT")
+launcher_options+=(--no_python --no_local_rank)
 
-# pdsh and the hosts' shells read the line again, in which DeepSpeed puts what has a blank between double quotes; so the
-# rest goes there, too, and what is special between them is escaped.
+# pdsh and the hosts' shells read the line again, in which DeepSpeed puts what has a blank between
+# double quotes; so the rest goes there, too, and what is special between them is escaped.
 quoted=()
 for argument in "${worker[@]:1}" -u "$@"; do
-    argument=${argument//%/%%} argument=${argument//\\/\\\\} argument=${argument//\$/\\\$} argument=${argument//\`/\\\`}
-    [[ $argument == *' '* || $argument =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] || argument=\"${argument//\"/\\\"}\"
+    argument=${argument//%/%%} argument=${argument//\\/\\\\}
+    argument=${argument//\$/\\\$} argument=${argument//\`/\\\`}
+    [[ $argument == *' '* || $argument =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] ||
+        argument=\"${argument//\"/\\\"}\"
     quoted+=("$argument")
 done
-run=("$python" -m deepspeed.launcher.runner --hostfile "$hostfile" --force_multi "--num_nodes=$NUM_NODES")
+run=("$python" -m deepspeed.launcher.runner --hostfile "$hostfile" --force_multi)
+run+=("--num_nodes=$NUM_NODES")
 [[ -z ${GPUS_PER_NODE-} ]] || run+=("--num_gpus=$GPUS_PER_NODE")
 run+=("${launcher_options[@]}" "${worker[0]}" "${quoted[@]}")
 
-# A line for a host's shell: a command in this folder, with the workers' variables and the launchers'.
+# A line for a host's shell: a command in this folder, with the variables of workers and launchers.
 on_host() {
     printf 'cd %q && exec ' "$PWD"
-    printf '%q ' "${worker[@]:0:${#worker[@]}-1}" "NUM_NODES=$NUM_NODES" "NODE_RANK=$1" "GPUS_PER_NODE=${slots[$1]}" \
-        "MASTER_ADDR=$MASTER_ADDR" "MASTER_PORT=$MASTER_PORT" "${@:2}"
+    printf '%q ' "${worker[@]:0:${#worker[@]}-1}" "NUM_NODES=$NUM_NODES" "NODE_RANK=$1" \
+        "GPUS_PER_NODE=${slots[$1]}" "MASTER_ADDR=$MASTER_ADDR" "MASTER_PORT=$MASTER_PORT" "${@:2}"
 }
 
-# Runs every host's line by ssh until all have ended or one has failed; or prints them. (`wait -n` of today's bash misses
-# what ended before it.)
+# Runs every host's line by ssh until all have ended or one has failed; or prints them. (`wait -n`
+# of today's bash misses what ended before it.)
 exec 3>&1
 everywhere() {
     local i status
@@ -124,7 +141,11 @@ everywhere() {
             if [[ -n $dry_run ]]; then
                 echo "ssh -o BatchMode=yes ${hosts[i]} ${lines[i]@Q}" >&3
             else
-                { status=0 && ssh -o BatchMode=yes "${hosts[i]}" "${lines[i]}" </dev/null >&3 || status=$?; echo "$status"; } &
+                {
+                    status=0
+                    ssh -o BatchMode=yes "${hosts[i]}" "${lines[i]}" </dev/null >&3 || status=$?
+                    echo "$status"
+                } &
             fi
         done
         wait
@@ -135,7 +156,8 @@ lines=()
 if [[ -n $preflight ]]; then
     same="the folder $PWD, $python and $check take the same place on every host, got another"
     for host in "${hosts[@]}"; do
-        lines+=("cd $PWD && test -x $python -a -f $(printf %q "$check") || { echo $(printf %q "preflight: $host: $same") >&2; exit 1; }")
+        line="cd $PWD && test -x $python -a -f $(printf %q "$check")"
+        lines+=("$line || { echo $(printf %q "preflight: $host: $same") >&2; exit 1; }")
     done
     everywhere
     for i in "${!hosts[@]}"; do
@@ -146,24 +168,26 @@ fi
 
 if [[ $launcher == pdsh ]]; then
     [[ -z $dry_run ]] || { printf '%q ' "${run[@]}" && echo && exit; }
-    command -v pdsh >/dev/null || fail "deepspeed.sh: --launcher takes openssh where there is no pdsh, got pdsh"
+    command -v pdsh >/dev/null || refuse "--launcher takes openssh where there is no pdsh, got pdsh"
     exec "${run[@]}"
 fi
 
-# What the runner would have pdsh start: a launcher on each host, which knows all hosts and their slots.
+# What the runner would have pdsh start: a launcher on each host, which knows all hosts and slots.
 world=''
 for i in "${!hosts[@]}"; do
     world+=", \"${hosts[i]}\": [$(seq -s, 0 $((slots[i] - 1)))]"
 done
 world=$(printf '{%s}' "${world#, }" | base64 --wrap=0 | tr +/ -_)
 for i in "${!hosts[@]}"; do
-    lines[i]=$(on_host "$i" "$python" -u -m deepspeed.launcher.launch "--world_info=$world" "--node_rank=$i" \
-        "${launcher_options[@]}" "${worker[@]}" -u "$@")
+    lines[i]=$(on_host "$i" "$python" -u -m deepspeed.launcher.launch "--world_info=$world" \
+        "--node_rank=$i" "${launcher_options[@]}" "${worker[@]}" -u "$@")
 done
-# What ssh started goes on when ssh ends. The brackets keep pkill from finding the shell that starts it.
+# What ssh started goes on when ssh ends. The brackets keep pkill from finding the shell that starts
+# it.
 stop() {
+    local started="[-]-world_info=$world .*--master_port=$MASTER_PORT"
     for host in "${hosts[@]}"; do
-        ssh -o BatchMode=yes "$host" "pkill -f -- '[-]-world_info=$world .*--master_port=$MASTER_PORT'" </dev/null &
+        ssh -o BatchMode=yes "$host" "pkill -f -- '$started'" </dev/null &
     done
     wait
 }

@@ -1,18 +1,21 @@
 #!/usr/bin/env bash
-# Starts a training script on this host with torchrun. The same line on every host, but for NODE_RANK:
+# Starts a training script on this host with torchrun. The same line on every host, but for
+# NODE_RANK:
 #
-#   NUM_NODES=2 NODE_RANK=0 MASTER_ADDR=node1 GPUS_PER_NODE=8 launch/torchrun.sh [OPTIONS] SCRIPT ARGS...
-#   NUM_NODES=2 NODE_RANK=0 MASTER_ADDR=node1 GPUS_PER_NODE=8 launch/torchrun.sh [OPTIONS] -m MODULE ARGS...
+#   NUM_NODES=2 NODE_RANK=0 MASTER_ADDR=node1 GPUS_PER_NODE=8 \
+#       launch/torchrun.sh [OPTIONS] SCRIPT ARGS...
 #
-#   --elastic MIN:MAX   meet at MASTER_ADDR (c10d) with MIN to MAX hosts; after a failure all workers start again, at
-#                       most MAX_RESTARTS times (3), and the script resumes from its last checkpoint; under 1:3 NODE_RANK
-#                       need not be set
+# In the place of SCRIPT there may be -m MODULE.
+#
+#   --elastic MIN:MAX   meet at MASTER_ADDR (c10d) with MIN to MAX hosts; after a failure all
+#                       workers start again, at most MAX_RESTARTS times (3), and the script resumes
+#                       from its last checkpoint; under 1:3 NODE_RANK need not be set
 #   --engine NAME       deepspeed or megatron: the preflight imports it, too
 #   --no-preflight      start without looking at the hosts first
 #   --dry-run           print what would run
 #
-# Defaults: NUM_NODES=1, NODE_RANK=SLURM's or 0, MASTER_ADDR=localhost, MASTER_PORT=29500, GPUS_PER_NODE=all of them, or
-# one process where there is none, PYTHON=python.
+# Defaults: NUM_NODES=1, NODE_RANK=SLURM's or 0, MASTER_ADDR=localhost, MASTER_PORT=29500,
+# GPUS_PER_NODE=all of them, or one process where there is none, PYTHON=python.
 set -euo pipefail
 
 fail() {
@@ -59,14 +62,17 @@ if [[ -n $elastic ]]; then
 fi
 rank=${NODE_RANK-${SLURM_NODEID-}}
 if ((most > 1)); then
-    [[ -n ${MASTER_ADDR-} ]] || fail "MASTER_ADDR takes the first host's name or address, got nothing"
-    [[ -n $rank ]] || ((least < most)) || fail "NODE_RANK takes 0 to $((most - 1)), another on every host, got nothing"
+    [[ -n ${MASTER_ADDR-} ]] ||
+        fail "MASTER_ADDR takes the first host's name or address, got nothing"
+    [[ -n $rank ]] || ((least < most)) ||
+        fail "NODE_RANK takes 0 to $((most - 1)), another on every host, got nothing"
 else
     rank=${rank:-0}
 fi
 export MASTER_ADDR=${MASTER_ADDR:-localhost}
 if [[ -n $rank ]]; then
-    [[ $rank =~ ^(0|[1-9][0-9]{0,5})$ && $rank -lt $most ]] || fail "NODE_RANK takes 0 to $((most - 1)), got $rank"
+    [[ $rank =~ ^(0|[1-9][0-9]{0,5})$ && $rank -lt $most ]] ||
+        fail "NODE_RANK takes 0 to $((most - 1)), got $rank"
     export NODE_RANK=$rank
 fi
 
@@ -74,13 +80,15 @@ run=("$python" -m torch.distributed.run "--nproc-per-node=$GPUS_PER_NODE")
 if [[ -n $elastic ]]; then
     run+=("--nnodes=$elastic" --rdzv-backend=c10d "--rdzv-endpoint=$MASTER_ADDR:$MASTER_PORT")
     run+=("--rdzv-id=${SLURM_JOB_ID:-weyl_megatron}" "--max-restarts=${MAX_RESTARTS:-3}")
-    # Who holds the meeting place is known where ranks are; else torch compares MASTER_ADDR with the host's names.
+    # Who holds the meeting place is known where ranks are; else torch compares MASTER_ADDR with the
+    # host's names.
     [[ -z $rank ]] || run+=("--rdzv-conf=is_host=$((rank == 0))")
-    # Otherwise the workers' store outlives a restart, and new workers read the addresses of dead ones from it
-    # (pytorch/pytorch#135712).
+    # Otherwise the workers' store outlives a restart, and new workers read the addresses of dead
+    # ones from it (pytorch/pytorch#135712).
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 else
-    run+=("--nnodes=$NUM_NODES" "--node-rank=$rank" "--master-addr=$MASTER_ADDR" "--master-port=$MASTER_PORT")
+    run+=("--nnodes=$NUM_NODES" "--node-rank=$rank")
+    run+=("--master-addr=$MASTER_ADDR" "--master-port=$MASTER_PORT")
 fi
 run+=("$@")
 
@@ -90,7 +98,8 @@ check=("$python" "$(dirname "$0")/preflight.py")
 ((least == most)) || check+=(--local)
 
 if [[ -n $dry_run ]]; then
-    for name in NUM_NODES NODE_RANK MASTER_ADDR MASTER_PORT GPUS_PER_NODE TORCH_DISABLE_SHARE_RDZV_TCP_STORE; do
+    for name in NUM_NODES NODE_RANK MASTER_ADDR MASTER_PORT GPUS_PER_NODE \
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE; do
         [[ -z ${!name-} ]] || printf 'export %s=%q\n' "$name" "${!name}"
     done
     [[ -z $preflight ]] || { printf '%q ' "${check[@]}" && echo; }
