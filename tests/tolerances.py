@@ -35,12 +35,15 @@ Ranks that share a matrix decide alike, whatever the roundings are: they decide 
 gave them all, the same bits. Runs that resume on the layout that saved them make the same sums, so
 they go on bit for bit as far as the engine's own sums are the same from run to run.
 
-A test that has to be nearer than that makes every iteration: :func:`every_iteration`.
+Decisions are rare. Of the demo's gains 214 of 4,950 lie between 0.8 and 1 %, 22 per unit of gain:
+of runs whose gains differ by 1e-6 one matrix in 45,000 steps decides otherwise. So
+:func:`check_rates` lets any rate differ by what a decision is worth, and not most of them. A test
+that has to be nearer than that makes every iteration: :func:`every_iteration`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import inf
 from unittest.mock import patch
@@ -68,6 +71,27 @@ def rates(power_iters: int = 2) -> float:
     # A slow W makes half of U's iterations, so that one hangs on its gain from 4 on.
     of_weight = one_more(optional=power_iters // 2) if power_iters >= 4 else 0.0
     return (1 + of_update) * (1 + of_weight) - 1 + ROUNDING
+
+
+def check_rates(
+    actual: Mapping[str, float],
+    expected: Mapping[str, float],
+    rounding: float = ROUNDING,
+    power_iters: int = 2,
+) -> None:
+    """Assert that rates, by matrix, are those of a run that sums in another order.
+
+    Args:
+        actual, expected: the rates, of the same matrices.
+        rounding: what at least half of them are within, relative.
+        power_iters: as the optimizer was given it.
+    """
+    assert actual.keys() == expected.keys()
+    apart = {name: abs(rate / expected[name] - 1) for name, rate in actual.items()}
+    far = {name: share for name, share in apart.items() if share > rates(power_iters)}
+    assert not far, f"more than one iteration more gains: {far}"
+    rounded = [share <= rounding for share in apart.values()]
+    assert sum(rounded) >= len(rounded) / 2, f"more than a decision now and then: {apart}"
 
 
 def weights(tau: float, steps: int, power_iters: int = 2) -> float:

@@ -147,7 +147,7 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on_exactly(text: Path, tmp_pat
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     log = tmp_path / "cut" / "log.jsonl"
-    until = time.monotonic() + 120
+    until = time.monotonic() + HANGS
     while not (log.is_file() and len(log.read_text().splitlines()) >= 10):
         assert cut.poll() is None and time.monotonic() < until, cut.communicate()[0]
         time.sleep(0.05)

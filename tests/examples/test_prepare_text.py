@@ -25,7 +25,7 @@ sentencepiece = pytest.importorskip("sentencepiece")
 from examples.data import documents, prepare_text  # noqa: E402
 from examples.data.tokenizer import load_tokenizer, train_sentencepiece  # noqa: E402
 from examples.data.tokens import Tokens  # noqa: E402
-from tests.processes import ROOT  # noqa: E402
+from tests.processes import HANGS, ROOT  # noqa: E402
 
 TEXT = "def f(x):\r\n    return  x\n\n\ttab σ₁ 🙂 \x00\n" * 20
 
@@ -207,7 +207,8 @@ def test_a_run_that_was_stopped_goes_on(
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.001)
         process.send_signal(stop)
-        error = process.communicate(timeout=30)[1]  # the pipe ends when the workers have ended, too
+        # The pipe ends when the workers have ended, too.
+        error = process.communicate(timeout=HANGS)[1]
         assert process.returncode == (130 if stop == signal.SIGINT else -stop), error
         done = len(records(out))
         assert not (out / "tokens.json").exists() and "Traceback" not in error

@@ -110,12 +110,12 @@ def test_what_a_text_cannot_fill_is_said_of_the_text(
     text: str, vocab_size: int, model_type: str, sentence: str
 ) -> None:
     """sentencepiece #340: the reason was blank."""
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(ValueError) as error:
         train_sentencepiece([text], vocab_size, model_type)
     takes = "--vocab-size takes a size that this text can fill"
     assert str(error.value) == f"{takes}, got {vocab_size}: {sentence}"
-    assert time.monotonic() - begun < 5, "SentencePiece took 15 s for 2³¹ - 1"
+    assert time.process_time() - begun < 5, "SentencePiece took 15 s for 2³¹ - 1"
 
 
 @pytest.mark.parametrize("text", ["", "\n\r\n", "\0\0", "▅▅\n▅"])

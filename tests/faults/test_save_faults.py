@@ -210,7 +210,7 @@ def test_a_rank_that_hangs_is_named_by_another(
         "tried", "examples/deepspeed, 2 ranks: one is stopped (SIGSTOP) in the middle of the run"
     )
     run = begin(text, tmp_path, settings=("hang_after=3", "train_steps=300", "save_interval=0"))
-    log, until = tmp_path / "log.jsonl", time.monotonic() + 180
+    log, until = tmp_path / "log.jsonl", time.monotonic() + HANGS
     while not (log.is_file() and len(log.read_text().splitlines()) >= 3):
         assert run.poll() is None and time.monotonic() < until, end(run)[1]
         time.sleep(0.05)
@@ -227,7 +227,7 @@ def test_a_rank_that_hangs_is_named_by_another(
         rf"rank 1 \(\S+, pid {stopped}\) has been silent for 3 s, after step \d+: its process",
         named,
     )
-    assert took < 30
+    assert took < 120  # 3 s, and what a busy machine makes of them
     assert f"pid {stopped}" in line_with("is heard of again", run)
     run.send_signal(signal.SIGTERM)
     _, rest = end(run)
@@ -243,7 +243,8 @@ def test_a_rank_that_is_busy_with_something_else_says_where(record_property: Rec
         "tried", "examples/deepspeed/heartbeat.py, 2 ranks: one does not come back from a function"
     )
     said = run_ranks("deepspeed", Path(__file__).with_name("hang_worker.py"), 2)
-    told = [line for line in said.splitlines() if "wait for it" in line]
+    # Who is late on a busy machine may be called silent; nobody else is called busy.
+    told = [line for line in said.splitlines() if "has been in step" in line]
     assert len(told) == 1, said
     assert re.search(
         r"rank 1 \(\S+, pid \d+\) has been in step 3 for 1 s, at \S+hang_worker.py:\d+, stuck; the",

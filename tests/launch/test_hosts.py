@@ -234,8 +234,10 @@ def test_deepspeed_by_pdsh(
 SHOW = """
 import json, os, sys, time
 with open(f"{sys.argv[1]}-{os.environ['RANK']}", "w") as file:
-    json.dump([os.uname().nodename, os.environ["WORLD_SIZE"], os.environ.get("ODD"), sys.argv[2:]], file)
-while os.environ["RANK"] != "2" or not all(os.path.exists(f"{sys.argv[1]}-{rank}") for rank in range(3)):
+    said = [os.uname().nodename, os.environ["WORLD_SIZE"], os.environ.get("ODD"), sys.argv[2:]]
+    json.dump(said, file)
+names = [f"{sys.argv[1]}-{rank}" for rank in range(3)]
+while os.environ["RANK"] != "2" or not all(map(os.path.exists, names)):
     time.sleep(0.1)
 sys.exit(7)
 """
@@ -268,7 +270,7 @@ def test_deepspeed_by_openssh(hosts: Hosts, folder: Path) -> None:
     shown = [json.loads((folder / f"shown-{rank}").read_text()) for rank in range(3)]
     assert shown == [[host, "3", odd, ODD] for host in ("node3", "node3", "node1")]
     assert not (ROOT / "pwned").exists()
-    end = time.monotonic() + 60
+    end = time.monotonic() + HANGS
     while hosts.workers("node1") + hosts.workers("node3"):
         assert time.monotonic() < end, "workers are left"
         time.sleep(0.2)
