@@ -1,6 +1,6 @@
 """Run tests on the C++ kernel under AddressSanitizer and UBSan, whose first finding ends the run.
 
-    python -m tests.kernels.sanitizers PYTEST'S ARGUMENTS          `make asan` tells it which tests
+    python -m tests.kernels.sanitizers ARGUMENTS        of pytest; `make asan` tells which tests
 
 The sanitizers' library has to be there before Python, which is not built with it; what Python
 itself leaks at its end is not looked at. tests/kernels/test_sanitizers.py shows that faults are
