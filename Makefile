@@ -5,16 +5,24 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-# Files of tests that run beside each other; one of them may start four processes, which wait for each other a lot.
+# Files of tests that run beside each other; one of them may start four processes, which wait for
+# each other a lot. tests/conftest.py begins with the files that take longest.
 JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-large lint faults properties asan kernels soak test-matrix clean
+.PHONY: demo test test-all test-large lint faults properties asan kernels day soak test-matrix clean
 
 demo: $(VENV)/.demo
 	$(BIN)/weyl-megatron demo
 
+# What a change can break.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+	$(PYTEST) $(PARALLEL) -m "not slow and not demo and not large"
+
+# The rest, on ranks that torchrun starts one by one, as a user's are.
+test-all: $(VENV)/.dev
+	WEYL_MEGATRON_TORCHRUN=1 $(PYTEST) $(PARALLEL) -m "(slow or demo) and not large"
 
 # One real step of the largest recipes; up to 24 GiB.
 test-large: $(VENV)/.dev
@@ -25,17 +33,17 @@ FAULTS := tests/faults tests/day tests/test_nonfinite.py tests/engines/megatron/
 	tests/engines/megatron/test_checkpoints.py
 
 faults: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile $(FAULTS) --faults docs/faults.md
+	$(PYTEST) $(PARALLEL) -m "not large" $(FAULTS) --faults docs/faults.md
 
 # Ten times as many drawn layouts as `make test`.
 properties: $(VENV)/.dev
-	WEYL_MEGATRON_EXAMPLES=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults/test_properties.py
+	WEYL_MEGATRON_EXAMPLES=10000 $(PYTEST) tests/faults/test_properties.py
 
 # The C++ kernel under AddressSanitizer and UBSan: its own tests, and the optimizer's, which call it.
 ASAN_TESTS := tests/kernels tests/test_optimizer.py tests/test_state_dict.py tests/test_state.py
 
 asan: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.sanitizers -q -n $(JOBS) --dist loadfile $(ASAN_TESTS) \
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.sanitizers -q $(PARALLEL) $(ASAN_TESTS) \
 		-k "not every_kernel_passes and not others_may_write"
 
 # Triton's kernels for an A100 and an H100, which need not be there.
@@ -44,7 +52,7 @@ kernels: $(VENV)/.dev
 
 # Twenty thousand drawn days of a user, a thousand of which `make test` draws.
 day: $(VENV)/.dev
-	WEYL_MEGATRON_EXAMPLES=20000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -rA tests/day
+	WEYL_MEGATRON_EXAMPLES=20000 $(PYTEST) -rA tests/day
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m tests.faults.soak
@@ -73,7 +81,7 @@ matrix-run:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "setuptools<81" wheel "numpy<2.4" torch==$(TORCH)
 	$(PIP) pytest hypothesis pyyaml deepspeed==$(DEEPSPEED) -e .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not demo and not large"
+	$(PYTEST) -m "not demo and not large"
 
 megatron-0.14.0+%: MEGATRON_PYTHON = $(PYTHON)
 megatron-%: MEGATRON_PYTHON = $(PYTHON312)

@@ -31,10 +31,16 @@ SLURM = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client",
 
 #: As a user's shell would have it, with the environment's Python first; gloo is told its interface.
 ENVIRONMENT = {
-    "PATH": f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "PATH": os.pathsep.join(
+        [
+            str(Path(sys.executable).parent),
+            *("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin"),
+        ]
+    ),
     "HOME": "/root",
     "LANG": "C.UTF-8",
     "PYTHONPATH": str(ROOT),
+    "TORCH_EXTENSIONS_DIR": os.environ["TORCH_EXTENSIONS_DIR"],  # tests/conftest.py
     "OMP_NUM_THREADS": "1",
     "DS_ACCELERATOR": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
