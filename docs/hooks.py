@@ -7,5 +7,6 @@ from typing import Any
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Return a page without ``:func:`` and its kin before code, which Markdown does not know."""
-    return re.sub(r":(?:attr|class|func|meth|mod):(?=<code>)", "", html)
+    """Return a page without ``:func:`` and its kin before code, and with one colon before blocks."""
+    html = re.sub(r":(?:attr|class|func|meth|mod):(?=<code>)", "", html)
+    return html.replace("::</p>", ":</p>")
