@@ -7,6 +7,6 @@ from typing import Any
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Return a page without ``:func:`` and its kin before code, and with one colon before blocks."""
+    """Return a page without ``:func:`` and its kin before code, and one colon before blocks."""
     html = re.sub(r":(?:attr|class|func|meth|mod):(?=<code>)", "", html)
     return html.replace("::</p>", ":</p>")
