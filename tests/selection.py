@@ -1,10 +1,21 @@
-"""What a session tests of a file, so that a fixture which all its tests share runs that alone."""
+"""Which cases of a file `make test` runs, and which of them a session runs: a fixture that all its
+tests share runs those alone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
+
+
+def quick_and_slow(cases: Iterable[dict[str, Any]], quick: Collection[str]) -> list[Any]:
+    """Return parameters with the cases' names, of which those in ``quick`` are not marked slow."""
+    return [
+        pytest.param(case, id=case["name"], marks=() if case["name"] in quick else pytest.mark.slow)
+        for case in cases
+    ]
 
 
 def values_of(request: pytest.FixtureRequest, name: str, **others: object) -> list[Any]:

@@ -87,6 +87,7 @@ def log_of(out: Path) -> dict[str, list[Any]]:
     }
 
 
+@pytest.mark.slow
 def test_a_gpt_learns_without_warmup_and_adamw_is_one_key_away(text: Path, tmp_path: Path) -> None:
     ours = pretrain("pretrain_gpt.py", "gpt_tiny.yaml", text, tmp_path / "ours")
     assert len(ours["loss"]) == 100 and ours["loss"][0] > 6.0
@@ -129,6 +130,7 @@ def test_losses_do_not_depend_on_ranks_stage_or_recomputation(text: Path, tmp_pa
     assert more["validation_loss"] == pytest.approx(one["validation_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_end_saves_and_goes_on_exactly(text: Path, tmp_path: Path) -> None:
     settings = ["train_steps=60", "tau=0.01", "deepspeed=zero2.json"]
     whole = pretrain("pretrain_gpt.py", "gpt_tiny.yaml", text, tmp_path / "whole", *settings)
@@ -160,6 +162,7 @@ def test_a_run_that_is_told_to_end_saves_and_goes_on_exactly(text: Path, tmp_pat
     assert resumed["validation_loss"][-1] == whole["validation_loss"][-1]
 
 
+@pytest.mark.slow
 def test_a_vit_learns_digits_through_all_augmentations(digits: Path, tmp_path: Path) -> None:
     mixing = [
         "mixup=0.2",
@@ -174,6 +177,7 @@ def test_a_vit_learns_digits_through_all_augmentations(digits: Path, tmp_path: P
     assert found["accuracy"][-1] > 0.25, found["accuracy"]  # a tenth is chance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_a_recipe_s_model_takes_a_real_step(name: str) -> None:
     step_of(name, SMALL[name])

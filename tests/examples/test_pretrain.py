@@ -67,6 +67,7 @@ def test_adamw2_learns_without_a_warmup_is_watched_and_resumes_where_it_was(
     assert validation(resumed) == validation(whole)
 
 
+@pytest.mark.slow
 def test_pipelines_of_sharded_stages_in_bf16_on_a_blend(text: Path) -> None:
     data = ["--data", "0.7", f"{text}_text_document", "0.3", f"{text}_text_document"]
     settings = [

@@ -55,7 +55,7 @@ def resume(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "tensors": len(went_on),
         "moved": not torch.equal(went_on["module wte.weight"], at_save["module wte.weight"]),
         "wrapper": type(engine.optimizer).__name__,
-        "steppings": len(engine.basic_optimizer._matrix_groups),
+        "steppings": len(list(engine.basic_optimizer._matrix_groups)),
         "matrices": {
             "all": len(last),
             "clipped": sum(x[3] for x in last),

@@ -18,6 +18,7 @@ import torch
 from tests.processes import HANGS, run_ranks
 
 pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.slow
 
 WORKER = Path(__file__).with_name("universal_worker.py")
 

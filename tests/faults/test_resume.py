@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.processes import run_ranks
+from tests.selection import quick_and_slow, values_of
 
 pytest.importorskip("deepspeed")
 
@@ -51,17 +52,28 @@ def cases_of() -> list[dict[str, Any]]:
 
 CASES = cases_of()
 
+#: What `make test` runs: each of DeepSpeed's optimizers.
+QUICK = {
+    "z0-fp32",
+    "z1-fp32",
+    "z2-bf16",
+    "z3-fp32-offload",
+    "z1-bf16-bf16-optimizer",
+    "z3-fp32-sub-groups",
+    "z2-fp32-round-robin",
+}
+
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case runs in one launch: starting DeepSpeed costs more than training."""
+def results(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """Every case that is tested runs in one launch: starting DeepSpeed costs more than training."""
     folder = tmp_path_factory.mktemp("resume")
-    (folder / "cases.json").write_text(json.dumps(CASES))
+    (folder / "cases.json").write_text(json.dumps(values_of(request, "case")))
     run_ranks("deepspeed", WORKER, 2, str(folder / "cases.json"), str(folder))
     return folder
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+@pytest.mark.parametrize("case", quick_and_slow(CASES, QUICK))
 def test_a_resumed_run_is_the_uninterrupted_one(
     results: Path, case: dict[str, Any], record_property: Callable[[str, object], None]
 ) -> None:

@@ -100,6 +100,7 @@ def whole(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_killed_in_a_save_leaves_the_checkpoint_before(
     text: Path, whole: Path, tmp_path: Path, rank: int, record_property: Record
@@ -138,6 +139,7 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_refused_with_the_file_s_name(
     text: Path, whole: Path, tmp_path: Path, damage: str, record_property: Record
@@ -165,6 +167,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_file_s_name(
     )
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_is_refused_in_one_sentence(
     text: Path, whole: Path, record_property: Record
 ) -> None:
@@ -200,6 +203,7 @@ def environment_of(pid: int) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/environ").is_file(), reason="finds the ranks' processes in Linux's /proc"
 )

@@ -31,7 +31,7 @@ lacking = [
 ]
 if reason is None and lacking:
     reason = f"the runs take {', '.join(lacking)}"
-pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(reason is not None, reason=str(reason))]
 no_slurm = missing(PROGRAMS, SLURM)
 
 STEPS, SAVED = 40, 4  # a checkpoint every so many steps

@@ -16,6 +16,8 @@ import torch
 from tests.patches.trees import PATCHES, SITE, SUPPORTED, check_round_trip
 from tests.processes import torchrun
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name("deepspeed_worker.py")
 
 CASES: list[dict[str, Any]] = [

@@ -97,6 +97,7 @@ def load(folder: Path, name: str) -> dict[str, Any]:
     return loaded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAINED)
 def test_the_patched_tree_trains_as_the_door_does_bit_for_bit(
     runs: dict[str, Path], name: str
@@ -115,6 +116,7 @@ def test_the_patched_tree_trains_as_the_door_does_bit_for_bit(
     )
 
 
+@pytest.mark.slow
 def test_what_another_path_would_take_stops(runs: dict[str, Path]) -> None:
     said = {
         case["name"]: load(runs["patched"], case["name"])["error"].rstrip().splitlines()[-1]

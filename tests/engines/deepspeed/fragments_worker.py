@@ -1,10 +1,9 @@
 """torchrun worker, 2 ranks: DeepSpeed's tensor-fragment API before and between steps, with AdamW2
 and with AdamW.
 
-Usage: fragments_worker.py OUT_DIR. Every case is trained three times: with AdamW2 at a τ that
-    clips, with AdamW2 at
-τ = ∞, and with torch's AdamW as DeepSpeed makes it. Each run writes what the API gave, and the
-weights it ended at.
+Usage: fragments_worker.py OUT_DIR STAGE-DTYPE…. Every case is trained three times: with AdamW2 at a
+τ that clips, with AdamW2 at τ = ∞, and with torch's AdamW as DeepSpeed makes it. Each run writes
+what the API gave, and the weights it ended at.
 """
 
 from __future__ import annotations
@@ -186,8 +185,9 @@ def train(stage: int, dtype: str, optimizer: str) -> dict[str, Any]:
 
 def main() -> None:
     out = Path(sys.argv[1])
+    chosen = [(int(case[0]), case[2:]) for case in sys.argv[2:]]
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    for stage, dtype in cases():
+    for stage, dtype in chosen:
         result: dict[str, Any]
         try:
             result = {optimizer: train(stage, dtype, optimizer) for optimizer in OPTIMIZERS}

@@ -18,17 +18,32 @@ pytest.importorskip("deepspeed")
 from tests import net as nets
 from tests.engines.deepspeed import fragments_worker as worker
 from tests.processes import run_ranks
+from tests.selection import values_of
 from weyl_megatron import AdamW2
 
 WORLD = 2
-CASES = [pytest.param(stage, dtype, id=f"zero{stage}-{dtype}") for stage, dtype in worker.cases()]
+QUICK = {(1, "fp32"), (2, "bf16"), (3, "fp32")}
+CASES = [
+    pytest.param(
+        stage,
+        dtype,
+        id=f"zero{stage}-{dtype}",
+        marks=() if (stage, dtype) in QUICK else pytest.mark.slow,
+    )
+    for stage, dtype in worker.cases()
+]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case in one launch: starting DeepSpeed costs more than training."""
+def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """Every case that is tested in one launch: starting DeepSpeed costs more than training."""
     out = tmp_path_factory.mktemp("fragments")
-    run_ranks("deepspeed", Path(worker.__file__), WORLD, str(out))
+    chosen = [
+        f"{stage}-{dtype}"
+        for stage, dtype in worker.cases()
+        if dtype in values_of(request, "dtype", stage=stage)
+    ]
+    run_ranks("deepspeed", Path(worker.__file__), WORLD, str(out), *chosen)
     return out
 
 

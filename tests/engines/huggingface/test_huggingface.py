@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tests.processes import HANGS, ROOT, run_ranks
+from tests.selection import quick_and_slow, values_of
 from weyl_megatron import AdamW2
 
 pytest.importorskip("accelerate")
@@ -61,18 +62,32 @@ for case in (*CASES, IGNORED):
     case["name"] = "-".join(filter(None, words)).replace(" ", "-")
 
 
+#: What `make test` runs: each way to give the optimizer, at each stage.
+QUICK = {
+    "trainer-gpt2-zero2-file",
+    "trainer-vit-zero3-dict",
+    "trainer-gpt2-zero2-no-optimizer-offload",
+    "trainer-gpt2-zero1-dict-balanced",
+    "accelerate-vit-zero2",
+    "accelerate-gpt2-zero3",
+    "accelerate-gpt2-zero1-no-optimizer-offload",
+}
+
+
 def cases(**wanted: str) -> pytest.MarkDecorator:
     chosen = [
         case for case in CASES if all(case.get(key) == value for key, value in wanted.items())
     ]
-    return pytest.mark.parametrize("case", [pytest.param(case, id=case["name"]) for case in chosen])
+    return pytest.mark.parametrize("case", quick_and_slow(chosen, QUICK))
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case runs in one launch: starting costs more than training."""
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """Every case that is tested runs in one launch: starting costs more than training."""
     folder = tmp_path_factory.mktemp("huggingface")
-    (folder / "cases.json").write_text(json.dumps([*CASES, IGNORED]))
+    tested = values_of(request, "case")
+    tested = [case for case in CASES if case in tested]
+    (folder / "cases.json").write_text(json.dumps([*tested, IGNORED]))
     run_ranks(
         "huggingface",
         ROOT / "tests/engines/huggingface/worker.py",
@@ -267,6 +282,7 @@ def test_the_trainers_example_runs(tmp_path: Path) -> None:
     assert "of 14 matrices clipped" in printed and "c_attn.weight[q]: MatrixStats(" in printed
 
 
+@pytest.mark.slow
 def test_accelerates_example_runs() -> None:
     pytest.importorskip("sklearn")
     launch = [

@@ -15,6 +15,7 @@ import torch
 
 from tests.engines.megatron.test_megatron import distances
 from tests.processes import run_ranks
+from tests.selection import quick_and_slow, values_of
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
@@ -94,12 +95,13 @@ def cases() -> list[dict[str, Any]]:
 
 
 CASES = cases()
+QUICK = {"no-distopt-bf16", "dp_zero_gather_scatter-step-in-group", "fully_reshardable", "adam"}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
-    (folder / "cases.json").write_text(json.dumps(CASES))
+    (folder / "cases.json").write_text(json.dumps(values_of(request, "case")))
     run_ranks(
         "megatron",
         Path(__file__).with_name("checkpoint_worker.py"),
@@ -110,7 +112,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
+@pytest.mark.parametrize("case", quick_and_slow(CASES, QUICK))
 def test_a_run_goes_on_as_if_it_had_not_stopped(
     runs: Path, case: dict[str, Any], record_property: Callable[[str, object], None]
 ) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.processes import run_ranks
-from tests.selection import values_of
+from tests.selection import quick_and_slow, values_of
 from weyl_megatron import MatrixStats
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
@@ -117,11 +117,7 @@ QUICK = {
     "tp2-bf16",
     "dp2-bf16-distopt",
 }
-CASES = [
-    pytest.param(case, id=case["name"], marks=() if case["name"] in QUICK else pytest.mark.slow)
-    for cases in SPREAD.values()
-    for case in cases
-]
+CASES = quick_and_slow([case for cases in SPREAD.values() for case in cases], QUICK)
 
 
 def megatron_fault(case: dict[str, Any]) -> str | None:
