@@ -40,6 +40,7 @@ from weyl_megatron import AdamW2, matrices
 from weyl_megatron.engines.given import GivenLayout
 from weyl_megatron.kernels import triton_step
 from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
+from weyl_megatron.spectral.blocks import Blocks
 
 
 class Multiprocessor(NamedTuple):
@@ -133,11 +134,11 @@ def main() -> None:
     print(f"Triton {versions['triton']}, torch {versions['torch']}\n")
     print(f"| {' | '.join(HEADINGS)} |\n| --- {'| ---: ' * (len(HEADINGS) - 1)}|")
     for arch in options.arch:
-        found = launches(arch)
-        for kernel in never_launched(found):
+        launched = launches(arch)
+        for kernel in never_launched(launched):
             failed = True
             print(f"| {kernel} | {arch} | never launched |")
-        for launch in found:
+        for launch in launched:
             rows.append(front_end(launch) if options.front_end else compiled(launch))
             print(line(rows[-1]), flush=True)
     if options.front_end:
@@ -146,32 +147,32 @@ def main() -> None:
         failed |= not all(row.passes for row in rows)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        told = {**versions, "kernels": [row._asdict() for row in rows]}
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
+        report = {**versions, "kernels": [row._asdict() for row in rows]}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(int(failed))
 
 
 def launches(arch: int) -> list[Launch]:
     """Return what a step launches, once per variant that Triton compiles for an architecture."""
-    found: dict[str, Launch] = {}
+    noted: dict[str, Launch] = {}
 
     def note(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        told = json.loads(compile["specialization_data"])["options"]
-        options = {name: value for name, value in told.items() if isinstance(value, int | str)}
+        given = json.loads(compile["specialization_data"])["options"]
+        options = {name: value for name, value in given.items() if isinstance(value, int | str)}
         bound = compile["signature"], compile["constants"], compile["configs"][0]
-        found.setdefault(f"{fn.name}{key}", Launch(fn.jit_function, arch, *bound, options))
+        noted.setdefault(f"{fn.name}{key}", Launch(fn.jit_function, arch, *bound, options))
         return True  # it is neither compiled nor launched
 
     with _as_on_a_gpu(arch, note):
         for matrices in (3, 16):  # a row of a mask is aligned after 16 of them
             _steps(*_whole(matrices))
         _steps(*_cut())
-    return list(found.values())
+    return list(noted.values())
 
 
-def never_launched(found: list[Launch]) -> list[str]:
+def never_launched(launches: list[Launch]) -> list[str]:
     """Return the names of the kernels that are in none of the launches."""
-    launched = {launch.kernel.__name__ for launch in found}
+    launched = {launch.kernel.__name__ for launch in launches}
     return [name for name in _kernels() if not name.startswith("_") and name not in launched]
 
 
@@ -212,12 +213,12 @@ def compiled(launch: Launch) -> Row:
 
 def programs_of(arch: int, registers: int, shared: int, warps: int) -> int:
     """Return how many programs of so many registers a thread a multiprocessor runs at once."""
-    of = MULTIPROCESSORS[arch]
-    if shared > of.shared_of_one:
+    most = MULTIPROCESSORS[arch]
+    if shared > most.shared_of_one:
         return 0
     of_warp = -(-registers * 32 // _REGISTERS_AT_ONCE) * _REGISTERS_AT_ONCE
     by_registers = _REGISTERS // of_warp // warps
-    return min(of.programs, of.warps // warps, by_registers, of.shared // (shared + _TAKEN))
+    return min(most.programs, most.warps // warps, by_registers, most.shared // (shared + _TAKEN))
 
 
 def line(row: Row) -> str:
@@ -263,13 +264,15 @@ def _as_on_a_gpu(arch: int, note: Callable[..., bool]) -> Iterator[None]:
     """Have optimizers take a GPU's path on the CPU, and Triton tell ``note`` what it compiles."""
     before = dict(vars(driver))
     never = property(lambda _: False, lambda *_: None)
+
+    def pick(blocks: Blocks, *_: Any, **__: Any) -> triton_step.TritonKernel:
+        return triton_step.TritonKernel(blocks)
+
     driver.set_active(_Driver(arch))
     try:
         with (
             patch.object(knobs.runtime, "jit_cache_hook", note),
-            patch.object(
-                matrices, "pick", lambda blocks, *_, **__: triton_step.TritonKernel(blocks)
-            ),
+            patch.object(matrices, "pick", pick),
             patch.object(matrices.MatrixGroup, "_on_host", never, create=True),
         ):
             yield

@@ -23,9 +23,8 @@ from weyl_megatron.spectral import Block, MatrixSpec, PowerIteration, power, til
 from weyl_megatron.spectral.ritz import gain
 
 Estimator = tuple[int, int, int]  # vectors, iterations at least and at most
-ESTIMATORS: list[Estimator] = [(block, n, n) for block in (1, 2, 3, 4) for n in (1, 2, 3)] + [
-    (4, 1, 2)
-]
+ESTIMATORS: list[Estimator] = [(block, n, n) for block in (1, 2, 3, 4) for n in (1, 2, 3)]
+ESTIMATORS.append((4, 1, 2))
 
 
 class Watched:
@@ -95,11 +94,8 @@ def main() -> None:
     )
     for estimator in ESTIMATORS:
         block, least, most = estimator
-        line = (
-            f"block {block}, {least if least == most else f'{least} to {most}'} iterations".ljust(
-                27
-            )
-        )
+        iterations = str(least) if least == most else f"{least} to {most}"
+        line = f"block {block}, {iterations} iterations".ljust(27)
         for kind in "UW":
             error = 100 * torch.tensor(errors[kind][estimator]).abs()
             quantiles = [error.median(), error.quantile(0.95), error.quantile(0.99), error.max()]

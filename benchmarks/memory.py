@@ -1,6 +1,8 @@
 """How much memory AdamW² takes beyond AdamW's, at its peak, as a share of the parameters' bytes.
 
-    python -m benchmarks.memory gpt2-124m 0 cpu         a model of benchmarks/models.py, its blocks (0: all), the device
+    python -m benchmarks.memory MODEL BLOCKS DEVICE     as gpt2-124m 0 cpu
+
+MODEL is one of benchmarks/models.py, BLOCKS how many of its blocks (0: all).
 
 The process holds weights, gradients and both moments and nothing else that grows; then it steps in
 every state, and what the kernel (or CUDA) says was its most is what the steps took.
@@ -22,9 +24,8 @@ from weyl_megatron import AdamW2
 
 def main(name: str, blocks: str, device: str) -> None:
     named = MODELS[name].parameters(int(blocks) or None)
-    warm = nn.Parameter(
-        torch.randn(256, 512, device=device)
-    )  # what is loaded and allocated once, at any size
+    # What is loaded and allocated once, at any size.
+    warm = nn.Parameter(torch.randn(256, 512, device=device))
     warm.grad = torch.randn_like(warm)
     for lr in (1e-2, 1e-9):
         optimizer = AdamW2([("w", warm)], lr=lr)
@@ -41,14 +42,8 @@ def main(name: str, blocks: str, device: str) -> None:
     gc.collect()
     before = now(device)
     forget_peak(device)
-    for lr in (
-        1e-2,
-        1e-2,
-        1e-7,
-        1e-7,
-        1e-7,
-        1e-2,
-    ):  # clipped, then settled, then taken back and clipped
+    clipped, settled = 1e-2, 1e-7
+    for lr in (clipped, clipped, settled, settled, settled, clipped):  # the last is taken back
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -76,9 +71,9 @@ def forget_peak(device: str) -> None:
 
 
 def _status(key: str) -> int:
-    found = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+    size = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert size is not None
+    return int(size[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -46,23 +46,17 @@ class Shape(NamedTuple):
 
     def _block(self, number: int) -> Iterator[Named]:
         width, hidden = self.width, self.hidden
-        qkv, up, down = (
-            ("c_attn", "c_fc", "c_proj") if self.kind == "gpt" else ("qkv", "fc1", "fc2")
-        )
-        out = "c_proj" if self.kind == "gpt" else "proj"
-        prefix = f"h.{number}" if self.kind == "gpt" else f"blocks.{number}"
+        prefix, qkv, out, up, down = f"blocks.{number}", "qkv", "proj", "fc1", "fc2"
+        if self.kind == "gpt":
+            prefix, qkv, out, up, down = f"h.{number}", "c_attn", "c_proj", "c_fc", "c_proj"
         yield f"{prefix}.attn.{qkv}.weight", (3 * width, width)
         yield f"{prefix}.attn.{out}.weight", (width, width)
         yield f"{prefix}.mlp.{up}.weight", (hidden, width)
         yield f"{prefix}.mlp.{down}.weight", (width, hidden)
         yield f"{prefix}.norm1.weight", (width,)
         yield f"{prefix}.norm2.weight", (width,)
-        for name, size in (
-            ("norm1", width),
-            ("norm2", width),
-            (f"attn.{qkv}", 3 * width),
-            (f"attn.{out}", width),
-        ):
+        sizes = {"norm1": width, "norm2": width, f"attn.{qkv}": 3 * width, f"attn.{out}": width}
+        for name, size in sizes.items():
             yield f"{prefix}.{name}.bias", (size,)
         yield f"{prefix}.mlp.{up}.bias", (hidden,)
         yield f"{prefix}.mlp.{down}.bias", (width,)

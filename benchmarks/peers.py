@@ -19,25 +19,25 @@ def peers(
     weights: Callable[[], Weights], device: torch.device, deepspeed: bool
 ) -> dict[str, Callable[[], Any]]:
     """Return what makes each peer that can run here; a line says which cannot, and why."""
-    found: dict[str, Callable[[], Any]] = {
+    makers: dict[str, Callable[[], Any]] = {
         "torch.optim.AdamW(fused)": lambda: torch.optim.AdamW(
             weights().values(), fused=True, **OPTIONS
         ),
     }
     if deepspeed:
         name = "FusedAdam" if device.type == "cuda" else "DeepSpeedCPUAdam"
-        found[f"deepspeed.ops.adam.{name}"] = lambda: _deepspeed(name, weights())
+        makers[f"deepspeed.ops.adam.{name}"] = lambda: _deepspeed(name, weights())
     try:
         from apex.optimizers import FusedAdam
 
-        found["apex.optimizers.FusedAdam"] = lambda: FusedAdam(weights().values(), **OPTIONS)
+        makers["apex.optimizers.FusedAdam"] = lambda: FusedAdam(weights().values(), **OPTIONS)
     except ImportError:
         print("apex is not installed: its FusedAdam is left out", flush=True)
     if hasattr(torch.optim, "Muon"):
-        found["torch.optim.Muon"] = lambda: _Muon(weights())
+        makers["torch.optim.Muon"] = lambda: _Muon(weights())
     else:
         print(f"torch {torch.__version__} has no Muon: it is left out", flush=True)
-    return found
+    return makers
 
 
 def _deepspeed(name: str, weights: Weights) -> Any:
@@ -57,11 +57,9 @@ class _Muon:
         hidden = [
             p for name, p in weights.items() if p.ndim == 2 and ("attn" in name or "mlp" in name)
         ]
-        rest = [p for name, p in weights.items() if not any(p is one for one in hidden)]
-        self.parts = [
-            torch.optim.Muon(hidden, lr=1e-6),
-            torch.optim.AdamW(rest, fused=True, **OPTIONS),
-        ]
+        rest = [p for p in weights.values() if not any(p is matrix for matrix in hidden)]
+        adamw = torch.optim.AdamW(rest, fused=True, **OPTIONS)
+        self.parts = [torch.optim.Muon(hidden, lr=1e-6), adamw]
 
     def step(self) -> None:
         for part in self.parts:

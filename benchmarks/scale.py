@@ -1,17 +1,18 @@
 """What an optimizer step sends, and what the power vectors take, on up to thousands of ranks.
 
-    python benchmarks/scale.py [--json FILE]                                   about 25 seconds on one core, 1 GB
-    python benchmarks/scale.py --model gpt-1.3b --tp 8 --pp 2 --dp 64 --zero 1             a few seconds
+    python -m benchmarks.scale [--json FILE]                           25 seconds on one core, 1 GB
+    python -m benchmarks.scale --model gpt-1.3b --tp 8 --pp 2 --dp 64 --zero 1      a few seconds
 
 Nothing here is a formula. One rank of the job is made on torch's fake process group, the layouts'
 own code reads its buffers, AdamW2 steps twice, and what the second step hands to all-reduce is
 counted on the way. The other ranks and the weights do not exist, so three things are stood in for:
 
 * the arithmetic: a kernel that computes nothing, and says of every ‖U‖ that it is 0 (the
-certificate settles all
-  matrices) or huge (all are measured). Collectives depend on nothing else that a kernel does;
+  certificate settles all matrices) or huge (all are measured). Collectives depend on nothing else
+  that a kernel does;
 * which rows are cut between ranks, which ranks tell each other: the union of the tiles of all
-ranks; * the check that a partition holds the model's weights.
+  ranks;
+* the check that a partition holds the model's weights.
 
 "certified" and "measured" are all matrices in that state, on CPUs. On other devices the host does
 not see which are settled, so both states send the same, "either (GPU)": a step on meta tensors,
@@ -45,6 +46,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from benchmarks.scale_models import DEFAULTS, MODELS, Model, Spread, Weight
 from weyl_megatron import AdamW2, matrices, state
 from weyl_megatron import tensors as stepped_tensors
 from weyl_megatron.engines.deepspeed import layout as zero
@@ -63,119 +65,6 @@ OPTIONS: dict[str, Any] = {"tau": 0.01, "power_iters": 2, "floor_std": 1e-3, "cl
 
 #: Per parameter (rank, start, stop) of what data-parallel ranks hold of it.
 Pieces = list[list[tuple[int, int, int]]]
-
-
-class Weight(NamedTuple):
-    """A parameter of the whole model."""
-
-    name: str
-    shape: tuple[int, ...]
-    dim: int | None = None  # that tensor parallelism cuts
-    # of a QKV: rows of a head's q, k and v, which follow each other (Megatron's order)
-    head: int = 0
-    is_hidden: bool = False
-    is_tied: bool = False  # the last pipeline stage has a copy
-
-
-class Model(NamedTuple):
-    first: tuple[Weight, ...]
-    layer: tuple[Weight, ...]
-    layers: int
-    last: tuple[Weight, ...]
-
-    def stage(self, number: int, stages: int) -> list[Weight]:
-        """Return the parameters of a pipeline stage, in order."""
-        each, is_last = self.layers // stages, number == stages - 1
-        layers = range(number * each, (number + 1) * each)
-        middle = [
-            weight._replace(name=f"layers.{layer}.{weight.name}")
-            for layer in layers
-            for weight in self.layer
-        ]
-        copies = [weight for weight in self.first if weight.is_tied and is_last and number > 0]
-        return [
-            *(self.first if number == 0 else ()),
-            *middle,
-            *(self.last if is_last else ()),
-            *copies,
-        ]
-
-
-def _layer(width: int, heads: int, mlp: int) -> tuple[Weight, ...]:
-    return (
-        *_vectors("input_layernorm", width),
-        Weight("self_attention.linear_proj.weight", (width, width), 1, is_hidden=True),
-        Weight("self_attention.linear_proj.bias", (width,)),
-        Weight(
-            "self_attention.linear_qkv.weight",
-            (3 * width, width),
-            0,
-            width // heads,
-            is_hidden=True,
-        ),
-        Weight("self_attention.linear_qkv.bias", (3 * width,), 0),
-        *_vectors("pre_mlp_layernorm", width),
-        Weight("mlp.linear_fc1.weight", (mlp, width), 0, is_hidden=True),
-        Weight("mlp.linear_fc1.bias", (mlp,), 0),
-        Weight("mlp.linear_fc2.weight", (width, mlp), 1, is_hidden=True),
-        Weight("mlp.linear_fc2.bias", (width,)),
-    )
-
-
-def _vectors(norm: str, width: int) -> tuple[Weight, ...]:
-    return tuple(Weight(f"{norm}.{leaf}", (width,)) for leaf in ("weight", "bias"))
-
-
-def gpt(layers: int, width: int, heads: int, *, tokens: int = 50304, context: int = 1024) -> Model:
-    """GPT-2, whose head is the embedding."""
-    words = Weight("embedding.word_embeddings.weight", (tokens, width), 0, is_tied=True)
-    positions = Weight("embedding.position_embeddings.weight", (context, width))
-    return Model(
-        (words, positions),
-        _layer(width, heads, 4 * width),
-        layers,
-        _vectors("final_layernorm", width),
-    )
-
-
-def vit(layers: int, width: int, heads: int, mlp: int) -> Model:
-    """A ViT of 16 × 16 patches of 14 × 14 pixels; patches and head are whole under tensor
-    parallelism.
-    """
-    tokens = Weight("class_token", (1, 1, width)), Weight("position_embeddings", (1, 257, width))
-    patches = Weight("patches.weight", (width, 3, 14, 14)), Weight("patches.bias", (width,))
-    head = Weight("head.weight", (1000, width)), Weight("head.bias", (1000,))
-    return Model(
-        (*tokens, *patches),
-        _layer(width, heads, mlp),
-        layers,
-        (*_vectors("final_layernorm", width), *head),
-    )
-
-
-MODELS = {
-    "gpt2-124m": gpt(12, 768, 12),
-    "gpt-774m": gpt(36, 1280, 20),
-    "gpt-1.3b": gpt(24, 2048, 16),
-    "vit-g-1011m": vit(40, 1408, 16, 6144),
-}
-
-
-class Spread(NamedTuple):
-    tp: int = 1
-    pp: int = 1
-    dp: int = 1
-    zero: str = "1"  # 1 (and 2), 3, or ddp: replicated
-
-
-DEFAULTS = [
-    *[("gpt2-124m", Spread(dp=dp)) for dp in (2, 8, 64)],
-    *[("gpt-774m", Spread(dp=64, zero=zero)) for zero in "13"],
-    *[("gpt-1.3b", Spread(dp=dp, zero=zero)) for zero in "13" for dp in (256, 4096)],
-    *[("gpt-1.3b", Spread(tp=2, dp=8, zero="ddp")), ("gpt-1.3b", Spread(tp=2, dp=64))],
-    *[("gpt-1.3b", Spread(tp=8, pp=2, dp=dp)) for dp in (64, 256)],
-    *[("vit-g-1011m", Spread(tp=tp, dp=256)) for tp in (1, 4)],
-]
 
 
 class Groups(NamedTuple):
@@ -251,19 +140,20 @@ def pieces_of(weights: Sequence[Weight], spread: Spread) -> Pieces:
     the layouts read.
     """
     lengths = [prod(w.shape) // (1 if w.dim is None else spread.tp) for w in weights]
-    found, at = [], 0
+    pieces: Pieces = []
+    at = 0
     for length in lengths:
         if spread.zero == "ddp":
-            found.append([(rank, 0, length) for rank in range(spread.dp)])
+            pieces.append([(rank, 0, length) for rank in range(spread.dp)])
             continue
         begin, total = (at, sum(lengths)) if spread.zero == "1" else (0, length)
         size = -(-total // spread.dp)
         ranks = range(begin // size, (begin + length - 1) // size + 1)
-        found.append(
+        pieces.append(
             [(r, max(r * size - begin, 0), min((r + 1) * size - begin, length)) for r in ranks]
         )
         at += length
-    return found
+    return pieces
 
 
 def cut_rows(
@@ -272,11 +162,10 @@ def cut_rows(
     """Return, per weight and matrix, the rows of which no rank has all columns: a union over the
     tiles of all ranks.
     """
-    grid_of = Thresholds(
-        check_settings(**OPTIONS, io=None, overrides=(), others={}), Layout([]), auto=False
-    ).grid
+    settings = check_settings(**OPTIONS, io=None, overrides=(), others={})
+    grid_of = Thresholds(settings, Layout([]), auto=False).grid
     seen: dict[Any, list[Tensor]] = {}  # layers that are cut alike
-    found: dict[str, list[Tensor]] = {}
+    cut: dict[str, list[Tensor]] = {}
     for weight, held in zip(weights, pieces, strict=True):
         ranges = tuple(dict.fromkeys((start, stop) for _, start, stop in held))
         key = weight._replace(name=""), ranges
@@ -294,8 +183,8 @@ def cut_rows(
                         if tile.cols < grid.matrices[tile.matrix].cols:
                             masks[tile.matrix][tile.row : tile.row + tile.rows] = True
             seen[key] = [mask.nonzero().flatten() for mask in masks]
-        found[weight.name] = seen[key]
-    return found
+        cut[weight.name] = seen[key]
+    return cut
 
 
 def muon_gather(weights: Sequence[Weight], spread: Spread, pieces: Pieces) -> tuple[int, int]:
@@ -358,17 +247,17 @@ def count_step(buffers: list[Buffer], cut: list[Tensor], square: float) -> Count
         patch.object(blocks, "_cut_rows", lambda *_: cut),
         patch.object(matrices.MatrixGroup, "_check_kernels", lambda _: None),
         patch.object(matrices, "pick", lambda *_, **__: NoArithmetic(square)),
-        patch.object(
-            state, "check_form", lambda *_: None
-        ),  # the tensors have one element each in memory
+        # The tensors have one element each in memory.
+        patch.object(state, "check_form", lambda *_: None),
         patch.object(stepped_tensors, "check_memory", lambda *_: None),
     ):
         optimizer.step()
         sent.clear()
         optimizer.step()
     (stepped,) = optimizer._matrix_groups
-    of = stepped._power.blocks
-    vectors = [of.x, of.z, of.left, *(kept for operand in of.operands for kept in operand.kept)]
+    parts = stepped._power.blocks
+    kept = [block for operand in parts.operands for block in operand.kept]
+    vectors = [parts.x, parts.z, parts.left, *kept]
     return Counted(len(sent), sum(sent), sum(each.nbytes for each in vectors))
 
 
@@ -430,9 +319,8 @@ def rows_of(name: str, model: Model, spread: Spread) -> list[dict[str, Any]]:
         gathered = max(gathered, muon_gather(weights, spread, pieces))
         with fake_rank(spread, stage) as groups:
             cut = {**cut_rows(weights, spread, pieces, groups), **tied}
-            tied = tied or {
-                weight.name: cut[weight.name] for weight in weights if weight.is_tied
-            }  # measured there
+            # Tied weights are measured in the first stage.
+            tied = tied or {w.name: cut[w.name] for w in weights if w.is_tied}
             parameters = [parameter_of(weight, spread, spread.tp - 1, groups) for weight in weights]
             for state, (tensor_of, square) in STATES.items():
                 buffers = buffers_of(parameters, spread.zero, groups.data, tensor_of)
@@ -442,7 +330,9 @@ def rows_of(name: str, model: Model, spread: Spread) -> list[dict[str, Any]]:
                 most[state] = Counted(*map(max, most[state], counted))
     place = {"model": name, **spread._asdict(), "ranks": prod(spread[:3])}
     muon = {"muon_holders": gathered[0], "muon_owners": gathered[1]}
-    return [{**place, "state": state, **one._asdict(), **muon} for state, one in most.items()]
+    return [
+        {**place, "state": state, **counted._asdict(), **muon} for state, counted in most.items()
+    ]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -452,14 +342,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         place = f"{row['tp']} × {row['pp']} × {row['dp']}"
         sizes = [_size(row[key]) for key in ("bytes", "vectors", "muon_holders", "muon_owners")]
-        cells.append(
-            [
-                row["model"],
-                place,
-                *(str(row[k]) for k in ("zero", "ranks", "state", "collectives")),
-                *sizes,
-            ]
-        )
+        counts = [str(row[key]) for key in ("zero", "ranks", "state", "collectives")]
+        cells.append([row["model"], place, *counts, *sizes])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     sides = "<><><>>>>>"
     lines = [
@@ -490,16 +374,13 @@ def main() -> None:
         parser.error("--tp, --pp, --dp and --zero take a --model beside them")
     try:
         asked = DEFAULTS if args.model is None else [(args.model, spread)]
-        rows = [row for name, one in asked for row in rows_of(name, MODELS[name], one)]
+        rows = [row for name, over in asked for row in rows_of(name, MODELS[name], over)]
     except ValueError as error:
         parser.error(str(error))
     print(
-        "Per rank and step: collectives, the bytes that they are handed, and the memory of the "
-        "power vectors; then what"
-    )
-    print(
-        "Muon would gather of the hidden matrices that are cut, at 4 bytes an element (--help "
-        "tells how).\n"
+        "Per rank and step: collectives, the bytes that they are handed, and the memory of the\n"
+        "power vectors; then what Muon would gather of the hidden matrices that are cut, at 4\n"
+        "bytes an element (--help tells how).\n"
     )
     print(table(rows))
     if args.json is not None:

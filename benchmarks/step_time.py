@@ -1,7 +1,9 @@
 """What a step of AdamW² costs beside its peers, in one run.
 
-    python -m benchmarks.step_time                      the CPU, 2 to 4 minutes on 2 cores (with --no-deepspeed 1 less)
+    python -m benchmarks.step_time                      the CPU, 2 to 4 minutes on 2 cores
     python -m benchmarks.step_time --device cuda        a GPU, whole models
+
+--no-deepspeed takes a minute less.
 
 The contenders step in turns, so that a busy neighbour slows all of them, and medians are compared.
 They share the gradients; every AdamW² and each peer that it is compared with has weights and
@@ -10,7 +12,8 @@ moments of its own. Three states:
     inactive    the certificate settles every matrix: one pass, no iteration
     undecided   the clip is inactive, but the certificate cannot prove it: every matrix is iterated
     clipped     every matrix is clipped
-    naive       the paper's algorithm written down: a loop over matrices, 3 power iterations from random starts
+    naive       the paper's algorithm written down: a loop over matrices, with 3 power iterations
+                from random starts
 
 A matrix that is iterated makes its second iteration only where the first gained (spectral/ritz.py).
 Gradients that do not change let vectors settle: here none does, in training about 4 of 10 (`python
@@ -90,12 +93,11 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, default=Path("out/step_time.md"))
     options = parser.parse_args()
     rows: list[Row] = []
-    sections = [
-        f"{machine(options.device)}, {datetime.date.today().isoformat()}, torch {torch.__version__}"
-    ]
+    today = datetime.date.today().isoformat()
+    sections = [f"{machine(options.device)}, {today}, torch {torch.__version__}"]
     for name in options.shapes:
-        found, text = measure(name, MODELS[name], options)
-        rows += found
+        of_model, text = measure(name, MODELS[name], options)
+        rows += of_model
         sections.append(text)
         print(text + "\n", flush=True)
     for path in (options.json, options.markdown):
@@ -129,15 +131,14 @@ def measure(name: str, shape: Shape, options: argparse.Namespace) -> tuple[list[
     contenders: dict[str, Callable[[], object]] = {
         state: optimizer.step for state, optimizer in ours.items()
     }
-    contenders[TWICE] = AdamW2(
-        weights().items(), lr=RATES["clipped"], tau=TAU, power_iters=4
-    ).step  # at least 2
-    contenders |= {
-        peer: make().step for peer, make in peers(weights, device, not options.no_deepspeed).items()
-    }
-    contenders["naive"] = Naive(weights(), lr=RATES["clipped"], tau=TAU).step
-    one, other = torch.empty(count, device=device), torch.ones(count, device=device)
-    contenders["copy"] = lambda: one.copy_(other)
+    clipped = {"lr": RATES["clipped"], "tau": TAU}
+    twice = AdamW2(weights().items(), **clipped, power_iters=4)  # of 4 two are made in any case
+    contenders[TWICE] = twice.step
+    others = peers(weights, device, not options.no_deepspeed)
+    contenders |= {peer: make().step for peer, make in others.items()}
+    contenders["naive"] = Naive(weights(), **clipped).step
+    target, source = torch.empty(count, device=device), torch.ones(count, device=device)
+    contenders["copy"] = lambda: target.copy_(source)
 
     seconds = race(contenders, options.rounds, device)
     check_states(ours)
@@ -196,13 +197,11 @@ def race(
             start = time.perf_counter()
             step()
             synchronize(device)
-            if (
-                turn > 1 or is_slow or time.perf_counter() - start > 1
-            ):  # the first turns make states and vectors
-                times[name].append(time.perf_counter() - start)
+            taken = time.perf_counter() - start
+            if turn > 1 or is_slow or taken > 1:  # the first turns make states and vectors
+                times[name].append(taken)
     return {
-        name: statistics.median(taken[1:] if len(taken) > 2 else taken)
-        for name, taken in times.items()
+        name: statistics.median(each[1:] if len(each) > 2 else each) for name, each in times.items()
     }
 
 
@@ -249,11 +248,9 @@ def training_step(shape: Shape, blocks: int | None, tokens: int, device: torch.d
     }
     norm, linear = nn.functional.layer_norm, nn.functional.linear
     prefixes = list(dict.fromkeys(n.split(".attn.")[0] for n, _ in named if ".attn." in n))
-    qkv, out, up, down = (
-        ("c_attn", "c_proj", "c_fc", "c_proj")
-        if shape.kind == "gpt"
-        else ("qkv", "proj", "fc1", "fc2")
-    )
+    qkv, out, up, down = "qkv", "proj", "fc1", "fc2"
+    if shape.kind == "gpt":
+        qkv, out, up, down = "c_attn", "c_proj", "c_fc", "c_proj"
 
     def dense(x: Tensor, layer: str) -> Tensor:
         return linear(x, weights[layer + ".weight"], weights[layer + ".bias"])
@@ -271,9 +268,8 @@ def training_step(shape: Shape, blocks: int | None, tokens: int, device: torch.d
             h = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=shape.kind == "gpt")
             x = x + dense(h.transpose(1, 2).flatten(2), f"{prefix}.attn.{out}")
             h = norm(x, size, weights[f"{prefix}.norm2.weight"], weights[f"{prefix}.norm2.bias"])
-            x = x + dense(
-                nn.functional.gelu(dense(h, f"{prefix}.mlp.{up}")), f"{prefix}.mlp.{down}"
-            )
+            h = nn.functional.gelu(dense(h, f"{prefix}.mlp.{up}"))
+            x = x + dense(h, f"{prefix}.mlp.{down}")
         if "wte.weight" in weights:
             x = linear(x, weights["wte.weight"])
         return x.square().mean()
@@ -292,10 +288,8 @@ def machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
-        platform.processor(),
-    )
+    names = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    model = next(names, platform.processor())
     return f"{model}, {torch.get_num_threads()} threads"
 
 

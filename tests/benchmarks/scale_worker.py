@@ -15,16 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks.scale import (
-    OPTIONS,
-    Counted,
-    Groups,
-    Spread,
-    buffers_of,
-    gpt,
-    parameter_of,
-    pieces_of,
-)
+from benchmarks.scale import OPTIONS, Counted, Groups, buffers_of, parameter_of, pieces_of
+from benchmarks.scale_models import Spread, gpt
 from weyl_megatron import AdamW2
 from weyl_megatron.engines.given import GivenLayout
 from weyl_megatron.engines.shutdown import shutdown
@@ -59,7 +51,7 @@ def count(buffers: list[Buffer], state: str) -> tuple[Counted, list[list[int]]]:
         sent.clear()
         with patch.object(dist, "all_reduce", counted):
             optimizer.step()
-    assert {one.certified for one in optimizer.stats().values()} == {state == "certified"}
+    assert {entry.certified for entry in optimizer.stats().values()} == {state == "certified"}
     (matrix_group,) = optimizer._matrix_groups
     of = matrix_group._power.blocks
     vectors = [of.x, of.z, of.left, *(kept for operand in of.operands for kept in operand.kept)]

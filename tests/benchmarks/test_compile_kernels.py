@@ -109,13 +109,14 @@ def test_a_kernel_that_spills_or_fits_nowhere_does_not_pass_and_the_json_says_so
         return [launch for launch in taken(arch) if launch.kernel is greedy]
 
     monkeypatch.setattr(compile_kernels, "launches", only_greedy)
-    monkeypatch.setattr(compile_kernels, "never_launched", lambda found: [])
+    monkeypatch.setattr(compile_kernels, "never_launched", lambda launches: [])
     for options in ({"num_warps": 8}, {"num_warps": 4, "maxnreg": 32}):
         launch_too(monkeypatch, lambda options=options: greedy[(1,)](torch.zeros(8192), **options))
         status = run(monkeypatch, "--arch", "90", "--json", str(tmp_path / "x.json"))
-        told = json.loads((tmp_path / "x.json").read_text())
-        assert told["triton"] == triton.__version__ and told["torch"] == torch.__version__
-        (row,) = told["kernels"]
+        report = json.loads((tmp_path / "x.json").read_text())
+        assert report["triton"] == triton.__version__
+        assert report["torch"] == torch.__version__
+        (row,) = report["kernels"]
         assert (row["kernel"], row["warps"]) == ("greedy", options["num_warps"])
         assert (row["spilled"] > 0) == ("maxnreg" in options) == (status == 1)
         assert "maxnreg" not in options or row["registers"] <= 32

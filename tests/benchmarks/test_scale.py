@@ -7,17 +7,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.scale import (
-    STATES,
-    Model,
-    Spread,
-    Weight,
-    cut_rows,
-    fake_rank,
-    main,
-    pieces_of,
-    rows_of,
-)
+from benchmarks.scale import STATES, cut_rows, fake_rank, main, pieces_of, rows_of
+from benchmarks.scale_models import Model, Spread, Weight
 from tests.benchmarks.scale_worker import MODEL, SPREADS
 from tests.processes import torchrun
 
@@ -51,10 +42,10 @@ def test_the_union_of_all_ranks_is_what_ranks_tell_each_other(
     spread = SPREADS[number]
     first = MODEL.stage(0, spread.pp)
     with fake_rank(spread, 0) as groups:
-        found = cut_rows(first, spread, pieces_of(first, spread), groups)
-    planned = [rows.tolist() for weight in first for rows in found[weight.name]]
-    told = [rank["cut"] for rank in real if rank["spread"] == number and rank["stage"] == 0]
-    assert all(rows == planned for rows in told)
+        cut = cut_rows(first, spread, pieces_of(first, spread), groups)
+    planned = [rows.tolist() for weight in first for rows in cut[weight.name]]
+    of_ranks = [rank["cut"] for rank in real if rank["spread"] == number and rank["stage"] == 0]
+    assert all(rows == planned for rows in of_ranks)
     assert any(planned) or spread == Spread(dp=2, zero="3")  # which happens to cut between rows
 
 
@@ -85,8 +76,9 @@ def test_a_certified_step_is_one_collective_of_a_few_bytes_per_group() -> None:
 
 
 def test_bytes_by_hand() -> None:
-    """A (4, 5) and B (5, 8) on two ranks of 30 elements: B is cut at its 10th, in row 1. Blocks are
-    4 wide.
+    """A (4, 5) and B (5, 8) on two ranks of 30 elements: B is cut at its 10th, in row 1.
+
+    Blocks are 4 wide.
     """
     matrices = Weight("a", (4, 5), is_hidden=True), Weight("b", (5, 8), is_hidden=True)
     found = counts(Model(matrices, (), 0, ()), Spread(dp=2))
@@ -107,9 +99,8 @@ def test_more_ranks_cut_more_rows_and_change_nothing_else() -> None:
         counts(MODEL, Spread(dp=dp, zero="3"))["measured"]["bytes"] for dp in (2, 16, 128, 1024)
     ]
     assert sent == sorted(sent) and sent[0] < sent[-1] < 3 * sent[0]
-    assert (
-        sent[-1] == counts(MODEL, Spread(dp=4096, zero="3"))["measured"]["bytes"]
-    )  # every row is cut
+    every_row_is_cut = counts(MODEL, Spread(dp=4096, zero="3"))["measured"]["bytes"]
+    assert sent[-1] == every_row_is_cut
 
 
 def test_the_command_prints_a_table_and_writes_the_same_as_json(
@@ -122,10 +113,8 @@ def test_the_command_prints_a_table_and_writes_the_same_as_json(
     heading, rule, *lines = capsys.readouterr().out.splitlines()[-5:]
     assert heading.split()[0] == "model" and set(rule) == {"─"}
     rows = json.loads(path.read_text())
-    assert (
-        len(lines) == len(rows) == len(STATES)
-        and len({len(line) for line in (heading, rule, *lines)}) == 1
-    )
+    assert len(lines) == len(rows) == len(STATES)
+    assert len({len(line) for line in (heading, rule, *lines)}) == 1
     for line, row in zip(lines, rows, strict=True):
         assert row["state"] in line and f" {row['ranks']} " in line and row["ranks"] == 2048
 
