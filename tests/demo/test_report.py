@@ -1,43 +1,18 @@
 from __future__ import annotations
 
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from tests.browser import CHROMIUM, faults, look
 from tests.demo.synthetic import SHAPE, STEPS, synthetic_results
+from tests.report.logs import Page, parsed
 from weyl_megatron.demo.model import GPT
 from weyl_megatron.demo.recipe import RUNS
 from weyl_megatron.demo.report import KINDS, write_report
 from weyl_megatron.report.charts import smooth
 from weyl_megatron.report.runs import matrix_place
-
-EMPTY = {"meta", "line", "polyline", "polygon", "circle", "path", "link", "img", "br"}
-
-
-class Page(HTMLParser):
-    """Checks that what opens closes, and keeps the attributes and the text."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.text = ""
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += attrs
-        if tag not in EMPTY:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.attributes += attrs
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +24,7 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def page(html: str) -> Page:
-    parsed = Page()
-    parsed.feed(html)
-    parsed.close()
-    assert parsed.open == []
-    return parsed
+    return parsed(html)
 
 
 def test_it_is_self_contained(html: str, page: Page) -> None:
@@ -107,3 +78,11 @@ def test_names_of_matrices() -> None:
 def test_smoothing_keeps_constants_and_lengths() -> None:
     assert smooth([2.0] * STEPS, 3) == pytest.approx([2.0] * STEPS)
     assert smooth([1.0, 2.0], 1) == [1.0, 2.0]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+@pytest.mark.parametrize("is_dark", [False, True])
+def test_all_of_it_is_legible_on_a_phone_and_in_a_window(
+    html: str, tmp_path: Path, is_dark: bool
+) -> None:
+    assert [faults(seen) for seen in look(html, tmp_path, is_dark)] == [{}, {}]

@@ -37,6 +37,8 @@ KINDS = {
     "lm_head": "head",
 }
 
+_POINTS = 1000  # of a loss's curve
+
 _LOSS = (
     "Training loss of the four runs, smoothed, the single steps faint behind. The numbers above "
     "are mean losses on held-out files after the last step. The unigram entropy is the least loss "
@@ -136,7 +138,7 @@ def loss_chart(results: Results) -> Chart:
         rules=[Rule(results.unigram_entropy, "unigram entropy", at_end=True)],
         width=1080,
         height=420,
-        right=160,
+        right=190,
         margins=(24, 32, 46),
     )
 
@@ -144,7 +146,8 @@ def loss_chart(results: Results) -> Chart:
 def loss_lines(result: RunResult, steps: int) -> list[Line]:
     """One run's training loss, smoothed; its name at the end, unless it diverged before that."""
     title = result.run.title
-    lines = trend(title, result.losses, COLORS[result.run.name], reach=max(1, steps // 20))
+    color, reach = COLORS[result.run.name], max(1, steps // 20)
+    lines = trend(title, result.losses, color, reach, most=_POINTS)
     if lines and lines[-1].x[-1] == steps:
         lines[-1] = replace(lines[-1], label=title)
     return lines

@@ -184,10 +184,12 @@ class Chart:
         places = spread([y for y, _, _ in ends], LABEL_GAP)
         for (y, label, color), place in zip(ends, places, strict=True):
             style = f' style="fill:{color}"' if color else ""
-            dot = f'<circle cx="{x}" cy="{y:.1f}" r="3.5"{style}/>' if color else ""
-            parts.append(f'{dot}<path class="lead" d="M{x + 5} {y:.1f}L{x + 14} {place:.1f}"/>')
-            text = f'<text class="end" x="{x + 18}" y="{place + 4:.1f}"{style}>'
-            parts.append(f"{text}{escape(label)}</text>")
+            if color:
+                parts.append(f'<circle cx="{x}" cy="{y:.1f}" r="3.5"{style}/>')
+            kind = 'class="end"' if color else f'class="end of-rule" data-at="{y:.1f}"'
+            at = f'x="{x + 18}" y="{place + 4:.1f}"'
+            parts.append(f'<path class="lead" d="M{x + 5} {y:.1f}L{x + 14} {place:.1f}"/>')
+            parts.append(f"<text {kind} {at}{style}>{escape(label)}</text>")
         return "".join(parts)
 
 

@@ -126,11 +126,16 @@ def curves(
 
 
 def curve(
-    name: str, points: Points, color: str, width: float = 1.25, dashed: bool = False
+    name: str,
+    points: Points,
+    color: str,
+    width: float = 1.25,
+    dashed: bool = False,
+    most: int = POINTS,
 ) -> list[Line]:
-    """A curve: a line for each stretch between gaps; one that is a point is drawn as a dot."""
+    """A curve of at most `most` points: a line for each stretch between gaps, a dot for a point."""
     lines = []
-    for stretch in stretches(thin(points, POINTS)):
+    for stretch in stretches(thin(points, most)):
         is_dot = len(stretch) == 1
         steps, values = zip(*(stretch * 2 if is_dot else stretch), strict=True)
         lines.append(
@@ -139,15 +144,16 @@ def curve(
     return lines
 
 
-def trend(name: str, points: Points, color: str, reach: int, width: float = 2.25) -> list[Line]:
+def trend(name: str, points: Points, color: str, reach: int, most: int = POINTS) -> list[Line]:
     """A curve that is smoothed over `reach` points to either side, the single ones faint behind."""
     smoothed: Points = []
     for stretch in stretches(points):
         values = smooth([value for _, value in stretch], reach)
         smoothed.append((stretch[0][0] - 1, None))
         smoothed += zip((step for step, _ in stretch), values, strict=True)
-    behind = [replace(line, faint=True, width=0.75) for line in curve(name, points, color)]
-    return [*behind, *curve(name, smoothed, color, width)]
+    single = curve(name, points, color, most=most)
+    behind = [replace(line, faint=True, width=0.75) for line in single]
+    return [*behind, *curve(name, smoothed, color, 2.25, most=most)]
 
 
 def banded(name: str, heads: Iterable[Points], color: str) -> list[Line]:

@@ -33,8 +33,8 @@ def _heat(series: Mapping[tuple[int, int], Points], name: str, scale: float) -> 
     if not series:
         return "<p>Not logged.</p>"
     steps = evenly(sorted({step for points in series.values() for step, _ in points}), POINTS)
-    values = (dict(points).get(step) for points in series.values() for step in steps)
-    levels = bytes(_level(value, scale, name == "mode") for value in values)
+    rows = map(dict, series.values())
+    levels = bytes(_level(row.get(step), scale, name == "mode") for row in rows for step in steps)
     blocks = [block for block, _ in series]
     numbers = evenly(sorted(set(blocks)), 16)
     height = max(15 * len(numbers), max(3, min(10, 240 // len(series))) * len(series))

@@ -71,7 +71,7 @@ def page(
         style="".join(asset(f"{name}.css") for name in ("chart", "page", *parts)),
         body=body,
         data=scripts,
-        script="".join(asset(f"{name}.js") for name in ("hover", *parts)),
+        script="".join(asset(f"{name}.js") for name in ("fit", "hover", *parts)),
     )
 
 
