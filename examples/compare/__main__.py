@@ -1,9 +1,8 @@
-"""One small GPT and one small ViT under twelve methods, over learning rates, depths, norms and
-seeds.
+"""A small GPT and a small ViT under twelve methods, over learning rates, depths, norms and seeds.
 
     python -m examples.compare                       all of it: 2560 runs, about 4 hours on 2 cores
     python -m examples.compare --task vit --depths 6 --norm post --lrs 3e-3 --seeds 0
-    python -m examples.compare table                 docs/compare.md and docs/compare.svg from the results
+    python -m examples.compare table                 docs/compare.md and .svg from the results
 
 Every run appends one line to OUT/results.jsonl, and a run that is there already is skipped: started
 again, it goes on where it was stopped or killed. OUT is docs/compare, where the runs that were made
@@ -55,9 +54,7 @@ class Grid:
         self.methods, self.seeds = options.methods, options.seeds
 
     def first(self) -> list[Run]:
-        """All runs that wait for no other: the quick ones first, the tuning of the warmup among
-        them.
-        """
+        """All runs that wait for no other, the quick ones first, the tuning among them."""
         return [
             _run(cell, method, seed, warmup)
             for cell in self.cells
@@ -66,25 +63,21 @@ class Grid:
         ]
 
     def tuned(self, done: dict[Run, dict[str, Any]] | None = None) -> list[Run]:
-        """The reported runs with the warmup that ended best; with a warmup of 0 where nothing is
-        done yet.
-        """
+        """The reported runs with the warmup that ended best, or without one if none is done."""
         runs = []
         for method in (name for name in self.methods if METHODS[name].warmup is None):
             for cell in self.cells:
-                tuning = [_run(cell, method, TUNING_SEED, warmup) for warmup in WARMUPS]
-                best = (
-                    min(tuning, key=lambda run: badness(done[run])).warmup
-                    if done is not None
-                    else 0.0
-                )
+                best = 0.0
+                if done is not None:
+                    tuning = [_run(cell, method, TUNING_SEED, warmup) for warmup in WARMUPS]
+                    best = min(tuning, key=lambda run: badness(done[run])).warmup
                 runs += [_run(cell, method, seed, best) for seed in self.seeds]
         return runs
 
     def _seeds_and_warmups(self, warmup: float | None) -> Iterable[tuple[int, float]]:
-        return (
-            product(self.seeds, [warmup]) if warmup is not None else product([TUNING_SEED], WARMUPS)
-        )
+        if warmup is None:
+            return product([TUNING_SEED], WARMUPS)
+        return product(self.seeds, [warmup])
 
 
 def _run(
@@ -102,18 +95,19 @@ class Progress:
         self.work, self.total_work = 0.0, sum(map(self._work, runs))
         self.start = time.monotonic()
 
-    def tell(self, run: Run, result: dict[str, Any]) -> None:
+    def add(self, run: Run, result: dict[str, Any]) -> None:
         self.count, self.work = self.count + 1, self.work + self._work(run)
         left = (time.monotonic() - self.start) * (self.total_work - self.work) / self.work
         score = TASKS[run.task].score
         end = "diverged" if result["diverged"] else f"{score} {result[score]:.3f}"
         warmup = f" ({run.warmup:.0%})" if run.warmup else ""
-        print(
-            f"[{self.count}/{self.total}] {run.task} L{run.depth} {run.norm} lr {run.lr:g} β₂ "
-            f"{run.beta2:g} seed {run.seed} {run.method}{warmup}: {end}, {result['seconds']:.1f} "
-            f"s; {left // 3600:.0f} h {left % 3600 / 60:.0f} min left",
-            flush=True,
+        what = (
+            f"{run.task} L{run.depth} {run.norm} lr {run.lr:g} β₂ {run.beta2:g} seed {run.seed} "
+            f"{run.method}{warmup}"
         )
+        ended = f"{end}, {result['seconds']:.1f} s"
+        rest = f"{left // 3600:.0f} h {left % 3600 / 60:.0f} min left"
+        print(f"[{self.count}/{self.total}] {what}: {ended}; {rest}", flush=True)
 
     @staticmethod
     def _work(run: Run) -> float:
@@ -126,17 +120,13 @@ def compare(options: argparse.Namespace) -> None:
     grid = Grid(options)
     with writing(options.out) as writer:
         done = read(options.out)
-        # Which warmup the tuned runs get is not known yet, but how many of them are still to be
-        # made is.
+        # Not known yet is which warmup the tuned runs get; known is how many are to be made.
         made = {replace(run, warmup=0.0) for run in done if run.seed != TUNING_SEED}
         waiting = [run for run in grid.first() if run not in done]
         later = [run for run in grid.tuned() if run not in made]
         progress = Progress(waiting + later)
-        print(
-            f"{progress.total} runs to make, {len(grid.first() + grid.tuned()) - progress.total} "
-            "are there",
-            flush=True,
-        )
+        present = len(grid.first() + grid.tuned()) - progress.total
+        print(f"{progress.total} runs to make, {present} are there", flush=True)
         os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started now
         with ProcessPoolExecutor(options.procs, get_context("spawn"), be_a_worker) as pool:
             try:
@@ -150,14 +140,12 @@ def compare(options: argparse.Namespace) -> None:
 def work(
     pool: ProcessPoolExecutor, runs: Sequence[Run], writer: Writer, progress: Progress
 ) -> dict[Run, Any]:
-    """Make `runs`, each handed to the first process that is free, and write down each as it
-    ends.
-    """
+    """Make `runs`, each in the first process that is free, and write down each as it ends."""
     results, futures = {}, {pool.submit(train, run): run for run in runs}
     for future in as_completed(futures):
         run, result = futures[future], future.result()
         writer.write(result)
-        progress.tell(run, result)
+        progress.add(run, result)
         results[run] = result
     return results
 

@@ -19,8 +19,8 @@ from examples.compare.train import TASKS
 #: answers.
 NEAR = {"loss": 0.1, "accuracy": 0.05}
 
-#: What no method that trains at all is worse than: a GPT that knows only how often each byte occurs
-#: ends at 3.19.
+#: What no method that trains at all is worse than: a GPT that knows only how often each byte
+#: occurs ends at 3.19.
 TRAINED = {"loss": 3.1, "accuracy": 0.5}
 
 NAMES = {"gpt": "GPT", "vit": "ViT"}
@@ -65,12 +65,8 @@ class Entry:
         if self.has_diverged:
             return f"{self.runs - len(self.scores)} of {self.runs} diverged"
         spread = f" ± {stdev(self.scores):.3f}" if self.runs > 1 else ""
-        tuned = (
-            " (" + ", ".join(f"{warmup:.0%}" for warmup in self.warmups) + ")"
-            if has_tuned_warmup
-            else ""
-        )
-        return f"{mean(self.scores):.3f}{spread}{tuned}"
+        shares = ", ".join(f"{warmup:.0%}" for warmup in self.warmups)
+        return f"{mean(self.scores):.3f}{spread}{f' ({shares})' if has_tuned_warmup else ''}"
 
 
 @dataclass(frozen=True)
@@ -117,36 +113,54 @@ def comparisons(results: Sequence[dict[str, Any]]) -> list[Comparison]:
     grouped: dict[Cell, dict[tuple[str, float], list[dict[str, Any]]]] = {}
     for result in results:
         if result["seed"] != TUNING_SEED:
-            cell = Cell(*(result[field] for field in Cell._fields))
-            grouped.setdefault(cell, {}).setdefault((result["method"], result["lr"]), []).append(
-                result
-            )
-    found = []
-    for cell, of_cell in sorted(grouped.items()):
-        entries = {}
-        for key, runs in of_cell.items():
-            scores = tuple(
-                run[cell.score] for run in sorted(runs, key=_seed) if not run["diverged"]
-            )
-            entries[key] = Entry(scores, len(runs), tuple(sorted({run["warmup"] for run in runs})))
-        found.append(Comparison(cell, entries))
-    return found
+            cell = Cell(**{field: result[field] for field in Cell._fields})
+            runs = grouped.setdefault(cell, {})
+            runs.setdefault((result["method"], result["lr"]), []).append(result)
+    return [
+        Comparison(cell, {key: _entry(cell, runs) for key, runs in by_method.items()})
+        for cell, by_method in sorted(grouped.items())
+    ]
 
 
-def _seed(result: dict[str, Any]) -> int:
-    return result["seed"]
+def _entry(cell: Cell, runs: Sequence[dict[str, Any]]) -> Entry:
+    by_seed = sorted(runs, key=lambda run: run["seed"])
+    scores = tuple(run[cell.score] for run in by_seed if not run["diverged"])
+    return Entry(scores, len(runs), tuple(sorted({run["warmup"] for run in runs})))
 
 
 def document(results: Sequence[dict[str, Any]]) -> str:
     """The page in Markdown."""
-    found = comparisons(results)
-    versions = sorted({(result["version"], result["torch"]) for result in results})
-    by_version = " and ".join(f"weyl_megatron {own} on torch {torch}" for own, torch in versions)
-    steps = sorted({(comparison.cell.task, comparison.cell.steps) for comparison in found})
-    tuning = sum(result["seed"] == TUNING_SEED for result in results)
-    hours = sum(result["seconds"] for result in results) / 3600
+    cells = comparisons(results)
     parts = [
         "# The cures, compared",
+        *_introduction(results, cells),
+        "## Best over the rates",
+        "Mean over the seeds at each method's best rate, which stands behind it.",
+        *_summaries(cells, _best_text),
+        "## How wide the range of rates is",
+        f"Rates at which a method ends within {NEAR['loss']} nats (GPT) or {NEAR['accuracy']} of "
+        "accuracy (ViT) of the best that any method reached at any rate, without a seed that "
+        f"diverged; and not above {TRAINED['loss']} nats or below {TRAINED['accuracy']} of "
+        "accuracy, since there are cells where nothing trains.",
+        *_summaries(cells, _range_text),
+        "## All numbers",
+        "Mean ± standard deviation over the seeds; behind a tuned warmup, its share of steps.",
+    ]
+    for comparison in cells:
+        parts.append(f"### {comparison.cell.title}, {comparison.cell.steps} steps")
+        parts.append(_numbers(comparison))
+    return "\n\n".join(parts) + "\n"
+
+
+def _introduction(results: Sequence[dict[str, Any]], cells: Sequence[Comparison]) -> list[str]:
+    """What was run, the picture, the methods, and what is still to be run."""
+    versions = sorted({(result["version"], result["torch"]) for result in results})
+    by_version = " and ".join(f"weyl_megatron {own} on torch {torch}" for own, torch in versions)
+    steps = sorted({(comparison.cell.task, comparison.cell.steps) for comparison in cells})
+    tuning = sum(result["seed"] == TUNING_SEED for result in results)
+    hours = sum(result["seconds"] for result in results) / 3600
+    methods = [name for name in METHODS if _is_in(name, cells)]
+    parts = [
         f"Written by `python -m examples.compare table` from {len(results)} runs ({tuning} of them "
         f"tuned the warmup; {hours:.1f} hours of one core) by {by_version}; `python -m "
         "examples.compare` makes the runs.",
@@ -156,83 +170,45 @@ def document(results: Sequence[dict[str, Any]]) -> str:
         "matrices start as Xavier has it, rates follow a cosine to a tenth, β₁ is 0.9, the "
         f"matrices' weight decay {WEIGHT_DECAY}, and gradients are clipped only where the method "
         "says so. Toy scale: read it as a map of where methods fail.",
-        "![The score against the learning rate, for every method](compare.svg)",
-        "\n".join(
-            f"- {METHODS[name].title}: {METHODS[name].note}."
-            for name in METHODS
-            if _is_in(name, found)
-        ),
+        "[![The score against the learning rate, for every method](compare.svg)](compare.svg)",
+        "\n".join(f"- {METHODS[name].title}: {METHODS[name].note}." for name in methods),
     ]
-    if partial := [
-        comparison.cell.title for comparison in found if not _is_whole(comparison, found)
-    ]:
-        parts.append(f"Not whole yet: {'; '.join(partial)}.")
-    parts += [
-        "## Best over the rates",
-        "Mean over the seeds at each method's best rate, which stands behind it.",
-    ]
-    parts += _summaries(found, _best_text)
-    parts += [
-        "## How wide the range of rates is",
-        f"Rates at which a method ends within {NEAR['loss']} nats (GPT) or {NEAR['accuracy']} of "
-        "accuracy (ViT) of the best that any method reached at any rate, without a seed that "
-        f"diverged; and not above {TRAINED['loss']} nats or below {TRAINED['accuracy']} of "
-        "accuracy, since there are cells where nothing trains.",
-    ]
-    parts += _summaries(found, _range_text)
-    parts += [
-        "## All numbers",
-        "Mean ± standard deviation over the seeds; behind a tuned warmup, its share of steps.",
-    ]
-    for comparison in found:
-        parts += [
-            f"### {comparison.cell.title}, {comparison.cell.steps} steps",
-            _numbers(comparison),
-        ]
-    return "\n\n".join(parts) + "\n"
+    partial = [each.cell.title for each in cells if not _is_whole(each, cells)]
+    return [*parts, f"Not whole yet: {'; '.join(partial)}."] if partial else parts
 
 
-def _is_whole(comparison: Comparison, found: Sequence[Comparison]) -> bool:
-    """Whether it has every run, of every method at every rate, that another cell of its task
-    has.
-    """
-    mine = comparison.entries
+def _is_whole(comparison: Comparison, cells: Sequence[Comparison]) -> bool:
+    """Whether it has every method's runs at every rate that another cell of its task has."""
+    entries = comparison.entries
     of_task = [
         entry
-        for other in found
+        for other in cells
         if other.cell.task == comparison.cell.task
         for entry in other.entries.items()
     ]
-    return all(key in mine and mine[key].runs >= entry.runs for key, entry in of_task)
+    return all(key in entries and entries[key].runs >= entry.runs for key, entry in of_task)
 
 
-def _is_in(method: str, found: Sequence[Comparison]) -> bool:
-    return any(method in comparison.methods for comparison in found)
+def _is_in(method: str, cells: Sequence[Comparison]) -> bool:
+    return any(method in comparison.methods for comparison in cells)
 
 
-def _summaries(found: Sequence[Comparison], text: Callable[[Comparison, str], str]) -> list[str]:
+def _summaries(cells: Sequence[Comparison], text: Callable[[Comparison, str], str]) -> list[str]:
     """A table for each task and β₂: methods down, norms and depths across."""
     parts = []
-    for key in sorted({(comparison.cell.task, comparison.cell.beta2) for comparison in found}):
+    for key in sorted({(comparison.cell.task, comparison.cell.beta2) for comparison in cells}):
         task, beta2 = key
-        across = [comparison for comparison in found if comparison.cell[:2] == key]
+        across = [comparison for comparison in cells if comparison.cell[:2] == key]
         has_one_length = len({comparison.cell.steps for comparison in across}) == 1
         columns = [
             f"{cell.norm}-LN, {cell.depth} layers"
             + ("" if has_one_length else f", {cell.steps} steps")
             for cell in (comparison.cell for comparison in across)
         ]
-        rows = [
-            [
-                METHODS[name].title,
-                *(
-                    text(comparison, name) if name in comparison.methods else ""
-                    for comparison in across
-                ),
-            ]
-            for name in METHODS
-            if _is_in(name, across)
-        ]
+        rows = []
+        for name in (method for method in METHODS if _is_in(method, across)):
+            texts = (text(each, name) if name in each.methods else "" for each in across)
+            rows.append([METHODS[name].title, *texts])
         parts.append(_markdown([f"{NAMES[task]}, β₂ {beta2:g}", *columns], rows))
     return parts
 
@@ -257,12 +233,8 @@ def _numbers(comparison: Comparison) -> str:
     for name in comparison.methods:
         entries = [comparison.entries.get((name, rate)) for rate in comparison.rates]
         has_tuned_warmup = METHODS[name].warmup is None
-        rows.append(
-            [
-                METHODS[name].title,
-                *(entry.text(has_tuned_warmup) if entry else "" for entry in entries),
-            ]
-        )
+        texts = (entry.text(has_tuned_warmup) if entry else "" for entry in entries)
+        rows.append([METHODS[name].title, *texts])
     return _markdown([comparison.cell.score, *(f"{rate:g}" for rate in comparison.rates)], rows)
 
 
@@ -278,13 +250,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     options = parser.parse_args(arguments)
     results = list(read(options.out).values())
-    found = comparisons(results)
-    if not found:
+    cells = comparisons(results)
+    if not cells:
         raise ValueError(
             f"compare: --out got {options.out}, it takes a folder whose {FILE} has a finished run."
         )
     options.docs.mkdir(parents=True, exist_ok=True)
     (options.docs / "compare.md").write_text(document(results), encoding="utf-8")
-    (options.docs / "compare.svg").write_text(draw(found), encoding="utf-8")
+    (options.docs / "compare.svg").write_text(draw(cells), encoding="utf-8")
     print(f"wrote {options.docs / 'compare.md'} and {options.docs / 'compare.svg'}")
     return 0
