@@ -18,11 +18,13 @@ demo: $(VENV)/.demo
 
 # What a change can break.
 test: lint
-	$(PYTEST) $(PARALLEL) -m "not slow and not demo and not large"
+	WEYL_MEGATRON_EXAMPLES=200 $(PYTEST) $(PARALLEL) -m "not slow and not demo and not large"
 
-# The rest, on ranks that torchrun starts one by one, as a user's are.
+# The rest, on ranks that torchrun starts one by one, as a user's are; five times as many drawn
+# layouts and days.
 test-all: $(VENV)/.dev
 	WEYL_MEGATRON_TORCHRUN=1 $(PYTEST) $(PARALLEL) -m "(slow or demo) and not large"
+	WEYL_MEGATRON_EXAMPLES=1000 $(PYTEST) $(PARALLEL) tests/faults/test_properties.py tests/day
 
 # One real step of the largest recipes; up to 24 GiB.
 test-large: $(VENV)/.dev
@@ -35,7 +37,7 @@ FAULTS := tests/faults tests/day tests/test_nonfinite.py tests/engines/megatron/
 faults: $(VENV)/.dev
 	$(PYTEST) $(PARALLEL) -m "not large" $(FAULTS) --faults docs/faults.md
 
-# Ten times as many drawn layouts as `make test`.
+# Ten times as many drawn layouts as `make test-all`.
 properties: $(VENV)/.dev
 	WEYL_MEGATRON_EXAMPLES=10000 $(PYTEST) tests/faults/test_properties.py
 
@@ -50,7 +52,7 @@ asan: $(VENV)/.dev
 kernels: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.compile_kernels --arch 80 90
 
-# Twenty thousand drawn days of a user, a thousand of which `make test` draws.
+# Twenty thousand drawn days of a user, a thousand of which `make test-all` draws.
 day: $(VENV)/.dev
 	WEYL_MEGATRON_EXAMPLES=20000 $(PYTEST) -rA tests/day
 

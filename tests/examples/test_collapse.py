@@ -11,6 +11,8 @@ import pytest
 from examples.collapse.__main__ import RUNS, Story, train
 from weyl_megatron.report.runs import read_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

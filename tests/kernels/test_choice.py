@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tests.processes import ROOT
+from tests.selection import values_of
 from weyl_megatron import AdamW2
 from weyl_megatron.kernels import choice, cpu
 
@@ -275,10 +276,11 @@ OTHERS = {
 
 
 @pytest.fixture(scope="module")
-def others() -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """All of them at once, beside each other."""
+def others(request: pytest.FixtureRequest) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """All that are tested at once, beside each other."""
     runs = {}
-    for name, (kernel, tests) in OTHERS.items():
+    for name in values_of(request, "name"):
+        kernel, tests = OTHERS[name]
         environment = {
             **os.environ,
             choice.VARIABLE: kernel,
@@ -301,7 +303,13 @@ def others() -> Iterator[dict[str, subprocess.Popen[str]]]:
         run.kill()
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if kernel == "triton" else ())
+        for name, (kernel, _) in OTHERS.items()
+    ],
+)
 def test_every_kernel_passes_the_optimizer_s_tests(
     name: str, others: dict[str, subprocess.Popen[str]]
 ) -> None:

@@ -34,7 +34,9 @@ def test_import_torch_takes_less_than_20_ms_more() -> None:
     """What the entry point adds, torch being imported, in time of a core; the best of five, since
     other processes only ever add to it.
     """
-    times = [float(python(IN_FRESH_PYTHON, autoload=False)) for _ in range(5)]
+    times: list[float] = []
+    while len(times) < 5 and min(times, default=20) >= 20:
+        times.append(float(python(IN_FRESH_PYTHON, autoload=False)))
     print(f"import torch: {min(times):.1f} ms more")
     assert min(times) < 20
 
