@@ -54,55 +54,56 @@ document.body.append("PROBED" + JSON.stringify(probed) + "PROBED");
 
 def browse(html: str, folder: Path, *flags: str) -> dict[str, Any]:
     """What the probe saw in the page, without a network and without an error on the console."""
-    probed = folder / "report.html"
-    probed.write_text(html.replace("</body>", PROBE), encoding="utf-8")
+    page = folder / "report.html"
+    page.write_text(html.replace("</body>", PROBE), encoding="utf-8")
     command = [
         str(CHROMIUM),
         *FLAGS,
         *flags,
         f"--user-data-dir={folder / 'profile'}",
-        probed.as_uri(),
+        page.as_uri(),
     ]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in ran.stderr, ran.stderr
-    found: dict[str, Any] = json.loads(ran.stdout.rpartition("</script>")[2].split("PROBED")[1])
-    return found
+    seen: dict[str, Any] = json.loads(ran.stdout.rpartition("</script>")[2].split("PROBED")[1])
+    return seen
 
 
 def test_the_page_works_in_a_browser(html: str, tmp_path: Path) -> None:
-    told = browse(html, tmp_path)
-    assert len(told["values"]) == html.count('<svg class="chart"') == 57
-    assert all(value.startswith("step ") and "NaN" not in value for value in told["values"])
-    assert all(int(value.split("step ")[1][:2]) in STEPS for value in told["values"])
-    for cols, rows, pixels, text in told["heats"]:
+    probed = browse(html, tmp_path)
+    assert len(probed["values"]) == html.count('<svg class="chart"') == 57
+    assert all(value.startswith("step ") and "NaN" not in value for value in probed["values"])
+    assert all(int(value.split("step ")[1][:2]) in STEPS for value in probed["values"])
+    for cols, rows, pixels, text in probed["heats"]:
         assert (cols, rows) == (len(STEPS), BLOCKS * HEADS) and set(pixels[3::4]) == {255}
         assert text.startswith("step 120block 1, head 1: ")
-    assert [text.split(": ")[1] for *_, text in told["heats"]][2:] == [
+    assert [text.split(": ")[1] for *_, text in probed["heats"]][2:] == [
         "malignant collapse",
         "uniform",
     ]
-    collapsed, well = (bytes(pixels[-4:-1]).hex() for *_, pixels, _ in told["heats"][2:])
+    collapsed, well = (bytes(pixels[-4:-1]).hex() for *_, pixels, _ in probed["heats"][2:])
     assert [collapsed, well] == [re.findall(rf"--mode-{mode}: #(\w+)", html)[0] for mode in (2, 3)]
     for when, at in (("first", 10), ("last", LAST)):
-        for shown in told[when]:
+        for shown in probed[when]:
             assert shown["pixels"][3::4] == shown["small"][3::4] == list(levels(at, 0, 0)), when
             assert f"block 0, head 0 · step {at} ·" in shown["text"]
-    assert "malignant collapse" in told["last"][0]["text"] and "normal" in told["first"][0]["text"]
-    for shown in told["other"]:
+    assert (
+        "malignant collapse" in probed["last"][0]["text"] and "normal" in probed["first"][0]["text"]
+    )
+    for shown in probed["other"]:
         assert (
             shown["pixels"][3::4] == list(levels(LAST, 1, 1)) and "block 1, head 1" in shown["text"]
         )
-    assert told["playing"] == ["❚❚ pause", "0"]
+    assert probed["playing"] == ["❚❚ pause", "0"]
 
 
 def test_light_and_dark_have_their_colours(html: str, tmp_path: Path) -> None:
     for number, scheme in enumerate(re.findall(r"--run-0: #(\w{6})", html)):
         (tmp_path / scheme).mkdir()
         flag = f"--blink-settings=preferredColorScheme={1 - number}"
-        told = browse(html, tmp_path / scheme, flag)
-        assert bytes(told["last"][0]["pixels"][-4:-1]).hex() == scheme, (
-            "the last pixel has the whole colour"
-        )
+        probed = browse(html, tmp_path / scheme, flag)
+        # The last pixel has the whole colour.
+        assert bytes(probed["last"][0]["pixels"][-4:-1]).hex() == scheme
 
 
 @pytest.mark.parametrize("is_dark", [False, True])

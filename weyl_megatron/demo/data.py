@@ -18,22 +18,12 @@ from torch import Tensor
 
 VOCABULARY = 256
 
-# Distributions ship these apart from the interpreter, so they are not on every machine; `encodings`
-# and `pydoc_data` are generated tables rather than text that someone wrote.
-LEFT_OUT = frozenset(
-    {
-        "distutils",
-        "encodings",
-        "ensurepip",
-        "idlelib",
-        "lib2to3",
-        "pydoc_data",
-        "test",
-        "tkinter",
-        "turtle",
-    }
-    | {"turtledemo", "venv"}
-)
+# Distributions ship these apart from the interpreter, so they are not on every machine.
+_SHIPPED_APART = "distutils ensurepip idlelib lib2to3 test tkinter turtle turtledemo venv"
+# Tables that were generated rather than text that someone wrote.
+_GENERATED = "encodings pydoc_data"
+
+LEFT_OUT = frozenset(f"{_SHIPPED_APART} {_GENERATED}".split())
 
 # One file in this many is held out for validation.
 HELD_OUT = 10
@@ -50,9 +40,7 @@ class Corpus:
 
 
 def source_files(root: Path) -> list[Path]:
-    """The `.py` files under `root` that belong to the standard library's modules, in a fixed
-    order.
-    """
+    """The standard library's `.py` files under `root`, in the same order everywhere."""
     wanted = sys.stdlib_module_names - LEFT_OUT
     parts = {path: path.relative_to(root).parts for path in root.rglob("*.py")}
     files = [
@@ -64,7 +52,11 @@ def source_files(root: Path) -> list[Path]:
 
 
 def load_corpus(root: Path | None = None) -> Corpus:
-    """Reads the sources under `root`, by default the running interpreter's standard library."""
+    """Reads the sources under `root`, by default the running interpreter's standard library.
+
+    Raises:
+        ValueError: `root` has too few of them to hold any out.
+    """
     root = root or Path(sysconfig.get_paths()["stdlib"])
     texts = [path.read_bytes() for path in source_files(root)]
     if len(texts) < HELD_OUT:
@@ -80,30 +72,31 @@ def load_corpus(root: Path | None = None) -> Corpus:
 
 
 def training_offsets(corpus: Corpus, steps: int, batch: int, context: int, seed: int) -> Tensor:
-    """Where each sequence of each step's global batch starts, (steps, batch), whatever the number
-    of ranks.
-    """
+    """Where each sequence of each step's global batch starts, (steps, batch), of all ranks."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(corpus.train.numel() - context, (steps, batch), generator=generator)
 
 
 def validation_offsets(corpus: Corpus, windows: int, context: int) -> Tensor:
     """Where the fixed validation sequences start, spread evenly over the validation part."""
-    return torch.linspace(
-        0, corpus.validation.numel() - context - 1, windows, dtype=torch.float64
-    ).long()
+    last = corpus.validation.numel() - context - 1
+    return torch.linspace(0, last, windows, dtype=torch.float64).long()
 
 
 def sequences(tokens: Tensor, offsets: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    """The inputs and the targets (the same, one byte later) that start at `offsets`."""
+    """The inputs that start at `offsets`, and the targets, which are the same a byte later.
+
+    Both are (sequences, context).
+    """
     index = offsets[:, None] + torch.arange(context + 1)
     window = tokens[index].long()
     return window[:, :-1], window[:, 1:]
 
 
 def unigram_entropy(tokens: Tensor) -> float:
-    """Entropy of the bytes' own frequencies in nats: no model that ignores the context scores below
-    it on `tokens`.
+    """Entropy of the bytes' own frequencies in nats.
+
+    No model that ignores the context has a lower loss on `tokens`.
     """
     counts = torch.bincount(tokens.flatten().long(), minlength=VOCABULARY).double()
     entropy: Tensor = torch.special.entr(counts / counts.sum()).sum()

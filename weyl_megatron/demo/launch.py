@@ -36,9 +36,7 @@ class Devices:
 
 
 def run_demo(out: Path, steps: int, seed: int, processes: int | None) -> int:
-    """Trains the four runs and reports; returns 0 if the claims hold of the final numbers, 1 if
-    not.
-    """
+    """Trains the four runs and reports; returns 0 if the claims hold of the numbers, else 1."""
     if importlib.util.find_spec("deepspeed") is None:
         raise RuntimeError(
             "the demo takes DeepSpeed, got none installed: pip install 'weyl-megatron[demo]'"
@@ -75,8 +73,7 @@ def train(out: Path, steps: int, seed: int, devices: Devices) -> None:
     command += [f"--out={out}", f"--steps={steps}", f"--seed={seed}"]
     progress = Progress(out, steps, sys.stdout)
     with (out / "worker.log").open("w", encoding="utf-8") as log:
-        # A session of its own, so that Ctrl-C reaches the worker once, by way of the `finally`
-        # here.
+        # A session of its own, so that Ctrl-C reaches the worker once: by the `finally` here.
         worker = subprocess.Popen(
             command,
             stdout=log,
@@ -93,15 +90,12 @@ def train(out: Path, steps: int, seed: int, devices: Devices) -> None:
             progress.close()
             stop(worker)
     if worker.returncode:
-        raise RuntimeError(
-            f"the worker failed with {cause(out / 'worker.log')}, see {out / 'worker.log'}"
-        )
+        path = out / "worker.log"
+        raise RuntimeError(f"the worker failed with {cause(path)}, see {path}")
 
 
 def environment(devices: Devices) -> dict[str, str]:
-    """The worker's environment; without GPUs it says so, where DeepSpeed would look for an
-    accelerator.
-    """
+    """The worker's environment; without GPUs it says so to DeepSpeed, which would look for one."""
     own = {} if devices.gpu else {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     # The autoload of torch's plugins is how DeepSpeed finds AdamW2 by its name.
     return {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "1", **own}
@@ -111,10 +105,9 @@ def cause(log: Path) -> str:
     """The first exception in the worker's log."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
     errors = [match[1] for match in map(EXCEPTION.match, lines) if match]
-    own = [
-        error for error in errors if "ChildFailedError" not in error
-    ]  # torchrun's, which names no reason
-    return own[0] if own else "no exception"
+    # torchrun's ChildFailedError names no reason.
+    reasons = [error for error in errors if "ChildFailedError" not in error]
+    return reasons[0] if reasons else "no exception"
 
 
 def stop(worker: subprocess.Popen[bytes]) -> None:

@@ -1,6 +1,4 @@
-"""A byte-level GPT with the layer norm behind each residual sum (post-LN), where warmup matters
-most.
-"""
+"""A byte-level GPT with layer norms behind the residual sums (post-LN): warmup matters most."""
 
 from __future__ import annotations
 
@@ -105,8 +103,13 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def attention_entropy(self, tokens: Tensor) -> Tensor:
-        """Entropy of every head's attention in nats, averaged over batch and queries: (layers,
-        heads).
+        """Entropy of each head's attention in nats, the mean over batch and queries.
+
+        Args:
+            tokens: (batch, time).
+
+        Returns:
+            (layers, heads).
         """
         x = self._embed(tokens)
         entropies = []
@@ -126,9 +129,7 @@ class GPT(nn.Module):
 
 
 def uniform_entropy(context: int) -> float:
-    """What `attention_entropy` gives for attention that is uniform over the visible keys: mean log
-    1 … log T.
-    """
+    """`attention_entropy` where attention is uniform over the visible keys: mean log 1 … log T."""
     return torch.arange(1, context + 1).double().log().mean().item()
 
 

@@ -1,5 +1,7 @@
-"""The live lines: which run, how far, its loss, how many matrices were clipped, and the time
-left.
+"""The live lines: which run, how far, its loss, the clipped matrices, and the time left.
+
+No library of progress bars: where the output is no terminal these write a line a refresh (tqdm) or
+nothing before the end (rich), and neither knows the time of the runs to come.
 """
 
 from __future__ import annotations
@@ -49,9 +51,8 @@ class Progress:
         for record in records:
             if record["event"] == "end":
                 self.finished.append(record["elapsed"])
-                final = (
-                    f"validation loss {record['validation_loss']:.3f}  in {record['elapsed']:.0f} s"
-                )
+                loss, seconds = record["validation_loss"], record["elapsed"]
+                final = f"validation loss {loss:.3f}  in {seconds:.0f} s"
                 self._line(f"{run.title:<{self.width}}  {final}")
             elif record["event"] == "step" and not self.live and record["step"] % LINE_EVERY == 0:
                 self._line(self._describe(run, record))
@@ -62,11 +63,9 @@ class Progress:
         step = record["step"]
         done = BAR * step // self.steps
         bar = f"{'━' * done}{'·' * (BAR - done)}  " if self.live else ""
-        clipped = (
-            f"clipped {record['clipped']:>2}/{record['matrices']} matrices  "
-            if "clipped" in record
-            else ""
-        )
+        clipped = ""
+        if "clipped" in record:
+            clipped = f"clipped {record['clipped']:>2}/{record['matrices']} matrices  "
         left = self._seconds_left(record)
         return (
             f"{run.title:<{self.width}}  {bar}step {step:>{len(str(self.steps))}}/{self.steps}  "

@@ -1,6 +1,4 @@
-"""The runs: four DeepSpeed configurations that differ in the optimizer and in the schedule, and in
-nothing else.
-"""
+"""The runs: four DeepSpeed configurations that differ in optimizer and schedule alone."""
 
 from __future__ import annotations
 
@@ -52,8 +50,9 @@ def warmup_steps(steps: int) -> int:
 
 
 def learning_rate(run: Run, step: int, steps: int) -> float:
-    """The rate of `step` (from 0): a cosine from PEAK_LR to END_LR, behind a linear warmup if the
-    run has one.
+    """The rate of `step`, counted from 0.
+
+    A cosine from PEAK_LR to END_LR, behind a linear warmup if the run has one.
     """
     warmup = warmup_steps(steps) if run.warmup else 0
     if step < warmup:
@@ -63,9 +62,7 @@ def learning_rate(run: Run, step: int, steps: int) -> float:
 
 
 def schedule(run: Run, steps: int) -> Callable[[Optimizer], LambdaLR]:
-    """What DeepSpeed takes as `lr_scheduler`; its own schedules all make their first step at rate
-    0.
-    """
+    """What DeepSpeed takes as `lr_scheduler`; its own make their first step at rate 0."""
     return lambda optimizer: LambdaLR(
         optimizer, lambda step: learning_rate(run, step, steps) / PEAK_LR
     )
