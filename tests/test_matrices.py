@@ -13,17 +13,23 @@ from weyl_megatron.kernels import pick
 from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
 
 
-@pytest.mark.parametrize("kernels", [("cpu", "cpu"), ("cpu", "torch"), ("torch", "cpu")])
+@pytest.mark.parametrize(
+    "kernels",
+    [("cpu", "cpu"), ("cpu", "torch"), ("torch", "cpu"), ("cpu", "narrow"), ("narrow", "narrow")],
+)
 def test_ranks_that_share_a_matrix_step_in_one_kernel(
     kernels: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As on a host without a compiler, or with a processor whose registers are narrower."""
     group: Any = Group([0, 1])  # it stands in for a ProcessGroup
     picked = iter(range(2))
 
     def pick_other(blocks: Any, tensors: Any, plain: bool) -> Any:
-        return pick(
-            blocks, tensors, plain=kernels[next(picked)] == "torch"
-        )  # as on a host without a compiler
+        name = kernels[next(picked)]
+        kernel: Any = pick(blocks, tensors, plain=name == "torch")
+        if name == "narrow":
+            kernel.arithmetic += 1
+        return kernel
 
     monkeypatch.setattr(matrices, "pick", pick_other)
 

@@ -131,10 +131,12 @@ class MatrixGroup:
     def _check_kernels(self) -> None:
         """Raise ValueError on a rank whose kernel is not that of the others. Collective.
 
-        Two kernels round differently, and where a rounding decides whether one more iteration is
-        made, ranks would wait for each other for ever.
+        Two kernels round differently, as does one that is compiled for two kinds of processors.
+        Where a rounding decides whether one more iteration is made, ranks would wait for each other
+        for ever.
         """
-        number = float(zlib.crc32(self._kernel.name.encode()))
+        identity = f"{self._kernel.name} {getattr(self._kernel, 'arithmetic', '')}"
+        number = float(zlib.crc32(identity.encode()))
         pair = torch.tensor([1.0, number], dtype=torch.float64, device=self._device)
         sums = pair.repeat(len(self.names), 1)  # of a matrix that is not spread: 1 rank
         all_reduce_spans(sums.view(-1), list(self._norm_spans.values()))
@@ -142,7 +144,8 @@ class MatrixGroup:
             if total != number * ranks:
                 raise ValueError(
                     f"AdamW2: matrix '{name}' got a rank that steps in another kernel than "
-                    f"'{self._kernel.name}', it takes one: `{DOCTOR}` tells why, {KERNEL} sets it."
+                    f"'{self._kernel.name}', or in one for another processor, it takes one: "
+                    f"`{DOCTOR}` tells why, {KERNEL} sets it."
                 )
 
     def begin(

@@ -25,6 +25,8 @@ _PRELOADED = ("libasan.so", "libstdc++.so")
 
 def main() -> None:
     os.environ[cpu.FLAGS] = _FLAGS
+    # Where the tests look for it, too: tests/conftest.py.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     path = cpu.build()  # a compiler is no faster for being sanitized itself
     print(f"{path.name}: {_FLAGS}", flush=True)
     os.environ["LD_PRELOAD"] = " ".join(map(_library, _PRELOADED))

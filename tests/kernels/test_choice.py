@@ -242,6 +242,20 @@ def test_a_header_that_changed_is_compiled_anew(
     assert len(set(built)) == len(headers) + 1 and cpu.build() == built[-1]
 
 
+def test_the_number_of_threads_is_no_other_arithmetic() -> None:
+    """Ranks may have other numbers of threads, and share a matrix."""
+    before = torch.get_num_threads()
+    try:
+        numbers = set()
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            cpu.arithmetic.cache_clear()
+            numbers.add(cpu.arithmetic())
+    finally:
+        torch.set_num_threads(before)
+    assert len(numbers) == 1
+
+
 def test_code_is_not_loaded_from_where_others_may_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,9 @@ class Kernel(Products, Protocol):
     Operand 0 of the products are the weights, operand 1 the updates U, which are formed from M and
     V where they are needed. ``sums`` is ``(matrices, 3)``, float64: Σ u², Σ w² before and Σ w²
     after the step, over this rank's tiles.
+
+    A kernel that may round in other ways on other machines has a number ``arithmetic``, which is
+    another one there. One that takes matrices through a whole step by itself has ``step_alone``.
     """
 
     name: str

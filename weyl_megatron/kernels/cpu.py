@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from torch import Tensor
 from ..environment import CACHE, CXXFLAGS
 from ..spectral.blocks import Blocks, Table
 from ..spectral.iterations import Iterations
+from ..spectral.power import BLOCK
 from ..spectral.ritz import INDEPENDENT
 from .stepped import Hyper, Stepped
 
@@ -65,6 +67,7 @@ class CpuKernel:
 
     def __init__(self, blocks: Blocks) -> None:
         self._blocks, self._library = blocks, library()
+        self.arithmetic = arithmetic()
         self._batches = [torch.tensor(batch, dtype=torch.int64) for batch in blocks.batches]
         self._structs: dict[int, Tensor] = {}
         self._kept_alive: list[list[Tensor | int]] = []  # what their addresses point to
@@ -198,18 +201,22 @@ class CpuKernel:
             )
 
     def _call(self, name: str, *arguments: Tensor | float) -> None:
-        """Call a function of the library, with as many threads as torch has.
+        call(self._library, name, *arguments)
 
-        Tensors are passed by address, other numbers as int64 or double.
-        """
-        assert all(each.is_contiguous() for each in arguments if isinstance(each, Tensor))
-        given = [
-            ctypes.c_void_p(each.data_ptr())
-            if isinstance(each, Tensor)
-            else (ctypes.c_double(each) if isinstance(each, float) else ctypes.c_int64(each))
-            for each in arguments
-        ]
-        getattr(self._library, f"weyl_{name}")(*given, ctypes.c_int64(torch.get_num_threads()))
+
+def call(library: ctypes.CDLL, name: str, *arguments: Tensor | float) -> None:
+    """Call a function of the library, with as many threads as torch has.
+
+    Tensors are passed by address, other numbers as int64 or double.
+    """
+    assert all(each.is_contiguous() for each in arguments if isinstance(each, Tensor))
+    given = [
+        ctypes.c_void_p(each.data_ptr())
+        if isinstance(each, Tensor)
+        else (ctypes.c_double(each) if isinstance(each, float) else ctypes.c_int64(each))
+        for each in arguments
+    ]
+    getattr(library, f"weyl_{name}")(*given, ctypes.c_int64(torch.get_num_threads()))
 
 
 def _table(table: Table) -> tuple[Tensor, int]:
@@ -238,6 +245,38 @@ def library() -> ctypes.CDLL:
         OSError: there is no compiler, or it cannot compile the kernel.
     """
     return ctypes.CDLL(str(build()))
+
+
+@functools.cache
+def arithmetic() -> int:
+    """Return a number that tells apart compiled kernels whose σ₁ round in other ways.
+
+    After the collectives every rank makes σ₁, and what decides on one more iteration, by itself.
+    A compiler for registers of another width adds in another order.
+    """
+    width, cols = BLOCK, 1500
+    # Numbers that are exact on every machine, in [-1, 1).
+    z = (torch.arange(width * (cols + width)) * 7919 % 4093 - 2046).float() / 2048
+    z[width * cols :] = torch.eye(width).flatten()  # Yᵀ Y
+    x = torch.eye(width, cols)
+    shape = torch.tensor([0, 0, cols, width, width * cols])
+    numbers, mask = torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.uint8)
+    results = torch.zeros(2, dtype=torch.float64)  # σ₁ and its gain
+    call(
+        library(),
+        "orthonormalize",
+        shape,
+        numbers,
+        1,
+        mask,
+        mask,
+        x,
+        z,
+        results[:1],
+        results[1:],
+        _INDEPENDENT,
+    )
+    return zlib.crc32(results.numpy().tobytes() + x.numpy().tobytes())
 
 
 def build() -> Path:

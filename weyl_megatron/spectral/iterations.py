@@ -18,12 +18,14 @@ class Iterations:
     ``ritz.SETTLED``, the matrix is done. A matrix is in several operands (W and U), each of which
     has iterations of its own.
 
-    All of it is equal on all ranks that share a matrix: ``most`` and ``least`` come from what they
-    all know, the gains from sums over all of them, which give every rank the same bits. From run to
-    run, and from layout to layout, sums round in other ways. A gain that is ``ritz.SETTLED`` but
-    for a rounding then makes one iteration more or less, and σ₁ differs by what that gains. No
-    rounding of the gain nor a second threshold changes that: whatever takes two values has a place
-    where it jumps. tests/tolerances.py says by how much.
+    All of it is equal on all ranks that share a matrix. ``most`` and ``least`` come from what they
+    all know. The gains come from sums over all of them, of which every rank gets the same bits, and
+    from arithmetic that is one on all of them: ``MatrixGroup`` checks the kernels.
+
+    From run to run, and from layout to layout, sums round in other ways. A gain that is
+    ``ritz.SETTLED`` but for a rounding then makes one iteration more or less, and σ₁ differs by
+    what that gains. No rounding of the gain nor a second threshold changes that: whatever takes two
+    values has a place where it jumps. tests/tolerances.py says by how much.
 
     Args:
         most: iterations at most, int64 ``(operands, matrices)``; 0 leaves a matrix alone.
