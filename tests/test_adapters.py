@@ -168,6 +168,21 @@ def test_the_floor_of_a_factor_is_xavier_s_and_floor_std_0_is_the_paper_s_rule()
         second.data.zero_()
 
 
+def test_balanced_has_xavier_s_floor_under_a_factor_whatever_its_own_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("weyl_megatron.rule.BALANCED_FLOOR", 0.5)
+    first, second = (nn.Parameter(torch.zeros(shape)) for shape in ((4, 32), (48, 4)))
+    pairs = [("q.lora_A.weight", first), ("q.lora_B.weight", second)]
+    optimizer = AdamW2(pairs, lr=1.0, tau="balanced")
+    for param in (first, second):
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    entry = optimizer.stats()["q.lora_B.weight"]
+    floor = random_sigma(48, 4, xavier_std(48, 4))
+    assert entry.lr == pytest.approx(entry.tau * floor / entry.sigma_update)
+
+
 def test_what_shapes_were_taken_for_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "weyl_megatron"):
         weights(lora(), WAYS["shapes"])

@@ -17,6 +17,7 @@ from weyl_megatron import AdamW2, MatrixStats
 from weyl_megatron.engines.given import GivenLayout
 from weyl_megatron.layouts.buffers import Layout
 from weyl_megatron.reference import AdamW2Reference, exact_sigma
+from weyl_megatron.rule import balanced_floor
 
 INFINITE = float("inf")
 
@@ -215,7 +216,7 @@ def test_overrides_and_groups_set_tau_and_exempt_by_pattern() -> None:
     }
 
 
-def test_auto_shares_one_budget_among_hidden_matrices_and_floors_by_xavier() -> None:
+def test_auto_shares_one_budget_among_hidden_matrices_and_has_its_floor() -> None:
     torch.manual_seed(0)
     named = [
         ("wte.weight", (20, 8)),
@@ -236,7 +237,7 @@ def test_auto_shares_one_budget_among_hidden_matrices_and_floors_by_xavier() -> 
     assert {entry.tau for name, entry in stats.items() if name.startswith("h.")} == {
         0.144 / 4
     }  # q, k, v, fc
-    floor = (2 / 24) ** 0.5 * (16**0.5 + 8**0.5)
+    floor = balanced_floor(16, 8)
     assert stats["h.0.fc.weight"].lr == pytest.approx(
         0.144 / 4 * floor / stats["h.0.fc.weight"].sigma_update
     )

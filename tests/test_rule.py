@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from math import inf
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,16 @@ from weyl_megatron import AdamW2
 from weyl_megatron.demo.data import load_corpus, sequences, training_offsets
 from weyl_megatron.demo.model import GPT, GPTConfig
 from weyl_megatron.reference import exact_sigma
-from weyl_megatron.rule import clipped_rates, random_sigma, xavier_std
+from weyl_megatron.rule import (
+    ADAPTER_TAU,
+    BALANCED_FLOOR,
+    HIDDEN_BUDGET,
+    IO_TAU,
+    balanced_floor,
+    clipped_rates,
+    random_sigma,
+    xavier_std,
+)
 
 STEPS, TAU = 150, 0.01
 
@@ -38,6 +48,17 @@ def test_the_floor_stands_in_for_a_small_sigma() -> None:
     assert clipped_rates(
         vector(1), vector(0.01), vector(4), vector(0), vector(2)
     ).item() == pytest.approx(0.02)
+
+
+def test_the_constants_of_balanced_are_the_page_s() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "tau.md").read_text(encoding="utf-8")
+    assert (HIDDEN_BUDGET, IO_TAU, ADAPTER_TAU, BALANCED_FLOOR) == (0.144, 0.1, 0.01, 1.0)
+    assert f"τ = {HIDDEN_BUDGET} / (number of hidden matrices)" in page
+    assert f"positions and head have τ = {IO_TAU}" in page
+    assert f"has a τ of at least {ADAPTER_TAU}" in page
+    assert f"at least {BALANCED_FLOOR} times that of a Xavier matrix" in page
+    xavier = (2 / 24) ** 0.5 * (16**0.5 + 8**0.5)
+    assert balanced_floor(16, 8) == pytest.approx(BALANCED_FLOOR * xavier)
 
 
 def test_random_sigma_is_about_that_of_a_random_matrix() -> None:

@@ -1,5 +1,5 @@
-"""Rule 1 of the paper as arithmetic: the largest rate at which an update is smooth, and the τ that
-"auto" picks.
+"""Rule 1 of the paper as arithmetic: the largest rate at which an update is smooth, and the τ and
+the floor that "balanced" (also spelled "auto") picks.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-#: What tau="auto" shares out over a model's hidden matrices: each gets HIDDEN_BUDGET / K.
+#: What tau="balanced" shares out over a model's hidden matrices: each gets HIDDEN_BUDGET / K.
 HIDDEN_BUDGET = 0.144
 
-#: τ of embeddings, positions and the head under tau="auto".
+#: τ of embeddings, positions and the head under tau="balanced".
 IO_TAU = 0.1
+
+#: Under tau="balanced" σ₁(W) counts for at least this share of a Xavier matrix's.
+BALANCED_FLOOR = 1.0
 
 #: The least τ of an adapter's factor under tau="balanced": a share of the budget among hundreds of
 #: factors, each beside a frozen weight, would not let them learn (docs/adapters.md).
@@ -41,6 +44,11 @@ def random_sigma(rows: int, cols: int, std: float) -> float:
     + √cols).
     """
     return std * (sqrt(rows) + sqrt(cols))
+
+
+def balanced_floor(rows: int, cols: int) -> float:
+    """Return what σ₁ of a (rows, cols) matrix counts for at least under tau="balanced"."""
+    return BALANCED_FLOOR * random_sigma(rows, cols, xavier_std(rows, cols))
 
 
 def xavier_std(rows: int, cols: int) -> float:

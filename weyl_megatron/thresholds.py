@@ -22,7 +22,15 @@ from .layouts.grid import (
     stacked_parts,
 )
 from .layouts.modules import kind_by_name
-from .rule import ADAPTER_TAU, HIDDEN_BUDGET, IO_TAU, SLOW_TAU, random_sigma, xavier_std
+from .rule import (
+    ADAPTER_TAU,
+    HIDDEN_BUDGET,
+    IO_TAU,
+    SLOW_TAU,
+    balanced_floor,
+    random_sigma,
+    xavier_std,
+)
 from .settings import BALANCED, Settings, read_tau
 from .transformer.roles import io_parameters, is_io_name
 
@@ -233,9 +241,11 @@ class Thresholds:
                 "number now."
             )
         share = IO_TAU if parameter.name in self._io else HIDDEN_BUDGET / self._hidden
+        floor = balanced_floor(rows, cols)
         if self._is_adapter(parameter):
-            share = max(share, ADAPTER_TAU)
-        return random_sigma(rows, cols, xavier_std(rows, cols)), share
+            xavier = random_sigma(rows, cols, xavier_std(rows, cols))  # see _floor
+            return max(floor, xavier), max(share, ADAPTER_TAU)
+        return floor, share
 
     def _floor(self, parameter: Parameter, rows: int, cols: int) -> float:
         """Return the floor where τ is a number: low, but for an adapter's factors.

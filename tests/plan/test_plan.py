@@ -17,6 +17,7 @@ from weyl_megatron.demo.data import load_corpus, sequences, training_offsets
 from weyl_megatron.demo.model import GPT, GPTConfig
 from weyl_megatron.plan.forecast import kind_of
 from weyl_megatron.plan.plan import Row, plan, run, suggest
+from weyl_megatron.rule import balanced_floor
 
 STEPS, LR = 120, 2e-3
 
@@ -140,7 +141,7 @@ def test_balanced_thresholds_are_the_optimizer_s() -> None:
         ("k", 0.072, True),
         ("head", 0.1, False),
     ]
-    assert all(row.floor == pytest.approx(math.sqrt(2 / 16) * 2 * math.sqrt(8)) for row in rows)
+    assert all(row.floor == pytest.approx(balanced_floor(8, 8)) for row in rows)
 
 
 def test_suggestions_follow_from_the_numbers() -> None:
@@ -159,7 +160,7 @@ def test_suggestions_follow_from_the_numbers() -> None:
     zeros = [(name, torch.zeros_like(p) if "proj" in name else p) for name, p in gpt]
     assert suggested(zeros, None) == (
         "balanced",
-        "5 hidden matrices start at or near zero, and balanced takes σ₁(W) for a Xavier matrix's "
+        "5 hidden matrices start at or near zero, and balanced has a higher floor under σ₁(W) "
         "there",
     )
     deep = [*gpt, *((f"h.{n}.attn.q.weight", torch.eye(64)) for n in range(5, 300))]

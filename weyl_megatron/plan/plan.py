@@ -218,7 +218,7 @@ def suggest(rows: Sequence[Row], steps: int | None = None) -> tuple[float | str,
     zero = sum(row.count for row in of_paper if row.is_hidden and row.sigma_weight < row.floor)
     if zero:
         start = f"{zero} hidden matrices start at or near zero"
-        return BALANCED, f"{start}, and balanced takes σ₁(W) for a Xavier matrix's there"
+        return BALANCED, f"{start}, and balanced has a higher floor under σ₁(W) there"
     if hidden > _PAPER_HIDDEN:
         share = next(row.tau for row in of_balanced if row.is_hidden)
         return BALANCED, (
