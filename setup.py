@@ -40,12 +40,10 @@ setup(
         "torch>=2.5",
     ],
     extras_require={
-        "deepspeed": [
-            "deepspeed>=0.16.9"
-        ],  # the engine; not required, so that Megatron's users need not install it
-        "megatron": [
-            "megatron-core>=0.14"
-        ],  # the other engine, imported by integrations.megatron.enable()
+        # an engine; not required, so that Megatron's users need not install it
+        "deepspeed": ["deepspeed>=0.16.9"],
+        # the other engine, imported by weyl_megatron.engines.megatron.enable()
+        "megatron": ["megatron-core>=0.14"],
         "examples": [
             "megatron-core>=0.14",  # the models and datasets of examples/megatron
             "deepspeed>=0.16.9",  # the engine of examples/deepspeed
