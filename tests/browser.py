@@ -106,7 +106,7 @@ def look(html: str, folder: Path, is_dark: bool) -> list[dict[str, Any]]:
         f"--user-data-dir={folder / 'profile'}",
         frames.as_uri(),
     ]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert "CONSOLE" not in ran.stderr, ran.stderr
     seen: list[dict[str, Any]] = json.loads(ran.stdout.rpartition("</script>")[2].split("SEEN")[1])
     return seen

@@ -63,7 +63,7 @@ def browse(html: str, folder: Path, *flags: str) -> dict[str, Any]:
         f"--user-data-dir={folder / 'profile'}",
         page.as_uri(),
     ]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert "CONSOLE" not in ran.stderr, ran.stderr
     seen: dict[str, Any] = json.loads(ran.stdout.rpartition("</script>")[2].split("PROBED")[1])
     return seen

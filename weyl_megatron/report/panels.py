@@ -32,11 +32,21 @@ _WARNINGS = 200  # rows of the table
 _WIDTHS = {1: 1080, 2: 530, 3: 347, 4: 256}  # of a chart, by how many stand side by side
 
 _TERMS = {
-    **{f"sigma_{role}": f"σ₁(W_{role})" for role in "qkvo"},
-    **{"sigma_1": "σ₁(W₁)", "sigma_2": "σ₁(W₂)"},
-    **{"sigma_qk": "σ₁(W_qᵀW_k)", "sigma_ov": "σ₁(W_oW_v)", "sigma_21": "σ₁(W₂W₁)"},
-    **{"norm1_gain": "‖γ₁‖", "norm1_bias": "‖β₁‖", "norm2_gain": "‖γ₂‖", "norm2_bias": "‖β₂‖"},
-    **{"x": "‖x‖", "grad_x": "‖∂L/∂x‖"},
+    "sigma_q": "σ₁(W_q)",
+    "sigma_k": "σ₁(W_k)",
+    "sigma_v": "σ₁(W_v)",
+    "sigma_o": "σ₁(W_o)",
+    "sigma_1": "σ₁(W₁)",
+    "sigma_2": "σ₁(W₂)",
+    "sigma_qk": "σ₁(W_qᵀW_k)",
+    "sigma_ov": "σ₁(W_oW_v)",
+    "sigma_21": "σ₁(W₂W₁)",
+    "norm1_gain": "‖γ₁‖",
+    "norm1_bias": "‖β₁‖",
+    "norm2_gain": "‖γ₂‖",
+    "norm2_bias": "‖β₂‖",
+    "x": "‖x‖",
+    "grad_x": "‖∂L/∂x‖",
 }
 _GRADIENTS = {f"grad_{role}": f"‖∂L/∂W_{role}‖" for role in "qkv"}
 _ENERGY = {"sec": "SEC", "effective_rank": "effective rank"}
@@ -124,7 +134,7 @@ def loss(shown: Shown) -> str:
     y = axis("training loss", (each.series["loss"] for each in runs), log=False, roof=roof)
     x = Range("step", 0, max(1, shown.steps[-1]))
     lines = [line for each in runs for line in _loss_lines(each, shown.color(each), x, y)]
-    chart = Chart("", x, y, lines, width=1080, height=380, right=190, margins=(24, 32, 46))
+    chart = Chart("", x, y, lines, width=1080, height=380, right=220, margins=(24, 32, 46))
     return grid(1, [shown.legend() + chart.svg()])
 
 
