@@ -1,0 +1,96 @@
+"""What lies in the tensors that are stepped, and when it is to be read anew."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from weyl_megatron.layouts.buffers import Buffer, Parameter, Shard
+from weyl_megatron.layouts.plain import plain_buffer
+from weyl_megatron.tensors import ParamGroups, SteppedTensors
+
+
+def parameters() -> tuple[nn.Parameter, nn.Parameter]:
+    return nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.ones(2, 3, 2, 2))
+
+
+def stepped(*tensors: Tensor, are_parameters: bool = True) -> tuple[SteppedTensors, ParamGroups]:
+    buffers = [plain_buffer(tensor, f"w{n}", {}) for n, tensor in enumerate(tensors)]
+    groups = [{"params": [tensor]} for tensor in tensors]
+    return SteppedTensors(buffers, are_parameters=are_parameters), groups
+
+
+def test_nothing_has_changed_where_only_values_have() -> None:
+    first, second = parameters()
+    tensors, groups = stepped(first, second)
+    first.data.mul_(2)
+    second.grad = torch.ones_like(second)
+    assert not tensors.have_changed(groups, share_a_budget=True)
+
+
+@pytest.mark.parametrize("change", ["shape", "dtype", "memory order", "frozen", "came"])
+def test_what_is_read_anew(change: str) -> None:
+    first, second = parameters()
+    tensors, groups = stepped(first, second)
+    if change == "shape":
+        first.data = torch.ones(5, 3)
+    elif change == "dtype":
+        first.data = torch.ones(4, 3, dtype=torch.float64)
+    elif change == "memory order":
+        second.data = second.data.contiguous(memory_format=torch.channels_last)
+    elif change == "frozen":
+        first.requires_grad_(False)
+    else:
+        other = nn.Parameter(torch.ones(2))
+        other.grad = torch.ones(2)
+        groups = [*groups, {"params": [other]}]
+    assert tensors.have_changed(groups, share_a_budget=True)
+
+
+def test_who_is_frozen_changes_nothing_where_nobody_shares_a_budget() -> None:
+    first, second = parameters()
+    tensors, groups = stepped(first, second)
+    first.requires_grad_(False)
+    assert not tensors.have_changed(groups, share_a_budget=False)
+
+
+def test_an_engine_s_tensors_are_those_of_its_layout() -> None:
+    first, second = parameters()
+    second.grad = torch.ones_like(second)
+    tensors, groups = stepped(first, are_parameters=False)
+    assert not tensors.have_changed([*groups, {"params": [second]}], share_a_budget=True)
+    with pytest.raises(ValueError, match="does not have, beside parameter 'w0'"):
+        tensors.by_device([*groups, {"params": [second]}])
+
+
+def test_buffers_are_stepped_in_the_layout_s_order_with_their_groups() -> None:
+    first, second = parameters()
+    tensors, groups = stepped(first, second)
+    ((device, pairs),) = tensors.by_device(groups[::-1]).items()
+    assert device.type == "cpu"
+    assert [(buffer.name, group) for buffer, group in pairs] == [
+        ("w0", groups[0]),
+        ("w1", groups[1]),
+    ]
+    assert [buffer.name for buffer in tensors.in_groups(groups[::-1])] == ["w1", "w0"]
+
+
+def test_a_rank_without_a_piece_steps_with_the_others_group() -> None:
+    """Of an empty tensor that no parameter group lists."""
+    shard = Shard(Parameter("w", (4, 3)), 0, 0, 0)
+    tensors = SteppedTensors([Buffer(torch.empty(0), (shard,), (), 1)], are_parameters=False)
+    groups: ParamGroups = [{"params": [], "lr": 1.0}, {"params": [], "lr": 2.0}]
+    ((_, [(_, group)]),) = tensors.by_device(groups).items()
+    assert group["lr"] == 2.0
+
+
+def test_a_weight_with_gaps_is_stepped_as_a_copy_and_one_without_memory_not_at_all() -> None:
+    gaps = torch.ones(4, 6)[:, ::2]
+    tensors, _ = stepped(gaps)
+    (buffer,) = tensors.in_groups([{"params": [gaps]}])
+    weight, form = tensors.weight(buffer)
+    assert weight is not gaps and weight.is_contiguous() and form.stride == (3, 1)
+    gaps.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="got a storage of 0 bytes"):
+        tensors.weight(buffer)
