@@ -53,11 +53,11 @@ def count(buffers: list[Buffer], state: str) -> tuple[Counted, list[list[int]]]:
             optimizer.step()
     assert {entry.certified for entry in optimizer.stats().values()} == {state == "certified"}
     (matrix_group,) = optimizer._matrix_groups
-    of = matrix_group._power.blocks
-    vectors = [of.x, of.z, of.left, *(kept for operand in of.operands for kept in operand.kept)]
-    return Counted(len(sent), sum(sent), sum(one.nbytes for one in vectors)), [
-        rows.tolist() for rows in of.cut
-    ]
+    parts = matrix_group._power.blocks
+    kept = [block for operand in parts.operands for block in operand.kept]
+    vectors = sum(each.nbytes for each in [parts.x, parts.z, parts.left, *kept])
+    cut = [rows.tolist() for rows in parts.cut]
+    return Counted(len(sent), sum(sent), vectors), cut
 
 
 def groups_of(spread: Spread) -> Groups:
@@ -86,7 +86,7 @@ def main() -> None:
         stage, place = divmod(rank, spread.tp * spread.dp)
         weights = MODEL.stage(stage, spread.pp)
         parameters = [parameter_of(weight, spread, place % spread.tp, groups) for weight in weights]
-        found = {}
+        counts = {}
         for state in RATES:
             torch.manual_seed(rank)
             buffers = buffers_of(
@@ -95,7 +95,7 @@ def main() -> None:
                 groups.data,
                 lambda length: nn.Parameter(torch.randn(length)),
             )
-            found[state], cut = count(buffers, state)
+            counts[state], cut = count(buffers, state)
         held = [
             (shard.start, shard.stop)
             for buffer in buffers
@@ -106,8 +106,8 @@ def main() -> None:
         assert held == [
             (start, stop) for holder, start, stop in pieces if holder == place // spread.tp
         ]
-        told = {"spread": number, "stage": stage, "cut": cut, **found}
-        (folder / f"{number}-{rank}.json").write_text(json.dumps(told))
+        report = {"spread": number, "stage": stage, "cut": cut, **counts}
+        (folder / f"{number}-{rank}.json").write_text(json.dumps(report))
     shutdown()
 
 

@@ -142,9 +142,9 @@ cases = st.builds(
 )
 
 
-def near(one: Tensor, other: Tensor, rounding: float = ROUNDING) -> bool:
-    scale = float(other.abs().max()) if other.numel() else 1.0
-    return torch.allclose(one, other, rtol=0, atol=rounding * max(scale, 1e-30))
+def near(tensor: Tensor, expected: Tensor, rounding: float = ROUNDING) -> bool:
+    scale = float(expected.abs().max()) if expected.numel() else 1.0
+    return torch.allclose(tensor, expected, rtol=0, atol=rounding * max(scale, 1e-30))
 
 
 @settings(max_examples=EXAMPLES)
@@ -216,8 +216,8 @@ def test_what_is_masked_is_left_alone(case: Case, number: int) -> None:
     fused.kernel.multiply(0, fused.blocks.operands[0].whole[0], mask)
     fused.kernel.orthonormalize(0, 0, mask, case.none, fused.sigma, fused.gain)
     buffers = len(case.weights)
-    for one, other in zip(fused.state()[number::buffers], before[number::buffers], strict=True):
-        assert torch.equal(one, other)
+    of_masked = fused.state()[number::buffers], before[number::buffers]
+    assert all(map(torch.equal, *of_masked))
     assert not fused.sums[number].any() and not fused.blocks.operands[0].image(number)[0].any()
     assert fused.sigma[number] == 0
 

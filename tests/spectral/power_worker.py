@@ -55,7 +55,7 @@ def main() -> None:
 
     gathered = [torch.zeros(2) for _ in range(world)]
     dist.all_gather(gathered, sigmas[:2].contiguous())
-    assert all(torch.equal(one[0], gathered[0][0]) for one in gathered)
+    assert all(torch.equal(each[0], gathered[0][0]) for each in gathered)
     if rank == 0:
         print("all layouts agree")
     shutdown()

@@ -27,8 +27,8 @@ def test_ranks_keep_the_vectors_of_a_shared_matrix_in_one_dtype_whatever_else_th
         return [each.dtype for each in blocks.operands[0].kept]
 
     with summing_groups():
-        one, other = on_ranks(2, [group], kept)
-    assert one == [torch.float32] and other == [torch.float32, torch.bfloat16]
+        of_first, of_second = on_ranks(2, [group], kept)
+    assert of_first == [torch.float32] and of_second == [torch.float32, torch.bfloat16]
 
 
 def test_starting_again_leaves_the_vectors_where_they_were() -> None:

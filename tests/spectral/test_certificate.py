@@ -20,7 +20,7 @@ def sigma(matrix: Tensor) -> float:
 
 
 def update(kind: str, weight: Tensor, generator: torch.Generator) -> Tensor:
-    """An update of Frobenius norm 1 that is meant to make the carried bound wrong."""
+    """An update of Frobenius norm 1 that is meant to make the bound on σ₁(W) wrong."""
     left, _, right = torch.linalg.svd(weight, full_matrices=False)
     if kind == "against the top":  # takes all that ‖U‖_F allows from σ₁(W)
         move = torch.outer(left[:, 0], right[0])
@@ -49,9 +49,8 @@ class Run:
     ) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.weight = torch.nn.Parameter(torch.randn(shape, generator=self.generator) * scale)
-        rate = (
-            100 * scale
-        )  # so that the updates are small beside 1, which U = G / (|G| + ε) cannot exceed
+        # So that the updates are small beside 1, which U = G / (|G| + ε) cannot exceed.
+        rate = 100 * scale
         self.optimizer = AdamW2(
             [("w", self.weight)],
             lr=rate,
@@ -90,12 +89,11 @@ class Run:
             assert rate * exact <= allowed, (
                 "a step was skipped that exact arithmetic would have clipped"
             )
-            assert entry.sigma_weight <= sigma(before) and entry.sigma_update >= exact * (
-                1 - 1e-6
-            )  # float32 sums
+            assert entry.sigma_weight <= sigma(before)
+            assert entry.sigma_update >= exact * (1 - 1e-6)  # float32 sums
             assert not entry.clipped and entry.lr == rate
         bound = float(next(iter(self.optimizer._matrix_groups)).certificate.lower)
-        assert bound <= sigma(self.weight.detach()), "the carried bound is above σ₁(W)"
+        assert bound <= sigma(self.weight.detach()), "the bound is above σ₁(W)"
 
 
 shares = st.sampled_from([0.02, 0.1, 0.5, 0.9, 0.95, 0.999, 1.0, 1.001, 3.0])
@@ -156,7 +154,7 @@ def test_the_attack_breaks_a_bound_that_forgets_what_was_applied(
         for share in [0.5, 0.52, 0.54, 0.56, 0.58] * 4:
             run.step("against the top", share)
 
-    with pytest.raises(AssertionError, match="the carried bound is above"):
+    with pytest.raises(AssertionError, match="the bound is above"):
         attack()
 
 

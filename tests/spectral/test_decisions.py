@@ -132,7 +132,7 @@ def decided(request: pytest.FixtureRequest) -> tuple[float, list[list[Run]]]:
 def test_ranks_decide_alike_on_either_side_of_the_threshold(
     decided: tuple[float, list[list[Run]]],
 ) -> None:
-    """A collective gives all of them the same bits, so they wait for each other in none."""
+    """A collective gives all of them the same bits: none waits for one that does not come."""
     _, runs = decided
     assert {agreed(ranks).made for ranks in runs} == {1, 2}
 
@@ -148,8 +148,8 @@ def test_a_decision_is_worth_what_one_iteration_gains_at_most(
         assert 0 < gained < tolerances.one_more(settled)
         assert lower.stats.lr / upper.stats.lr - 1 == pytest.approx(gained, rel=1e-3)
     gaps = [
-        float(torch.linalg.matrix_norm(joined(one) - joined(other), 2))
-        for one, other in itertools.combinations(runs, 2)
+        float(torch.linalg.matrix_norm(joined(first) - joined(second), 2))
+        for first, second in itertools.combinations(runs, 2)
     ]
     # The matrix moved by 1 % of σ₁(W) in each of two steps, at rates that differ by the decision.
     assert 0 < max(gaps) < tolerances.weights(0.01, 2) * runs[0][0].stats.sigma_weight
@@ -213,7 +213,7 @@ def test_the_demo_s_iterations_gain_less_and_less() -> None:
     for _, of_update in optimizer.sigma.values():
         stops += len(of_update.more)
         for gained, more in of_update.more:
-            assert more < tolerances.one_more(max(gained, 1e-6)), "of its own gain"
+            assert more < tolerances.one_more(max(gained, 1e-5)), "of its own gain"
             most = max(most, more)
     print(f"{stops} iterations were the last; one more would have gained {most:.2%} at most")
     assert stops > 100 and most < tolerances.one_more()

@@ -100,16 +100,15 @@ def test_what_is_not_finite_is_not_a_number_and_leaves_the_others_alone() -> Non
     matrices[1][2, 3] = float("inf")
     sigmas = whole(matrices).sigmas([flat(matrices)])[0]
     assert sigmas.isnan().tolist() == [False, True, False]
-    assert sigmas[0].item() == pytest.approx(
-        float(torch.linalg.matrix_norm(matrices[0], 2)), rel=1e-3
-    )
+    exact = float(torch.linalg.matrix_norm(matrices[0], 2))
+    assert sigmas[0].item() == pytest.approx(exact, rel=1e-3)
 
 
 def test_operands_keep_vectors_of_their_own() -> None:
     torch.manual_seed(0)
-    one, two = torch.randn(9, 5), torch.randn(9, 5) * 3
-    both = whole([one], widths=(4, 4)).sigmas([flat([one]), flat([two])])[:, 0]
-    alone = [whole([matrix]).sigmas([flat([matrix])]).item() for matrix in (one, two)]
+    weight, update = torch.randn(9, 5), torch.randn(9, 5) * 3
+    both = whole([weight], widths=(4, 4)).sigmas([flat([weight]), flat([update])])[:, 0]
+    alone = [whole([matrix]).sigmas([flat([matrix])]).item() for matrix in (weight, update)]
     assert both.tolist() == pytest.approx(alone, rel=1e-6)
 
 
@@ -174,9 +173,9 @@ def test_an_iteration_that_would_gain_nothing_is_left_out(monkeypatch: pytest.Mo
     assert iterations == [COLD_ITERS, COLD_ITERS], "nothing is known of new vectors"
     for _ in range(10):
         moving = torch.randn(40, 30)
-        found = power.sigmas([flat([steady, moving])])[0]
+        sigmas = power.sigmas([flat([steady, moving])])[0]
     assert iterations == [COLD_ITERS + 10, COLD_ITERS + 20]
-    assert found[0].item() == pytest.approx(exact_sigma(steady), rel=1e-3)
+    assert sigmas[0].item() == pytest.approx(exact_sigma(steady), rel=1e-3)
 
 
 def test_a_gain_is_what_the_second_half_of_an_iteration_adds() -> None:
