@@ -197,6 +197,28 @@ def test_the_certificate_s_decision_leaves_the_rate(
     assert torch.allclose(moved, other, rtol=0, atol=4 * torch.finfo(torch.float32).eps * 4)
 
 
+@pytest.mark.parametrize(
+    ("apart", "is_right"),
+    [
+        ({}, True),
+        ({"a": 0.02}, True),  # one decision
+        ({"a": 0.021}, False),  # more than that is worth
+        ({"a": 2e-4, "b": 2e-4, "c": 2e-4}, False),  # everything is off
+    ],
+    ids=str,
+)
+def test_rates_of_another_layout_may_differ_by_a_decision(
+    apart: dict[str, float], is_right: bool
+) -> None:
+    expected = dict.fromkeys("abcd", 0.01)
+    rates = {name: rate * (1 + apart.get(name, 5e-5)) for name, rate in expected.items()}
+    if is_right:
+        tolerances.check_rates(rates, expected)
+    else:
+        with pytest.raises(AssertionError, match="more than"):
+            tolerances.check_rates(rates, expected)
+
+
 def test_the_demo_s_iterations_gain_less_and_less() -> None:
     """What :func:`tolerances.one_more` is derived from, on the updates of a training run."""
     stops, most = 0, 0.0
