@@ -48,7 +48,29 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 
 #: The files that take longest, the longest first (`pytest --durations=0` tells). Two workers that
 #: share the files are done at about the same time then.
-LONGEST: tuple[str, ...] = ()
+LONGEST = (
+    "launch/test_hosts.py",
+    "demo/test_demo.py",
+    "kernels/test_choice.py",
+    "faults/test_save_faults.py",
+    "examples/test_collapse.py",
+    "examples/test_deepspeed_runs.py",
+    "engines/deepspeed/test_deepspeed.py",
+    "day/test_day.py",
+    "faults/test_resize.py",
+    "faults/test_properties.py",
+    "transformer/test_residual.py",
+    "watch/test_watch.py",
+    "examples/test_pretrain.py",
+    "transformer/test_reparam.py",
+    "engines/huggingface/test_huggingface.py",
+    "faults/test_security.py",
+    "patches/test_deepspeed.py",
+    "patches/test_megatron.py",
+    "engines/megatron/test_checkpoints.py",
+    "engines/megatron/test_megatron.py",
+    "engines/megatron/test_nonfinite.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

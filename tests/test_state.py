@@ -67,7 +67,8 @@ def test_a_state_of_another_shape_is_refused_when_it_is_loaded(
     weight = nn.Parameter(torch.randn(other))
     before = weight.detach().clone()
     optimizer = AdamW2([("h.0.weight", weight)])
-    sentence = rf"'exp_avg' of shape \({', '.join(map(str, shape))},?\) for parameter 'h.0.weight', it takes its shape"
+    extents = ", ".join(map(str, shape))
+    sentence = rf"'exp_avg' of shape \({extents},?\) for parameter 'h.0.weight', it takes its shape"
     with pytest.raises(ValueError, match=sentence) as error:
         optimizer.load_state_dict(saved)
     assert "\n" not in str(error.value) and str(other) in str(error.value)

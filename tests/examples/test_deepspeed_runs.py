@@ -40,8 +40,8 @@ LARGE = {"vit_l": [], "gpt_774m": ["seq_length=128"], "vit_g": [], "gpt_1.3b": [
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
-    run("-m", "examples.data.prepare_text", *map(str, sources), "--out", str(folder), "--vocab-size", "512",
-        "--valid", "0.1")  # fmt: skip
+    options = ["--out", str(folder), "--vocab-size", "512", "--valid", "0.1"]
+    run("-m", "examples.data.prepare_text", *map(str, sources), *options)
     return folder
 
 

@@ -44,7 +44,8 @@ CONVERT = """
 import runpy, sys
 for folder in sys.argv[1:]:
     options = "--inject_missing_state --num_extract_workers 1 --num_merge_workers 1".split()
-    sys.argv = ["ds_to_universal", "--input_folder", folder, "--output_folder", folder + "_universal", *options]
+    options += ["--input_folder", folder, "--output_folder", folder + "_universal"]
+    sys.argv = ["ds_to_universal", *options]
     runpy.run_module("deepspeed.checkpoint.ds_to_universal", run_name="__main__")
 """
 

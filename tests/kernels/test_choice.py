@@ -293,7 +293,7 @@ OTHERS = {
 def others(request: pytest.FixtureRequest) -> Iterator[dict[str, subprocess.Popen[str]]]:
     """All that are tested at once, beside each other."""
     runs = {}
-    for name in values_of(request, "name"):
+    for name in OTHERS.keys() & values_of(request, "name"):
         kernel, tests = OTHERS[name]
         environment = {
             **os.environ,

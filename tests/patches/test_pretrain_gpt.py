@@ -63,7 +63,10 @@ def pretrain(tree: Path) -> Callable[[str, str], tuple[Losses, set[str]]]:
         argv = [door, checkout, *SMALL.split(), "--tensor-model-parallel-size", "2", *flags.split()]
         printed = run_ranks("torch", INTEGRATION / "pretrain_worker.py", 2, *argv)
         number = r"([-+.\dE]+|nan|inf)"
-        losses = rf"iteration +(\d+)/.*learning rate: {number} .*lm loss: {number} .*grad norm: {number} "
+        losses = (
+            rf"iteration +(\d+)/.*learning rate: {number} .*lm loss: {number} .*"
+            rf"grad norm: {number} "
+        )
         return re.findall(losses, printed), set(re.findall(r"stepped (\w+)", printed))
 
     return run

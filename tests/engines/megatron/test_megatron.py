@@ -286,20 +286,33 @@ def test_what_cannot_be_right_is_refused_in_one_sentence() -> None:
             "AdamW2: use_precision_aware_optimizer got True, it takes False."
         ),
         "optimizer_cpu_offload at once": "AdamW2: optimizer_cpu_offload got True, it takes False.",
-        "gtp_weight_remat_size": "AdamW2: gtp_weight_remat_size got 2, it takes 1: as many weight shards as "
-        "tensor-parallel ranks.",
-        "expert_gtp_weight_remat_size": "AdamW2: expert_gtp_weight_remat_size got 2, it takes 1: as many weight shards "
-        "as tensor-parallel ranks.",
-        "is_gtp_weight_remat": "AdamW2: parameter 'embedding.word_embeddings.weight' is cut into weight shards (GTP), "
-        "whose layout AdamW2 does not understand; it takes as many weight shards as "
-        "tensor-parallel ranks.",
+        "gtp_weight_remat_size": (
+            "AdamW2: gtp_weight_remat_size got 2, it takes 1: as many weight shards as "
+            "tensor-parallel ranks."
+        ),
+        "expert_gtp_weight_remat_size": (
+            "AdamW2: expert_gtp_weight_remat_size got 2, it takes 1: as many weight shards as "
+            "tensor-parallel ranks."
+        ),
+        "is_gtp_weight_remat": (
+            "AdamW2: parameter 'embedding.word_embeddings.weight' is cut into weight shards (GTP), "
+            "whose layout AdamW2 does not understand; it takes as many weight shards as "
+            "tensor-parallel ranks."
+        ),
         "decoupled_weight_decay": "AdamW2: decoupled_weight_decay got False, it takes True.",
         "use_megatron_fsdp": "AdamW2: use_megatron_fsdp got True, it takes False.",
-        "torch FSDP2": "AdamW2: the model is wrapped in TorchFullyShardedDataParallel, whose layout AdamW2 does not "
-        "understand; it takes Megatron's DistributedDataParallel.",
-        "override": "AdamW2: overrides got the match '*.nothing', which matches no parameter's name "
-        "(the first is 'embedding.word_embeddings.weight').",
-        "patched": "AdamW2: this Megatron has the patch of weyl_megatron, which takes OptimizerConfig(adamw2_tau=…) "
-        "and the --adamw2- flags of its own scripts, not enable().",
+        "torch FSDP2": (
+            "AdamW2: the model is wrapped in TorchFullyShardedDataParallel, whose layout AdamW2 "
+            "does not understand; it takes Megatron's DistributedDataParallel."
+        ),
+        "override": (
+            "AdamW2: overrides got the match '*.nothing', which matches no parameter's name (the "
+            "first is 'embedding.word_embeddings.weight')."
+        ),
+        "patched": (
+            "AdamW2: this Megatron has the patch of weyl_megatron, which takes "
+            "OptimizerConfig(adamw2_tau=…) and the --adamw2- flags of its own scripts, not "
+            "enable()."
+        ),
     }
     assert said == expected

@@ -337,10 +337,11 @@ def test_the_script_runs_as_python_runs_it(tmp_path: Path) -> None:
 # Megatron's own arguments.
 
 SMALL = """
-    --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --max-position-embeddings 32
-    --micro-batch-size 2 --global-batch-size 4 --train-iters 5 --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine
-    --lr-warmup-iters 0 --weight-decay 0.1 --adam-beta2 0.95 --mock-data --tokenizer-type NullTokenizer
-    --vocab-size 127 --transformer-impl local --no-masked-softmax-fusion --no-gradient-accumulation-fusion
+    --num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32
+    --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 5
+    --lr 1e-2 --min-lr 1e-3 --lr-decay-style cosine --lr-warmup-iters 0
+    --weight-decay 0.1 --adam-beta2 0.95 --mock-data --tokenizer-type NullTokenizer --vocab-size 127
+    --transformer-impl local --no-masked-softmax-fusion --no-gradient-accumulation-fusion
     --no-persist-layer-norm --log-interval 1 --eval-iters 0 --eval-interval 100 --num-workers 0
     --distributed-backend gloo
 """
@@ -409,7 +410,10 @@ def pretrain() -> Callable[[str, str], tuple[Losses, list[str]]]:
         argv = [CHECKOUT, *SMALL.split(), "--tensor-model-parallel-size", "2", *flags.split()]
         printed = run_ranks("torch", HERE / "pretrain_worker.py", 2, way, *argv)
         number = r"([-+.\dE]+|nan|inf)"
-        losses = rf"iteration +(\d+)/.*learning rate: {number} .*lm loss: {number} .*grad norm: {number} "
+        losses = (
+            rf"iteration +(\d+)/.*learning rate: {number} .*lm loss: {number} .*"
+            rf"grad norm: {number} "
+        )
         return re.findall(losses, printed), re.findall(r"stepped (\w+)", printed)
 
     return run
