@@ -142,6 +142,7 @@ def test_where_adamw_works_adamw2_works_and_where_it_raises_it_raises_one_senten
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_search_finds_a_planted_fault(fault: str) -> None:
     with Server(fault) as faulty:

@@ -47,6 +47,7 @@ def validation(output: str) -> str:
     return loss
 
 
+@pytest.mark.slow
 def test_adamw2_learns_without_a_warmup_is_watched_and_resumes_where_it_was(
     text: Path, tmp_path: Path
 ) -> None:

@@ -25,6 +25,7 @@ def stories() -> dict[str, Story]:
     return {run.name: train(run, CHANGE, STEPS, seed=0, every=5) for run in RUNS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "adamw2"])
 def test_entropy_falls_at_once_and_comes_back(name: str, stories: dict[str, Story]) -> None:
     usual, changed = stories[name], stories[f"{name}-changed"]
@@ -35,6 +36,7 @@ def test_entropy_falls_at_once_and_comes_back(name: str, stories: dict[str, Stor
     assert mean(usual.entropies, 20, 30) > 0.75 * before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "adamw2"])
 def test_without_it_nothing_changes(name: str, stories: dict[str, Story]) -> None:
     usual, changed = stories[name], stories[f"{name}-changed"]

@@ -380,6 +380,7 @@ def test_what_zero_3_has_partitioned_is_refused(spread: Path) -> None:
     assert "'0' is partitioned by ZeRO-3; convert before, without zero.Init" in converting
 
 
+@pytest.mark.slow
 def test_under_tensor_parallelism_it_is_one_process_s(tmp_path: Path) -> None:
     pytest.importorskip("megatron.core")
     paths = {ranks: str(tmp_path / f"checkpoint{ranks}") for ranks in (1, 2)}

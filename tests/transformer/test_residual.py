@@ -286,6 +286,7 @@ def test_a_learned_factor_has_the_layer_s_dtype_and_keeps_the_output_s() -> None
     assert seen == [torch.bfloat16]
 
 
+@pytest.mark.slow
 def test_a_deep_post_norm_model_trains_where_it_did_not() -> None:
     """24 blocks, AdamW at 3e-3 without warmup: rank collapse stays at the bytes' unigram entropy,
     about 3.1 nats.

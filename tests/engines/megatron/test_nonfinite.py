@@ -10,6 +10,7 @@ from tests.processes import run_ranks
 pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
 
+@pytest.mark.slow
 def test_one_rank_s_nan_skips_the_step_on_all(
     record_property: Callable[[str, object], None],
 ) -> None:
