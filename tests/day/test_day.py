@@ -1,18 +1,17 @@
 """A user's day, drawn: what people do to a model and its optimizer between steps, beside torch's
 own AdamW.
 
-    make day    twenty thousand days instead of one thousand
+    make day    twenty thousand days, where make test draws 200 and make test-all 1000
 
 A day (play.py) is a model and a list of actions (actions.py). AdamW, AdamW2 at τ = ∞ and AdamW2 at
 the paper's τ live through it, in a process of its own (server.py), and are judged after every
 action (judge.py):
 
 * where AdamW works AdamW2 works: at τ = ∞ with its weights and state bit for bit, else with its
-moments and a
-  move that Algorithm 1 allows;
+  moments and a move that Algorithm 1 allows;
 * where it raises AdamW2 raises one sentence, there or when a state is loaded that the next step
-would refuse; * nothing ends in a signal, and nothing outside of weights and state is read or
-written (fences.py).
+  would refuse;
+* nothing ends in a signal, and nothing outside of weights and state is read or written (fences.py).
 
 What differs on purpose is in ``judge.DIFFERENCES``.
 """

@@ -2,7 +2,7 @@
 checkpoint.
 
 Usage: killed_worker.py RANK TAG, then the script's own arguments. RANK writes half of its first
-    file of TAG, no more.
+file of TAG, no more.
 """
 
 from __future__ import annotations

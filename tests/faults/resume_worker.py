@@ -2,7 +2,7 @@
 for every case.
 
 Usage: resume_worker.py CASES.json OUT_DIR. Imports nothing to train with AdamW2: DeepSpeed finds it
-    by its name.
+by its name.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """torchrun worker of soak.py: some steps of a run under ZeRO-3, on any of 1, 2, 3 or 6 ranks.
 
 Usage: soak_worker.py OUT LAST TOTAL LOAD: trains up to step LAST of TOTAL, from the newest
-    checkpoint ("rigid"), from
-its universal copy ("universal") or from nothing ("none"). Appends to OUT/log.jsonl. Imports nothing
-to train with
-AdamW2: DeepSpeed finds it by its name.
+checkpoint ("rigid"), from its universal copy ("universal") or from nothing ("none"). Appends to
+OUT/log.jsonl. Imports nothing to train with AdamW2: DeepSpeed finds it by its name.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 every ZeRO stage.
 
 Usage: switch_worker.py STAGES OUT_DIR. Imports nothing to train with AdamW2: DeepSpeed finds it by
-    its name.
+its name.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """torchrun worker: one leg of a run that changes its number of ranks, for every case.
 
 Usage: universal_worker.py CASES.json OUT_DIR LEG. A leg has ``load`` (a step, whose universal
-    checkpoint is loaded),
-``until`` (the step up to which it trains) and ``save`` (the step at which it saves); it records the
-whole state at every step. Imports nothing to train with AdamW2: DeepSpeed finds it by its name.
+checkpoint is loaded), ``until`` (the step up to which it trains) and ``save`` (the step at which it
+saves); it records the whole state at every step. Imports nothing to train with AdamW2: DeepSpeed
+finds it by its name.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 parallel.
 
 Usage: reparam_megatron_worker.py OUT.json CHECKPOINT…: saves the first, and loads each into a model
-    of its own.
+of its own.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 middle, resumes.
 
 Usage: reparam_zero_worker.py OUT_DIR STAGE… The global batch is the same at any number of
-    processes.
+processes.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 compares with going on.
 
 Usage: checkpoint_worker.py CASES.json OUT_DIR. A case names a format, the layout that saves and
-    those that load.
+those that load.
 """
 
 from __future__ import annotations
