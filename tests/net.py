@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests import tolerances
 from weyl_megatron import AdamW2
 from weyl_megatron.reference import AdamW2Reference, BlockPower
 
@@ -125,6 +126,7 @@ def batches(data_parallel: int) -> Tensor:
     )
 
 
+@tolerances.every_iteration()
 def one_process(
     data_parallel: int,
     dtype: torch.dtype = torch.float32,

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
+from tests import tolerances
 from weyl_megatron.engines.shutdown import shutdown
 
 STEPS = 5
@@ -54,6 +55,9 @@ def train(stage: int, tau: object = 0.01) -> tuple[dict[str, Tensor], dict[str, 
 
 def main() -> None:
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    _, rates = train(0)
+    tolerances.check_rates(train(1)[1], rates)  # as users train
+    tolerances.make_every_iteration()  # so that no rounding decides on one
     weights, rates = train(0)
     experts = [name for name in rates if "deepspeed_experts" in name]
     assert len(experts) == 2, rates

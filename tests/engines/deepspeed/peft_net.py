@@ -11,6 +11,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
+from tests import tolerances
 from tests.engines.huggingface import tiny
 from weyl_megatron import AdamW2, MatrixStats
 
@@ -81,6 +82,7 @@ def batches() -> Tensor:
     )
 
 
+@tolerances.every_iteration()
 def one_process(case: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, MatrixStats]]:
     """Return the trained weights, and what the last step did."""
     net = make(case["method"])

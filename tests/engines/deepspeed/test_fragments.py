@@ -16,6 +16,7 @@ from torch import Tensor
 pytest.importorskip("deepspeed")
 
 from tests import net as nets
+from tests import tolerances
 from tests.engines.deepspeed import fragments_worker as worker
 from tests.processes import run_ranks
 from tests.selection import values_of
@@ -101,6 +102,7 @@ def test_the_edits_matter() -> None:
     assert all(distance({name: edited[name]}, {name: plain[name]}) > 0.01 for name in plain)
 
 
+@tolerances.every_iteration()
 def one_process(
     dtype: torch.dtype, is_edited: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, float]]:

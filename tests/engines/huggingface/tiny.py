@@ -18,6 +18,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from tests import tolerances
 from weyl_megatron import AdamW2
 
 STEPS, ACCUMULATION, WORLD, MICRO = 10, 2, 2, 4
@@ -105,6 +106,7 @@ def decays(name: str) -> bool:
     return "bias" not in name and "ln_" not in name and "layernorm" not in name
 
 
+@tolerances.every_iteration()
 def one_process(
     kind: str, rates: Sequence[float], groups: bool, tau: float | str = TAU
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
