@@ -2,7 +2,7 @@
 patch.
 
 Usage: megatron_worker.py TREE CASES.json OUT_DIR. Without a TREE ("") the installed megatron-core
-trains, through the door. In a TREE nothing of ours is called: a case's options are fields of
+trains, through the adapter. In a TREE nothing of ours is called: a case's options are fields of
 Megatron's OptimizerConfig.
 """
 

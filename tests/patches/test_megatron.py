@@ -1,4 +1,4 @@
-"""The installed megatron-core with its patch trains as it does through the door, and adam as
+"""The installed megatron-core with its patch trains as it does through the adapter, and adam as
 without the patch.
 """
 
@@ -83,7 +83,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
-    for way, path in {"patched": str(tree), "door": ""}.items():
+    for way, path in {"patched": str(tree), "adapter": ""}.items():
         folders[way] = folder = tmp_path_factory.mktemp(way)
         for ranks, cases in CASES.items():
             more = REFUSED if way == "patched" and ranks == 1 else []
@@ -102,15 +102,17 @@ def load(folder: Path, name: str) -> dict[str, Any]:
 def test_the_patched_tree_trains_as_the_door_does_bit_for_bit(
     runs: dict[str, Path], name: str
 ) -> None:
-    patched, door = load(runs["patched"], name), load(runs["door"], name)
+    patched, adapter = load(runs["patched"], name), load(runs["adapter"], name)
     assert "error" not in patched, patched["error"]
-    assert "error" not in door, door["error"]
-    assert patched["inner"] == door["inner"] == ("AdamW" if name.startswith("adam") else "AdamW2")
-    assert patched["wrappers"] == door["wrappers"]
-    assert all(
-        torch.equal(weight, door["weights"][key]) for key, weight in patched["weights"].items()
+    assert "error" not in adapter, adapter["error"]
+    assert (
+        patched["inner"] == adapter["inner"] == ("AdamW" if name.startswith("adam") else "AdamW2")
     )
-    assert patched["stats"] == door["stats"]  # σ₁ and rates of every matrix, on every rank
+    assert patched["wrappers"] == adapter["wrappers"]
+    assert all(
+        torch.equal(weight, adapter["weights"][key]) for key, weight in patched["weights"].items()
+    )
+    assert patched["stats"] == adapter["stats"]  # σ₁ and rates of every matrix, on every rank
     assert name.startswith("adam") or any(
         entry[3] for mine in patched["stats"] for entry in mine.values()
     )

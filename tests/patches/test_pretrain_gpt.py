@@ -1,5 +1,5 @@
 """A Megatron-LM checkout with its patch runs pretrain_gpt.py as it is, and trains as the unpatched
-one with the door.
+one with the adapter.
 
 MEGATRON_LM names the checkout, of which a copy is patched.
 """
@@ -55,12 +55,19 @@ def pretrain(tree: Path) -> Callable[[str, str], tuple[Losses, set[str]]]:
         """Return iteration, rate, loss and gradient norm as printed, and the classes that made the
         steps.
         """
-        checkout, door = {
+        checkout, adapter = {
             "patched": (str(tree), "plain"),
             "plain": (CHECKOUT, "plain"),
-            "door": (CHECKOUT, "door"),
+            "adapter": (CHECKOUT, "adapter"),
         }[way]
-        argv = [door, checkout, *SMALL.split(), "--tensor-model-parallel-size", "2", *flags.split()]
+        argv = [
+            adapter,
+            checkout,
+            *SMALL.split(),
+            "--tensor-model-parallel-size",
+            "2",
+            *flags.split(),
+        ]
         printed = run_ranks("torch", INTEGRATION / "pretrain_worker.py", 2, *argv)
         number = r"([-+.\dE]+|nan|inf)"
         losses = (
@@ -85,9 +92,9 @@ def test_the_patched_script_prints_the_losses_of_the_door(
     pretrain: Callable[[str, str], tuple[Losses, set[str]]], flags: str
 ) -> None:
     patched, classes = pretrain("patched", f"--optimizer adamw2 {flags}")
-    door, _ = pretrain("door", f"--optimizer adamw2 {flags}")
+    adapter, _ = pretrain("adapter", f"--optimizer adamw2 {flags}")
     assert classes == {"AdamW2"}
-    assert len(patched) == 5 and patched == door
+    assert len(patched) == 5 and patched == adapter
 
 
 def test_adam_of_the_patched_script_is_adam(

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import tolerances
 from tests.processes import HANGS, ROOT, run_ranks
 from tests.selection import quick_and_slow, values_of
 from weyl_megatron import AdamW2
@@ -217,6 +218,7 @@ def test_a_resumed_run_ends_at_the_same_weights(
     )
 
 
+@tolerances.every_iteration()
 def test_the_trainer_without_deepspeed_takes_the_optimizer_itself(tmp_path: Path) -> None:
     model = tiny.make("gpt2")
     options: dict[str, Any] = {

@@ -1,5 +1,6 @@
-"""Runs pretrain_gpt.py of a Megatron-LM checkout on CPU and gloo: ``pretrain_worker.py door|plain
-CHECKOUT FLAGS…``.
+"""Runs pretrain_gpt.py of a Megatron-LM checkout on CPU and gloo.
+
+Usage: pretrain_worker.py adapter|plain CHECKOUT FLAGS…
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ if __name__ == "__main__":
     register_optimizer_step_post_hook(
         lambda optimizer, *_: print(f"stepped {type(optimizer).__name__}\n", end="")
     )
-    if way == "door":
+    if way == "adapter":
         from weyl_megatron.engines.megatron.__main__ import main
 
         main([script, *flags])

@@ -36,8 +36,8 @@ ONE_PROCESS: list[dict[str, Any]] = [
     {"name": "one-moe", "moe": True},
     {"name": "one-auto", "options": {"tau": "balanced"}},
     {"name": "one-whole", "options": {"split_fused": False}},
-    {"name": "adam-without-the-door", "optimizer": "adam", "enable": False},
-    {"name": "adam-beside-the-door", "optimizer": "adam"},
+    {"name": "adam-without-adapter", "optimizer": "adam", "enable": False},
+    {"name": "adam-beside-adapter", "optimizer": "adam"},
 ]
 
 DIST_OPT = {"dist_opt": True}
@@ -262,7 +262,7 @@ def kinds(runs: Path, case: dict[str, Any]) -> list[str]:
 
 
 def test_adam_beside_the_door_is_megatrons_own_bit_for_bit(runs: Path) -> None:
-    without, beside = load(runs, "adam-without-the-door"), load(runs, "adam-beside-the-door")
+    without, beside = load(runs, "adam-without-adapter"), load(runs, "adam-beside-adapter")
     assert without["inner"] == beside["inner"] == "AdamW"
     assert all(
         torch.equal(weight, beside["weights"][name]) for name, weight in without["weights"].items()

@@ -1,4 +1,4 @@
-"""The door to Megatron-LM's own training scripts: ``python -m weyl_megatron.engines.megatron
+"""The adapter of Megatron-LM's own training scripts: ``python -m weyl_megatron.engines.megatron
 pretrain_gpt.py …``.
 
 Megatron-LM is on no registry: MEGATRON_LM names a checkout. Its training package, without the
@@ -272,7 +272,7 @@ def test_more_weight_shards_than_tensor_parallel_ranks_are_refused(
 # The command.
 
 
-def door(*argv: str, path: str = "") -> subprocess.CompletedProcess[str]:
+def adapter(*argv: str, path: str = "") -> subprocess.CompletedProcess[str]:
     environment = dict(
         os.environ,
         PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), path])),
@@ -295,13 +295,13 @@ def test_importing_the_door_leaves_the_choice_of_a_megatron_open() -> None:
 
 def test_usage() -> None:
     for argv in ([], ["--help"]):
-        run = door(*argv)
+        run = adapter(*argv)
         assert run.returncode == 0 and "--adamw2-no-split-fused" in run.stdout
         assert run.stdout.startswith("usage: python -m weyl_megatron.engines.megatron SCRIPT")
 
 
 def test_a_missing_script_stops_with_one_sentence() -> None:
-    run = door("no/pretrain_gpt.py", "--optimizer", "adamw2")
+    run = adapter("no/pretrain_gpt.py", "--optimizer", "adamw2")
     assert run.returncode == 2
     sentence = (
         "got 'no/pretrain_gpt.py' for the script, which is no file; it takes "
@@ -328,7 +328,7 @@ def test_the_script_runs_as_python_runs_it(tmp_path: Path) -> None:
     link = tmp_path / "link.py"
     link.symlink_to(script)
     for path in (script, link):
-        run = door(str(path), "--a", "1")
+        run = adapter(str(path), "--a", "1")
         assert run.stdout.split("\n")[0] == (
             f"__main__ {path} {[str(path), '--a', '1']} {checkout} {training / '__init__.py'}"
         ), run.stderr
@@ -357,7 +357,7 @@ SMALL = """
 )
 def test_megatron_parses_and_validates(flags: str, expected: str) -> None:
     script = HERE / "pretrain_script.py"
-    run = door(str(script), *SMALL.split(), *flags.split(), path=CHECKOUT)
+    run = adapter(str(script), *SMALL.split(), *flags.split(), path=CHECKOUT)
     assert run.returncode == 0, run.stderr[-3000:]
     sharded = "--use-distributed-optimizer" in flags
     assert f"found {expected} {sharded} {script} {HERE}\n" in run.stdout
@@ -369,8 +369,8 @@ def test_megatron_parses_and_validates(flags: str, expected: str) -> None:
 @needs_training
 def test_megatron_shows_the_flags() -> None:
     # In its usage: the --help of 0.18 and 0.19 ends in a ValueError of argparse, with and without
-    # the door.
-    run = door(str(HERE / "pretrain_script.py"), "--optimizer", "none", path=CHECKOUT)
+    # the adapter.
+    run = adapter(str(HERE / "pretrain_script.py"), "--optimizer", "none", path=CHECKOUT)
     assert run.returncode == 2
     assert (
         re.search(r"--optimizer \{adam,.*adamw2\}", run.stderr)
@@ -380,7 +380,7 @@ def test_megatron_shows_the_flags() -> None:
 
 @needs_training
 def test_megatron_stops_at_a_bad_flag() -> None:
-    run = door(
+    run = adapter(
         str(HERE / "pretrain_script.py"),
         *SMALL.split(),
         "--optimizer",
@@ -422,10 +422,10 @@ def pretrain() -> Callable[[str, str], tuple[Losses, list[str]]]:
 @needs_checkout
 def test_pretrain_gpt_trains(pretrain: Callable[[str, str], tuple[Losses, list[str]]]) -> None:
     adam, _ = pretrain("plain", "--optimizer adam")
-    beside, classes = pretrain("door", "--optimizer adam")
+    beside, classes = pretrain("adapter", "--optimizer adam")
     assert len(adam) == 5 and beside == adam and "AdamW2" not in classes
 
-    adamw2, classes = pretrain("door", "--optimizer adamw2 --adamw2-tau 0.01")
+    adamw2, classes = pretrain("adapter", "--optimizer adamw2 --adamw2-tau 0.01")
     assert set(classes) == {"AdamW2"} and len(classes) == 10  # five steps on two ranks
     assert all(0 < float(loss) < 10 for _, _, loss, _ in adamw2)
     assert adamw2[0] == adam[0] and all(
@@ -433,7 +433,7 @@ def test_pretrain_gpt_trains(pretrain: Callable[[str, str], tuple[Losses, list[s
     )
 
     sharded, classes = pretrain(
-        "door",
+        "adapter",
         "--optimizer adamw2 --use-distributed-optimizer --overlap-grad-reduce "
         "--overlap-param-gather",
     )
@@ -465,7 +465,7 @@ def test_pretrain_gpt_trains_on_what_the_example_prepared(tmp_path: Path) -> Non
         "--vocab-size 127", ""
     )
     printed = run_ranks(
-        "torch", HERE / "pretrain_worker.py", 4, "door", CHECKOUT, *small.split(), *flags.split()
+        "torch", HERE / "pretrain_worker.py", 4, "adapter", CHECKOUT, *small.split(), *flags.split()
     )
     losses = [float(loss) for loss in re.findall(r"lm loss: ([.\dE+-]+)", printed)]
     assert len(losses) == 5 and losses[-1] < losses[0] - 0.1
