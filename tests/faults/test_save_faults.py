@@ -247,13 +247,14 @@ def test_a_rank_that_is_busy_with_something_else_says_where(record_property: Rec
         "tried", "examples/deepspeed/heartbeat.py, 2 ranks: one does not come back from a function"
     )
     said = run_ranks("deepspeed", Path(__file__).with_name("hang_worker.py"), 2)
-    # Who is late on a busy machine may be called silent; nobody else is called busy.
-    told = [line for line in said.splitlines() if "has been in step" in line]
-    assert len(told) == 1, said
+    busy = [line for line in said.splitlines() if "has been in step" in line]
+    assert len(busy) == 1, said
     assert re.search(
         r"rank 1 \(\S+, pid \d+\) has been in step 3 for 1 s, at \S+hang_worker.py:\d+, stuck; the",
-        told[0],
+        busy[0],
     )
+    # A core that others hold for a second makes a rank silent; it is heard of again.
+    assert said.count("has been silent for") <= said.count("is heard of again"), said
     record_property(
         "survived",
         "it names itself, with file, line and function; the rank that waits says nothing",
