@@ -56,6 +56,7 @@ def test_the_constants_of_balanced_are_the_page_s() -> None:
     assert f"τ = {HIDDEN_BUDGET} / (number of hidden matrices)" in page
     assert f"positions and head have τ = {IO_TAU}" in page
     assert f"has a τ of at least {ADAPTER_TAU}" in page
+    assert f"{HIDDEN_BUDGET} /" in str(AdamW2.__doc__) and f"get {IO_TAU}," in str(AdamW2.__doc__)
     assert f"at least {BALANCED_FLOOR} times that of a Xavier matrix" in page
     xavier = (2 / 24) ** 0.5 * (16**0.5 + 8**0.5)
     assert balanced_floor(16, 8) == pytest.approx(BALANCED_FLOOR * xavier)

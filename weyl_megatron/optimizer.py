@@ -73,7 +73,7 @@ class AdamW2(torch.optim.AdamW):
         tau: τ > 0; the paper uses 0.01 (GPT) and 0.004 (ViT, Swin). Or ``"balanced"`` (``"auto"``,
             too, where Hugging Face does not read it): hidden matrices share one budget, τ = 0.144 /
             (number of hidden matrices), embeddings, positions and head get 0.1, and σ₁(W) has a
-            floor near a Xavier matrix's. A small τ acts like a warmup: of about
+            higher floor (docs/tau.md). A small τ acts like a warmup: of about
             ln(α σ₁(U) / (τ σ₁(W))) / τ steps for a head; the command ``plan`` forecasts that of
             hidden matrices.
         power_iters: block power iterations per step at most; half of them where more would add
