@@ -13,7 +13,7 @@ LOG = logging.getLogger("weyl_megatron")
 #: The command that says which kernel steps here and why.
 DOCTOR = "weyl-megatron doctor"
 
-#: The variable that names a kernel: "plain", "cpu" or "triton".
+#: The variable that names a kernel: "torch", "cpu" or "triton".
 KERNEL = "WEYL_MEGATRON_KERNEL"
 
 #: Flags for the C++ compiler, beside the package's own.

@@ -58,12 +58,6 @@ def note_stepped(optimizer: torch.optim.Optimizer) -> None:
         _unstepped.remove(made)
 
 
-def is_one_of(params: Iterable[Tensor]) -> bool:
-    """Whether an AdamW2 that was not stepped so far has any of ``params``."""
-    held = {id(param) for param in params}
-    return any(id(ref()) in held for made in _unstepped for ref in made.params)
-
-
 def look(engine: Any, params: Iterable[Tensor], stepped: object) -> None:
     """Log an error, once, where an AdamW2 of some of ``params`` was not stepped in the first step
     of ``engine``.

@@ -108,6 +108,9 @@ def make_engine(case: dict[str, Any], by: str) -> Any:
         given = {"optimizer": AdamW2(net.named_parameters(), **options)}
     elif by == "callable":
         given["optimizer"] = lambda params: AdamW2(params, **options)
+    elif by == "callable of another":  # beside an AdamW2 that was made of the same parameters
+        beside = AdamW2(net.parameters(), **options)
+        given["optimizer"] = lambda params: torch.optim.SGD(params, beside.defaults["lr"])
     else:
         config["optimizer"] = {"type": "AdamW2", "params": options}
     return deepspeed.initialize(model=net, config=config, **given)[0]
@@ -175,6 +178,7 @@ def main() -> None:
     }
     print("refusals " + json.dumps(said))
     print("modes " + json.dumps(modes))
+    print("another " + json.dumps({"said": refuse(MODES["offload 2"], "callable of another")}))
     shutdown()
 
 

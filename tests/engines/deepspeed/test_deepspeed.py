@@ -279,8 +279,9 @@ def test_collectives_per_step_are_the_same_for_3_and_for_49_layers() -> None:
 
 @pytest.fixture(scope="module")
 def refusals() -> dict[str, Any]:
+    kinds = "refusals {", "modes {", "another {"
     output = run_ranks("deepspeed", Path(__file__).with_name("refusals_worker.py"), 1)
-    lines = [line for line in output.splitlines() if line.startswith(("refusals {", "modes {"))]
+    lines = [line for line in output.splitlines() if line.startswith(kinds)]
     return {kind: json.loads(said) for kind, said in (line.split(" ", 1) for line in lines)}
 
 
@@ -393,6 +394,14 @@ def test_no_mode_of_deepspeed_steps_an_adam_of_its_own_in_its_place(
         assert said.pop(name).startswith(f"built: ValueError: AdamW2: {sentence}"), name
     assert said == dict.fromkeys(said, "AdamW2 made {1} steps")
     assert {"offload 1", "offload 2", "offload 3"} <= said.keys()
+
+
+def test_what_deepspeed_says_of_another_optimizer_under_offload_is_left_to_it(
+    refusals: dict[str, Any],
+) -> None:
+    """Also where an AdamW2 of the same parameters was made before, and not given to the engine."""
+    said = refusals["another"]["said"]
+    assert said.startswith("built: ZeRORuntimeException: You are using ZeRO-Offload with a client")
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -7,6 +7,7 @@ cannot.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -21,11 +22,17 @@ from .adapter import DeepSpeed, allow_under_zero, read_layout
 #: AdamW2, and what users derive from it, once one was made.
 _classes: set[type] = set()
 
+#: How many were made, and how many had been made as an engine began to configure its own.
+_made = 0
+_made_before: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
 
 def prepare(optimizer: Optimizer) -> None:
     """Make ready for the engine that ``optimizer``, which was just made, may be given to, or is
     made by.
     """
+    global _made
+    _made += 1
     _classes.add(type(optimizer))
     when_imported("deepspeed.runtime.engine", _install)
     when_imported("accelerate.accelerator", _keep_in_accelerate)
@@ -35,6 +42,7 @@ def _install(module: ModuleType) -> None:
     for kind in _classes:
         allow_under_zero(kind)
     engine = module.DeepSpeedEngine
+    wrap(engine, "_configure_optimizer", _counting)
     wrap(engine, "zero_force_ds_cpu_optimizer", _forcing)
     wrap(engine, "_do_optimizer_sanity_check", _checking)
     wrap(engine, "_configure_lr_scheduler", _reading)
@@ -43,6 +51,14 @@ def _install(module: ModuleType) -> None:
 
 def _is_adamw2(optimizer: object) -> bool:
     return isinstance(optimizer, tuple(_classes))
+
+
+def _counting(configure: Callable[..., Any]) -> Callable[..., Any]:
+    def _configure_optimizer(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        _made_before[engine] = _made
+        return configure(engine, *args, **kwargs)
+
+    return _configure_optimizer
 
 
 def _forcing(force: Callable[..., bool]) -> Callable[..., bool]:
@@ -64,7 +80,8 @@ def _forcing(force: Callable[..., bool]) -> Callable[..., bool]:
 def _has_made_one(engine: Any) -> bool:
     """Whether the caller's function has just made the engine an AdamW2, which it does not keep."""
     is_function = not isinstance(engine.client_optimizer, Optimizer)
-    return is_function and unstepped.is_one_of(engine.module.parameters())
+    # An engine that is not known began before the first was made.
+    return is_function and _made > _made_before.get(engine, 0)
 
 
 def _checking(check: Callable[..., Any]) -> Callable[..., Any]:
