@@ -3,11 +3,13 @@
     python -m benchmarks.step_time                      the CPU, 2 to 4 minutes on 2 cores
     python -m benchmarks.step_time --device cuda        a GPU, whole models
 
---no-deepspeed takes a minute less.
+--no-deepspeed takes a minute less. The files are written after each model.
 
 The contenders step in turns, so that a busy neighbour slows all of them, and medians are compared.
 They share the gradients; every AdamW² and each peer that it is compared with has weights and
-moments of its own. Three states:
+moments of its own. That is seven to nine copies of a model: --contenders 4 holds four at once, in
+heats that fused AdamW is in each of, and a ratio is taken over AdamW of the same heat. Three
+states:
 
     inactive    the certificate settles every matrix: one pass, no iteration
     undecided   the clip is inactive, but the certificate cannot prove it: every matrix is iterated
@@ -20,7 +22,8 @@ Gradients that do not change let vectors settle: here none does, in training abo
 benchmarks/estimator.py`). The table's line "all iterated twice" is what it costs if all do.
 
 Each is checked after the run by what AdamW² says of its last step. A row of the JSON is one state
-beside one peer: ``seconds`` is the state's median, ``ratio`` it over the peer's,
+beside one peer: ``seconds`` is the state's median, ``ratio`` it over the peer's (by way of AdamW
+where they are in two heats),
 ``bytes_per_second`` the 28 bytes a parameter that AdamW has to read and write, over ``seconds``. On
 a CPU a model is a slice of whole blocks that fits (--millions).
 """
@@ -35,9 +38,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +52,7 @@ from weyl_megatron import AdamW2
 from weyl_megatron.kernels.choice import pick_name
 
 BASE = "torch.optim.AdamW(fused)"
+COPY = "copy"
 TWICE = "AdamW², clipped, all iterated twice"
 TAU = 0.01
 STD = 0.02
@@ -67,6 +72,23 @@ class Row(NamedTuple):
     seconds: float
     ratio: float
     bytes_per_second: float
+
+
+class Contender(Protocol):
+    """What steps in turns with others."""
+
+    def step(self) -> Any: ...
+
+
+class Measured(NamedTuple):
+    """The median seconds of a contender, and of fused AdamW in the same heat."""
+
+    seconds: float
+    base: float
+
+    @property
+    def ratio(self) -> float:
+        return self.seconds / self.base
 
 
 def main() -> None:
@@ -89,9 +111,17 @@ def main() -> None:
     parser.add_argument(
         "--no-deepspeed", action="store_true", help="leave DeepSpeed's Adam out, which it compiles"
     )
+    parser.add_argument(
+        "--contenders",
+        type=int,
+        metavar="N",
+        help="hold so many copies of a model at once, 2 or more (all)",
+    )
     parser.add_argument("--json", type=Path, default=Path("out/step_time.json"))
     parser.add_argument("--markdown", type=Path, default=Path("out/step_time.md"))
     options = parser.parse_args()
+    if options.contenders is not None and options.contenders < 2:
+        parser.error(f"--contenders got {options.contenders}, it takes a whole number from 2 on")
     rows: list[Row] = []
     today = datetime.date.today().isoformat()
     sections = [f"{machine(options.device)}, {today}, torch {torch.__version__}"]
@@ -100,10 +130,10 @@ def main() -> None:
         rows += of_model
         sections.append(text)
         print(text + "\n", flush=True)
-    for path in (options.json, options.markdown):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
-    options.markdown.write_text("\n\n".join(sections) + "\n")
+        for path in (options.json, options.markdown):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
+        options.markdown.write_text("\n\n".join(sections) + "\n")
     print(f"wrote {options.json} and {options.markdown}")
 
 
@@ -127,40 +157,36 @@ def measure(name: str, shape: Shape, options: argparse.Namespace) -> tuple[list[
             parameter.grad = grads[n]
         return made
 
-    ours = {state: AdamW2(weights().items(), lr=rate, tau=TAU) for state, rate in RATES.items()}
-    contenders: dict[str, Callable[[], object]] = {
-        state: optimizer.step for state, optimizer in ours.items()
+    makers: dict[str, Callable[[], Contender]] = {
+        state: partial(make_adamw2, weights, lr=rate) for state, rate in RATES.items()
     }
-    clipped = {"lr": RATES["clipped"], "tau": TAU}
-    twice = AdamW2(weights().items(), **clipped, power_iters=4)  # of 4 two are made in any case
-    contenders[TWICE] = twice.step
-    others = peers(weights, device, not options.no_deepspeed)
-    contenders |= {peer: make().step for peer, make in others.items()}
-    contenders["naive"] = Naive(weights(), **clipped).step
-    target, source = torch.empty(count, device=device), torch.ones(count, device=device)
-    contenders["copy"] = lambda: target.copy_(source)
+    # Of 4 iterations two are made in any case.
+    makers[TWICE] = partial(make_adamw2, weights, lr=RATES["clipped"], power_iters=4)
+    makers |= peers(weights, device, not options.no_deepspeed)
+    makers["naive"] = lambda: Naive(weights(), lr=RATES["clipped"], tau=TAU)
+    makers[COPY] = lambda: Copy(count, device)
 
-    seconds = race(contenders, options.rounds, device)
-    check_states(ours)
-    copied = 8 * count / seconds["copy"]
+    measured = race_in_heats(makers, options.contenders, options.rounds, device)
+    copied = 8 * count / measured[COPY].seconds
     rows = [
         Row(
             str(device),
             name,
             state,
             peer,
-            seconds[state],
-            seconds[state] / seconds[peer],
-            28 * count / seconds[state],
+            measured[state].seconds,
+            measured[state].ratio / measured[peer].ratio,
+            28 * count / measured[state].seconds,
         )
         for state in [*RATES, "naive"]
-        for peer in seconds
-        if peer not in (*RATES, "naive", "copy", TWICE)
+        for peer in measured
+        if peer not in (*RATES, "naive", COPY, TWICE)
     ]
     memory = memory_beyond_adamw(name, blocks, options.device)
     training = training_step(shape, blocks, options.tokens, device)
     title = name if blocks is None else f"{name}, {blocks} of {shape.blocks} blocks"
     kernel = pick_name(device.type, {torch.float32})
+    digits = 1 if device.type == "cpu" else 3  # of milliseconds
     lines = [
         f"**{title}**: {count / 1e6:.0f} M parameters, kernel '{kernel}', copy {copied / 1e9:.0f} "
         f"GB/s; AdamW² takes {memory:.2%} of the parameters' bytes beyond AdamW's memory, peak "
@@ -170,15 +196,67 @@ def measure(name: str, shape: Shape, options: argparse.Namespace) -> tuple[list[
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     labels = {state: f"AdamW², {state}" for state in RATES} | {"naive": "AdamW², naive"}
-    for contender, time_ in seconds.items():
-        if contender != "copy":
+    for contender, (time_, base) in measured.items():
+        if contender != COPY:
             speed = 28 * count / time_
             lines.append(
-                f"| {labels.get(contender, contender)} | {time_ * 1e3:.1f} | "
-                f"{time_ / seconds[BASE]:.2f} | {speed / 1e9:.1f} | {speed / copied:.0%} | "
+                f"| {labels.get(contender, contender)} | {time_ * 1e3:.{digits}f} | "
+                f"{time_ / base:.2f} | {speed / 1e9:.1f} | {speed / copied:.0%} | "
                 f"{time_ / (time_ + training):.1%} |"
             )
     return rows, "\n".join(lines)
+
+
+def make_adamw2(weights: Callable[[], dict[str, nn.Parameter]], **options: Any) -> AdamW2:
+    return AdamW2(weights().items(), tau=TAU, **options)
+
+
+class Copy:
+    """The bytes of a model's weights, read and written."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.target, self.source = (
+            torch.empty(count, device=device),
+            torch.ones(count, device=device),
+        )
+
+    def step(self) -> None:
+        self.target.copy_(self.source)
+
+
+def heats(names: Sequence[str], at_once: int | None) -> list[list[str]]:
+    """Return who steps in turns with whom: at most ``at_once`` of them (None: all), fused AdamW in
+    each heat.
+    """
+    if at_once is None or len(names) <= at_once:
+        return [list(names)]
+    others = [name for name in names if name != BASE]
+    size = at_once - 1
+    return [[BASE, *others[at : at + size]] for at in range(0, len(others), size)]
+
+
+def race_in_heats(
+    makers: dict[str, Callable[[], Contender]],
+    at_once: int | None,
+    rounds: int,
+    device: torch.device,
+) -> dict[str, Measured]:
+    """Return what was measured of each, in the order of ``makers``; fused AdamW's is that of the
+    first heat.
+    """
+    measured: dict[str, Measured] = {}
+    for names in heats(list(makers), at_once):
+        contenders = {name: makers[name]() for name in names}
+        seconds = race(
+            {name: contender.step for name, contender in contenders.items()}, rounds, device
+        )
+        check_states({name: each for name, each in contenders.items() if isinstance(each, AdamW2)})
+        for name, time_ in seconds.items():
+            measured.setdefault(name, Measured(time_, seconds[BASE]))
+        del contenders  # before the next heat's are made
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return {name: measured[name] for name in makers}
 
 
 def race(
@@ -210,14 +288,15 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def check_states(ours: dict[str, AdamW2]) -> None:
-    """Raise where an optimizer was not in the state that its time is given for."""
-    for state, optimizer in ours.items():
+def check_states(optimizers: dict[str, AdamW2]) -> None:
+    """Raise RuntimeError where an optimizer was not in the state that its time is given for."""
+    for state, optimizer in optimizers.items():
         entries = optimizer.stats().values()
         is_so = {
             "inactive": all(entry.certified for entry in entries),
             "undecided": not any(entry.certified or entry.clipped for entry in entries),
             "clipped": all(entry.clipped for entry in entries),
+            TWICE: all(entry.clipped for entry in entries),
         }
         if not is_so[state]:
             raise RuntimeError(f"not every matrix is {state}: {optimizer.stats()}")
