@@ -10,7 +10,7 @@ import sysconfig
 import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -21,14 +21,23 @@ from ..spectral.power import Products
 from .plain import PlainKernel
 from .stepped import Stepped
 
+if TYPE_CHECKING:
+    from .triton_kernel import TritonKernel
+
 #: Set this to a kernel's name to have no other.
 VARIABLE = KERNEL
 
 NAMES = ("torch", "cpu", "triton")
 
-#: The oldest Triton under whose interpreter the kernels give what plain torch gives; 3.1 to 3.3 do
-#: not.
-_OLDEST_TRITON = (3, 5)
+#: The oldest Triton that compiles the kernels, and the oldest under whose interpreter they give
+#: what plain torch gives; 3.1 to 3.3 do not.
+_OLDEST_TRITON, _OLDEST_INTERPRETER = (3, 1), (3, 5)
+
+#: The dtypes of weights that a kernel takes.
+_DTYPES = {
+    "cpu": (torch.float32,),
+    "triton": (torch.float32, torch.bfloat16),
+}
 
 
 class Kernel(Products, Protocol):
@@ -70,14 +79,13 @@ class Kernel(Products, Protocol):
         """
 
 
-def pick(blocks: Blocks, tensors: Sequence[Tensor], *, plain: bool = False) -> Kernel:
-    """Return the kernel for ``tensors``, which lie on one device: the fused one where it can run
-    and takes their dtype.
+def pick(tensors: Sequence[Tensor], *, plain: bool = False) -> str:
+    """Return the name of the kernel for ``tensors``, which lie on one device: the fused one where
+    it can run and takes their dtype.
 
     Where it cannot, the plain one steps them, as right and slower, and the log says why, once.
 
     Args:
-        blocks: the vectors of the matrices in the tensors.
         tensors: what is stepped.
         plain: whether AdamW is wanted bit for bit, which plain torch alone promises on every
             machine.
@@ -86,8 +94,24 @@ def pick(blocks: Blocks, tensors: Sequence[Tensor], *, plain: bool = False) -> K
         ValueError: the environment asks for a kernel that cannot step them.
     """
     if plain:
+        return "torch"
+    return pick_name(tensors[0].device.type, {tensor.dtype for tensor in tensors})
+
+
+def make(name: str, blocks: Blocks) -> Kernel:
+    """Return the kernel of a name that a host steers, "torch" or "cpu", on ``blocks``."""
+    if name == "torch":
         return PlainKernel(blocks)
-    return _make(pick_name(tensors[0].device.type, {tensor.dtype for tensor in tensors}), blocks)
+    from .cpu import CpuKernel
+
+    return CpuKernel(blocks)
+
+
+def make_triton(blocks: Blocks) -> TritonKernel:
+    """Return the kernel on ``blocks``, which are resident, that steers itself."""
+    from .triton_kernel import TritonKernel
+
+    return TritonKernel(blocks)
 
 
 def pick_name(device: str, dtypes: Collection[torch.dtype]) -> str:
@@ -113,9 +137,10 @@ def why_not(name: str, device: str, dtypes: Collection[torch.dtype]) -> str | No
     """Return why a kernel cannot step tensors of a device type and dtypes, or None where it can."""
     if name == "torch":
         return None
-    others = set(dtypes) - {torch.float32}
+    others = set(dtypes) - set(_DTYPES[name])
     if others:
-        return f"it takes torch.float32, not {', '.join(sorted(map(str, others)))}"
+        taken = " and ".join(map(str, _DTYPES[name]))
+        return f"it takes {taken}, not {', '.join(sorted(map(str, others)))}"
     try:
         if name == "cpu":
             if device != "cpu":
@@ -128,16 +153,26 @@ def why_not(name: str, device: str, dtypes: Collection[torch.dtype]) -> str | No
 
             if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
                 return f"it takes tensors on a GPU, not on {device} (unless TRITON_INTERPRET=1)"
-            if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST_TRITON:
+            is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+            oldest = _OLDEST_INTERPRETER if is_interpreted else _OLDEST_TRITON
+            if tuple(map(int, triton.__version__.split(".")[:2])) < oldest:
                 return (
-                    f"it takes Triton {'.'.join(map(str, _OLDEST_TRITON))} or newer, not "
+                    f"it takes Triton {'.'.join(map(str, oldest))} or newer, not "
                     f"{triton.__version__}"
                 )
-            if os.environ.get("TRITON_INTERPRET") != "1" and triton.knobs.build.impl is None:
+            if not is_interpreted and not _builds_by_itself():
                 return why_no_launcher()
     except (ImportError, OSError, RuntimeError) as error:
         return str(error)
     return None
+
+
+def _builds_by_itself() -> bool:
+    """Whether something else than a C compiler builds what launches Triton's kernels."""
+    import triton
+
+    knobs = getattr(triton, "knobs", None)  # since 3.4
+    return knobs is not None and knobs.build.impl is not None
 
 
 def why_no_launcher() -> str | None:
@@ -174,18 +209,6 @@ def _trouble_of(compiler: str) -> str | None:
     lines = [line.strip() for line in run.stderr.splitlines() if line.strip()]
     said = next((line for line in lines if "error" in line), " ".join(lines[:1]))
     return f"{compiler} cannot build Triton's launcher: {said[:300]}"
-
-
-def _make(name: str, blocks: Blocks) -> Kernel:
-    if name == "torch":
-        return PlainKernel(blocks)
-    if name == "triton":
-        from .triton_step import TritonKernel
-
-        return TritonKernel(blocks)
-    from .cpu import CpuKernel
-
-    return CpuKernel(blocks)
 
 
 @functools.cache

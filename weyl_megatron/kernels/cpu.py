@@ -76,22 +76,25 @@ class CpuKernel:
         self._alive: object = None
 
     def bind(self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None]) -> None:
+        pairs = list(zip(weights, stepped, strict=True))
+        read = [state and state.in_dtype(weight.dtype) for weight, state in pairs]
         addresses, hypers = [], bytearray()
-        cache: dict[Hyper, bytes] = {}
-        for weight, state in zip(weights, stepped, strict=True):
+        rows: dict[int, bytes] = {}  # by the identity of what tensors share
+        for weight, state in zip(weights, read, strict=True):
             if state is None:
                 addresses += [weight.data_ptr(), 0, 0, 0]
                 hypers += bytes(_HYPER_BYTES)
                 continue
             tensors = weight, state.grad, state.exp_avg, state.exp_avg_sq
             addresses += [tensor.data_ptr() for tensor in tensors]
-            if state.hyper not in cache:
-                cache[state.hyper] = _hyper(state.hyper)
-            hypers += cache[state.hyper]
+            row = rows.get(id(state.hyper))
+            if row is None:
+                row = rows[id(state.hyper)] = _hyper(state.hyper)
+            hypers += row
             torch.autograd.graph.increment_version(weight)  # it is changed behind autograd's back
         self._buffers = torch.tensor(addresses, dtype=torch.int64)
         self._hypers = torch.frombuffer(hypers, dtype=torch.uint8)
-        self._alive = weights, stepped  # the tensors at these addresses
+        self._alive = weights, read  # the tensors at these addresses
 
     def release(self) -> None:
         self._alive = None

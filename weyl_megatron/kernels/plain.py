@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -27,17 +28,21 @@ class PlainKernel:
 
     def __init__(self, blocks: Blocks) -> None:
         self._blocks = blocks
+        # Of the step that is made: the products read them from here.
         self._weights: list[Tensor] = []
         self._stepped: list[Stepped | None] = []
-
-    def bind(self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None]) -> None:
-        self._weights = [flat(weight) for weight in weights]
-        self._stepped = [None if state is None else _flat(state) for state in stepped]
         weights_of = partial(_weights_of, self._weights)
         updates_of = partial(_updates_of, self._weights, self._stepped)
-        products = TorchProducts(self._blocks, [weights_of, updates_of])
+        products = TorchProducts(blocks, [weights_of, updates_of])
         self.multiply, self.multiply_back = products.multiply, products.multiply_back
         self.orthonormalize = products.orthonormalize
+
+    def bind(self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None]) -> None:
+        self._weights[:] = [flat(weight) for weight in weights]
+        pairs = zip(weights, stepped, strict=True)
+        self._stepped[:] = [
+            state and _flat(state.in_dtype(weight.dtype)) for weight, state in pairs
+        ]
 
     def release(self) -> None:
         self._weights.clear()
@@ -70,26 +75,48 @@ class PlainKernel:
                 adamw_undo(band.weight, band.exp_avg, band.second, stepped.hyper, stepped.hyper.lr)
 
     def move(self, table: Table, mask: Tensor, rates: Tensor, sums: Tensor) -> None:
-        rate_of = rates.tolist()
-        for tile, stepped, is_measured in self._chosen(table, mask):
-            lr, rate = stepped.hyper.lr, rate_of[tile.matrix]
+        chosen, is_measured, rate_of = _read(mask, _is_measured(table), rates)
+        for tile, stepped, measured in self._tiles(table, chosen, is_measured):
+            lr = stepped.hyper.lr
+            rate: float | Tensor = rate_of[tile.matrix]
             if isinstance(lr, Tensor) and rate == float(lr):
                 rate = lr  # which torch's AdamW rounds in another way than a number
             for band in _bands(self._weights, tile, stepped):
                 adamw_move(band.weight, band.exp_avg, band.second, stepped.hyper, rate)
-                if is_measured:
+                if measured:
                     sums[tile.matrix, 2] += _squares(band.weight)
 
     def _chosen(
         self, table: Table, mask: Tensor, *, rest: bool = False
     ) -> Iterator[tuple[Tile, Stepped, bool]]:
         """Yield the tiles of a mask that have gradients, and whether they are measured here."""
-        chosen = mask.tolist()
-        measured = (table.columns[:, COLUMNS.index("width")] > 0).tolist()
-        for tile, is_measured in zip(table.tiles, measured, strict=True):
+        chosen, is_measured = _read(mask, _is_measured(table))
+        return self._tiles(table, chosen, is_measured, rest=rest)
+
+    def _tiles(
+        self,
+        table: Table,
+        chosen: Sequence[float],
+        is_measured: Sequence[float],
+        *,
+        rest: bool = False,
+    ) -> Iterator[tuple[Tile, Stepped, bool]]:
+        for tile, measured in zip(table.tiles, is_measured, strict=True):
             stepped = self._stepped[tile.buffer]
             if stepped is not None and (rest if tile.matrix < 0 else chosen[tile.matrix]):
-                yield tile, stepped, is_measured
+                yield tile, stepped, bool(measured)
+
+
+def _is_measured(table: Table) -> Tensor:
+    """Return of each tile whether it has vectors here."""
+    return table.columns[:, COLUMNS.index("width")] > 0
+
+
+def _read(*vectors: Tensor) -> list[list[float]]:
+    """Return the numbers of vectors, all in one read, for which the host waits for the device."""
+    numbers = torch.cat([vector.double() for vector in vectors]).tolist()
+    ends = accumulate(len(vector) for vector in vectors)
+    return [numbers[end - len(v) : end] for end, v in zip(ends, vectors, strict=True)]
 
 
 def _weights_of(weights: Sequence[Tensor], tile: Tile) -> Iterator[tuple[int, Tensor]]:

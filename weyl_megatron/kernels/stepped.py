@@ -4,6 +4,8 @@ addresses.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from operator import mul
 from typing import NamedTuple
 
@@ -13,8 +15,9 @@ from torch import Tensor
 from ..layouts.plain import storage_order
 
 
-class Hyper(NamedTuple):
-    """The hyperparameters of one tensor's parameter group at step t.
+@dataclass(frozen=True)
+class Hyper:
+    """The hyperparameters of a parameter group at step t, shared by its tensors that made as many.
 
     Rate and betas may be tensors of one element, as torch.optim.AdamW takes them; plain torch then
     rounds as it does there.
@@ -27,12 +30,12 @@ class Hyper(NamedTuple):
     weight_decay: float
     step: float
 
-    @property
+    @cached_property
     def correction1(self) -> float | Tensor:
         """1 − β₁ᵗ."""
         return 1.0 - self.beta1**self.step
 
-    @property
+    @cached_property
     def correction2(self) -> float | Tensor:
         """1 − β₂ᵗ."""
         return 1.0 - self.beta2**self.step
@@ -57,13 +60,17 @@ class Numbers(NamedTuple):
 
 
 class Stepped(NamedTuple):
-    """G, M and V of one tensor, laid out in memory as it is."""
+    """G, M and V of one tensor, laid out in memory as it is; G may be bf16 or fp16 beside fp32."""
 
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
     hyper: Hyper
     max_exp_avg_sq: Tensor | None = None  # the largest V so far, which takes its place (amsgrad)
+
+    def in_dtype(self, dtype: torch.dtype) -> Stepped:
+        """Return this with a gradient of a dtype, for a kernel that reads no other."""
+        return self if self.grad.dtype == dtype else self._replace(grad=self.grad.to(dtype))
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ what is made of it::
 ``kept`` is in bfloat16 where there are many blocks that no other rank shares. All of it lies in
 flat buffers: one collective carries everything, and a kernel finds each piece by a number. All but
 ``kept`` is needed only while a matrix is measured, so matrices that no other rank has pieces of
-take turns (batches).
+take turns (batches). Where they do not, blocks are *resident*: ``kept`` is ``x``.
 """
 
 from __future__ import annotations
@@ -68,6 +68,10 @@ COLUMNS = (
 _FEW = 1 << 16
 
 
+#: Elements of float32 that a GPU loads at once.
+_ALIGNED = 4
+
+
 class Table(NamedTuple):
     """Tiles of one batch and the same as integers, ``(tiles, len(COLUMNS))`` on the device of the
     vectors.
@@ -113,7 +117,7 @@ class Operand:
 
     def left(self, tile: Tile) -> Tensor:
         """Return Y of a tile's rows, which are cut, ``(rows, b)``."""
-        at, b = self._left_of(tile), self.widths[tile.matrix]
+        at, b = self.left_place(tile), self.widths[tile.matrix]
         return self._left[at : at + tile.rows * b].view(tile.rows, b)
 
     def tabulate(
@@ -137,7 +141,7 @@ class Operand:
     def row(self, tile: Tile) -> list[int]:
         """Return a tile's row of a kernel's table."""
         k = tile.matrix
-        left = self._left_of(tile) if tile.cols < self.matrices[k].cols else -1
+        left = self.left_place(tile) if tile.cols < self.matrices[k].cols else -1
         place = [tile.buffer, tile.offset, tile.rows, tile.cols, tile.stride, k]
         vectors = [self.x_at[k] + tile.col, self.z_at[k] + tile.col]
         matrix = [self.matrices[k].cols, self.widths[k], self._gram_at(k)]
@@ -146,7 +150,8 @@ class Operand:
     def _gram_at(self, number: int) -> int:
         return self.z_at[number] + self.widths[number] * self.matrices[number].cols
 
-    def _left_of(self, tile: Tile) -> int:
+    def left_place(self, tile: Tile) -> int:
+        """Return where Y of a tile's rows, which are cut, begin in ``left``."""
         slot = int(torch.searchsorted(self._cut[tile.matrix], tile.row))
         return self.left_at[tile.matrix] + slot * self.widths[tile.matrix]
 
@@ -164,6 +169,9 @@ class Blocks:
             batch.
         piggybacks: whether a number per matrix travels along with the first sums of ``left``.
         device, dtype: of the vectors.
+        resident: whether the blocks of the only batch stay in ``x`` between steps. Then every place
+            in ``x`` and ``z`` begins at a multiple of four elements, and behind YᵀY there is room
+            for one more number, which is summed with it.
     """
 
     def __init__(
@@ -175,8 +183,10 @@ class Blocks:
         piggybacks: bool,
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        resident: bool = False,
     ) -> None:
-        self.matrices = list(matrices)
+        self.matrices, self._resident = list(matrices), resident
         self.batches = [list(batch) for batch in batches]
         self.cut = _cut_rows(self.matrices, tiles, device)
         self.operands = [Operand(self.matrices, self.cut, width) for width in widths]
@@ -202,6 +212,12 @@ class Blocks:
 
     def restart(self) -> None:
         """Keep the start blocks, where the blocks before them lay: kernels know the addresses."""
+        if self._resident:
+            for operand in self.operands:
+                for k, matrix in enumerate(self.matrices):
+                    start = start_block(matrix.name, matrix.cols, operand.widths[k])
+                    operand.block(k).copy_(start.T)
+            return
         for number, batch in enumerate(self.batches):
             for operand in self.operands:
                 starts = [
@@ -228,10 +244,25 @@ class Blocks:
         for operand in self.operands:
             operand.kept[batch].copy_(operand.working[batch])
 
+    def kept(self) -> list[list[Tensor]]:
+        """Return the block that every matrix keeps of each operand, flat, as views."""
+        if self._resident:
+            matrices = range(len(self.matrices))
+            return [[operand.block(k).view(-1) for operand in self.operands] for k in matrices]
+        blocks: list[list[Tensor]] = [[] for _ in self.matrices]
+        for operand in self.operands:
+            for batch, kept in zip(self.batches, operand.kept, strict=True):
+                sizes = [operand.widths[k] * self.matrices[k].cols for k in batch]
+                for k, block in zip(batch, torch.split(kept, sizes), strict=True):
+                    blocks[k].append(block)
+        return blocks
+
     def _make_room(self, device: torch.device) -> None:
         """Allocate what is kept of every batch, and note where it is in ``x`` while the batch is
         measured.
         """
+        if self._resident:
+            return
         sizes = [
             [b * matrix.cols for b, matrix in zip(each.widths, self.matrices, strict=True)]
             for each in self.operands
@@ -253,7 +284,8 @@ class Blocks:
         x = z = left = 0
         for operand in self.operands:
             for k in batch:
-                operand.x_at[k], x = x, x + operand.widths[k] * self.matrices[k].cols
+                operand.x_at[k] = x
+                x = self._aligned(x + operand.widths[k] * self.matrices[k].cols)
         z_spans: list[dict[int, Span]] = [{} for _ in self.operands]
         left_spans: list[dict[int, Span]] = [{} for _ in self.operands]
         piggyback_spans: dict[int, Span] = {}
@@ -264,7 +296,8 @@ class Blocks:
             left += self.piggybacks
             for number, operand in enumerate(self.operands):
                 b = operand.widths[k]
-                operand.z_at[k], z = z, z + b * matrix.cols + b * b
+                operand.z_at[k] = z
+                z = self._aligned(z + b * matrix.cols + b * b + self._resident)
                 operand.left_at[k], left = left, left + b * len(self.cut[k])
                 z_spans[number][k] = Span(matrix.groups, operand.z_at[k], z)
                 left_spans[number][k] = Span(matrix.groups, operand.left_at[k], left)
@@ -278,6 +311,9 @@ class Blocks:
             torch.tensor([span.start for span in piggyback_spans.values()], device=device).long()
         )
         return x, z, left
+
+    def _aligned(self, place: int) -> int:
+        return -(-place // _ALIGNED) * _ALIGNED if self._resident else place
 
 
 def table(rows: list[list[int]], device: torch.device, tiles: list[Tile]) -> Table:

@@ -54,13 +54,13 @@ class Certificate:
         )
         # Storing W rounds it by at most 2 ε |W| elementwise, a matrix of norm 2 ε ‖W‖_F ≤ 2 ε √rank
         # σ₁(W).
-        self._kept = (1 - 2 * eps * ranks.sqrt()).clamp(min=0).to(device)
-        self.lower = torch.zeros_like(self._kept)  #: never above σ₁(W)
-        self.norm = torch.full_like(self._kept, torch.inf)  #: ‖U‖_F of the last step
+        self.kept = (1 - 2 * eps * ranks.sqrt()).clamp(min=0).to(device)
+        self.lower = torch.zeros_like(self.kept)  #: never above σ₁(W)
+        self.norm = torch.full_like(self.kept, torch.inf)  #: ‖U‖_F of the last step
         #: steps since the matrix was measured
         self.age = torch.zeros(len(ranks), dtype=torch.int64, device=device)
         # of this rank's pieces of W, as the last step left them
-        self._squares = torch.full_like(self._kept, torch.nan)
+        self._squares = torch.full_like(self.kept, torch.nan)
 
     def forget(self) -> None:
         """Trust in nothing: the weights, or the moments, are others now."""
@@ -77,6 +77,14 @@ class Certificate:
         """Take it back. Where the weights are not those it was said of, their squares show it."""
         for vector, restored in zip(self.saved(), saved, strict=True):
             vector.copy_(restored)
+
+    def move_to(self, rows: Tensor) -> None:
+        """Keep its vectors from now on in ``rows``, ``(4, matrices)``, where kernels read and write
+        them.
+        """
+        for row, vector in zip(rows, self.saved(), strict=True):
+            row.copy_(vector)
+        self.lower, self.norm, self.age, self._squares = rows
 
     def forecast(self, lr: Tensor, limit: Tensor, decay: Tensor) -> Tensor:
         """Return the matrices that will most likely be settled, so that the step may be made before
@@ -121,6 +129,6 @@ class Certificate:
             squares: Σ w² of this rank's pieces after it.
             mask: the matrices that this rank moved; of the others ``squares`` knows nothing.
         """
-        lower = ((1 - decay) * self.lower - rates * norm * (1 + SLACK)) * self._kept
+        lower = ((1 - decay) * self.lower - rates * norm * (1 + SLACK)) * self.kept
         self.lower = torch.nan_to_num(lower, nan=0.0).clamp(min=0)
         self.norm, self._squares = norm, torch.where(mask, squares, self._squares)

@@ -1,0 +1,379 @@
+"""The step on a GPU in Triton (triton_step/): a number of launches that does not grow with depth.
+
+Nothing here waits for the device: kernels read from masks what they are to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..spectral import ritz
+from ..spectral.blocks import Blocks
+from ..spectral.tiles import Tile
+from . import units
+from .stepped import Hyper, Stepped
+from .triton_step import adamw, collect, decisions, numbers, orthonormalize, products
+from .triton_step.tables import HYPER
+
+#: Programs of the products that run at once on a multiprocessor.
+_PROGRAMS = 4
+
+#: Threads of a program of the products, each with four columns of a row at a time.
+_LANES = 64
+
+#: Rows that such a program has in registers, by vectors of its block: of W, and of U, which is
+#: formed of M and V.
+_ROWS = {4: (8, 4), 8: (4, 4), 16: (2, 2)}
+
+#: Columns of Z that a program adds up.
+_COLS = 64
+
+#: Elements of a run that a program of an elementwise pass has in registers; at its ends so many.
+_RUN, _ENDS = 1024, 256
+
+#: Columns that a program of the small algebra has in registers, by vectors.
+_ALGEBRA = {4: 256, 8: 256, 16: 128}
+
+_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+#: Words of eight bytes that a buffer's pointers and hyperparameters take.
+_WORDS = 4 + HYPER // 2
+
+
+class _Cut(NamedTuple):
+    """The tables of units for some dtypes, and where units leave what they sum."""
+
+    passes: units.Passes
+    products: units.Products
+    partial: Tensor
+    of_products: Tensor  # (units, 3): Σ u²
+    of_passes: Tensor  # (units, 3): Σ u², Σ w² before and after
+
+
+class TritonKernel:
+    """A step's launches on the matrices of resident blocks, as far as bytes in ``masks`` let them.
+
+    ``numbers`` is ``(numbers.ROWS, matrices)``, float64, and ``norms`` ``(matrices, 2)``: Σ u² and
+    whether the weights are others, of what was stepped early.
+
+    Args:
+        blocks: the vectors of W and of U.
+    """
+
+    name = "triton"
+
+    def __init__(self, blocks: Blocks) -> None:
+        self._blocks, device = blocks, blocks.x.device
+        self._matrices = len(blocks.matrices)
+        widths = (max(operand.widths, default=1) for operand in blocks.operands)
+        self._widths = [max(4, 1 << (width - 1).bit_length()) for width in widths]
+        self._programs = _PROGRAMS * multiprocessors(device)
+        self._cuts: dict[tuple[units.Dtypes, ...], _Cut] = {}
+        self._tiles: tuple[Sequence[Tile], int] = (), 0
+        self._sent = self._staged = torch.empty(0)
+        self.numbers = self.norms = self.masks = torch.empty(0)
+        self._alive: object = None
+        of_u = self._widths[1]
+        count = 2 * self._matrices
+        self._factors = torch.zeros(count * of_u * of_u, dtype=torch.float64, device=device)
+
+    def lay_out(self, tiles: Sequence[Tile], measured: int, buffers: int) -> None:
+        """Take all that is ever stepped, the first ``measured`` tiles being measured here, in so
+        many buffers.
+        """
+        device, matrices = self._blocks.x.device, self._matrices
+        self._tiles = tiles, measured
+        head = buffers * _WORDS
+        words = torch.zeros(head + numbers.ROWS * matrices, dtype=torch.float64, device=device)
+        self._sent = words[: head + numbers.SENT * matrices]
+        self.pointers = words[: 4 * buffers].view(torch.int64)
+        self.hypers = words[4 * buffers : head].view(torch.float32)
+        self.numbers = words[head:].view(numbers.ROWS, matrices)
+        self.norms = torch.zeros(matrices, 2, dtype=torch.float64, device=device)
+        self.masks = torch.zeros(numbers.MASKS, matrices, dtype=torch.uint8, device=device)
+        self._rows = [0] * buffers
+        shared: dict[int, set[int]] = {}
+        for tile in tiles[:measured]:
+            shared.setdefault(tile.matrix, set()).add(tile.buffer)
+        #: Buffers that have pieces of one matrix, whose gradients have to be of one dtype.
+        self._joint = [sorted(each) for each in shared.values() if len(each) > 1]
+
+    def bind(
+        self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None], sent: Tensor
+    ) -> None:
+        """Take the tensors of this step, and what the host tells of every matrix.
+
+        Args:
+            weights, stepped: by buffer; None where there is no gradient, whose U is 0.
+            sent: ``(numbers.SENT, matrices)``, float64, on the CPU.
+        """
+        stepped = self._of_one_dtype(stepped)
+        grads = [weight if s is None else s.grad for weight, s in zip(weights, stepped, strict=True)]
+        kinds = tuple(
+            (weight.dtype, grad.dtype) for weight, grad in zip(weights, grads, strict=True)
+        )
+        if kinds not in self._cuts:
+            self._cuts = {kinds: self._cut(kinds)}
+        self._now = self._cuts[kinds]
+        places: list[int] = []
+        hypers: list[list[float]] = []
+        row_of: dict[int, int] = {}
+        for number, (weight, state) in enumerate(zip(weights, stepped, strict=True)):
+            if state is None:
+                places += weight.data_ptr(), 0, 0, 0
+                continue
+            places += (
+                weight.data_ptr(),
+                state.grad.data_ptr(),
+                state.exp_avg.data_ptr(),
+                state.exp_avg_sq.data_ptr(),
+            )
+            key = id(state.hyper)  # of a parameter group and a count, most share one
+            if key not in row_of:
+                row_of[key] = len(hypers)
+                hypers.append(_hyper(state.hyper))
+            self._rows[number] = row_of[key]
+        staged = self._stage()
+        buffers = len(weights)
+        head = buffers * _WORDS
+        staged[: 4 * buffers].view(torch.int64).copy_(torch.tensor(places, dtype=torch.int64))
+        rows = torch.tensor(hypers or [[0.0] * HYPER])[torch.tensor(self._rows)]
+        staged[4 * buffers : head].view(torch.float32).view(-1, HYPER).copy_(rows)
+        staged[head:].view(sent.shape).copy_(sent)
+        self._sent.copy_(staged, non_blocking=True)
+        self._alive = weights, stepped  # the tensors at these addresses
+        _count_as_changed(weights)
+
+    def release(self) -> None:
+        """Let go of the tensors of this step: a gradient must not outlive it."""
+        self._alive = None
+
+    def expect(self) -> None:
+        """Decide which matrices are stepped early."""
+        decisions.expect[self._grid](
+            self.numbers, self.masks, self._matrices, LANES=128, num_warps=1
+        )
+
+    def step(self) -> None:
+        """Step what is no matrix and what is expected to be settled, in one pass, and leave its
+        norms.
+        """
+        self._pass(0)
+        spans = self._now.passes.spans
+        sums = self._now.of_passes
+        decisions.add_norms[(self._matrices,)](
+            spans, self.numbers, self.masks, sums, self.norms, self._matrices, LANES=32, num_warps=1
+        )
+
+    def settle(self, iterations: int, *, cold: bool) -> None:
+        """Decide from the norms, summed over ranks, what is settled, and take back what is not."""
+        decisions.settle[self._grid](
+            self.numbers,
+            self.masks,
+            self.norms,
+            self._matrices,
+            iterations,
+            iterations // 2,
+            COLD=cold,
+            LANES=128,
+            num_warps=1,
+        )
+
+    def undo(self) -> None:
+        """Take the move at the scheduled rate back where it was not settled."""
+        self._pass(1)
+
+    def multiply(self, number: int, rounds: tuple[int, int]) -> None:
+        """Make the products of iteration ``number``: Y of cut rows, and what whole rows sum.
+
+        Args:
+            number: from 0; the first updates the moments of U on its way.
+            rounds: how many iterations are made of any W and of any U.
+        """
+        cut = self._now.products
+        is_of_both = number < rounds[0]
+        rows = [_ROWS[width][operand] for operand, width in enumerate(self._widths)]
+        for (state, grad), start, stop in cut.launches if is_of_both else cut.of_update:
+            products.products[(stop - start,)](
+                cut.units,
+                start,
+                self.pointers,
+                self.hypers,
+                self.masks,
+                self._blocks.x,
+                self._blocks.left,
+                self._now.partial,
+                self._now.of_products,
+                self._matrices,
+                FIRST=number == 0,
+                BLOCK_W=self._widths[0],
+                ROWS_W=rows[0],
+                BLOCK_U=self._widths[1],
+                ROWS_U=rows[1],
+                LANES=_LANES,
+                STATE=_TYPES[state],
+                GRAD=_TYPES[grad if number == 0 else state],
+                num_warps=_LANES // 32,
+            )
+
+    def collect(self, number: int) -> None:
+        """Add up Z, and make that of cut rows, whose Y have been summed over ranks."""
+        cut = self._now.products
+        for (state, _), start, stop in cut.collections:
+            collect.collect[(stop - start,)](
+                cut.pieces,
+                start,
+                cut.units,
+                self.pointers,
+                self.hypers,
+                self.masks,
+                self._blocks.left,
+                self._now.partial,
+                self._now.of_products,
+                self._blocks.z,
+                self._matrices,
+                FIRST=number == 0,
+                BLOCK_W=self._widths[0],
+                BLOCK_U=self._widths[1],
+                COLS=_COLS,
+                STATE=_TYPES[state],
+                num_warps=2,
+            )
+
+    def orthonormalize(self, number: int, rounds: tuple[int, int]) -> None:
+        """Make the next blocks from Z, summed over ranks; note σ₁, the gain, and who goes on."""
+        blocks = self._now.products.blocks
+        orthonormalize.orthonormalize[(len(blocks),)](
+            blocks,
+            self.masks,
+            self.numbers,
+            self._blocks.x,
+            self._blocks.z,
+            self._blocks.left,
+            self._factors,
+            ritz.INDEPENDENT * torch.finfo(torch.float32).eps,
+            ritz.SETTLED,
+            number,
+            *rounds,
+            self._matrices,
+            BLOCK_W=self._widths[0],
+            BLOCK_U=self._widths[1],
+            LANES=_ALGEBRA[self._widths[1]],
+            num_warps=8,
+        )
+
+    def decide_rates(self) -> Tensor:
+        """Decide and return α_W of every matrix, ``(matrices,)``; of settled ones it is not
+        used.
+        """
+        decisions.decide_rates[self._grid](self.numbers, self._matrices, LANES=128, num_warps=1)
+        rates: Tensor = self.numbers[int(numbers.RATE)]
+        return rates
+
+    def move(self) -> None:
+        """Move what waited at its rate."""
+        self._pass(2)
+
+    def follow(self) -> None:
+        """Let the certificate follow the step."""
+        decisions.follow[(self._matrices,)](
+            self._now.passes.spans,
+            self.numbers,
+            self.masks,
+            self.norms,
+            self._now.of_passes,
+            self._matrices,
+            LANES=32,
+            num_warps=1,
+        )
+
+    @property
+    def _grid(self) -> tuple[int]:
+        return (-(-self._matrices // 128),)
+
+    def _pass(self, mode: int) -> None:
+        cut = self._now.passes
+        for (state, grad), start, stop in cut.launches:
+            adamw.elementwise[(stop - start,)](
+                cut.units,
+                start,
+                self.pointers,
+                self.hypers,
+                self.masks,
+                self.numbers,
+                self._now.of_passes,
+                self._matrices,
+                MODE=mode,
+                WIDE=_RUN,
+                NARROW=_ENDS,
+                STATE=_TYPES[state],
+                GRAD=_TYPES[grad if mode != 1 else state],
+                num_warps=4,
+            )
+
+    def _cut(self, kinds: tuple[units.Dtypes, ...]) -> _Cut:
+        """Cut the tables of units."""
+        blocks, device = self._blocks, self._blocks.x.device
+        bands = [_ROWS[width][operand] for operand, width in enumerate(self._widths)]
+        of_passes = units.passes(*self._tiles, self._matrices, kinds, self._programs, device)
+        of_products = units.products(blocks, bands, kinds, self._programs, _COLS)
+        return _Cut(
+            of_passes,
+            of_products,
+            torch.zeros(of_products.room, device=device),
+            torch.zeros(len(of_products.units), 3, device=device),
+            torch.zeros(len(of_passes.units), 3, device=device),
+        )
+
+    def _of_one_dtype(self, stepped: Sequence[Stepped | None]) -> Sequence[Stepped | None]:
+        """Return the same, with the gradients of one matrix's buffers of one dtype."""
+        converted = list(stepped)
+        for buffers in self._joint:
+            states = [state for state in (converted[n] for n in buffers) if state is not None]
+            if len({state.grad.dtype for state in states}) > 1:
+                for n in buffers:
+                    state = converted[n]
+                    if state is not None:
+                        grad = state.grad.to(state.exp_avg.dtype)
+                        converted[n] = state._replace(grad=grad)
+        return converted
+
+    def _stage(self) -> Tensor:
+        """Return memory of the host that the device may read at its leisure."""
+        if self._sent.device.type == "cuda":
+            return torch.empty(self._sent.shape, dtype=torch.float64, pin_memory=True)
+        return torch.empty(self._sent.shape, dtype=torch.float64)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a device has; on a CPU, where Triton interprets, one."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _hyper(hyper: Hyper) -> list[float]:
+    """Return a row of the hyperparameters, see triton_step/tables.py."""
+    lr, beta1, beta2, eps, weight_decay, correction1, correction2 = hyper.numbers()
+    root = correction2**0.5
+    moments = [1 - beta1, beta2, 1 - beta2]
+    direction = [correction1 / root, eps * correction1]
+    move = [lr, weight_decay, correction1, root, eps]
+    return [*moments, *direction, *move, 0.0, 0.0]
+
+
+def _count_as_changed(weights: Sequence[Tensor]) -> None:
+    """Tell autograd of weights that are changed behind its back."""
+    change: Any = torch.autograd.graph.increment_version
+    try:
+        change(list(weights))
+    except TypeError:  # an older torch takes one
+        for weight in weights:
+            change(weight)
+
+

@@ -1,0 +1,221 @@
+"""The small algebra of an iteration: spectral/ritz.py, with Cholesky's factors in place of
+eigenvectors.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .numbers import FRESH, GAIN, LEAST, MAKING, MOST, OF_UPDATE, SIGMA
+from .tables import BLOCK_SIZE
+
+
+@triton.jit
+def _row(a, k: tl.constexpr, index):
+    """Row k of a square matrix."""
+    return tl.sum(tl.where(index[:, None] == k, a, 0.0), axis=0)
+
+
+@triton.jit
+def _at(a, k: tl.constexpr, index):
+    return tl.sum(tl.where(index == k, a, 0.0), axis=0)
+
+
+@triton.jit
+def _inverse_factor(gram, least, index, BLOCK: tl.constexpr):
+    """Return L⁻¹ where gram = L Lᵀ has ones on its diagonal; rows that depend on those above them
+    are 0.
+    """
+    rest = gram
+    inverse = tl.where(index[:, None] == index[None, :], 1.0, 0.0).to(tl.float64)
+    for k in tl.static_range(BLOCK):
+        column = _row(rest, k, index)  # symmetric
+        pivot = _at(column, k, index)
+        scale = tl.where(pivot > least, 1.0 / tl.sqrt(tl.maximum(pivot, 1e-300)), 0.0)
+        column = tl.where(index >= k, column * scale, 0.0)  # of L
+        row = _row(inverse, k, index) * scale
+        below = tl.where(index > k, column, 0.0)
+        inverse = tl.where(
+            index[:, None] == k, row[None, :], inverse - below[:, None] * row[None, :]
+        )
+        rest = rest - column[:, None] * column[None, :]
+    return inverse
+
+
+@triton.jit
+def _product(a, b):
+    return tl.sum(a[:, :, None] * b[None, :, :], axis=1)
+
+
+@triton.jit
+def _trace(a, index):
+    return tl.sum(tl.sum(tl.where(index[:, None] == index[None, :], a, 0.0), axis=1), axis=0)
+
+
+@triton.jit
+def _largest(a, index):
+    """The largest eigenvalue of a symmetric matrix without negative ones, by squaring: exact but
+    for near ties.
+    """
+    size = _trace(a, index)
+    power = a / tl.where(size > 0, size, 1.0)
+    for _ in range(20):
+        power = _product(power, power)
+        power = power / tl.maximum(_trace(power, index), 1e-300)
+    return tl.maximum(_trace(_product(a, power), index), 0.0)
+
+
+@triton.jit
+def _gram_of_rows(z, n, width, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """Z Zᵀ, float64."""
+    index, lane = tl.arange(0, BLOCK), tl.arange(0, LANES)
+    if BLOCK <= 8:
+        acc = tl.zeros((BLOCK, BLOCK, LANES), dtype=tl.float64)
+        for start in range(0, n, LANES):
+            inside = (index < width)[:, None] & ((start + lane) < n)[None, :]
+            at = index[:, None] * n + (start + lane)[None, :]
+            rows = tl.load(z + at, mask=inside, other=0.0).to(tl.float64)
+            acc += rows[:, None, :] * rows[None, :, :]
+        gram = tl.sum(acc, axis=2)
+    else:  # that many would not fit into registers
+        gram = tl.zeros((BLOCK, BLOCK), dtype=tl.float64)
+        for j in range(0, width):
+            of_row = tl.zeros((BLOCK, LANES), dtype=tl.float64)
+            for start in range(0, n, LANES):
+                in_cols = (start + lane) < n
+                inside = (index < width)[:, None] & in_cols[None, :]
+                at = index[:, None] * n + (start + lane)[None, :]
+                rows = tl.load(z + at, mask=inside, other=0.0).to(tl.float64)
+                row = tl.load(z + j * n + start + lane, mask=in_cols, other=0.0).to(tl.float64)
+                of_row += rows * row[None, :]
+            of_row = tl.sum(of_row, axis=1)
+            gram += tl.where(index[None, :] == j, of_row[:, None], 0.0)
+    return gram
+
+
+@triton.jit
+def _block(
+    block,
+    more,
+    x,
+    z,
+    sigma,
+    gain,
+    factors,
+    independent,
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The next X, σ₁ and the gain of one matrix."""
+    x += tl.load(block + 2)
+    z += tl.load(block + 3)
+    n, width = tl.load(block + 4), tl.load(block + 5)
+    index, lane = tl.arange(0, BLOCK), tl.arange(0, LANES)
+    pair = (index < width)[:, None] & (index < width)[None, :]
+    diagonal = index[:, None] == index[None, :]
+    pairs_at = z + width * n + index[:, None] * width + index[None, :]
+    gram_y = tl.load(pairs_at, mask=pair, other=0.0).to(tl.float64)
+    gram_z = _gram_of_rows(z, n, width, BLOCK, LANES)
+    length = tl.zeros((LANES,), dtype=tl.float64)
+    for start in range(0, n, LANES):
+        old = tl.load(x + start + lane, mask=(start + lane) < n, other=0.0).to(tl.float64)
+        length += old * old
+    norm = tl.sqrt(tl.sum(length, axis=0))
+
+    lengths_y = tl.sqrt(tl.sum(tl.where(diagonal, gram_y, 0.0), axis=1))
+    lengths_z = tl.sqrt(tl.sum(tl.where(diagonal, gram_z, 0.0), axis=1))
+    scale_y = tl.where(lengths_y > 0, 1.0 / tl.where(lengths_y > 0, lengths_y, 1.0), 0.0)
+    scale_z = tl.where(lengths_z > 0, 1.0 / tl.where(lengths_z > 0, lengths_z, 1.0), 0.0)
+    to_y = _inverse_factor(gram_y * scale_y[:, None] * scale_y[None, :], independent, index, BLOCK)
+    to_y = to_y * scale_y[None, :]
+    ratio = _product(_product(to_y, gram_z), tl.trans(to_y))
+    value = tl.sqrt(_largest(ratio, index))
+    # NaN and infinity are not less than anything
+    total = tl.sum(tl.sum(gram_y + gram_z, axis=1), axis=0)
+    value = tl.where(total - total == 0, value, float("nan"))
+    tl.store(sigma, value)
+
+    good = (value > 0) & (value < float("inf"))
+    safe = tl.where(
+        (value > 1e-9) & (value < 1e9), 1.0, 1.0 / tl.maximum(tl.where(good, value, 1.0), 1e-38)
+    )
+    is_one = (norm > 0.5) & (norm < 2.0)
+    gained = 1.0 - tl.sqrt(_largest(gram_y, index)) / (norm * tl.where(good, value, 1.0))
+    gained = tl.where(good & is_one, gained, float("inf"))
+    tl.store(gain, gained)
+    retry = tl.where(value == 0, 1e28, 1e-28)
+    retry = tl.where(more & is_one, retry, 1.0) / norm
+    to_z = _inverse_factor(gram_z * scale_z[:, None] * scale_z[None, :], 1e-10, index, BLOCK)
+    is_new = tl.sum(tl.where(diagonal, to_z, 0.0), axis=1) > 0
+    to_z = to_z * scale_z[None, :] * safe
+    # Where every thread finds it.
+    tl.store(factors + index[:, None] * BLOCK + index[None, :], to_z)
+    tl.debug_barrier()
+    for start in range(0, n, LANES):
+        in_cols = (start + lane) < n
+        inside = (index < width)[:, None] & in_cols[None, :]
+        at = index[:, None] * n + (start + lane)[None, :]
+        old = tl.load(x + at, mask=inside, other=0.0).to(tl.float64)
+        fresh = tl.zeros((BLOCK, LANES), dtype=tl.float64)
+        for k in range(0, width):
+            row = tl.load(z + k * n + start + lane, mask=in_cols, other=0.0).to(tl.float64)
+            fresh += tl.load(factors + index * BLOCK + k)[:, None] * row[None, :]
+        fresh = tl.where(good, tl.where(is_new[:, None], fresh, old / norm * safe), old * retry)
+        tl.store(x + at, fresh.to(tl.float32), mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=["number", "rounds_w", "rounds_u", "matrices"],
+)
+def orthonormalize(
+    blocks,
+    masks,
+    numbers,
+    x,
+    z,
+    left,
+    factors,
+    independent,
+    settled,
+    number,
+    rounds_w,
+    rounds_u,
+    matrices,
+    BLOCK_W: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """The next block, σ₁ and gain of one matrix after iteration ``number``, and whether it makes
+    another.
+    """
+    block = blocks + tl.program_id(0) * BLOCK_SIZE
+    operand, matrix = tl.load(block), tl.load(block + 1)
+    mask = masks + matrices * (operand + MAKING) + matrix
+    numbers += matrix
+    if tl.load(mask) != 0:
+        rounds = tl.where(operand == 0, rounds_w, rounds_u)
+        most = tl.load(numbers + matrices * (operand + MOST))
+        least = tl.load(numbers + matrices * (operand + LEAST))
+        may_follow = (number + 1 < rounds) & (number + 1 < most)
+        sigma = numbers + matrices * (operand + SIGMA)
+        gain = numbers + matrices * (operand + GAIN)
+        if (operand == 1) & (number == 0):
+            if tl.load(masks + matrices * FRESH + matrix) != 0:
+                n, width = tl.load(block + 4), tl.load(block + 5)
+                squares = tl.load(z + tl.load(block + 3) + width * (n + width))
+                tl.store(numbers + matrices * OF_UPDATE, squares.to(tl.float64))
+        factors += tl.program_id(0) * BLOCK_U * BLOCK_U
+        if (BLOCK_W != BLOCK_U) & (operand == 0):
+            _block(block, may_follow, x, z, sigma, gain, factors, independent, BLOCK_W, LANES)
+        else:
+            _block(block, may_follow, x, z, sigma, gain, factors, independent, BLOCK_U, LANES)
+        tl.debug_barrier()
+        gained = tl.load(gain)
+        goes_on = may_follow & ((number + 1 < least) | (gained > settled) | (gained != gained))
+        tl.store(mask, goes_on.to(tl.uint8))
+        # Y of cut rows are added to zeros.
+        line = tl.arange(0, LANES)
+        for start in range(0, tl.load(block + 7), LANES):
+            inside = start + line < tl.load(block + 7)
+            tl.store(left + tl.load(block + 6) + start + line, 0.0, mask=inside)

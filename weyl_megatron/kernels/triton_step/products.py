@@ -1,0 +1,264 @@
+"""One iteration's reads of W and U: Y = A X and Z = Aᵀ Y, row by row."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .adamw import address, direction, moments
+from .numbers import FRESH, MAKING
+from .tables import HYPER_SIZE, UNIT_SIZE
+
+#: What is read: W, U of M and V, or U of M and V that are updated first.
+WEIGHTS = tl.constexpr(0)
+UPDATES = tl.constexpr(1)
+MOMENTS = tl.constexpr(2)
+
+
+@triton.jit
+def _quarters(a, A: tl.constexpr, B: tl.constexpr, LANES: tl.constexpr):
+    """The first, second, third and last of every four columns that a thread holds."""
+    even, odd = tl.split(tl.reshape(a, (A, B, LANES, 2, 2)))
+    first, third = tl.split(even)
+    second, last = tl.split(odd)
+    return first, second, third, last
+
+
+@triton.jit
+def _elements(base, first, second, at, inside, of_root, of_one, SOURCE: tl.constexpr):
+    """The elements of a block of W or U, 0 outside."""
+    if SOURCE == 0:
+        return tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
+    exp_avg = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
+    exp_avg_sq = tl.load(second + at, mask=inside, other=1.0).to(tl.float32)
+    return direction(exp_avg, exp_avg_sq, of_root, of_one)
+
+
+@triton.jit
+def _bands(
+    unit,
+    pointers,
+    hyper,
+    is_fresh,
+    x,
+    left,
+    partial,
+    sums,
+    SOURCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDE: tl.constexpr,
+    STATE: tl.constexpr,
+    GRAD: tl.constexpr,
+):
+    """A unit's rows, ROWS at a time: columns of Y in registers, summed once a band."""
+    COLS: tl.constexpr = 4 * LANES if WIDE else LANES
+    aligned: tl.constexpr = 16 if WIDE else 0
+    # Gradients of fewer bytes are read as many at a time as M, not as many bytes.
+    of_16: tl.constexpr = aligned * GRAD.primitive_bitwidth // STATE.primitive_bitwidth
+    buffer, offset, count = tl.load(unit), tl.load(unit + 1), tl.load(unit + 2)
+    cols, stride, n = tl.load(unit + 3), tl.load(unit + 4), tl.load(unit + 9)
+    slot, width = tl.load(unit + 12), tl.load(unit + 13)
+    x += tl.load(unit + 8)
+    z = partial + tl.load(unit + 10) + tl.load(unit + 11)
+    base = address(pointers, buffer, 0, offset, STATE, aligned)
+    first = address(pointers, buffer, 2, offset, STATE, aligned)
+    second = address(pointers, buffer, 3, offset, STATE, aligned)
+    grads = address(pointers, buffer, 1, offset, GRAD, of_16)
+    of_root, of_one = tl.load(hyper + 3), tl.load(hyper + 4)
+    # M and V that were updated before stay as they are.
+    of_grad = tl.where(is_fresh, tl.load(hyper), 0.0)
+    of_old = tl.where(is_fresh, tl.load(hyper + 1), 1.0)
+    of_square = tl.where(is_fresh, tl.load(hyper + 2), 0.0)
+    if WIDE:  # which the caller has seen
+        cols = cols // 8 * 8
+        stride = stride // 4 * 4
+        n = n // 4 * 4
+        x = tl.multiple_of(x, 16)
+        z = tl.multiple_of(z, 16)
+    row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
+    vectors = tl.arange(0, BLOCK)
+    of_block = vectors < width
+    squares = tl.zeros((ROWS, 1, LANES), dtype=tl.float32)
+    for begin in range(0, count, ROWS):
+        # Behind the last row it is read again, and counts for nothing.
+        is_row = begin + row < count
+        rows = tl.minimum(begin + row, count - 1)
+        acc = tl.zeros((ROWS, BLOCK, LANES), dtype=tl.float32)
+        of_band = tl.zeros((ROWS, 1, LANES), dtype=tl.float32)
+        for start in range(0, cols, COLS):
+            in_cols = (start + col) < cols
+            at = rows[:, None] * stride + (start + col)[None, :]
+            inside = in_cols[None, :]
+            if SOURCE == 2:
+                grad = tl.load(grads + at, mask=inside, other=0.0).to(tl.float32)
+                exp_avg = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
+                exp_avg_sq = tl.load(second + at, mask=inside, other=1.0).to(tl.float32)
+                exp_avg, exp_avg_sq = moments(
+                    grad, exp_avg, exp_avg_sq, of_grad, of_old, of_square, STATE
+                )
+                tl.store(first + at, exp_avg.to(STATE), mask=is_row[:, None] & inside)
+                tl.store(second + at, exp_avg_sq.to(STATE), mask=is_row[:, None] & inside)
+                a = direction(exp_avg, exp_avg_sq, of_root, of_one)
+            else:
+                a = _elements(base, first, second, at, inside, of_root, of_one, SOURCE)
+            x_at = vectors[:, None] * n + (start + col)[None, :]
+            xs = tl.load(x + x_at, mask=of_block[:, None] & inside, other=0.0)
+            if WIDE:
+                a0, a1, a2, a3 = _quarters(a, ROWS, 1, LANES)
+                x0, x1, x2, x3 = _quarters(xs, 1, BLOCK, LANES)
+                acc += a0 * x0
+                acc += a1 * x1
+                acc += a2 * x2
+                acc += a3 * x3
+                if SOURCE == 2:
+                    of_band += a0 * a0
+                    of_band += a1 * a1
+                    of_band += a2 * a2
+                    of_band += a3 * a3
+            else:
+                a3d = tl.reshape(a, (ROWS, 1, LANES))
+                acc += a3d * tl.reshape(xs, (1, BLOCK, LANES))
+                if SOURCE == 2:
+                    of_band += a3d * a3d
+        if SOURCE == 2:
+            squares += tl.where(is_row[:, None, None], of_band, 0.0)
+        y = tl.sum(acc, axis=2)  # (ROWS, BLOCK)
+        in_y = is_row[:, None] & of_block[None, :]
+        y = tl.where(in_y, y, 0.0)
+        y_at = rows[:, None] * width + vectors[None, :]
+        if slot >= 0:
+            tl.atomic_add(left + slot + y_at, y, mask=in_y)
+        else:
+            # Behind Z and YᵀY, which is made of them.
+            lines = partial + tl.load(unit + 10) + width * (n + width)
+            tl.store(lines + y_at, y, mask=in_y)
+            tl.debug_barrier()
+            # The last columns first: they are the likeliest to be in a cache still.
+            last = (cols - 1) // COLS * COLS
+            for back in range(0, cols, COLS):
+                start = tl.multiple_of(last - back, COLS)
+                in_cols = (start + col) < cols
+                z_at = vectors[:, None] * n + (start + col)[None, :]
+                in_z = of_block[:, None] & in_cols[None, :]
+                total = tl.load(z + z_at, mask=in_z & (begin > 0), other=0.0)
+                for r in tl.static_range(ROWS):
+                    at = tl.minimum(begin + r, count - 1) * stride + start + col
+                    a = _elements(base, first, second, at, in_cols, of_root, of_one, SOURCE)
+                    yr = tl.sum(tl.where(row[:, None] == r, y, 0.0), axis=0)
+                    total += yr[:, None] * a[None, :]
+                tl.store(z + z_at, total, mask=in_z)
+    if SOURCE == 2:
+        tl.store(sums, tl.sum(tl.sum(tl.reshape(squares, (ROWS, LANES)), axis=1), axis=0))
+
+
+@triton.jit
+def _gram(unit, partial, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """YᵀY of a unit's rows, from the lines that they were left in."""
+    count, n, width = tl.load(unit + 2), tl.load(unit + 9), tl.load(unit + 13)
+    gram_at = partial + tl.load(unit + 10) + width * n
+    lines_at = gram_at + width * width
+    line, vectors = tl.arange(0, LANES), tl.arange(0, BLOCK)
+    of_block = vectors < width
+    tl.debug_barrier()
+    for j in range(0, width):
+        gram = tl.zeros((LANES, BLOCK), dtype=tl.float32)
+        for begin in range(0, count, LANES):
+            lines = begin + line
+            inside = lines < count
+            at = lines[:, None] * width + vectors[None, :]
+            y = tl.load(lines_at + at, mask=inside[:, None] & of_block[None, :], other=0.0)
+            yj = tl.load(lines_at + lines * width + j, mask=inside, other=0.0)
+            gram += y * yj[:, None]
+        tl.store(gram_at + j * width + vectors, tl.sum(gram, axis=0), mask=of_block)
+
+
+@triton.jit
+def _unit(
+    unit,
+    pointers,
+    hyper,
+    is_fresh,
+    x,
+    left,
+    partial,
+    sums,
+    SOURCE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    STATE: tl.constexpr,
+    GRAD: tl.constexpr,
+):
+    """A unit, four elements at a time where all that it touches is aligned."""
+    buffer = tl.load(unit)
+    state_size: tl.constexpr = STATE.primitive_bitwidth // 8
+    grad_size: tl.constexpr = GRAD.primitive_bitwidth // 8
+    offset, stride = tl.load(unit + 1), tl.load(unit + 4)
+    odd = tl.load(pointers + buffer * 4) | tl.load(pointers + buffer * 4 + 2)
+    odd = odd | tl.load(pointers + buffer * 4 + 3) | ((offset | stride) * state_size)
+    if SOURCE == 2:
+        odd = odd | tl.load(pointers + buffer * 4 + 1) | ((offset | stride) * grad_size)
+    vectors = tl.load(unit + 8) | tl.load(unit + 9) | tl.load(unit + 10) | tl.load(unit + 11)
+    odd = (odd & 15) | (vectors & 3) | (tl.load(unit + 3) & 7)
+    if odd == 0:
+        _bands(
+            unit, pointers, hyper, is_fresh, x, left, partial, sums,
+            SOURCE, BLOCK, ROWS, LANES, True, STATE, GRAD,
+        )  # fmt: skip
+    else:
+        _bands(
+            unit, pointers, hyper, is_fresh, x, left, partial, sums,
+            SOURCE, BLOCK, ROWS, LANES, False, STATE, GRAD,
+        )  # fmt: skip
+    if tl.load(unit + 12) < 0:
+        _gram(unit, partial, BLOCK, LANES)
+
+
+@triton.jit(do_not_specialize=["start", "matrices"])
+def products(
+    units,
+    start,
+    pointers,
+    hypers,
+    masks,
+    x,
+    left,
+    partial,
+    sums,
+    matrices,
+    FIRST: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    ROWS_W: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+    ROWS_U: tl.constexpr,
+    LANES: tl.constexpr,
+    STATE: tl.constexpr,
+    GRAD: tl.constexpr,
+):
+    """Z and YᵀY of a unit's whole rows to ``partial``, or Y of cut rows to ``left``; FIRST: of W
+    and of U whose moments are updated on the way, with Σ u² to ``sums``.
+
+    One read: a band's Y = A Xᵀ and Z += Yᵀ A, the second time from a cache.
+    """
+    unit_number = start + tl.program_id(0)
+    unit = units + unit_number * UNIT_SIZE
+    buffer, matrix, operand = tl.load(unit), tl.load(unit + 5), tl.load(unit + 7)
+    hyper = hypers + buffer * HYPER_SIZE
+    masks += matrix
+    sums += unit_number * 3
+    is_making = tl.load(masks + matrices * (operand + MAKING)) != 0
+    is_there = (operand == 0) | (tl.load(pointers + buffer * 4 + 2) != 0)
+    if is_making & is_there:
+        if operand == 0:
+            _unit(
+                unit, pointers, hyper, False, x, left, partial, sums,
+                0, BLOCK_W, ROWS_W, LANES, STATE, STATE,
+            )  # fmt: skip
+        else:
+            is_fresh = tl.load(masks + matrices * FRESH) != 0
+            _unit(
+                unit, pointers, hyper, is_fresh, x, left, partial, sums,
+                2 if FIRST else 1, BLOCK_U, ROWS_U, LANES, STATE, GRAD if FIRST else STATE,
+            )  # fmt: skip

@@ -1,0 +1,254 @@
+"""Tables of units: what one program of a GPU works on, cut by how many run at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..spectral.blocks import Blocks, Operand
+from ..spectral.tiles import Tile
+
+#: What tells the launches apart that tensors take: the dtype of W, M and V, and that of G.
+Dtypes = tuple[torch.dtype, torch.dtype]
+
+#: Elements that a unit of an elementwise pass has at least.
+_LEAST_ELEMENTS = 1 << 13
+
+#: Waves of programs in an elementwise pass, which sums little: what ends late is short.
+_WAVES = 4
+
+#: What an element of U takes beside one of W, in bytes that are read and written: 8 beside 4, and
+#: 20 in the first iteration.
+_OF_UPDATE = 3
+
+#: Units of one matrix at most, whose sums are added up one after the other.
+_MOST_UNITS = 128
+
+
+class Launch(NamedTuple):
+    """Units that one launch works on: ``[start, stop)`` of a table."""
+
+    dtypes: Dtypes
+    start: int
+    stop: int
+
+
+class Passes(NamedTuple):
+    """The units of the elementwise passes."""
+
+    units: Tensor  # (units, columns of UNIT)
+    launches: list[Launch]
+    spans: Tensor  # (matrices, 2): the units that are measured, from the first to behind the last
+
+
+class Products(NamedTuple):
+    """The units of the products, those of U before those of W in every launch, and what adds up
+    their sums.
+    """
+
+    units: Tensor
+    launches: list[Launch]  # of both operands
+    of_update: list[Launch]  # of U alone
+    pieces: Tensor  # (pieces, columns of PIECE)
+    collections: list[Launch]
+    blocks: Tensor  # (operands · matrices, columns of BLOCK)
+    room: int  # of what units sum
+
+
+def passes(
+    tiles: Sequence[Tile],
+    measured: int,
+    matrices: int,
+    dtypes: Sequence[Dtypes],
+    programs: int,
+    device: torch.device,
+) -> Passes:
+    """Cut tiles into runs of elements.
+
+    Args:
+        tiles: all that is stepped; the first ``measured`` are measured here.
+        matrices: how many there are.
+        dtypes: by buffer.
+        programs: how many run at once.
+        device: of the tables.
+    """
+    total = sum(tile.rows * tile.cols for tile in tiles)
+    most = max(_LEAST_ELEMENTS, -(-total // (programs * _WAVES)))
+    rows: list[tuple[Dtypes, int, list[int]]] = []
+    for number, tile in enumerate(tiles):
+        is_measured = int(number < measured)
+        for offset, count, cols in _runs(tile, most):
+            place = [tile.buffer, offset, count, cols, tile.stride, tile.matrix, is_measured]
+            rows.append((dtypes[tile.buffer], tile.matrix if is_measured else -1, place))
+    rows.sort(key=lambda row: (str(row[0]), row[1]))
+    spans = [[0, 0] for _ in range(matrices)]
+    for at, (_, matrix, _) in enumerate(rows):
+        if matrix >= 0:
+            spans[matrix] = [spans[matrix][0] if spans[matrix][1] else at, at + 1]
+    units = [[*place, *[0] * 7] for _, _, place in rows]
+    return Passes(
+        torch.tensor(units, dtype=torch.int64).view(-1, 14).to(device),
+        _launches(row[0] for row in rows),
+        torch.tensor(spans, dtype=torch.int64).view(-1, 2).to(device),
+    )
+
+
+def _runs(tile: Tile, most: int) -> Iterator[tuple[int, int, int]]:
+    """Yield where a unit's first row begins, rows and columns: a dense tile is one run."""
+    if tile.stride == tile.cols or tile.rows == 1:
+        size = tile.rows * tile.cols
+        step = min(most, size)
+        step = -(-step // 8) * 8
+        for start in range(0, size, step):
+            yield tile.offset + start, 1, min(step, size - start)
+        return
+    step = max(1, most // tile.cols)
+    for row in range(0, tile.rows, step):
+        yield tile.offset + row * tile.stride, min(step, tile.rows - row), tile.cols
+
+
+class _Unit(NamedTuple):
+    """A band of a tile's rows, of one operand."""
+
+    dtypes: Dtypes
+    operand: int
+    matrix: int
+    is_cut: bool
+    tile: Tile
+    row: int
+    rows: int
+
+
+def products(
+    blocks: Blocks,
+    bands: Sequence[int],
+    dtypes: Sequence[Dtypes],
+    programs: int,
+    cols: int,
+) -> Products:
+    """Cut the tiles of W (operand 0) and U (operand 1) into bands of rows.
+
+    Args:
+        blocks: resident.
+        bands: for each operand, how many rows a program multiplies at once.
+        dtypes: by buffer.
+        programs: how many run at once.
+        cols: how many columns of Z are added up at once.
+    """
+    device = blocks.x.device
+    weight = (1, _OF_UPDATE)
+    lists = [[*operand.whole[0].tiles, *operand.cut[0].tiles] for operand in blocks.operands]
+    total = sum(w * t.rows * t.cols for w, tiles in zip(weight, lists, strict=True) for t in tiles)
+    units: list[_Unit] = []
+    longest: dict[tuple[int, int], int] = {}  # rows of a unit, of each operand's matrix
+    for number, tiles in enumerate(lists):
+        most = max(1, -(-total // programs) // weight[number])
+        for tile in tiles:
+            shape = blocks.matrices[tile.matrix]
+            rows = max(1, most // tile.cols, -(-shape.rows // _MOST_UNITS))
+            rows = -(-rows // bands[number]) * bands[number]
+            is_cut = tile.cols < shape.cols
+            if not is_cut:
+                key = number, tile.matrix
+                longest[key] = max(longest.get(key, 0), min(rows, tile.rows))
+            for row in range(0, tile.rows, rows):
+                count = min(rows, tile.rows - row)
+                kinds = dtypes[tile.buffer]
+                units.append(_Unit(kinds, number, tile.matrix, is_cut, tile, row, count))
+    units.sort(key=lambda unit: (str(unit.dtypes), -unit.operand, unit.matrix, unit.is_cut))
+    places: list[int] = []
+    apart: dict[tuple[int, int], int] = {}
+    room = 0
+    for unit in units:
+        operand = blocks.operands[unit.operand]
+        key, b = (unit.operand, unit.matrix), operand.widths[unit.matrix]
+        length = 0 if unit.is_cut else b * (blocks.matrices[unit.matrix].cols + b + longest[key])
+        apart[key] = max(apart.get(key, 0), -(-length // 4) * 4)
+        places.append(room)
+        room += -(-length // 4) * 4
+    rows_of_units = [
+        _unit_row(unit, blocks.operands[unit.operand], place)
+        for unit, place in zip(units, places, strict=True)
+    ]
+    pieces, collections = _pieces(blocks, units, places, apart, cols, dtypes)
+    blocks_of = [
+        _block_row(operand, number, k, blocks)
+        for number, operand in reversed(list(enumerate(blocks.operands)))
+        for k in range(len(blocks.matrices))
+    ]
+    return Products(
+        torch.tensor(rows_of_units, dtype=torch.int64).view(-1, 14).to(device),
+        _launches(unit.dtypes for unit in units),
+        _launches((unit.dtypes for unit in units), [unit.operand == 1 for unit in units]),
+        torch.tensor(pieces, dtype=torch.int64).view(-1, 12).to(device),
+        collections,
+        torch.tensor(blocks_of, dtype=torch.int64).view(-1, 8).to(device),
+        room,
+    )
+
+
+def _unit_row(unit: _Unit, operand: Operand, place: int) -> list[int]:
+    tile, width = unit.tile, operand.widths[unit.matrix]
+    left = operand.left_place(tile) + unit.row * width if unit.is_cut else -1
+    n = operand.matrices[unit.matrix].cols
+    offset = tile.offset + unit.row * tile.stride
+    where = [tile.buffer, offset, unit.rows, tile.cols, tile.stride, unit.matrix, 1]
+    x = operand.x_at[unit.matrix] + tile.col
+    return [*where, unit.operand, x, n, place, tile.col, left, width]
+
+
+def _pieces(
+    blocks: Blocks,
+    units: Sequence[_Unit],
+    places: Sequence[int],
+    apart: dict[tuple[int, int], int],
+    cols: int,
+    dtypes: Sequence[Dtypes],
+) -> tuple[list[list[int]], list[Launch]]:
+    """Return the pieces of every matrix's Z, and which are launched together."""
+    first: dict[tuple[int, int], int] = {}
+    last: dict[tuple[int, int], int] = {}
+    cut: dict[tuple[int, int], int] = {}
+    for at, unit in enumerate(units):
+        key = unit.operand, unit.matrix
+        first.setdefault(key, at)
+        last[key] = at + 1
+        if unit.is_cut:
+            cut.setdefault(key, at)
+    rows: list[tuple[Dtypes, list[int]]] = []
+    for number, operand in enumerate(blocks.operands):
+        for k, matrix in enumerate(blocks.matrices):
+            key = number, k
+            start, stop = first.get(key, 0), last.get(key, 0)
+            whole_stop = cut.get(key, stop)
+            kinds = units[start].dtypes if stop else dtypes[0]
+            place = places[start] if stop else 0
+            head = [number, k, operand.z_at[k], matrix.cols, operand.widths[k]]
+            tail = [place, whole_stop - start, apart.get(key, 0), start, stop, whole_stop]
+            rows += [(kinds, [*head, col, *tail]) for col in range(0, matrix.cols, cols)]
+            rows.append((kinds, [*head, -1, *tail]))
+    rows.sort(key=lambda row: str(row[0]))
+    return [row for _, row in rows], _launches(kinds for kinds, _ in rows)
+
+
+def _block_row(operand: Operand, number: int, k: int, blocks: Blocks) -> list[int]:
+    n, width = blocks.matrices[k].cols, operand.widths[k]
+    lefts = width * len(blocks.cut[k])
+    places = [operand.x_at[k], operand.z_at[k], n, width, operand.left_at[k], lefts]
+    return [number, k, *places]
+
+
+def _launches(kinds: Iterable[Dtypes], chosen: Sequence[bool] | None = None) -> list[Launch]:
+    """Return the runs of units of equal dtypes, of those that are chosen."""
+    launches: list[Launch] = []
+    for at, dtypes in enumerate(kinds):
+        if chosen is not None and not chosen[at]:
+            continue
+        if launches and launches[-1].dtypes == dtypes and launches[-1].stop == at:
+            launches[-1] = launches[-1]._replace(stop=at + 1)
+        else:
+            launches.append(Launch(dtypes, at, at + 1))
+    return launches
