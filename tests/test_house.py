@@ -28,6 +28,7 @@ ROOMS = (
     "nonfinite",
     "names",
     "state",
+    "steady",
     "batches",
     "matrices",
     "saved",

@@ -67,12 +67,10 @@ def test_an_engine_s_tensors_are_those_of_its_layout() -> None:
 def test_buffers_are_stepped_in_the_layout_s_order_with_their_groups() -> None:
     first, second = parameters()
     tensors, groups = stepped(first, second)
-    ((device, pairs),) = tensors.by_device(groups[::-1]).items()
+    ((device, members),) = tensors.by_device(groups[::-1]).items()
     assert device.type == "cpu"
-    assert [(buffer.name, group) for buffer, group in pairs] == [
-        ("w0", groups[0]),
-        ("w1", groups[1]),
-    ]
+    assert [buffer.name for buffer in members.buffers] == ["w0", "w1"]
+    assert all(a is b for a, b in zip(members.param_groups, groups, strict=True))
     assert [buffer.name for buffer in tensors.in_groups(groups[::-1])] == ["w1", "w0"]
 
 
@@ -81,16 +79,68 @@ def test_a_rank_without_a_piece_steps_with_the_others_group() -> None:
     shard = Shard(Parameter("w", (4, 3)), 0, 0, 0)
     tensors = SteppedTensors([Buffer(torch.empty(0), (shard,), (), 1)], are_parameters=False)
     groups: ParamGroups = [{"params": [], "lr": 1.0}, {"params": [], "lr": 2.0}]
-    ((_, [(_, group)]),) = tensors.by_device(groups).items()
-    assert group["lr"] == 2.0
+    (members,) = tensors.by_device(groups).values()
+    assert [group["lr"] for group in members.param_groups] == [2.0]
 
 
 def test_a_weight_with_gaps_is_stepped_as_a_copy_and_one_without_memory_not_at_all() -> None:
-    gaps = torch.ones(4, 6)[:, ::2]
-    tensors, _ = stepped(gaps)
-    (buffer,) = tensors.in_groups([{"params": [gaps]}])
-    weight, form = tensors.weight(buffer)
-    assert weight is not gaps and weight.is_contiguous() and form.stride == (3, 1)
+    gaps = torch.ones(4, 6)[:, ::2].requires_grad_()
+    tensors, groups = stepped(gaps)
+    (members,) = tensors.by_device(groups).values()
+    (weight,) = tensors.weights(members)
+    assert weight is not gaps and weight.is_contiguous() and members.forms[0].stride == (3, 1)
     gaps.untyped_storage().resize_(0)
     with pytest.raises(ValueError, match="got a storage of 0 bytes"):
-        tensors.weight(buffer)
+        tensors.weights(members)
+
+
+def test_what_is_stepped_is_listed_anew_only_where_the_parameter_groups_are_others() -> None:
+    first, second = parameters()
+    tensors, groups = stepped(first, second)
+    members = tensors.by_device(groups)
+    assert tensors.by_device(list(groups)) is members  # the same groups in another list
+
+
+@pytest.mark.parametrize("change", ["order", "group", "gone", "moved", "replaced", "frozen"])
+def test_a_change_of_the_parameter_groups_is_seen(change: str) -> None:
+    """They are the user's, who may put anything into them between two steps."""
+    first, second = parameters()
+    tensors, groups = stepped(first, second)
+    groups = list(groups)
+    before = tensors.by_device(groups)
+    expected = {"w0": groups[0], "w1": groups[1]}
+    if change == "order":
+        groups.reverse()
+    elif change == "group":
+        groups[1] = {**groups[1], "lr": 1.0}
+        expected["w1"] = groups[1]
+    elif change == "gone":
+        del groups[1]["params"][0]
+        del expected["w1"]
+    elif change == "moved":  # the list of all tensors is the same
+        groups[0]["params"].append(groups[1]["params"].pop())
+        expected["w1"] = groups[0]
+    elif change == "replaced":
+        groups[1]["params"][0] = nn.Parameter(second.detach())
+        del expected["w1"]
+    else:
+        second.requires_grad_(False)
+        del expected["w1"]
+    after = tensors.by_device(groups)
+    assert after is not before
+    (members,) = after.values()
+    names = [buffer.name for buffer in members.buffers]
+    assert names == list(expected)
+    wanted = expected.values()
+    assert all(a is b for a, b in zip(members.param_groups, wanted, strict=True))
+
+
+@pytest.mark.parametrize("smaller", [0, 4, 44])
+def test_a_weight_whose_storage_shrinks_between_two_steps_is_refused(smaller: int) -> None:
+    first, second = parameters()
+    tensors, groups = stepped(first, second)
+    (members,) = tensors.by_device(groups).values()
+    tensors.weights(members)
+    first.untyped_storage().resize_(smaller)
+    with pytest.raises(ValueError, match=f"got a storage of {smaller} bytes, it takes 48"):
+        tensors.weights(members)

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .kernels import Stepped
-from .layouts.buffers import Buffer
 from .matrices import MatrixGroup, MatrixStats
 from .names import ParameterNames
 from .saved import SavedVectors
 from .settings import Settings
+from .steady import Gathered, Members
 from .thresholds import Thresholds
 
 #: Returns how many steps of some tensors were made.
@@ -20,14 +19,14 @@ StepsDone = Callable[[Sequence[Tensor]], float]
 
 
 class Turn(NamedTuple):
-    """What is stepped together on one device, by buffer: W, as a dense copy where it is not dense,
-    and G, M and V.
+    """What one step works on, on one device: W, as a dense copy where it is not dense, and G, M and
+    V.
     """
 
     group: MatrixGroup
+    members: Members
     weights: list[Tensor]
-    stepped: list[Stepped | None]  # None: without a gradient
-    param_groups: list[dict[str, Any]]
+    gathered: Gathered
 
 
 class MatrixGroups:
@@ -46,23 +45,21 @@ class MatrixGroups:
 
     def group(
         self,
-        buffers: Sequence[Buffer],
-        param_groups: Sequence[Mapping[str, Any]],
+        members: Members,
         thresholds: Thresholds,
         settings: Settings,
         steps_done: StepsDone,
     ) -> MatrixGroup:
-        """Return the group of the buffers' tensors.
+        """Return the group of what is stepped together.
 
         Args:
-            buffers: what is stepped together, on one device.
-            param_groups: of each buffer.
+            members: what that is, on one device.
             thresholds, settings: for a group that is new.
             steps_done: for one that finds its vectors saved.
         """
-        adamw = is_adamw(settings, param_groups)
-        amsgrad = any(param_group["amsgrad"] for param_group in param_groups)
-        key = tuple(id(buffer.tensor) for buffer in buffers)
+        adamw = is_adamw(settings, members.groups)
+        amsgrad = any(param_group["amsgrad"] for param_group in members.groups)
+        key = tuple(map(id, members.tensors))
         group = self._groups.get(key)
         if group is None or (group.is_adamw, group.is_amsgrad) != (adamw, amsgrad):
             # It takes the place of older ones over some of these tensors, from before others were
@@ -70,9 +67,13 @@ class MatrixGroups:
             self._groups = {
                 other: kept for other, kept in self._groups.items() if not set(other) & set(key)
             }
-            iters = settings.power_iters
-            group = MatrixGroup(buffers, thresholds, iters, is_adamw=adamw, is_amsgrad=amsgrad)
-            self._groups[key] = group
+            group = self._groups[key] = MatrixGroup(
+                members.buffers,
+                thresholds,
+                settings.power_iters,
+                is_adamw=adamw,
+                is_amsgrad=amsgrad,
+            )
         if self._saved.is_pending:
             self._saved.give(group, steps_done(group.tensors))
         return group

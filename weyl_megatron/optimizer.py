@@ -28,9 +28,7 @@ from .state import (
     check_loaded,
     check_saved_group,
     check_sizes,
-    count,
     counts_on_host,
-    gather,
     new_state,
     steps_done,
 )
@@ -275,12 +273,13 @@ class AdamW2(torch.optim.AdamW):
             return loss
         for turn in self._turns(tensors):  # all are checked before the first of them moves
             group = turn.group
+            stepped = turn.gathered.stepped
             with on_device(turn.weights[0].device):
                 if self._measures_gradients:
-                    self._gradient_norms |= group.gradient_norms(turn.stepped)
-                group.begin(turn.weights, turn.stepped, turn.param_groups)
+                    self._gradient_norms |= group.gradient_norms(stepped)
+                group.begin(turn.weights, stepped, turn.members.param_groups)
                 if not self._counts_in_groups():
-                    count(self.state, group.tensors)
+                    turn.members.count(turn.gathered)
                 # Lines 3 to 14 in one pass, where α is proved to be within Rule 1.
                 settled = group.move_early()
                 for batch in group.waiting(settled):
@@ -288,9 +287,9 @@ class AdamW2(torch.optim.AdamW):
                     rates = group.rates(sigma_weight, sigma_update)  # lines 7 to 9
                     group.move(batch, rates)  # lines 10 to 14
                 group.end(settled)
-                for tensor, weight in zip(group.tensors, turn.weights, strict=True):
-                    if weight is not tensor and tensor.grad is not None:  # stepped as a dense copy
-                        tensor.copy_(weight)
+                for number in turn.members.gaps:
+                    if stepped[number] is not None:  # a dense copy was
+                        group.tensors[number].copy_(turn.weights[number])
         if self._counts_in_groups():
             for param_group in self.param_groups:
                 param_group["step"] += 1
@@ -379,22 +378,13 @@ class AdamW2(torch.optim.AdamW):
         for param_group in self.param_groups:
             check_group(param_group)
         turns = []
-        for device, pairs in tensors.by_device(self.param_groups).items():
-            buffers = [buffer for buffer, _ in pairs]
-            param_groups = [param_group for _, param_group in pairs]
+        for device, members in tensors.by_device(self.param_groups).items():
             with on_device(device):
                 group = self._matrix_groups.group(
-                    buffers, param_groups, self._thresholds, self._settings, self._steps_done
+                    members, self._thresholds, self._settings, self._steps_done
                 )
-                turn = Turn(group, [], [], param_groups)
-                for buffer, param_group in pairs:
-                    (weight, form), grad = tensors.weight(buffer), buffer.tensor.grad
-                    turn.weights.append(weight)
-                    if grad is None:
-                        turn.stepped.append(None)
-                        continue
-                    self._allocate(buffer.tensor, param_group)  # lines 1 and 2
-                    state = self.state[buffer.tensor]
-                    turn.stepped.append(gather(weight, form, grad, state, param_group, buffer.name))
-            turns.append(turn)
+                weights = tensors.weights(members)
+                # Lines 1 and 2.
+                gathered = members.gather(weights, self.state, self._allocate)
+            turns.append(Turn(group, members, weights, gathered))
         return turns

@@ -5,12 +5,13 @@ reads it, counted.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .kernels import Hyper, Stepped
+from .kernels import Hyper
 from .kernels.stepped import Form, check_form, extent_of
 from .settings import check_harmless
 
@@ -18,23 +19,84 @@ from .settings import check_harmless
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _LARGEST = "max_exp_avg_sq"
 
+#: The dtypes that a gradient may have beside a weight in float32.
+_HALF = (torch.bfloat16, torch.float16)
+
+#: Counts that share memory. A pickle of one holds that of all, so they are not many.
+_COUNTS = 256
+
 
 def new_state(tensor: Tensor, group: Mapping[str, Any], *, has_step: bool) -> dict[str, Tensor]:
     """Return the state of a tensor before its first step, as torch.optim.AdamW makes it."""
-    keys = (*_MOMENTS, _LARGEST) if group["amsgrad"] else _MOMENTS
-    state = {} if not has_step else {"step": _count(0.0)}
+    state = {} if not has_step else {"step": torch.tensor(0.0, dtype=_dtype(), device="cpu")}
     return state | {
-        key: torch.zeros_like(tensor, memory_format=torch.preserve_format) for key in keys
+        key: torch.zeros_like(tensor, memory_format=torch.preserve_format)
+        for key in moment_keys(group)
     }
 
 
-def count(state: Mapping[Tensor, dict[str, Any]], tensors: Iterable[Tensor]) -> None:
-    """Count the step of every tensor that has a gradient."""
-    for tensor in tensors:
-        if tensor.grad is not None:
-            step = state[tensor]["step"]
-            # In new memory: a checkpoint may have handed one count to several tensors.
-            state[tensor]["step"] = step + 1 if isinstance(step, Tensor) else _count(step + 1)
+def moment_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the keys of a state's moments, M, V and, where it counts, the largest V."""
+    return (*_MOMENTS, _LARGEST) if group["amsgrad"] else _MOMENTS
+
+
+class Counts:
+    """How many steps were made of some parameters, counted in one operation.
+
+    Each state's count is a view of memory that they share, made when the first step is counted, and
+    anew where others were put in their places: a checkpoint may have handed one count to several
+    parameters, or keep those that it gave.
+
+    Args:
+        states: of the parameters; counts in them keep their dtypes and shapes.
+        steps: how many were made of each.
+    """
+
+    def __init__(self, states: Sequence[dict[str, Any]], steps: Sequence[float]) -> None:
+        alike: dict[torch.dtype, list[int]] = {}
+        for number, state in enumerate(states):
+            step = state.get("step")
+            dtype = step.dtype if isinstance(step, Tensor) else _dtype()
+            alike.setdefault(dtype, []).append(number)
+        self._numbers: list[int] = []  # of the states, in the order of the memory
+        self._shared: list[Tensor] = []
+        views: dict[int, Tensor] = {}
+        for dtype, numbers in alike.items():
+            for first in range(0, len(numbers), _COUNTS):
+                some = numbers[first : first + _COUNTS]
+                shared = torch.tensor([steps[n] for n in some], dtype=dtype, device="cpu")
+                self._shared.append(shared)
+                self._numbers += some
+                for number, view in zip(some, shared.unbind(), strict=True):
+                    step = states[number].get("step")
+                    shape = step.shape if isinstance(step, Tensor) else view.shape
+                    views[number] = view.view(shape)
+        self._views = [views[number] for number in range(len(states))]
+        self._addresses = list(map(Tensor.data_ptr, self._views))
+        for state, view in zip(states, self._views, strict=True):
+            state["step"] = view
+
+    def read(self, states: Sequence[Mapping[str, Any]]) -> list[float] | None:
+        """Return the counts of states, or None where they have others than those made here."""
+        if not are_same([state.get("step") for state in states], self._views):
+            return None
+        if list(map(Tensor.data_ptr, self._views)) != self._addresses:  # after view.data = other
+            return None
+        steps = [0.0] * len(states)
+        values = (value for shared in self._shared for value in shared.tolist())
+        for number, value in zip(self._numbers, values, strict=True):
+            steps[number] = float(value)
+        return steps
+
+    def count(self) -> None:
+        """Count one step of every parameter."""
+        for shared in self._shared:
+            shared += 1
+
+
+def are_same(objects: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether two lists hold the same objects."""
+    return len(objects) == len(others) and all(map(is_, objects, others))
 
 
 def steps_done(state: Mapping[Tensor, dict[str, Any]], tensors: Iterable[Tensor]) -> float:
@@ -45,44 +107,47 @@ def steps_done(state: Mapping[Tensor, dict[str, Any]], tensors: Iterable[Tensor]
     return float(step) if is_number else float("nan")  # which no checkpoint's is
 
 
-def _count(step: float) -> Tensor:
+def _dtype() -> torch.dtype:
     # A lower precision would stop counting: bfloat16 at 256.
-    is_double = torch.get_default_dtype() == torch.float64
-    return torch.tensor(step, dtype=torch.float64 if is_double else torch.float32, device="cpu")
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
-def gather(
-    weight: Tensor,
-    form: Form,
-    grad: Tensor,
-    state: dict[str, Any],
-    group: Mapping[str, Any],
-    name: str,
-) -> Stepped:
-    """Return G, M and V of one weight (Algorithm 1, lines 1 and 2), of its form and in its memory
-    order.
-
-    Moments in another order, of a checkpoint or from before the weight became channels_last, are
-    replaced in ``state``.
+def check_gradient(grad: Tensor, form: Form, name: str) -> None:
+    """Check the gradient of a weight (Algorithm 1, line 1); its memory order may be another.
 
     Args:
+        grad: of the weight's dtype, or in half precision beside a weight in float32.
+        form: the weight's.
+        name: of the parameter, for sentences.
+
+    Raises:
+        ValueError: it is sparse, of another shape or dtype, on another device, or without memory.
+    """
+    if grad.is_sparse:
+        raise ValueError(f"AdamW2: parameter '{name}' got a sparse gradient, it takes dense ones.")
+    if form.dtype == torch.float32 and grad.dtype in _HALF:
+        form = form._replace(dtype=grad.dtype)
+    _check(grad, form, "the gradient", name)
+
+
+def fit_moments(
+    state: dict[str, Any], weight: Tensor, form: Form, group: Mapping[str, Any], name: str
+) -> None:
+    """Check M and V of a weight (line 2). Those in another memory order, of a checkpoint or from
+    before the weight became channels_last, are replaced in ``state``.
+
+    Args:
+        state: of the weight, allocated.
         weight: dense, of any order of dimensions in memory.
         form: its form.
-        grad: its gradient.
-        state: its state, allocated.
-        group: its parameter group; ``group["step"]`` counts where ``state`` has no step.
+        group: its parameter group.
         name: of the parameter, for sentences.
 
     Raises:
         ValueError: one of them is of another shape or dtype, on another device, without memory, or
             missing.
     """
-    if grad.is_sparse:
-        raise ValueError(f"AdamW2: parameter '{name}' got a sparse gradient, it takes dense ones.")
-    grad = _fitting(grad, weight, form, "the gradient", name)
-    if group["maximize"]:
-        grad = -grad
-    keys = (*_MOMENTS, _LARGEST) if group["amsgrad"] else _MOMENTS
+    keys = moment_keys(group)
     for key in keys:
         moment = state.get(key)
         if not isinstance(moment, Tensor):
@@ -90,15 +155,28 @@ def gather(
                 f"AdamW2: the state of parameter '{name}' holds {', '.join(map(str, state))}, it "
                 f"takes {', '.join(keys)}."
             )
-        state[key] = _fitting(moment, weight, form, f"'{key}'", name)
+        _check(moment, form, f"'{key}'", name)
+        if moment.stride() != form.stride:
+            state[key] = in_order_of(weight, moment)
+
+
+def read_step(state: Mapping[str, Any], group: Mapping[str, Any], name: str) -> float:
+    """Return how many steps of a parameter were made; its group counts where its state does not.
+
+    Raises:
+        ValueError: neither has a number.
+    """
     step = state.get("step", group.get("step"))
     if step is None or (isinstance(step, Tensor) and step.numel() != 1):
         got = "none" if step is None else f"one of shape {tuple(step.shape)}"
         raise ValueError(f"AdamW2: 'step' of parameter '{name}' got {got}, it takes a number.")
+    return float(step)
+
+
+def hyper_of(group: Mapping[str, Any], steps: float) -> Hyper:
+    """Return the hyperparameters of the step that follows ``steps`` others."""
     lr, beta1, beta2 = map(_scalar, (group["lr"], *group["betas"]))
-    hyper = Hyper(lr, beta1, beta2, group["eps"], group["weight_decay"], float(step) + 1)
-    largest = state[_LARGEST] if group["amsgrad"] else None
-    return Stepped(grad, state["exp_avg"], state["exp_avg_sq"], hyper, largest)
+    return Hyper(lr, beta1, beta2, group["eps"], group["weight_decay"], steps + 1)
 
 
 def _scalar(value: Tensor | float) -> Tensor | float:
@@ -141,12 +219,12 @@ def _check_loaded(tensor: Tensor, state: Mapping[str, Any], name: str, has_step:
 
 
 def counts_on_host(state: Mapping[Tensor, Any]) -> None:
-    """Bring the counts of steps to the CPU: a fused AdamW has them on the device, and reading them
-    there would wait.
+    """Copy the counts of steps to the CPU: a fused AdamW has them on the device, and reading them
+    there would wait; and whose state dict it was goes on counting in its own.
     """
     for entry in state.values():
         if isinstance(entry, dict) and isinstance(entry.get("step"), Tensor):
-            entry["step"] = entry["step"].cpu()
+            entry["step"] = entry["step"].detach().to("cpu", copy=True)
 
 
 def check_saved_group(group: Mapping[str, Any]) -> None:
@@ -169,13 +247,15 @@ def check_sizes(held: Sequence[int], saved: Sequence[int]) -> None:
         )
 
 
-def _fitting(tensor: Tensor, weight: Tensor, form: Form, what: str, name: str) -> Tensor:
-    """Return ``tensor`` in the memory order of ``weight``; raise ValueError where it is not of its
-    form.
-    """
+def _check(tensor: Tensor, form: Form, what: str, name: str) -> None:
+    """Raise ValueError where a tensor is not of a form, whatever its memory order."""
     if tensor.stride() == form.stride:
         check_form(tensor, form, tensor.numel(), what, name)
-        return tensor
-    other = form._replace(stride=tensor.stride())
-    check_form(tensor, other, extent_of(other), what, name)
-    return torch.empty_like(weight, requires_grad=False).copy_(tensor)
+    else:
+        other = form._replace(stride=tensor.stride())
+        check_form(tensor, other, extent_of(other), what, name)
+
+
+def in_order_of(weight: Tensor, tensor: Tensor) -> Tensor:
+    """Return a copy of ``tensor`` in the memory order of ``weight``."""
+    return torch.empty_like(weight, dtype=tensor.dtype, requires_grad=False).copy_(tensor)

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .kernels.stepped import Form, check_memory, extent_of, form_of, has_form
+from .kernels.stepped import Form, check_memory, extent_of, form_of
 from .layouts.buffers import Buffer
-from .layouts.plain import dense, is_frozen
+from .layouts.plain import dense, is_dense, is_frozen
+from .state import are_same
+from .steady import Members, ends_of, forms_of
 
 ParamGroups = Sequence[dict[str, Any]]
+
+
+class _Listed(NamedTuple):
+    """What parameter groups list."""
+
+    tensors: list[Tensor]
+    buffers: list[Buffer]  # of those that the layout has
+    others: list[Tensor]  # that it does not have
+
+
+class _Stepped(NamedTuple):
+    """What is stepped, and of what that holds."""
+
+    listed: _Listed
+    groups: list[dict[str, Any]]
+    sizes: list[int]  # of the groups
+    chosen: list[bool]  # of each tensor listed, whether it is stepped
+    members: dict[torch.device, Members]
 
 
 class SteppedTensors:
@@ -29,13 +49,14 @@ class SteppedTensors:
     def __init__(self, buffers: Sequence[Buffer], *, are_parameters: bool) -> None:
         self._are_parameters = are_parameters
         self._buffers = {id(buffer.tensor): buffer for buffer in buffers}
-        self._forms = {number: form_of(buffer.tensor) for number, buffer in self._buffers.items()}
-        # Of an engine's tensors kernels take all elements in a row; of others a copy is made where
-        # they do not lie so.
-        self._extents = {
-            number: extent_of(form) if are_parameters else prod(form.shape)
-            for number, form in self._forms.items()
-        }
+        self._tensors = [buffer.tensor for buffer in self._buffers.values()]
+        self._forms = forms_of(self._tensors)
+        self._were_frozen = [
+            are_parameters and buffer.shards[0].parameter.is_frozen
+            for buffer in self._buffers.values()
+        ]
+        self._listed = _Listed([], [], [])
+        self._stepped: _Stepped | None = None
 
     def have_changed(self, param_groups: ParamGroups, *, share_a_budget: bool) -> bool:
         """Whether a tensor came, or has another shape, dtype, device or memory order than before.
@@ -44,32 +65,69 @@ class SteppedTensors:
             param_groups: the optimizer's, as they are now.
             share_a_budget: whether a parameter that is frozen or thawed changes the others' τ.
         """
-        if not all(has_form(buffer.tensor, form) for buffer, form in self._with_forms()):
+        if forms_of(self._tensors) != self._forms:
             return True
         if not self._are_parameters:
             return False
-        if share_a_budget and any(map(_was_thawed_or_frozen, self._buffers.values())):
+        if share_a_budget and list(map(is_frozen, self._tensors)) != self._were_frozen:
             return True
-        return any(
-            id(tensor) not in self._buffers and tensor.grad is not None
-            for tensor in _tensors(param_groups)
-        )
+        return any(tensor.grad is not None for tensor in self._list(param_groups).others)
 
     def in_groups(self, param_groups: ParamGroups) -> list[Buffer]:
         """Return the buffers whose tensors are in the parameter groups, in the groups' order."""
-        numbers = map(id, _tensors(param_groups))
-        return [self._buffers[number] for number in numbers if number in self._buffers]
+        return self._list(param_groups).buffers
 
-    def by_device(
-        self, param_groups: ParamGroups
-    ) -> dict[torch.device, list[tuple[Buffer, dict[str, Any]]]]:
-        """Return, per device, the buffers that are stepped now, each with its parameter group.
+    def by_device(self, param_groups: ParamGroups) -> dict[torch.device, Members]:
+        """Return, per device, what is stepped now, each tensor with its parameter group.
 
         They are in the layout's order, which ranks share that hold, and list, different pieces.
 
         Raises:
             ValueError: an engine's parameter groups have a tensor that its layout does not have.
         """
+        listed, last = self._list(param_groups), self._stepped
+        sizes = [len(group["params"]) for group in param_groups]
+        chosen = [tensor.requires_grad or tensor.grad is not None for tensor in listed.tensors]
+        if (
+            last is None
+            or last.listed is not listed
+            or not are_same(last.groups, param_groups)
+            or (last.sizes, last.chosen) != (sizes, chosen)
+        ):
+            members = self._members(param_groups)
+            last = self._stepped = _Stepped(listed, list(param_groups), sizes, chosen, members)
+        return last.members
+
+    def weights(self, members: Members) -> list[Tensor]:
+        """Return what lies in the members' tensors as dense ones.
+
+        Raises:
+            ValueError: the storage of one ends before its elements do.
+        """
+        ends = ends_of(members.tensors)
+        if ends != members.ends:  # their forms were compared in this step
+            for buffer in members.buffers:
+                form = form_of(buffer.tensor)
+                # Of an engine's tensors kernels take all elements in a row.
+                extent = extent_of(form) if self._are_parameters else prod(form.shape)
+                check_memory(buffer.tensor, extent, "the weight", buffer.name)
+            members.ends = ends
+        weights = list(members.tensors)
+        for number in members.gaps:
+            weights[number] = dense(weights[number])
+        return weights
+
+    def _list(self, param_groups: ParamGroups) -> _Listed:
+        """Return what parameter groups list; the same object where that is the same."""
+        tensors = [tensor for group in param_groups for tensor in group["params"]]
+        if not are_same(tensors, self._listed.tensors):
+            numbers = list(map(id, tensors))
+            buffers = [self._buffers[number] for number in numbers if number in self._buffers]
+            others = [tensor for tensor in tensors if id(tensor) not in self._buffers]
+            self._listed = _Listed(tensors, buffers, others)
+        return self._listed
+
+    def _members(self, param_groups: ParamGroups) -> dict[torch.device, Members]:
         group_of = {
             id(tensor): group
             for group in param_groups
@@ -89,30 +147,23 @@ class SteppedTensors:
                 group = param_groups[buffer.param_group]
             if group is not None:
                 devices.setdefault(buffer.tensor.device, []).append((buffer, group))
-        return devices
+        return {device: self._members_of(pairs) for device, pairs in devices.items()}
 
-    def weight(self, buffer: Buffer) -> tuple[Tensor, Form]:
-        """Return what a buffer holds as a dense tensor, and that tensor's form.
-
-        Raises:
-            ValueError: its storage ends before its elements do.
-        """
-        tensor, number = buffer.tensor, id(buffer.tensor)
-        # Its form was compared in this step.
-        check_memory(tensor, self._extents[number], "the weight", buffer.name)
-        weight = dense(tensor) if self._are_parameters else tensor
-        return weight, self._forms[number] if weight is tensor else form_of(weight)
-
-    def _with_forms(self) -> Iterator[tuple[Buffer, Form]]:
-        return zip(self._buffers.values(), self._forms.values(), strict=True)
+    def _members_of(self, pairs: Sequence[tuple[Buffer, dict[str, Any]]]) -> Members:
+        buffers, groups = [buffer for buffer, _ in pairs], [group for _, group in pairs]
+        forms = [form_of(buffer.tensor) for buffer in buffers]
+        gaps = []
+        # An engine's tensors are taken as they are.
+        if self._are_parameters:
+            gaps = [n for n, buffer in enumerate(buffers) if not is_dense(buffer.tensor)]
+        for number in gaps:
+            forms[number] = _contiguous(forms[number])
+        return Members(buffers, groups, forms, gaps)
 
 
-def _tensors(param_groups: ParamGroups) -> Iterator[Tensor]:
-    return (tensor for group in param_groups for tensor in group["params"])
-
-
-def _was_thawed_or_frozen(buffer: Buffer) -> bool:
-    return is_frozen(buffer.tensor) != buffer.shards[0].parameter.is_frozen
+def _contiguous(form: Form) -> Form:
+    """Return the form of a contiguous tensor of the same shape."""
+    return form._replace(stride=torch.empty(form.shape, device="meta").stride())
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
