@@ -11,7 +11,7 @@ JOBS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all test-large lint faults properties asan kernels day soak test-matrix clean
+.PHONY: demo test test-all test-large lint faults properties asan kernels gpu day soak test-matrix clean
 
 demo: $(VENV)/.demo
 	$(BIN)/weyl-megatron demo
@@ -53,6 +53,11 @@ asan: $(VENV)/.dev
 # Triton's kernels for an A100 and an H100, which need not be there.
 kernels: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.compile_kernels --arch 80 90
+
+# The acceptance run for one GPU, at most 8 minutes; docs/gpu.md says what is in it. Without a GPU:
+# make gpu GPU="--device cpu --tiny".
+gpu: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.gpu $(GPU)
 
 # Twenty thousand drawn days of a user, a thousand of which `make test-all` draws.
 day: $(VENV)/.dev
