@@ -134,5 +134,5 @@ def test_the_host_s_share_of_a_step() -> None:
         optimizer.step()
         times.append(1e3 * (time.thread_time() - start))
     print(f"\nwithout its matrix groups a step of {ALL} parameters takes {min(times):.2f} ms")
-    # 0.5 to 0.8 ms on a machine whose two cores others shared; a slow one may take three times that.
+    # 0.5 to 0.8 ms where others shared the two cores; a slow machine may take three times that.
     assert min(times) < 2.4
