@@ -30,6 +30,9 @@ ROOMS = (
     "state",
     "steady",
     "batches",
+    "limits",
+    "host_step",
+    "device_step",
     "matrices",
     "saved",
     "matrix_groups",
@@ -50,7 +53,17 @@ ROOMS = (
 )
 
 #: What knows no engine.
-CORE = ("optimizer.py", "matrices.py", "rule.py", "spectral", "layouts", "kernels")
+CORE = (
+    "optimizer.py",
+    "matrices.py",
+    "host_step.py",
+    "device_step.py",
+    "limits.py",
+    "rule.py",
+    "spectral",
+    "layouts",
+    "kernels",
+)
 
 #: Locals that say nothing of what they hold.
 EMPTY = {"of", "one", "mine", "theirs", "found"}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 from tests.faults.threads import Group, on_ranks, summing_groups
 from weyl_megatron import AdamW2, matrices
 from weyl_megatron.engines.given import GivenLayout
-from weyl_megatron.kernels import pick
+from weyl_megatron.kernels import make
 from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
 
 
@@ -22,16 +23,20 @@ def test_ranks_that_share_a_matrix_step_in_one_kernel(
 ) -> None:
     """As on a host without a compiler, or with a processor whose registers are narrower."""
     group: Any = Group([0, 1])  # it stands in for a ProcessGroup
-    picked = iter(range(2))
+    picked: dict[int, str] = {}  # by rank, which is a thread
 
-    def pick_other(blocks: Any, tensors: Any, plain: bool) -> Any:
-        name = kernels[next(picked)]
-        kernel: Any = pick(blocks, tensors, plain=name == "torch")
-        if name == "narrow":
+    def pick_other(*_: Any, **__: Any) -> str:
+        name = picked[threading.get_ident()] = kernels[len(picked)]
+        return name.replace("narrow", "cpu")
+
+    def make_other(name: str, blocks: Any) -> Any:
+        kernel: Any = make(name, blocks)
+        if picked[threading.get_ident()] == "narrow":
             kernel.arithmetic += 1
         return kernel
 
     monkeypatch.setattr(matrices, "pick", pick_other)
+    monkeypatch.setattr(matrices, "make", make_other)
 
     def step(rank: int) -> str:
         weight = nn.Parameter(torch.ones(20))

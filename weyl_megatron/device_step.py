@@ -39,8 +39,8 @@ _Groups = tuple["ProcessGroup", ...]
 class _Told(NamedTuple):
     """What a device tells after a step."""
 
-    bounds: Tensor  # (2, matrices): b and ‖U‖_F, in memory of the host
-    arrival: torch.cuda.Event | None  # None: it is there
+    bounds: Tensor  # (3, matrices): b, ‖U‖_F and the age, in memory of the host
+    arrival: torch.Event | None  # None: it is there
     step: Steps
 
 
@@ -77,6 +77,10 @@ class DeviceStep:
         self._norm_spans = list(norm_spans.values())
         rows = kernel.numbers
         certificate.move_to(rows[int(numbers.LOWER) : int(numbers.SQUARES) + 1])
+        sigma = int(numbers.SIGMA)
+        self._sigma = rows[sigma], rows[sigma + 1]
+        self._waits, self._rates = kernel.masks[int(numbers.WAITS)], rows[int(numbers.RATE)]
+        self._bounds = rows[int(numbers.LOWER) : int(numbers.AGE) + 1]
         rows[int(numbers.CAN_UNDO)] = can_undo
         rows[int(numbers.KEPT)] = certificate.kept
         sizes = [float(matrix.rows * matrix.cols) for matrix in blocks.matrices]
@@ -90,9 +94,10 @@ class DeviceStep:
             for groups in spreads
         }
         self._told: deque[_Told] = deque()
+        self._never = torch.zeros(len(sizes), dtype=torch.bool)
         self._spans: dict[tuple[int, tuple[_Groups, ...]], tuple[list[Span], list[Span]]] = {}
-        self._places_before: list[tuple[int, ...]] = []
-        self._since_others = 0  # steps
+        self._places: list[tuple[int, ...]] | None = None
+        self._same_for = 0  # steps in which torch saw no other writer
 
     #: All devices of one kind round alike.
     arithmetic = ""
@@ -116,11 +121,10 @@ class DeviceStep:
             has_fast: whether any τ, also of matrices elsewhere, is beyond SLOW_TAU.
         """
         step = self._steps(groups, limits)
-        are_others = self._places_before != self._places(weights, stepped)
-        self._look_ahead(step, limits, are_others)
-        sent = torch.stack([*limits[:4], limits.is_present.double(), self._sure.double()])
-        self._kernel.bind(weights, stepped, sent)
-        self._places_before = self._places(weights, stepped)  # that counts weights as written
+        self._look_ahead(step, limits, weights, stepped)
+        self._kernel.bind(weights, stepped, (*limits, self._sure))
+        # That counts the weights as written.
+        self._places = self._places_of(weights, stepped) if self._may_be_sure else None
         self._step, self._cold = step, cold
         most = max(COLD_ITERS, self._iters)
         stale = most if cold else min(most, self._iters + _STALE_ITERS)
@@ -136,9 +140,9 @@ class DeviceStep:
         kernel.step()
         all_reduce_spans(kernel.norms.view(-1), self._norm_spans)
         kernel.settle(self._iters, cold=self._cold)
-        if not self._is_all_sure:
+        if not self._is_all_sure:  # or else nothing fails
             kernel.undo()
-        return kernel.masks[int(self._rows.WAITS)]
+        return self._waits
 
     def waiting(self, _: Tensor) -> Iterator[int]:
         """Yield the only batch, unless the certificate is sure to settle all of it."""
@@ -155,13 +159,12 @@ class DeviceStep:
             kernel.collect(number)
             all_reduce_spans(blocks.z, of_z)
             kernel.orthonormalize(number, self._rounds)
-        sigma = int(self._rows.SIGMA)
-        sigma_weight, sigma_update = kernel.numbers[sigma], kernel.numbers[sigma + 1]
-        return sigma_weight, sigma_update
+        return self._sigma
 
     def rates(self, _: Tensor, __: Tensor) -> Tensor:
         """Return α_W of every matrix."""
-        return self._kernel.decide_rates()
+        self._kernel.decide_rates()
+        return self._rates
 
     def move(self, _: int, __: Tensor) -> None:
         """Move the weights that waited for their rates."""
@@ -169,16 +172,16 @@ class DeviceStep:
 
     def end(self, _: Tensor) -> None:
         """Let the certificate follow the step, and have the device tell of it."""
-        kernel, rows = self._kernel, self._rows
+        kernel = self._kernel
         kernel.follow()
         kernel.release()
-        bounds = kernel.numbers[int(rows.LOWER) : int(rows.NORM) + 1]
+        bounds = self._bounds
         if bounds.device.type != "cuda":
             self._told.append(_Told(bounds.clone(), None, self._step))
             return
         copy = torch.empty(bounds.shape, dtype=bounds.dtype, pin_memory=True)
         copy.copy_(bounds, non_blocking=True)
-        arrival = torch.cuda.Event()
+        arrival = torch.Event("cuda")
         arrival.record()
         self._told.append(_Told(copy, arrival, self._step))
 
@@ -194,7 +197,7 @@ class DeviceStep:
         """Rely on nothing: the vectors or the weights are others now."""
         self._told.clear()
         self._horizon.forget()
-        self._since_others = 0
+        self._same_for = 0
 
     def _steps(self, groups: Sequence[Mapping[str, Any]], limits: Limits) -> Steps:
         """Return what a step is made with, of every matrix."""
@@ -208,41 +211,54 @@ class DeviceStep:
         columns = torch.tensor(of_buffers, dtype=torch.float64).view(-1, 2)[self._buffer_of]
         return Steps(limits.lr, limits.weight_decay, *columns.unbind(1))
 
-    def _look_ahead(self, step: Steps, limits: Limits, are_others: bool) -> None:
+    def _look_ahead(
+        self,
+        step: Steps,
+        limits: Limits,
+        weights: Sequence[Tensor],
+        stepped: Sequence[Stepped | None],
+    ) -> None:
         """Decide which matrices the certificate is sure to settle, by what was told late.
 
         Args:
             step, limits: of the step to come.
-            are_others: whether weights or moments here are others than the last step left, as far
-                as torch tells; on another rank they may not be. Those that this rank shares the
-                device compares.
+            weights, stepped: whose memory torch may tell that others wrote, for matrices that no
+                other rank has pieces of, where it might tell something else. Of all matrices the
+                device compares the weights.
         """
-        sure = torch.zeros(len(self._blocks.matrices), dtype=torch.bool)
+        horizon, sets = self._horizon, self._spread
+        self._sure, self._active, self._may_be_sure = self._never, tuple(sets), False
         if len(self._told) >= _LATE:
             told = self._told.popleft()
             if told.arrival is not None:
                 told.arrival.synchronize()
-            self._horizon.read(*told.bounds, told.step)
+            lower, norm, age = told.bounds
+            horizon.read(lower, norm, told.step)
+            ages = age.tolist()
+            # What had to be measured then is not sure now, and most often nothing is.
+            self._may_be_sure = any(all(ages[k] > 0 for k in sets[groups]) for groups in sets)
+        if self._may_be_sure:
             for later in self._told:
-                self._horizon.follow(later.step)
-            sure = self._horizon.sure(step, limits.tau, limits.floor)
-        alone = self._spread.get((), [])
-        sure[alone] |= ~limits.is_present[alone]
-        if are_others or self._since_others < _LATE:
-            sure[alone] = False
-        self._since_others = 0 if are_others else self._since_others + 1
-        chosen = sure.tolist()
-        # All matrices of a set of groups, or none: collectives are of the set.
-        self._active = tuple(
-            groups
-            for groups, members in self._spread.items()
-            if not all(chosen[k] for k in members)
-        )
-        for groups in self._active:
-            sure[self._spread[groups]] = False
-        self._sure, self._is_all_sure = sure, not self._active
+                horizon.follow(later.step)
+            sure = horizon.sure(step, limits.tau, limits.floor)
+            alone = sets.get((), [])
+            are_same = self._places == self._places_of(weights, stepped)
+            self._same_for = self._same_for + 1 if are_same else 0
+            if self._same_for < _LATE:
+                sure[alone] = False
+            else:
+                sure[alone] |= ~limits.is_present[alone]
+            chosen = sure.tolist()
+            # All matrices of a set of groups, or none: collectives are of the set.
+            self._active = tuple(
+                groups for groups, members in sets.items() if not all(chosen[k] for k in members)
+            )
+            for groups in self._active:
+                sure[sets[groups]] = False
+            self._sure = sure
+        self._is_all_sure = not self._active
 
-    def _places(
+    def _places_of(
         self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None]
     ) -> list[tuple[int, ...]]:
         """Return where weights and moments lie, and how often torch has seen them written."""
@@ -262,7 +278,7 @@ class DeviceStep:
 
     def _spans_of(self, number: int) -> tuple[list[Span], list[Span]]:
         """Return what of ``left`` and of ``z`` is summed over ranks in an iteration."""
-        operands = tuple(o for o, rounds in enumerate(self._rounds) if number < rounds)
+        operands = (0, 1) if number < self._rounds[0] else (1,)
         key = len(operands), self._active
         if key not in self._spans:
             blocks = self._blocks

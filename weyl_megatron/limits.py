@@ -59,9 +59,15 @@ class Schedule:
         if present != self._present:
             self._present = present
             self._is_present = torch.tensor(present, dtype=torch.bool, device=self._device)
-        numbers = [[float(g["lr"]), float(g["weight_decay"])] for g in groups]
-        both = torch.tensor(numbers, dtype=torch.float64).view(-1, 2)[list(buffer_of)].T
-        lr, weight_decay = both.to(self._device)
+        row_of: dict[int, int] = {}
+        rows: list[tuple[float, float]] = []
+        for group in groups:
+            if id(group) not in row_of:
+                row_of[id(group)] = len(rows)
+                rows.append((float(group["lr"]), float(group["weight_decay"])))
+        of_matrices = [row_of[id(groups[number])] for number in buffer_of]
+        both = torch.tensor(rows or [(0.0, 0.0)], dtype=torch.float64).T
+        lr, weight_decay = both[:, of_matrices].to(self._device)
         return Limits(lr, weight_decay, self._tau, self._floor, self._is_present)
 
     def _read_taus(self, groups: Sequence[Mapping[str, Any]]) -> None:

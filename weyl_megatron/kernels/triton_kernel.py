@@ -5,6 +5,7 @@ Nothing here waits for the device: kernels read from masks what they are to do.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -41,6 +42,9 @@ _ALGEBRA = {4: 256, 8: 256, 16: 128}
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
+#: Steps that may be on their way to a device at once.
+_STAGES = 4
+
 #: Words of eight bytes that a buffer's pointers and hyperparameters take.
 _WORDS = 4 + HYPER // 2
 
@@ -53,6 +57,24 @@ class _Cut(NamedTuple):
     partial: Tensor
     of_products: Tensor  # (units, 3): Σ u²
     of_passes: Tensor  # (units, 3): Σ u², Σ w² before and after
+
+
+class _Stage:
+    """Memory of the host out of which a step is sent to the device.
+
+    Args:
+        buffers, matrices: how many there are.
+        is_cuda: whether a GPU reads it, at its leisure.
+    """
+
+    def __init__(self, buffers: int, matrices: int, is_cuda: bool) -> None:
+        head = buffers * _WORDS
+        size = head + numbers.SENT * matrices
+        self.words = torch.zeros(size, dtype=torch.float64, pin_memory=is_cuda)
+        self.pointers = self.words[: 4 * buffers].view(torch.int64)
+        self.hypers = self.words[4 * buffers : head].view(torch.float32).view(-1, HYPER)
+        self.rows = list(self.words[head:].view(numbers.SENT, matrices))
+        self.is_read: Any = torch.Event("cuda") if is_cuda else None
 
 
 class TritonKernel:
@@ -75,7 +97,8 @@ class TritonKernel:
         self._programs = _PROGRAMS * multiprocessors(device)
         self._cuts: dict[tuple[units.Dtypes, ...], _Cut] = {}
         self._tiles: tuple[Sequence[Tile], int] = (), 0
-        self._sent = self._staged = torch.empty(0)
+        self._sent = torch.empty(0)
+        self._stages: deque[_Stage] = deque()
         self.numbers = self.norms = self.masks = torch.empty(0)
         self._alive: object = None
         of_u = self._widths[1]
@@ -96,7 +119,8 @@ class TritonKernel:
         self.numbers = words[head:].view(numbers.ROWS, matrices)
         self.norms = torch.zeros(matrices, 2, dtype=torch.float64, device=device)
         self.masks = torch.zeros(numbers.MASKS, matrices, dtype=torch.uint8, device=device)
-        self._rows = [0] * buffers
+        is_cuda = device.type == "cuda"
+        self._stages.extend(_Stage(buffers, matrices, is_cuda) for _ in range(_STAGES))
         shared: dict[int, set[int]] = {}
         for tile in tiles[:measured]:
             shared.setdefault(tile.matrix, set()).add(tile.buffer)
@@ -104,18 +128,19 @@ class TritonKernel:
         self._joint = [sorted(each) for each in shared.values() if len(each) > 1]
 
     def bind(
-        self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None], sent: Tensor
+        self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None], sent: Sequence[Tensor]
     ) -> None:
         """Take the tensors of this step, and what the host tells of every matrix.
 
         Args:
             weights, stepped: by buffer; None where there is no gradient, whose U is 0.
-            sent: ``(numbers.SENT, matrices)``, float64, on the CPU.
+            sent: the first rows of ``numbers``, on the CPU.
         """
-        stepped = self._of_one_dtype(stepped)
-        grads = [weight if s is None else s.grad for weight, s in zip(weights, stepped, strict=True)]
+        if self._joint:
+            stepped = self._of_one_dtype(stepped)
         kinds = tuple(
-            (weight.dtype, grad.dtype) for weight, grad in zip(weights, grads, strict=True)
+            (weight.dtype, weight.dtype if state is None else state.grad.dtype)
+            for weight, state in zip(weights, stepped, strict=True)
         )
         if kinds not in self._cuts:
             self._cuts = {kinds: self._cut(kinds)}
@@ -123,6 +148,7 @@ class TritonKernel:
         places: list[int] = []
         hypers: list[list[float]] = []
         row_of: dict[int, int] = {}
+        rows = [0] * len(weights)
         for number, (weight, state) in enumerate(zip(weights, stepped, strict=True)):
             if state is None:
                 places += weight.data_ptr(), 0, 0, 0
@@ -137,15 +163,19 @@ class TritonKernel:
             if key not in row_of:
                 row_of[key] = len(hypers)
                 hypers.append(_hyper(state.hyper))
-            self._rows[number] = row_of[key]
-        staged = self._stage()
-        buffers = len(weights)
-        head = buffers * _WORDS
-        staged[: 4 * buffers].view(torch.int64).copy_(torch.tensor(places, dtype=torch.int64))
-        rows = torch.tensor(hypers or [[0.0] * HYPER])[torch.tensor(self._rows)]
-        staged[4 * buffers : head].view(torch.float32).view(-1, HYPER).copy_(rows)
-        staged[head:].view(sent.shape).copy_(sent)
-        self._sent.copy_(staged, non_blocking=True)
+            rows[number] = row_of[key]
+        self._stages.rotate()
+        stage = self._stages[0]
+        if stage.is_read is not None:
+            stage.is_read.synchronize()  # it was sent some steps ago
+        stage.pointers.copy_(torch.tensor(places))
+        of_buffers = torch.tensor(rows)
+        torch.index_select(torch.tensor(hypers or [[0.0] * HYPER]), 0, of_buffers, out=stage.hypers)
+        for row, vector in zip(stage.rows, sent, strict=True):
+            row.copy_(vector)
+        self._sent.copy_(stage.words, non_blocking=True)
+        if stage.is_read is not None:
+            stage.is_read.record()
         self._alive = weights, stepped  # the tensors at these addresses
         _count_as_changed(weights)
 
@@ -267,13 +297,9 @@ class TritonKernel:
             num_warps=8,
         )
 
-    def decide_rates(self) -> Tensor:
-        """Decide and return α_W of every matrix, ``(matrices,)``; of settled ones it is not
-        used.
-        """
+    def decide_rates(self) -> None:
+        """Decide α_W of every matrix; of settled ones it is not used."""
         decisions.decide_rates[self._grid](self.numbers, self._matrices, LANES=128, num_warps=1)
-        rates: Tensor = self.numbers[int(numbers.RATE)]
-        return rates
 
     def move(self) -> None:
         """Move what waited at its rate."""
@@ -343,12 +369,6 @@ class TritonKernel:
                         converted[n] = state._replace(grad=grad)
         return converted
 
-    def _stage(self) -> Tensor:
-        """Return memory of the host that the device may read at its leisure."""
-        if self._sent.device.type == "cuda":
-            return torch.empty(self._sent.shape, dtype=torch.float64, pin_memory=True)
-        return torch.empty(self._sent.shape, dtype=torch.float64)
-
 
 def multiprocessors(device: torch.device) -> int:
     """Return how many multiprocessors a device has; on a CPU, where Triton interprets, one."""
@@ -375,5 +395,3 @@ def _count_as_changed(weights: Sequence[Tensor]) -> None:
     except TypeError:  # an older torch takes one
         for weight in weights:
             change(weight)
-
-

@@ -1,5 +1,5 @@
-"""How far ahead the certificate is sure to hold, whatever gradients come: what a host relies on that
-does not wait for its device.
+"""How far ahead the certificate is sure to hold, whatever gradients come: what a host that does not
+wait for its device relies on.
 
 A device tells the bound b of σ₁(W) and ‖U‖_F after a step; the host reads them two steps late, when
 they have long arrived. What the steps between may have done is bounded. With m, v and the bias

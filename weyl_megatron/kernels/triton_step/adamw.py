@@ -70,9 +70,7 @@ def _pass(
     exp_avg_sq = tl.load(second + at, mask=inside, other=0.0).to(tl.float32)
     if MODE == 0:
         grad = tl.load(grads + at, mask=inside, other=0.0).to(tl.float32)
-        exp_avg, exp_avg_sq = moments(
-            grad, exp_avg, exp_avg_sq, of_grad, of_old, of_square, STATE
-        )
+        exp_avg, exp_avg_sq = moments(grad, exp_avg, exp_avg_sq, of_grad, of_old, of_square, STATE)
         tl.store(first + at, exp_avg.to(STATE), mask=inside)
         tl.store(second + at, exp_avg_sq.to(STATE), mask=inside)
         update = tl.where(inside, direction(exp_avg, exp_avg_sq, of_root, of_one), 0.0)

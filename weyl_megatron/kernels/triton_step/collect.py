@@ -71,9 +71,7 @@ def _columns(
 
 
 @triton.jit
-def _gram(
-    piece, units, left, partial, sums, z, FIRST: tl.constexpr, BLOCK: tl.constexpr
-):
+def _gram(piece, units, left, partial, sums, z, FIRST: tl.constexpr, BLOCK: tl.constexpr):
     """YᵀY, and in a FIRST iteration Σ u² behind it."""
     n, width = tl.load(piece + 3), tl.load(piece + 4)
     place, count, apart = tl.load(piece + 6), tl.load(piece + 7), tl.load(piece + 8)
