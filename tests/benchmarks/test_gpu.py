@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import part, run
+from benchmarks.gpu import correct, part, run
 from benchmarks.gpu.correct import _CASES, _pieces
 from benchmarks.gpu.plot import Curve, draw
 from benchmarks.gpu.text import read_text
@@ -230,6 +231,33 @@ def test_launches_are_told_by_their_names() -> None:
         "products": 5,
     }
     assert counts(launches) == {"copies": 3, "torch_launches": 3, "other_launches": 5}
+
+
+def test_triton_that_is_refused_in_float32_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    passed, said = correct._compare(task(tmp_path), correct._TINY)
+    assert not passed and "WEYL_MEGATRON_KERNEL got 'triton'" in said["refused"]
+
+
+@pytest.mark.parametrize(("planted", "passes"), [(1e-6, False), (1e-8, True)])
+def test_a_kernel_that_moves_one_weight_a_little_further_does_not_pass(
+    planted: float, passes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest weight is about 0.05."""
+    trained = correct._trained
+
+    def moved(
+        case: correct.Case, device: str, kernel: str, rates: Sequence[float]
+    ) -> list[torch.Tensor]:
+        pieces = trained(case, device, "torch", rates)
+        if kernel == "triton":
+            pieces[0][3] += planted
+        return pieces
+
+    monkeypatch.setattr(correct, "_trained", moved)
+    assert correct._compare(task(tmp_path), correct._TINY)[0] == passes
 
 
 def test_pieces_end_within_rows_and_begin_with_them() -> None:
