@@ -184,10 +184,9 @@ def test_a_gain_is_what_the_second_half_of_an_iteration_adds() -> None:
     block = torch.linalg.qr(torch.randn(9, 3, dtype=torch.float64)).Q
     y = matrix @ block
     z = matrix.T @ y
-    sigma = largest_ratio(y.T @ y, z.T @ z, 1e-16).item()
-    whole_block = exact_sigma(matrix @ block)
-    assert gain(y.T @ y, block.T, sigma) == pytest.approx(1 - whole_block / sigma, rel=1e-12)
-    assert gain(y.T @ y, 1e20 * block.T, sigma) == float("inf"), (
-        "a block of another length tells nothing"
-    )
-    assert gain(y.T @ y, block.T, float("nan")) == float("inf")
+    sigma = largest_ratio(y.T @ y, z.T @ z, 1e-16)
+    gained = 1 - exact_sigma(matrix @ block) / sigma.item()
+    one, long = torch.tensor([1.0, 1e20], dtype=torch.float64)  # of the block's vectors
+    assert gain(y.T @ y, one, sigma).item() == pytest.approx(gained, rel=1e-12)
+    assert gain(y.T @ y, long, sigma) == float("inf"), "a block of another length tells nothing"
+    assert gain(y.T @ y, one, sigma * torch.nan) == float("inf")

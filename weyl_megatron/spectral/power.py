@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Protocol
+from itertools import compress
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from torch import Tensor
 from .blocks import Blocks, MatrixSpec, Operand, Table
 from .collectives import Span, all_reduce_spans, start_all_reduce
 from .iterations import Iterations
-from .ritz import gain, largest_ratio, next_block
+from .ritz import gain, gram, is_seen, largest_ratio, next_block
 from .tiles import Tile
 
 #: Vectors per matrix. One alone is late where the top direction changes, and its dangerous error,
@@ -74,6 +75,7 @@ class PowerIteration:
         piggybacks: whether a number per matrix (``blocks.piggyback_at`` says where) travels with
             the first sums.
         device, dtype: of the vectors.
+        resident: whether they stay where they are between steps (``Blocks``).
     """
 
     def __init__(
@@ -88,10 +90,18 @@ class PowerIteration:
         piggybacks: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        resident: bool = False,
     ) -> None:
         batches = [range(len(matrices))] if batches is None else batches
         self.blocks = Blocks(
-            matrices, tiles, widths, batches, piggybacks, torch.device(device), dtype
+            matrices,
+            tiles,
+            widths,
+            batches,
+            piggybacks,
+            torch.device(device),
+            dtype,
+            resident=resident,
         )
         self.sigma = torch.zeros(len(widths), len(matrices), dtype=torch.float64, device=device)
         self.gain = torch.zeros_like(self.sigma)  #: of the last iteration of each, see ritz.gain
@@ -197,6 +207,7 @@ class TorchProducts:
         self, blocks: Blocks, pieces: Sequence[Callable[[Tile], Iterable[tuple[int, Tensor]]]]
     ) -> None:
         self._blocks, self._pieces = blocks, pieces
+        self._made: dict[tuple[int, int], list[list[_Stack]]] = {}  # by operand and batch
 
     def multiply(self, operand: int, table: Table, mask: Tensor) -> None:
         chosen = mask.tolist()
@@ -220,15 +231,87 @@ class TorchProducts:
     def orthonormalize(
         self, operand: int, batch: int, mask: Tensor, more: Tensor, sigma: Tensor, gained: Tensor
     ) -> None:
-        chosen, goes_on, blocks = mask.tolist(), more.tolist(), self._blocks.operands[operand]
-        for k in self._blocks.batches[batch]:
-            if chosen[k]:
-                z, gram = blocks.image(k)
-                wide = z.double()
-                sigma[k] = largest_ratio(gram.double(), wide @ wide.T, torch.finfo(z.dtype).eps)
-                block = blocks.block(k)
-                gained[k] = gain(gram.double(), block, float(sigma[k]))
-                block.copy_(next_block(z, block, float(sigma[k]), more=bool(goes_on[k])))
+        eps = torch.finfo(self._blocks.z.dtype).eps
+        for stacks in self._stacks(operand, batch, mask):
+            at = torch.cat([stack.at for stack in stacks])
+            images = [torch.stack(stack.z).double() for stack in stacks]
+            olds = [torch.stack(stack.x).double() for stack in stacks]
+            gram_y = torch.stack([view for stack in stacks for view in stack.gram]).double()
+            gram_z = torch.cat([gram(z) for z in images])
+            length = torch.cat([torch.linalg.vector_norm(old[:, 0], dim=-1) for old in olds])
+            sigmas = largest_ratio(gram_y, gram_z, eps)
+            is_chosen = None if is_seen(mask) else mask[at] != 0
+            _write(sigma, at, sigmas, is_chosen)
+            _write(gained, at, gain(gram_y, length, sigmas), is_chosen)
+            is_more, first = more[at] != 0, 0
+            for stack, z, old in zip(stacks, images, olds, strict=True):
+                part = slice(first, first := first + len(z))
+                new = next_block(z, old, sigmas[part], is_more[part])
+                if is_chosen is not None:
+                    new = torch.where(is_chosen[part, None, None], new, old)
+                torch._foreach_copy_(stack.x, list(new.to(self._blocks.x.dtype)))
+
+    def _stacks(self, operand: int, batch: int, mask: Tensor) -> list[list[_Stack]]:
+        """Return what has the same ranks and width, by its number of columns; where the host sees
+        the mask, only what is in it.
+        """
+        if (operand, batch) not in self._made:
+            blocks = self._blocks.operands[operand]
+            self._made[operand, batch] = _alike(blocks, self._blocks.batches[batch])
+        made = self._made[operand, batch]
+        if not is_seen(mask):
+            return made
+        chosen = mask.tolist()
+        some = [[stack.only(chosen) for stack in stacks] for stacks in made]
+        some = [[stack for stack in stacks if stack.x] for stacks in some]
+        return [stacks for stacks in some if stacks]
+
+
+class _Stack(NamedTuple):
+    """Matrices whose blocks have one shape, which are worked on in the same calls.
+
+    They are spread over the same ranks, too: what a device's call rounds may hang on what else is
+    in it, and has to be one on all ranks of a matrix.
+    """
+
+    numbers: list[int]  # of the matrices
+    at: Tensor  # the same, on their device
+    x: list[Tensor]  # of each, views of its block, its image and its Yᵀ Y
+    z: list[Tensor]
+    gram: list[Tensor]
+
+    def only(self, chosen: Sequence[int]) -> _Stack:
+        """Return those of the matrices that are chosen."""
+        keeps = [chosen[k] for k in self.numbers]
+        if all(keeps):
+            return self
+        numbers = list(compress(self.numbers, keeps))
+        x, z, gram = (list(compress(views, keeps)) for views in (self.x, self.z, self.gram))
+        return _Stack(numbers, torch.tensor(numbers, dtype=torch.int64), x, z, gram)
+
+
+def _alike(blocks: Operand, batch: Sequence[int]) -> list[list[_Stack]]:
+    """Return the stacks of a batch: those of the same ranks and width in one list."""
+    numbers: dict[Any, dict[int, list[int]]] = {}
+    for k in batch:
+        matrix = blocks.matrices[k]
+        alike = numbers.setdefault((matrix.groups, blocks.widths[k]), {})
+        alike.setdefault(matrix.cols, []).append(k)
+    return [[_stack(blocks, members) for members in alike.values()] for alike in numbers.values()]
+
+
+def _stack(blocks: Operand, members: list[int]) -> _Stack:
+    images, grams = zip(*(blocks.image(k) for k in members), strict=True)
+    x = [blocks.block(k) for k in members]
+    at = torch.tensor(members, dtype=torch.int64).to(x[0].device)
+    return _Stack(members, at, x, list(images), list(grams))
+
+
+def _write(to: Tensor, at: Tensor, values: Tensor, is_chosen: Tensor | None) -> None:
+    """Write values to their places, or, of a mask, those that are chosen."""
+    if is_chosen is not None:
+        values = torch.where(is_chosen, values, to[at])
+    to.index_copy_(0, at, values)
 
 
 def multiply_band(blocks: Operand, tile: Tile, row: int, piece: Tensor) -> None:

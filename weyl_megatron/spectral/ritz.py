@@ -1,8 +1,14 @@
 """The small algebra of an iteration: σ₁ from the Gram matrices of Y = W X and Z = Wᵀ Y, and the
 next block from Z.
+
+All of it is of many matrices at once. On a device the host looks at no value, but for torch's own
+look at whether ``eigh`` failed, and the number of calls does not grow with that of matrices. A
+matrix whose numbers are not finite leaves the others alone.
 """
 
 from __future__ import annotations
+
+from math import inf
 
 import torch
 from torch import Tensor
@@ -32,76 +38,129 @@ _LONG = 1e28
 _LONGEST = 1e38
 
 
+def is_seen(tensor: Tensor) -> bool:
+    """Whether the host may look into a tensor: on another device it would wait for it."""
+    return tensor.device.type == "cpu"
+
+
+def gram(z: Tensor) -> Tensor:
+    """Return Zᵀ Z of every Z, whose vectors are the rows, ``(matrices, b, cols)``.
+
+    What a CPU's batched product rounds hangs on how many there are. Copies of a matrix on ranks
+    that hold different others have to stay equal.
+    """
+    if is_seen(z):
+        return torch.stack([each @ each.mT for each in z])
+    return z @ z.mT
+
+
 def largest_ratio(gram_y: Tensor, gram_z: Tensor, eps: float) -> Tensor:
     """Return max over c of ‖Z c‖ / ‖Y c‖: σ₁ of W on the span of Y, never above σ₁(W) but for
-    rounding.
+    rounding, ``(...,)``. NaN where a Gram matrix is not finite, 0 where Y is.
 
     That is the largest singular value of Wᵀ Q with Q = orth(Y), which takes Q from one more pass
     over W.
 
     Args:
-        gram_y, gram_z: Yᵀ Y and Zᵀ Z, ``(b, b)``, float64.
+        gram_y, gram_z: Yᵀ Y and Zᵀ Z, ``(..., b, b)``, float64.
         eps: the rounding of what they were made of.
     """
-    if not bool(gram_y.isfinite().all() and gram_z.isfinite().all()):
-        return torch.full((), torch.nan, dtype=gram_y.dtype)
-    lengths = gram_y.diagonal().sqrt()
-    scale = torch.where(lengths > 0, 1 / lengths, 0)
-    values, vectors = torch.linalg.eigh(gram_y * scale[:, None] * scale)
-    basis = vectors[:, values > INDEPENDENT * eps] * scale[:, None]
-    if not basis.shape[1]:
-        return torch.zeros((), dtype=gram_y.dtype)
-    basis = basis / (basis * (gram_y @ basis)).sum(0).sqrt()
-    values = torch.linalg.eigvalsh(basis.T @ gram_z @ basis)
-    largest: Tensor = values[-1].clamp(min=0).sqrt()
-    return largest
+    total = (gram_y + gram_z).sum((-2, -1))
+    excess = total - total  # 0, or NaN where one of them is not finite
+    is_finite = (excess == 0)[..., None, None]
+    gram_y = torch.where(is_finite, gram_y, 0)  # or eigh would raise, for all matrices
+    scale = gram_y.diagonal(dim1=-2, dim2=-1).rsqrt().nan_to_num(0, 0, 0)[..., None]
+    values, vectors = torch.linalg.eigh(gram_y * scale * scale.mT)
+    # Columns c with ‖Y c‖ = 1, and 0 in place of those in which Y is nothing but rounding.
+    lengths = torch.where(values > INDEPENDENT * eps, values, inf).rsqrt()
+    basis = vectors * scale * lengths[..., None, :]
+    inner = torch.where(is_finite, basis.mT @ gram_z @ basis, 0)
+    sigma: Tensor = torch.linalg.eigvalsh(inner)[..., -1].clamp(min=0).sqrt()
+    return sigma + excess
 
 
-def gain(gram_y: Tensor, old: Tensor, sigma: float) -> float:
-    """Return by what share of itself σ₁ came out of Y and Z = Wᵀ Y above what Y = W X alone tells:
-    the last half step.
+def gain(gram_y: Tensor, length: Tensor, sigma: Tensor) -> Tensor:
+    """Return by what share of itself σ₁ came out of Y and Z = Wᵀ Y above what Y = W X alone tells,
+    the last half step, ``(...,)``.
 
     A matrix whose iteration failed, or was scaled against overflow, gained infinity.
 
     Args:
-        gram_y: Yᵀ Y, ``(b, b)``, float64.
-        old: X, ``(b, cols)``.
-        sigma: what ``largest_ratio`` found.
+        gram_y: Yᵀ Y, ``(..., b, b)``, float64.
+        length: of the rows of X, ``(...,)``.
+        sigma: what ``largest_ratio`` found, ``(...,)``.
     """
-    length = float(old[0].double().norm())
-    if not 0 < sigma < float("inf") or not 0.5 < length < 2:
-        return float("inf")
-    return 1 - float(torch.linalg.eigvalsh(gram_y)[-1].sqrt()) / (length * sigma)
+    tells = _is_good(sigma) & _is_one(length)
+    gram_y = torch.where(tells[..., None, None], gram_y, 0)
+    of_y = torch.linalg.eigvalsh(gram_y)[..., -1].sqrt()
+    return torch.where(tells, 1 - of_y / (length * sigma), inf)
 
 
-def next_block(z: Tensor, old: Tensor, sigma: float, *, more: bool) -> Tensor:
-    """Return an orthonormal basis ``(b, cols)`` of the rows of ``z``, filled up from ``old`` where
-    some are alike.
+def next_block(z: Tensor, old: Tensor, sigma: Tensor, more: Tensor) -> Tensor:
+    """Return orthonormal bases ``(matrices, b, cols)`` of the rows of each ``z``, filled up from
+    ``old`` where some are alike.
 
     Rows are of length 1, or of 1 / σ₁ where products would overflow otherwise. Where they did
     overflow or vanish, the old rows are returned at another length, to be tried again if there are
     ``more`` iterations, or else at length 1.
+
+    Args:
+        z, old: Z and X, ``(matrices, b, cols)``, float64.
+        sigma: what ``largest_ratio`` found, ``(matrices,)``.
+        more: whether another iteration may follow, bool ``(matrices,)``.
     """
-    if not 0 < sigma < float("inf"):
-        length = old[0].double().norm()
-        retry = 1.0 if not more or not 0.5 < length < 2 else (_LONG if sigma == 0 else 1 / _LONG)
-        again: Tensor = old.double() / length * retry
-        return again.to(old.dtype)
-    scale = 1.0 if _SAFE[0] < sigma < _SAFE[1] else min(1 / sigma, _LONGEST)
-    q, r = torch.linalg.qr(z.double().T)
-    if bool((r.diagonal().abs() > _NEW * z.double().norm(dim=1)).all()):
-        orthonormal: Tensor = q.T * scale
-        return orthonormal.to(z.dtype)
-    rows: list[Tensor] = []
-    for candidate, fallback in zip(z.double(), old.double(), strict=True):
-        for vector in (candidate, fallback):
-            length = vector.norm()
-            for _ in range(2):
-                for row in rows:
-                    vector = vector - (row @ vector) * row
-            if vector.norm() > _NEW * length:
-                break
-        else:
-            vector = fallback
-        rows.append(vector / vector.norm())
-    return (torch.stack(rows) * scale).to(z.dtype)
+    if not is_seen(z):  # QR goes from matrix to matrix there
+        return _in_any_case(z, old, sigma, more)
+    q, r = torch.linalg.qr(z.mT)
+    least = _NEW * torch.linalg.vector_norm(z, dim=-1)
+    is_plain = (r.diagonal(dim1=-2, dim2=-1).abs() > least).all(-1) & _is_safe(sigma)
+    orthonormal: Tensor = q.mT
+    if bool(is_plain.all()):
+        return orthonormal
+    alone = [slice(k, k + 1) for k in range(len(z))]
+    blocks = [
+        orthonormal[k] if plain else _in_any_case(z[k], old[k], sigma[k], more[k])
+        for k, plain in zip(alone, is_plain.tolist(), strict=True)
+    ]
+    return torch.cat(blocks)
+
+
+def _in_any_case(z: Tensor, old: Tensor, sigma: Tensor, more: Tensor) -> Tensor:
+    """See :func:`next_block`, which this is by masks alone."""
+    length = torch.linalg.vector_norm(old[:, 0], dim=-1)
+    again = torch.where(sigma == 0, _LONG, 1 / _LONG)
+    again = torch.where(more & _is_one(length), again, 1) / length
+    scale = torch.where(_is_safe(sigma), 1, (1 / sigma).clamp(max=_LONGEST))
+    fresh = _by_projection(z, old) * scale[:, None, None]
+    return torch.where(_is_good(sigma)[:, None, None], fresh, old * again[:, None, None])
+
+
+def _by_projection(z: Tensor, old: Tensor) -> Tensor:
+    """Return the rows of ``z`` made orthonormal one after the other, each projected twice; one that
+    has nothing new in it gives way to the row of ``old`` in its place.
+    """
+    rows = torch.empty_like(z)
+    candidates = torch.stack([z, old], dim=2)  # (matrices, b, 2, cols)
+    least = _NEW * torch.linalg.vector_norm(candidates, dim=-1, keepdim=True)
+    for number in range(z.shape[1]):
+        pair, before = candidates[:, number], rows[:, :number]
+        for _ in range(2 if number else 0):
+            pair = torch.baddbmm(pair, pair @ before.mT, before, alpha=-1)
+        is_new = torch.linalg.vector_norm(pair, dim=-1, keepdim=True) > least[:, number]
+        fallback = torch.where(is_new[:, 1], pair[:, 1], old[:, number])
+        row = torch.where(is_new[:, 0], pair[:, 0], fallback)
+        rows[:, number] = row / torch.linalg.vector_norm(row, dim=-1, keepdim=True)
+    return rows
+
+
+def _is_good(sigma: Tensor) -> Tensor:
+    return (sigma > 0) & (sigma < inf)
+
+
+def _is_safe(sigma: Tensor) -> Tensor:
+    return (sigma > _SAFE[0]) & (sigma < _SAFE[1])
+
+
+def _is_one(length: Tensor) -> Tensor:
+    """Whether a block is of rows of length 1, and not of those of a second try."""
+    return (length > 0.5) & (length < 2)
