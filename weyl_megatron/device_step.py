@@ -84,9 +84,7 @@ class DeviceStep:
         rows[int(numbers.CAN_UNDO)] = can_undo
         rows[int(numbers.KEPT)] = certificate.kept
         sizes = [float(matrix.rows * matrix.cols) for matrix in blocks.matrices]
-        self._horizon = Horizon(
-            torch.tensor(sizes, dtype=torch.float64), certificate.kept.cpu().clone()
-        )
+        self._horizon = Horizon(torch.tensor(sizes, dtype=torch.float64), certificate.kept_on_host)
         spreads = dict.fromkeys(matrix.groups for matrix in blocks.matrices)
         #: The matrices of each set of groups: ranks that share one share all of them.
         self._spread = {

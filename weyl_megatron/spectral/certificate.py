@@ -54,7 +54,8 @@ class Certificate:
         )
         # Storing W rounds it by at most 2 ε |W| elementwise, a matrix of norm 2 ε ‖W‖_F ≤ 2 ε √rank
         # σ₁(W).
-        self.kept = (1 - 2 * eps * ranks.sqrt()).clamp(min=0).to(device)
+        self.kept_on_host = (1 - 2 * eps * ranks.sqrt()).clamp(min=0)
+        self.kept = self.kept_on_host.to(device)
         self.lower = torch.zeros_like(self.kept)  #: never above σ₁(W)
         self.norm = torch.full_like(self.kept, torch.inf)  #: ‖U‖_F of the last step
         #: steps since the matrix was measured

@@ -189,7 +189,11 @@ def elementwise(
     masks += matrix
     row = EXPECTED if MODE == 0 else (FAILED if MODE == 1 else WAITS)
     is_active = tl.load(masks + matrices * row, mask=is_matrix, other=1 if MODE == 0 else 0) != 0
-    if is_active & (tl.load(pointers + buffer * 4 + 2) != 0):
+    is_there = tl.load(pointers + buffer * 4 + 2) != 0
+    if MODE == 0:
+        if is_there == 0:  # nothing is summed of what has no gradient
+            tl.store(sums + tl.arange(0, 4), 0.0, mask=tl.arange(0, 4) < 3)
+    if is_active & is_there:
         rate = tl.load(hyper + 5).to(tl.float64)
         if MODE == 2:
             rate = tl.load(numbers + matrices * RATE + matrix)

@@ -175,6 +175,18 @@ def _gram(unit, partial, BLOCK: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def _clear(unit, partial, sums, LANES: tl.constexpr):
+    """Leave sums of nothing: U is 0 where there is no gradient."""
+    width = tl.load(unit + 13)
+    place = partial + tl.load(unit + 10)
+    line = tl.arange(0, LANES)
+    size = tl.where(tl.load(unit + 12) < 0, width * (tl.load(unit + 9) + width), 0)
+    for start in range(0, size, LANES):
+        tl.store(place + start + line, 0.0, mask=start + line < size)
+    tl.store(sums, 0.0)
+
+
+@triton.jit
 def _unit(
     unit,
     pointers,
@@ -250,6 +262,8 @@ def products(
     sums += unit_number * 3
     is_making = tl.load(masks + matrices * (operand + MAKING)) != 0
     is_there = (operand == 0) | (tl.load(pointers + buffer * 4 + 2) != 0)
+    if is_making & (is_there == 0):
+        _clear(unit, partial, sums, LANES)
     if is_making & is_there:
         if operand == 0:
             _unit(
