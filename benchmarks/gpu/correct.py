@@ -24,15 +24,13 @@ from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
 #: Of steps in a run: clipped from cold vectors, settled, and settled until it is taken back.
 _RATES = (1e-2, 1e-2, 1e-7, 1e-7, 1e-7, 1e-2)
 
-#: How far two runs may be apart, over the largest weight. float32: as tests/kernels/test_cuda.py
-#: has it, roundings that a dozen steps go on with. Lower ones: each of the steps may round a weight
-#: to its other neighbour, 2⁻⁸ of it in bfloat16 and 2⁻¹¹ in float16.
-_LIMITS = {
-    torch.float32: 1e-5,
-    torch.float64: 1e-10,
-    torch.bfloat16: len(_RATES) * 2**-8,
-    torch.float16: len(_RATES) * 2**-11,
-}
+#: How far two runs may be apart: the largest difference over the largest weight, as
+#: tests/kernels/test_cuda.py has it; roundings that a dozen steps go on with.
+_LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+#: Of weights in bfloat16: ‖difference‖ / ‖weights‖ over √steps. Plain torch is 0.3 % from the same
+#: in float32 after these six steps, and 1.0 % where the last is left out; the limit is 0.96 %.
+_BF16_LIMIT = 2**-8
 
 
 class Case(NamedTuple):
@@ -76,7 +74,9 @@ def kernels(task: Task) -> None:
     it, beside plain torch on the CPU.
     """
     bad = 0
-    cases = (_TINY, *_DTYPES) if task.tiny else (*_CASES, *_DTYPES)
+    cases = (*_CASES, *_DTYPES)
+    if task.tiny:  # the interpreter is slow, and cuts float32 off where bfloat16 is rounded
+        cases = (_TINY, _TINY._replace(weight=torch.float64, grad=torch.float64))
     with tolerances.every_iteration():  # so that no rounding decides on one
         for case in cases:
             begin = time.perf_counter()
@@ -107,11 +107,20 @@ def _compare(task: Task, case: Case) -> tuple[bool, dict[str, Any]]:
     repeats = None
     if task.is_gpu:
         repeats = all(map(torch.equal, weights, _trained(case, task.device, kernel, rates)))
-    apart, limit = max(map(difference, weights, expected)), _LIMITS[case.weight]
+    if case.weight in _LIMITS:
+        apart, limit = max(map(difference, weights, expected)), _LIMITS[case.weight]
+    else:
+        apart = max(map(_norm_apart, weights, expected))
+        limit = _BF16_LIMIT * len(rates) ** 0.5
     said = {"difference": short(apart), "limit": short(limit), "repeats": repeats}
     if refused:
         said["refused by triton"] = refused
     return apart <= limit and repeats is not False, said
+
+
+def _norm_apart(tensor: Tensor, expected: Tensor) -> float:
+    tensor, expected = tensor.double().cpu(), expected.double().cpu()
+    return float((tensor - expected).norm() / expected.norm())
 
 
 def _trained(case: Case, device: str, kernel: str, rates: Sequence[float]) -> list[Tensor]:
