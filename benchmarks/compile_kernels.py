@@ -1,46 +1,55 @@
-"""Compile every kernel that a step launches on a GPU, on a machine that has none.
+"""Compile every kernel that a step launches on a GPU, on a machine that has none, and look at what
+becomes of it.
 
-    python -m benchmarks.compile_kernels --arch 80 90 100 [--json out/kernels.json]
-    python -m benchmarks.compile_kernels --front-end            Triton to its own IR only, a second
+    python -m benchmarks.compile_kernels --arch 80 90 100 --widths 4 8 16 [--json out/kernels.json]
+    python -m benchmarks.compile_kernels --front-end            Triton to its own IR only, seconds
 
-80 is an A100, 90 an H100 or H200, 100 a B200. The status is 1 where a kernel does not compile,
-spills registers or fits on no multiprocessor, and where one is never launched.
+80 is an A100, 90 an H100 or H200, 100 a B200. What is compiled is what is launched (launches.py):
+in all dtypes with 4 vectors of U, in float32 with other numbers of them. The status is 1 where a
+kernel
 
-What is compiled is what is launched: small optimizers make steps on the CPU, in the code of a GPU's
-step, and Triton's own binder specializes each launch for the architecture, with its constants,
-dtypes, alignments and options. The results are in Triton's cache (TRITON_CACHE_DIR), under the keys
-that a GPU's first step looks for, if it has the same Triton.
+- does not compile, spills registers, or is never launched;
+- is one that moves bytes (the products and the elementwise passes) and fits on a multiprocessor
+  fewer than four times, or at all, if it is another;
+- is one that moves bytes and loads or stores anything but 128 bits a thread in a loop over aligned
+  columns. Allowed are 64 for gradients of two bytes beside float32, and in the products, which
+  have four columns a thread, for whatever has two bytes;
+- is one that moves bytes and exchanges between threads (SHFL, BAR, LDS, STS) in a loop over
+  columns.
+
+Which loop is which is read off the source lines in the code (sass.py): the loops over columns of
+the products are those of ``_bands``, the aligned ones where ``_bands`` is called with WIDE, and not
+the small loop of YᵀY behind the bands, which is ``_gram``'s.
+
+The results are in Triton's cache (TRITON_CACHE_DIR), under the keys that a GPU's first step looks
+for, if it has the same Triton (3.5 or newer).
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 import triton
-from torch import nn
-from triton import knobs
 from triton._C.libtriton import ir
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime import JITFunction, driver
+from triton.compiler import make_backend
 
-from weyl_megatron import AdamW2, matrices
-from weyl_megatron.engines.given import GivenLayout
-from weyl_megatron.kernels import triton_step
-from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
-from weyl_megatron.spectral.blocks import Blocks
+from . import sass
+from .launches import ALL_DTYPES, FLOAT, Launch, launches, never_launched
 
 
 class Multiprocessor(NamedTuple):
@@ -65,39 +74,44 @@ MULTIPROCESSORS = {
 _REGISTERS, _REGISTERS_AT_ONCE, _TAKEN = 1 << 16, 256, 1 << 10
 
 
-HEADINGS = "kernel", "sm", "registers", "bytes spilled", "bytes shared", "programs an SM", "time"
+HEADINGS = (
+    "kernel",
+    "sm",
+    "registers",
+    "bytes spilled",
+    "bytes shared",
+    "programs an SM",
+    "bits of loads and stores in aligned loops",
+    "time",
+)
 
 
-class Launch(NamedTuple):
-    """A kernel as it is launched: what Triton compiles for it."""
+class Mover(NamedTuple):
+    """A kernel that moves bytes: which of its loops do, as :func:`sass.path_of` has them."""
 
-    kernel: Any
-    arch: int
-    signature: dict[str, str]
-    constants: dict[tuple[int, ...], Any]
-    attributes: dict[tuple[int, ...], Any]
-    options: dict[str, Any]
+    columns: str  #: loops over columns
+    aligned: str  #: those of them that are over aligned ones
+    loops: int  #: how many of these there are at least
+    elements: int | None  #: side by side that a thread loads at once; None: as many as 128 bits are
+    programs: int = 4  #: that a multiprocessor has to run at once
 
-    @property
-    def name(self) -> str:
-        """The kernel's name, its constants, and the pointers that this variant takes unaligned."""
-        names = self.kernel.arg_names
-        constants = [f"{names[at[0]]}={value}" for at, value in self.constants.items()]
-        unaligned = [
-            f"{param.name} not aligned"
-            for param in self.kernel.params
-            if self.signature[param.name].startswith("*")
-            and not (param.do_not_specialize_on_alignment or self.attributes.get((param.num,)))
-        ]
-        return " ".join([self.kernel.__name__, *constants, *unaligned])
 
-    @property
-    def target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+MOVERS = {
+    "products": Mover(
+        columns=r"> _bands: for (start|back) in ",
+        aligned=r"> _unit: _bands\([^>]*\bTrue\b[^>]*> _bands: for (start|back) in ",
+        loops=4,  # of W and of U, forth and back
+        elements=4,
+    ),
+    "elementwise": Mover(
+        columns=r"> _unit: for start in ",
+        aligned=r"> _unit: for start in range\(0, body, WIDE\)",
+        loops=1,
+        elements=None,
+    ),
+}
 
-    @property
-    def source(self) -> ASTSource:
-        return ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+_EXCHANGES = "SHFL", "BAR", "LDS", "STS"
 
 
 class Row(NamedTuple):
@@ -112,10 +126,12 @@ class Row(NamedTuple):
     programs: int | None = None  #: on a multiprocessor at once
     seconds: float | None = None  #: to compile
     error: str | None = None
+    moves: dict[str, int] | None = None  #: loads and stores by bits, in the aligned loops
+    faults: Sequence[str] = ()
 
     @property
     def passes(self) -> bool:
-        return self.error is None and self.spilled == 0 and bool(self.programs)
+        return self.error is None and not self.faults
 
 
 def main() -> None:
@@ -123,28 +139,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     architectures = list(MULTIPROCESSORS)
     parser.add_argument("--arch", nargs="+", type=int, choices=architectures, default=[80, 90])
+    parser.add_argument("--widths", nargs="+", type=int, choices=[4, 8, 16], default=[4])
     parser.add_argument("--front-end", action="store_true", help="stop at Triton's own IR")
     parser.add_argument("--json", type=Path, help="write the table there, too")
+    parser.add_argument("--jobs", type=int, default=2, help="kernels that are compiled at once")
     options = parser.parse_args()
-    if knobs.runtime.interpret:
+    if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET is set, under which nothing is compiled; unset it")
-    failed = False
-    rows: list[Row] = []
     versions = {"triton": triton.__version__, "torch": torch.__version__}
     print(f"Triton {versions['triton']}, torch {versions['torch']}\n")
     print(f"| {' | '.join(HEADINGS)} |\n| --- {'| ---: ' * (len(HEADINGS) - 1)}|")
+    failed = False
+    launched: list[Launch] = []
     for arch in options.arch:
-        launched = launches(arch)
-        for kernel in never_launched(launched):
+        of_arch = variants(arch, options.widths)
+        for kernel in never_launched(of_arch):
             failed = True
             print(f"| {kernel} | {arch} | never launched |")
-        for launch in launched:
-            rows.append(front_end(launch) if options.front_end else compiled(launch))
-            print(line(rows[-1]), flush=True)
-    if options.front_end:
-        failed |= any(row.error is not None for row in rows)
-    else:
-        failed |= not all(row.passes for row in rows)
+        launched += of_arch
+    rows: list[Row] = []
+    for row in each(front_end if options.front_end else compiled, launched, options.jobs):
+        rows.append(row)
+        print(line(row), flush=True)
+        failed |= not row.passes
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         report = {**versions, "kernels": [row._asdict() for row in rows]}
@@ -152,33 +169,32 @@ def main() -> None:
     sys.exit(int(failed))
 
 
-def launches(arch: int) -> list[Launch]:
-    """Return what a step launches, once per variant that Triton compiles for an architecture."""
+def variants(arch: int, widths: Sequence[int]) -> list[Launch]:
+    """Return what steps launch: in all dtypes with 4 vectors of U, in float32 with others."""
     noted: dict[str, Launch] = {}
-
-    def note(*, key: str, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        given = json.loads(compile["specialization_data"])["options"]
-        options = {name: value for name, value in given.items() if isinstance(value, int | str)}
-        bound = compile["signature"], compile["constants"], compile["configs"][0]
-        noted.setdefault(f"{fn.name}{key}", Launch(fn.jit_function, arch, *bound, options))
-        return True  # it is neither compiled nor launched
-
-    with _as_on_a_gpu(arch, note):
-        for matrices in (3, 16):  # a row of a mask is aligned after 16 of them
-            _steps(*_whole(matrices))
-        _steps(*_cut())
+    for width in widths:
+        for launch in launches(arch, width, ALL_DTYPES if width == 4 else (FLOAT,)):
+            noted.setdefault(f"{launch.name} {launch.options}", launch)
     return list(noted.values())
 
 
-def never_launched(launches: list[Launch]) -> list[str]:
-    """Return the names of the kernels that are in none of the launches."""
-    launched = {launch.kernel.__name__ for launch in launches}
-    return [name for name in _kernels() if not name.startswith("_") and name not in launched]
+def each(make: Callable[[Launch], Row], launched: Sequence[Launch], jobs: int) -> Iterator[Row]:
+    """Yield a row of every launch, in their order, from so many processes."""
+    if jobs < 2:
+        yield from map(make, launched)
+        return
+    global _TASK
+    _TASK = make, launched  # a launch holds functions, which only a fork carries along
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(_numbered, range(len(launched)))
 
 
-def _kernels() -> dict[str, Any]:
-    """Return all functions of triton_ops.py that Triton compiles, by name."""
-    return {n: each for n, each in vars(triton_step.ops).items() if isinstance(each, JITFunction)}
+_TASK: tuple[Callable[[Launch], Row], Sequence[Launch]]
+
+
+def _numbered(number: int) -> Row:
+    make, launched = _TASK
+    return make(launched[number])
 
 
 def front_end(launch: Launch) -> Row:
@@ -189,26 +205,94 @@ def front_end(launch: Launch) -> Row:
     context = ir.context()
     ir.load_dialects(context)
     backend.load_dialects(context)
-    generated = backend.get_codegen_implementation(options), backend.get_module_map()
+    by_name = {
+        "target": launch.target,
+        "options": options,
+        "codegen_fns": _generators(backend, options),
+        "module_map": getattr(backend, "get_module_map", dict)(),
+        "context": context,
+    }
     try:
-        launch.source.make_ir(launch.target, options, *generated, context)
+        source = launch.source
+        taken = inspect.signature(source.make_ir).parameters
+        source.make_ir(*(by_name[name] for name in taken))
     except Exception as error:
         return Row(launch.name, launch.arch, error=_last_line(error))
     return Row(launch.name, launch.arch, seconds=time.perf_counter() - begin)
 
 
+def _generators(backend: Any, options: Any) -> Any:
+    make = backend.get_codegen_implementation
+    return make(options) if inspect.signature(make).parameters else make()
+
+
 def compiled(launch: Launch) -> Row:
-    """Return what a launch takes of a multiprocessor, once compiled."""
+    """Return what a launch takes of a multiprocessor, once compiled, and what is wrong with it."""
     begin = time.perf_counter()
     try:
         kernel = triton.compile(launch.source, target=launch.target, options=launch.options)
         seconds = time.perf_counter() - begin
         registers, spilled = _usage(kernel.asm["cubin"])
+        code = disassembled(kernel.asm["cubin"])
     except Exception as error:
         return Row(launch.name, launch.arch, error=_last_line(error))
     warps, shared = int(kernel.metadata.num_warps), int(kernel.metadata.shared)
     programs = programs_of(launch.arch, registers, shared, warps)
-    return Row(launch.name, launch.arch, registers, spilled, shared, warps, programs, seconds)
+    mover = MOVERS.get(launch.kernel.__name__)
+    faults = [f"{spilled} bytes spilled"] if spilled else []
+    least = mover.programs if mover else 1
+    if programs < least:
+        faults.append(f"{programs} programs an SM, not {least}")
+    moves = None
+    if mover:
+        of_state, of_grad = (_bits(launch.named().get(name)) for name in ("STATE", "GRAD"))
+        faults += loop_faults(mover, code, of_state, of_grad)
+        moves = dict(sorted(_moves(sass.matching(code.loops, mover.aligned)).items()))
+    usage = registers, spilled, shared, warps, programs, seconds
+    return Row(launch.name, launch.arch, *usage, None, moves, faults)
+
+
+def loop_faults(mover: Mover, code: sass.Code, of_state: int, of_grad: int) -> list[str]:
+    """Return what is wrong with the loops of a kernel that moves bytes.
+
+    Args:
+        mover: which loops they are.
+        code: of the kernel.
+        of_state, of_grad: bits of an element of M and of a gradient.
+    """
+    faults: list[str] = []
+    for loop in sass.matching(code.loops, mover.columns):
+        exchanges = {one.opcode for one in loop.own if one.kind in _EXCHANGES}
+        if exchanges:
+            faults.append(f"{', '.join(sorted(exchanges))} in '{loop.source[-1].text}'")
+    aligned = list(sass.matching(code.loops, mover.aligned))
+    if len(aligned) < mover.loops:
+        faults.append(f"{len(aligned)} loops over aligned columns, not {mover.loops}")
+    elements = mover.elements or 128 // of_state
+    wide, least = (min(128, elements * bits) for bits in (of_state, of_grad))
+    for loop in aligned:
+        moves = [one for one in loop.own if one.kind in ("LDG", "STG")]
+        narrow = [one for one in moves if one.bits < wide]
+        # W, M and V, or G, M and V: of what is loaded, gradients are a third at most.
+        loads = sum(one.kind == "LDG" for one in moves)
+        are_gradients = 3 * len(narrow) <= loads and all(
+            one.kind == "LDG" and one.bits >= least for one in narrow
+        )
+        if not are_gradients:
+            opcodes = ", ".join(sorted({one.opcode for one in narrow}))
+            faults.append(f"{opcodes} in '{loop.source[-1].text}'")
+    return list(dict.fromkeys(faults))
+
+
+def _moves(loops: Iterable[sass.Loop]) -> Counter[str]:
+    total: Counter[str] = Counter()
+    for loop in loops:
+        total += Counter({k: n for k, n in loop.counts().items() if k[:3] in ("LDG", "STG")})
+    return total
+
+
+def _bits(dtype: Any) -> int:
+    return int(getattr(dtype, "value", dtype).primitive_bitwidth) if dtype is not None else 32
 
 
 def programs_of(arch: int, registers: int, shared: int, warps: int) -> int:
@@ -225,87 +309,35 @@ def line(row: Row) -> str:
     """Return a row of the table."""
     if row.error is not None:
         return f"| {row.kernel} | {row.arch} | does not compile: {row.error} |"
-    usage = [row.registers, row.spilled, row.shared, row.programs]
+    moves = ", ".join(f"{count} {kind}" for kind, count in (row.moves or {}).items())
+    usage = [row.registers, row.spilled, row.shared, row.programs, moves]
     cells = ["" if cell is None else str(cell) for cell in usage]
-    return f"| {row.kernel} | {row.arch} | {' | '.join(cells)} | {row.seconds:.1f} s |"
+    faults = f" **{'; '.join(row.faults)}** |" if row.faults else ""
+    return f"| {row.kernel} | {row.arch} | {' | '.join(cells)} | {row.seconds:.1f} s |{faults}"
+
+
+def disassembled(cubin: bytes) -> sass.Code:
+    """Return the code of a kernel."""
+    return sass.parse(_said(cubin, "nvdisasm", "-c", "-gi"))
 
 
 def _usage(cubin: bytes) -> tuple[int, int]:
     """Return the registers of a thread and the bytes of its stack, where they are spilled to."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    said = _said(cubin, "cuobjdump", "-res-usage")
     numbers = re.search(r"REG:(\d+) STACK:(\d+)", said)
     if numbers is None:
         raise RuntimeError(f"cuobjdump tells no registers: {said[-200:]!r}")
     return int(numbers[1]), int(numbers[2])
 
 
-class _Driver:
-    """Stands in for the driver of a GPU; one device per architecture, which Triton remembers."""
-
-    def __init__(self, arch: int) -> None:
-        self._arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self._arch, 32)
-
-    def get_current_device(self) -> int:
-        return self._arch
-
-    def get_current_stream(self, device: int) -> int:
-        return device
-
-
-@contextmanager
-def _as_on_a_gpu(arch: int, note: Callable[..., bool]) -> Iterator[None]:
-    """Have optimizers take a GPU's path on the CPU, and Triton tell ``note`` what it compiles."""
-    before = dict(vars(driver))
-    never = property(lambda _: False, lambda *_: None)
-
-    def pick(blocks: Blocks, *_: Any, **__: Any) -> triton_step.TritonKernel:
-        return triton_step.TritonKernel(blocks)
-
-    driver.set_active(_Driver(arch))
-    try:
-        with (
-            patch.object(knobs.runtime, "jit_cache_hook", note),
-            patch.object(matrices, "pick", pick),
-            patch.object(matrices.MatrixGroup, "_on_host", never, create=True),
-        ):
-            yield
-    finally:
-        vars(driver).update(before)
-        for kernel in _kernels().values():
-            kernel.device_caches.pop(arch, None)
-
-
-def _steps(optimizer: AdamW2, parameters: list[nn.Parameter]) -> None:
-    """Make steps, the first from cold vectors; what is launched depends on no number of theirs."""
-    for _ in range(3):
-        for parameter in parameters:
-            parameter.grad = torch.randn_like(parameter)
-        optimizer.step()
-
-
-def _whole(matrices: int) -> tuple[AdamW2, list[nn.Parameter]]:
-    """Return an optimizer of matrices that lie whole in their tensors, and of a vector."""
-    named = [(f"w{number}", nn.Parameter(torch.randn(9 + number, 7))) for number in range(matrices)]
-    named.append(("bias", nn.Parameter(torch.randn(5))))
-    return AdamW2(named, tau=0.01), [parameter for _, parameter in named]
-
-
-def _cut() -> tuple[AdamW2, list[nn.Parameter]]:
-    """Return an optimizer of a matrix that is cut within a row, as ZeRO cuts it between ranks."""
-    parameter, cut = Parameter("w", (9, 7)), 30
-    pieces = [nn.Parameter(torch.randn(cut)), nn.Parameter(torch.randn(9 * 7 - cut))]
-    shards = Shard(parameter, 0, cut, 0), Shard(parameter, cut, 9 * 7, 0)
-    optimizer = AdamW2(zip(("first", "second"), pieces, strict=True), tau=0.01)
-    buffers = [Buffer(piece, (shard,)) for piece, shard in zip(pieces, shards, strict=True)]
-    optimizer.engine = GivenLayout(lambda: Layout(buffers))
-    return optimizer, pieces
+def _said(cubin: bytes, tool: str, *options: str) -> str:
+    """Return what one of the tools says that come with Triton."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(path), *options, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _last_line(error: BaseException) -> str:
