@@ -158,7 +158,20 @@ def products(
                 count = min(rows, tile.rows - row)
                 kinds = dtypes[tile.buffer]
                 units.append(_Unit(kinds, number, tile.matrix, is_cut, tile, row, count))
-    units.sort(key=lambda unit: (str(unit.dtypes), -unit.operand, unit.matrix, unit.is_cut))
+    # A matrix's are together, and the largest begin first, so that small ones fill up the end.
+    largest: dict[tuple[int, int], int] = {}
+    for unit in units:
+        key = unit.operand, unit.matrix
+        largest[key] = max(largest.get(key, 0), unit.rows * unit.tile.cols)
+    units.sort(
+        key=lambda unit: (
+            str(unit.dtypes),
+            -unit.operand,
+            -largest[unit.operand, unit.matrix],
+            unit.matrix,
+            unit.is_cut,
+        )
+    )
     places: list[int] = []
     apart: dict[tuple[int, int], int] = {}
     room = 0
