@@ -1,8 +1,7 @@
-"""Every fused kernel against plain torch on the same tables: odd shapes, cut rows, strides,
+"""The compiled kernel against plain torch on the same tables: odd shapes, cut rows, strides,
 replicas, no gradients.
 
-The kernel is the compiled one; test_choice.py runs this file again for Triton, under its
-interpreter.
+Triton's, which steers itself, is tested by whole steps: test_triton.py, test_runs.py.
 """
 
 from __future__ import annotations
@@ -11,53 +10,32 @@ import copy
 import os
 from collections.abc import Iterator
 from itertools import pairwise
-from math import inf
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-from tests import net as nets
-from tests import tolerances
-from weyl_megatron import AdamW2, matrices
 from weyl_megatron.environment import CXXFLAGS
 from weyl_megatron.kernels import Hyper, Kernel, Stepped
-from weyl_megatron.kernels.choice import VARIABLE, why_not
+from weyl_megatron.kernels.cpu import CpuKernel
 from weyl_megatron.kernels.plain import PlainKernel
-from weyl_megatron.spectral import blocks, ritz
 from weyl_megatron.spectral.blocks import COLUMNS, Blocks, MatrixSpec, Table, table
 from weyl_megatron.spectral.tiles import Block, Tile, tiles_of_range
 
-KERNEL = os.environ.get("TEST_KERNEL", "cpu")
-#: Triton's interpreter takes a tenth of a second for a small matrix and a launch.
-IS_SLOW = KERNEL == "triton"
-EXAMPLES, STEPS = (2, 2) if IS_SLOW else (60, 20)
+EXAMPLES = 60
 #: Of sums of a few thousand products in another order. The sanitizers compile with -O1, by which up
 #: to 4096 squares are summed in one chain: twice √4096 · 2⁻²⁴.
 ROUNDING = 8e-6 if "-fsanitize" in os.environ.get(CXXFLAGS, "") else 2e-6
 
 
 @pytest.fixture(autouse=True)
-def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
-    if IS_SLOW:  # both sides make fewer iterations
-        monkeypatch.setattr(matrices, "COLD_ITERS", 3)
     yield
     torch.set_num_threads(before)
-
-
-def make(blocks: Blocks) -> Kernel:
-    if KERNEL == "triton":
-        from weyl_megatron.kernels.triton_step import TritonKernel
-
-        return TritonKernel(blocks)
-    from weyl_megatron.kernels.cpu import CpuKernel
-
-    return CpuKernel(blocks)
 
 
 class Case:
@@ -108,7 +86,7 @@ class Copy:
         self.blocks = Blocks(
             case.specs, case.tiles, (4, 4), batches, False, torch.device("cpu"), torch.float32
         )
-        self.kernel: Kernel = make(self.blocks) if kernel == "fused" else PlainKernel(self.blocks)
+        self.kernel: Kernel = (CpuKernel if kernel == "fused" else PlainKernel)(self.blocks)
         self.sums = torch.zeros(len(case.specs), 3, dtype=torch.float64)
         self.sigma, self.gain = torch.zeros(2, len(case.specs), dtype=torch.float64)
         triples = zip(case.grads, case.first, case.second, case.hypers, strict=True)
@@ -270,107 +248,3 @@ def test_an_update_of_moments_that_are_zero_infinite_or_no_number_is_plain_torch
     assert torch.equal(fused.blocks.z.isnan(), plain.blocks.z.isnan())
     assert near(fused.blocks.z.nan_to_num(), plain.blocks.z.nan_to_num())
     assert bool(plain.blocks.z.isnan().any()) == (m != m or v != v)
-
-
-def train(kernel: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[nn.Module, AdamW2]:
-    monkeypatch.setenv(VARIABLE, kernel)
-    net = nets.make_net(mixed=not IS_SLOW)
-    optimizer = AdamW2(net.named_parameters(), **{**nets.OPTIONS, **options})
-    for batch in nets.batches(1).flatten(0, 2)[:STEPS]:
-        optimizer.zero_grad()
-        net(batch).backward()
-        optimizer.step()
-    return net, optimizer
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"tau": 0.3, "lr": 1e-3}, {"tau": "auto", "lr": 0.3}], ids=str
-)
-@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16][IS_SLOW:], ids=str)
-@pytest.mark.parametrize("settled", [-inf, ritz.SETTLED][: 1 if IS_SLOW else 2])
-def test_a_training_run_is_that_of_plain_torch(
-    options: dict[str, Any], kept: torch.dtype, settled: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where every iteration is made, to roundings; else a rounding may decide on an iteration."""
-    monkeypatch.setattr(blocks, "_FEW", 0 if kept == torch.bfloat16 else 1 << 16)
-    monkeypatch.setattr(ritz, "SETTLED", settled)
-    if options.get("tau") == "auto":
-        options = {**options, "io": ["embed.weight", "head.weight"]}
-    net, fused = train(KERNEL, monkeypatch, **options)
-    twin, plain = train("torch", monkeypatch, **options)
-    stats, expected = fused.stats(), plain.stats()
-    # What is rounded the other way on the way to bfloat16 is 0.4 % of an element.
-    rounding = tolerances.ROUNDING if kept == torch.float32 else 1e-3
-    rates = {name: entry.lr for name, entry in stats.items()}
-    tolerances.check_rates(rates, {name: e.lr for name, e in expected.items()}, rounding)
-    if settled != -inf:
-        return
-    for name, entry in stats.items():
-        assert entry.certified == expected[name].certified
-        assert entry.clipped == expected[name].clipped
-        assert tuple(entry)[:3] == pytest.approx(tuple(expected[name])[:3], rel=rounding)
-    for (name, weight), other in zip(net.named_parameters(), twin.parameters(), strict=True):
-        assert near(weight.detach(), other.detach(), rounding / 10), name
-
-
-def test_where_the_host_may_not_look_the_step_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path that CUDA takes, on which nothing waits for the device: all by masks, also empty
-    ones.
-    """
-    made = matrices.MatrixGroup.__init__
-
-    def blind(self: matrices.MatrixGroup, *args: Any, **kwargs: Any) -> None:
-        made(self, *args, **kwargs)
-        self._on_host = False
-        if hasattr(type(self._kernel), "step_alone"):  # that is the CPU's alone
-            monkeypatch.delattr(type(self._kernel), "step_alone")
-
-    with tolerances.every_iteration():
-        net, chosen = train(KERNEL, monkeypatch, tau=0.3, lr=1e-2)
-        monkeypatch.setattr(matrices.MatrixGroup, "__init__", blind)
-        twin, masked = train(KERNEL, monkeypatch, tau=0.3, lr=1e-2)
-    for (name, weight), other in zip(net.named_parameters(), twin.parameters(), strict=True):
-        assert near(weight.detach(), other.detach(), 1e-5), name
-    assert {n: e.certified for n, e in chosen.stats().items()} == {
-        n: e.certified for n, e in masked.stats().items()
-    }
-
-
-def test_the_same_step_twice_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = [train(KERNEL, monkeypatch) for _ in range(2)]
-    assert all(map(torch.equal, runs[0][0].parameters(), runs[1][0].parameters()))
-    assert runs[0][1].stats() == runs[1][1].stats()
-
-
-@pytest.mark.parametrize(
-    ("lr", "weight_decay"), [(1e-3, 0.1), (1e-7, 0.0), (1e-7, 0.1)][: 1 if IS_SLOW else 3]
-)
-def test_where_nothing_is_clipped_it_is_torch_s_adamw(
-    lr: float, weight_decay: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Measured in the first step, settled in the others; rows of 37 and 22 elements end within
-    vector registers.
-    """
-    monkeypatch.setenv(VARIABLE, KERNEL)
-    runs = []
-    for make_optimizer in (AdamW2, torch.optim.AdamW):
-        net = nets.make_net()
-        more = {"tau": 1e6} if make_optimizer is AdamW2 else {}
-        optimizer = make_optimizer(
-            net.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, **more
-        )
-        generator = torch.Generator().manual_seed(3)
-        for _ in range(3 if IS_SLOW else 8):
-            for p in net.parameters():
-                p.grad = torch.randn(p.shape, generator=generator)
-            optimizer.step()
-        runs.append(list(net.parameters()))
-    for weight, expected in zip(*runs, strict=True):
-        # One rounding of a weight a step, and of torch's square root, which MKL rounds otherwise
-        # than the processor.
-        rounding = 8 * torch.finfo(torch.float32).eps * expected.detach().abs().max()
-        assert bool((weight - expected).abs().max() <= rounding)
-
-
-def test_it_can_run_here() -> None:
-    assert why_not(KERNEL, "cpu", {torch.float32}) is None
