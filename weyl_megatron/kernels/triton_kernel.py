@@ -38,7 +38,7 @@ _COLS = 64
 _RUN, _ENDS = 1024, 256
 
 #: Columns that a program of the small algebra has in registers, by vectors.
-_ALGEBRA = {4: 256, 8: 256, 16: 128}
+_ALGEBRA = {4: 256, 8: 256, 16: 64}
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -121,11 +121,6 @@ class TritonKernel:
         self.masks = torch.zeros(numbers.MASKS, matrices, dtype=torch.uint8, device=device)
         is_cuda = device.type == "cuda"
         self._stages.extend(_Stage(buffers, matrices, is_cuda) for _ in range(_STAGES))
-        shared: dict[int, set[int]] = {}
-        for tile in tiles[:measured]:
-            shared.setdefault(tile.matrix, set()).add(tile.buffer)
-        #: Buffers that have pieces of one matrix, whose gradients have to be of one dtype.
-        self._joint = [sorted(each) for each in shared.values() if len(each) > 1]
 
     def bind(
         self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None], sent: Sequence[Tensor]
@@ -136,8 +131,6 @@ class TritonKernel:
             weights, stepped: by buffer; None where there is no gradient, whose U is 0.
             sent: the first rows of ``numbers``, on the CPU.
         """
-        if self._joint:
-            stepped = self._of_one_dtype(stepped)
         kinds = tuple(
             (weight.dtype, weight.dtype if state is None else state.grad.dtype)
             for weight, state in zip(weights, stepped, strict=True)
@@ -355,19 +348,6 @@ class TritonKernel:
             torch.zeros(len(of_products.units), 3, device=device),
             torch.zeros(len(of_passes.units), 3, device=device),
         )
-
-    def _of_one_dtype(self, stepped: Sequence[Stepped | None]) -> Sequence[Stepped | None]:
-        """Return the same, with the gradients of one matrix's buffers of one dtype."""
-        converted = list(stepped)
-        for buffers in self._joint:
-            states = [state for state in (converted[n] for n in buffers) if state is not None]
-            if len({state.grad.dtype for state in states}) > 1:
-                for n in buffers:
-                    state = converted[n]
-                    if state is not None:
-                        grad = state.grad.to(state.exp_avg.dtype)
-                        converted[n] = state._replace(grad=grad)
-        return converted
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -137,8 +137,9 @@ def _in_any_case(z: Tensor, old: Tensor, sigma: Tensor, more: Tensor) -> Tensor:
 
 def _by_projection(z: Tensor, old: Tensor) -> Tensor:
     """Return the rows of ``z`` made orthonormal one after the other, each projected twice; one that
-    has nothing new in it gives way to the row of ``old`` in its place.
+    has nothing new in it gives way to the row of ``old`` in its place, and that to an axis.
     """
+    axes = torch.eye(z.shape[1], z.shape[2], device=z.device, dtype=z.dtype)
     rows = torch.empty_like(z)
     candidates = torch.stack([z, old], dim=2)  # (matrices, b, 2, cols)
     least = _NEW * torch.linalg.vector_norm(candidates, dim=-1, keepdim=True)
@@ -147,7 +148,11 @@ def _by_projection(z: Tensor, old: Tensor) -> Tensor:
         for _ in range(2 if number else 0):
             pair = torch.baddbmm(pair, pair @ before.mT, before, alpha=-1)
         is_new = torch.linalg.vector_norm(pair, dim=-1, keepdim=True) > least[:, number]
-        fallback = torch.where(is_new[:, 1], pair[:, 1], old[:, number])
+        # Of as many axes as rows one is far from those before.
+        axis = axes[before[..., : len(axes)].square().sum(1).argmin(-1)][:, None]
+        for _ in range(2 if number else 0):
+            axis = torch.baddbmm(axis, axis @ before.mT, before, alpha=-1)
+        fallback = torch.where(is_new[:, 1], pair[:, 1], axis[:, 0])
         row = torch.where(is_new[:, 0], pair[:, 0], fallback)
         rows[:, number] = row / torch.linalg.vector_norm(row, dim=-1, keepdim=True)
     return rows
