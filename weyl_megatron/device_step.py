@@ -80,6 +80,7 @@ class DeviceStep:
         sigma = int(numbers.SIGMA)
         self._sigma = rows[sigma], rows[sigma + 1]
         self._waits, self._rates = kernel.masks[int(numbers.WAITS)], rows[int(numbers.RATE)]
+        self._norms = kernel.norms.view(-1)
         self._bounds = rows[int(numbers.LOWER) : int(numbers.AGE) + 1]
         rows[int(numbers.CAN_UNDO)] = can_undo
         rows[int(numbers.KEPT)] = certificate.kept
@@ -94,6 +95,8 @@ class DeviceStep:
         self._told: deque[_Told] = deque()
         self._never = torch.zeros(len(sizes), dtype=torch.bool)
         self._spans: dict[tuple[int, tuple[_Groups, ...]], tuple[list[Span], list[Span]]] = {}
+        self._of_buffers: list[tuple[float, float]] = []  # the betas, and as vectors
+        self._betas = torch.empty(0), torch.empty(0)
         self._places: list[tuple[int, ...]] | None = None
         self._same_for = 0  # steps in which torch saw no other writer
 
@@ -136,7 +139,7 @@ class DeviceStep:
         kernel = self._kernel
         kernel.expect()
         kernel.step()
-        all_reduce_spans(kernel.norms.view(-1), self._norm_spans)
+        all_reduce_spans(self._norms, self._norm_spans)
         kernel.settle(self._iters, cold=self._cold)
         if not self._is_all_sure:  # or else nothing fails
             kernel.undo()
@@ -206,8 +209,11 @@ class DeviceStep:
                 beta1, beta2 = map(float, group["betas"])
                 betas[id(group)] = (beta1, beta2) if is_bounded else (float("nan"), float("nan"))
         of_buffers = [betas[id(group)] for group in groups]
-        columns = torch.tensor(of_buffers, dtype=torch.float64).view(-1, 2)[self._buffer_of]
-        return Steps(limits.lr, limits.weight_decay, *columns.unbind(1))
+        if of_buffers != self._of_buffers:
+            self._of_buffers = of_buffers
+            columns = torch.tensor(of_buffers, dtype=torch.float64).view(-1, 2)[self._buffer_of]
+            self._betas = columns[:, 0], columns[:, 1]
+        return Steps(limits.lr, limits.weight_decay, *self._betas)
 
     def _look_ahead(
         self,
@@ -231,10 +237,13 @@ class DeviceStep:
             if told.arrival is not None:
                 told.arrival.synchronize()
             lower, norm, age = told.bounds
-            horizon.read(lower, norm, told.step)
             ages = age.tolist()
             # What had to be measured then is not sure now, and most often nothing is.
             self._may_be_sure = any(all(ages[k] > 0 for k in sets[groups]) for groups in sets)
+            if self._may_be_sure:
+                horizon.read(lower, norm, told.step)
+            else:
+                horizon.count(norm)
         if self._may_be_sure:
             for later in self._told:
                 horizon.follow(later.step)

@@ -90,8 +90,7 @@ class Counts:
 
     def count(self) -> None:
         """Count one step of every parameter."""
-        for shared in self._shared:
-            shared += 1
+        torch._foreach_add_(self._shared, 1)
 
 
 def are_same(objects: Sequence[Any], others: Sequence[Any]) -> bool:

@@ -164,8 +164,7 @@ class TritonKernel:
         stage.pointers.copy_(torch.tensor(places))
         of_buffers = torch.tensor(rows)
         torch.index_select(torch.tensor(hypers or [[0.0] * HYPER]), 0, of_buffers, out=stage.hypers)
-        for row, vector in zip(stage.rows, sent, strict=True):
-            row.copy_(vector)
+        torch._foreach_copy_(stage.rows, list(sent))
         self._sent.copy_(stage.words, non_blocking=True)
         if stage.is_read is not None:
             stage.is_read.record()

@@ -289,18 +289,20 @@ class Blocks:
         z_spans: list[dict[int, Span]] = [{} for _ in self.operands]
         left_spans: list[dict[int, Span]] = [{} for _ in self.operands]
         piggyback_spans: dict[int, Span] = {}
-        spreads = list(dict.fromkeys(self.matrices[k].groups for k in batch))
-        for k in sorted(batch, key=lambda k: spreads.index(self.matrices[k].groups)):
-            matrix = self.matrices[k]
-            piggyback_spans[k] = Span(matrix.groups, left, left + self.piggybacks)
-            left += self.piggybacks
+        # One operand of all matrices that are spread alike lies together: one collective's buffer.
+        for groups in dict.fromkeys(self.matrices[k].groups for k in batch):
+            members = [k for k in batch if self.matrices[k].groups == groups]
+            for k in members:
+                piggyback_spans[k] = Span(groups, left, left + self.piggybacks)
+                left += self.piggybacks
             for number, operand in enumerate(self.operands):
-                b = operand.widths[k]
-                operand.z_at[k] = z
-                z = self._aligned(z + b * matrix.cols + b * b + self._resident)
-                operand.left_at[k], left = left, left + b * len(self.cut[k])
-                z_spans[number][k] = Span(matrix.groups, operand.z_at[k], z)
-                left_spans[number][k] = Span(matrix.groups, operand.left_at[k], left)
+                for k in members:
+                    b, cols = operand.widths[k], self.matrices[k].cols
+                    operand.z_at[k] = z
+                    z = self._aligned(z + b * cols + b * b + self._resident)
+                    operand.left_at[k], left = left, left + b * len(self.cut[k])
+                    z_spans[number][k] = Span(groups, operand.z_at[k], z)
+                    left_spans[number][k] = Span(groups, operand.left_at[k], left)
         self.z_spans.append(z_spans)
         self.left_spans.append(left_spans)
         self.piggyback_spans.append(piggyback_spans)

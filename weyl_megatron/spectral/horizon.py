@@ -18,6 +18,7 @@ here may be less than what was made.
 
 from __future__ import annotations
 
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -56,8 +57,16 @@ class Horizon:
         """Rely on nothing: weights or moments are others now."""
         self._counted.zero_()
         self._lower = torch.zeros_like(self._sizes)
-        self._squares = torch.full_like(self._sizes, torch.inf)  # ‖U‖_F², of the last step
+        self._squares = torch.full_like(self._sizes, inf)  # ‖U‖_F², of the last step
         self._last: Steps | None = None
+        self._reads, self._growth_at = 0, 0
+        self._growth = self._squares, self._squares
+        self._growth_of: Steps | None = None
+
+    def count(self, norm: Tensor) -> None:
+        """Count a step that is not read: ``norm`` is what a device told of it."""
+        self._counted += (norm > 0) & (norm < inf)
+        self._reads += 1
 
     def read(self, lower: Tensor, norm: Tensor, step: Steps) -> None:
         """Take what a device told after a step; the steps since are to :meth:`follow`.
@@ -67,17 +76,18 @@ class Horizon:
             norm: ‖U‖_F; 0 tells nothing of M and V: there may have been no gradient.
             step: what it was made with.
         """
-        is_known = (norm > 0) & norm.isfinite()
-        self._counted += is_known
-        self._squares = torch.where(is_known, norm.square() * (1 + SLACK) ** 2, torch.inf)
+        self.count(norm)
+        is_known = (norm > 0) & (norm < inf)
+        squares = norm.square().mul_((1 + SLACK) ** 2)
+        self._squares = torch.where(is_known, squares, inf)
         self._lower, self._last = lower.nan_to_num(nan=0.0), step
 
     def follow(self, step: Steps) -> None:
         """Follow a step at any rates up to α, or none."""
         squares = self._next_squares(step)
-        lower = (1 - step.lr * step.weight_decay) * self._lower
-        lower = (lower - step.lr * squares.sqrt() * (1 + SLACK)) * self._kept
-        self._lower = lower.nan_to_num(nan=0.0, neginf=0.0).clamp(min=0)
+        most = squares.sqrt().mul_(step.lr).mul_(1 + SLACK)
+        lower = (self._lower - self._lower * step.lr * step.weight_decay - most).mul_(self._kept)
+        self._lower = lower.nan_to_num_(nan=0.0, neginf=0.0).clamp_(min=0)
         self._squares = torch.maximum(self._squares, squares)
         self._last = step
 
@@ -89,17 +99,34 @@ class Horizon:
             step: what it is to be made with.
             tau, floor: τ and what σ₁(W) is taken for at least.
         """
-        bound = step.lr * self._next_squares(step).sqrt() * (1 + SLACK)
-        return (bound <= tau * torch.maximum(self._lower, floor)) | tau.isinf()
+        most = self._next_squares(step).sqrt().mul_(step.lr).mul_(1 + SLACK)
+        return (most <= torch.maximum(self._lower, floor).mul_(tau)) | (tau == inf)
 
     def _next_squares(self, step: Steps) -> Tensor:
         """Return the bound of ‖U‖_F² in the step after the last one."""
-        if self._last is None:
-            return torch.full_like(self._sizes, torch.inf)
+        last, of_growth = self._last, self._growth_of
+        if last is None:
+            return torch.full_like(self._sizes, inf)
+        # What fewer steps would give is a bound, too.
+        if not _are_same(step, of_growth) or self._reads >= 2 * self._growth_at:
+            self._growth, self._growth_of = self._growth_after(step), step
+            self._growth_at = self._reads
+        grown, added = self._growth
+        squares = torch.addcmul(added, grown, self._squares)
+        if _are_same(step, last):
+            return squares
+        # With other betas u was made with other corrections.
+        follows = (step.beta1 == last.beta1) & (step.beta2 == last.beta2)
+        return torch.where(follows, squares, inf)
+
+    def _growth_after(self, step: Steps) -> tuple[Tensor, Tensor]:
+        """Return the factor of ‖U‖_F² in its next bound, and what is added to it."""
         b1, b2, n = step.beta1, step.beta2, self._counted
         grown = b1**2 / b2 * (1 - b2 ** (n + 1)) / (1 - b2**n)
-        added = (1 - b1) ** 2 / ((1 - b2) * (1 - b1 ** (n + 1)) ** 2)
-        squares = grown * self._squares + added * self._sizes
-        # With other betas u was made with other corrections.
-        follows = (b1 == self._last.beta1) & (b2 == self._last.beta2)
-        return torch.where(follows & squares.isfinite(), squares, torch.inf)
+        added = (1 - b1) ** 2 / ((1 - b2) * (1 - b1 ** (n + 1)) ** 2) * self._sizes
+        return grown.nan_to_num(nan=inf, posinf=inf), added.nan_to_num(nan=inf, posinf=inf)
+
+
+def _are_same(step: Steps, other: Steps | None) -> bool:
+    """Whether two steps have the same vectors of betas."""
+    return other is not None and step.beta1 is other.beta1 and step.beta2 is other.beta2
