@@ -1,0 +1,130 @@
+"""What a step launches on a GPU, and what it costs the host: by the tables, not by the depth of the
+model.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks.models import MODELS
+from tests.kernels import launches
+from tests.kernels.launches import Step, counted, idle, settles, stands_in, stepping, total
+from tests.processes import run_ranks
+
+#: Launches a step, of Triton's kernels and of torch's; a collective is none.
+MOST, MOST_OF_TORCH = 20, 40
+
+#: What a step that the certificate is sure of has no need of.
+OF_ITERATIONS = {"products", "collect", "orthonormalize", "decide_rates"}
+
+GPT2 = MODELS["gpt2-124m"]
+
+
+def check_iterated(steps: list[Step]) -> None:
+    for step in steps:
+        assert step == steps[0], "it hangs on the depth"
+        assert total(step) <= MOST and step.torch <= MOST_OF_TORCH, step
+        assert step.triton.keys() >= OF_ITERATIONS
+
+
+def check_sure(steps: list[Step]) -> None:
+    for step in steps:
+        assert step == steps[0], "it hangs on the depth"
+        assert not step.triton.keys() & OF_ITERATIONS, step
+        # Of the three passes one steps; none takes back, and none moves what waited.
+        assert step.triton["elementwise"] == 1 and total(step) <= 5
+        # About 40 of them are the horizon's, on vectors of the host, and launch nothing.
+        assert step.torch <= 2 * MOST_OF_TORCH
+
+
+def test_an_iterated_step_has_few_launches_at_any_depth() -> None:
+    steps = [counted(stepping(GPT2._replace(blocks=depth))[0], idle) for depth in (12, 48)]
+    print(f"\n{total(steps[0])} of Triton, {steps[0].torch} of torch: {steps[0].triton}")
+    check_iterated(steps)
+    assert steps[0].collectives == 0
+
+
+def test_a_step_that_is_sure_to_be_settled_launches_no_iteration() -> None:
+    steps = [counted(stepping(GPT2._replace(blocks=depth))[0], settles) for depth in (12, 48)]
+    print(f"\n{total(steps[0])} of Triton, {steps[0].torch} of torch: {steps[0].triton}")
+    check_sure(steps)
+
+
+def test_a_matrix_that_is_not_sure_any_more_is_iterated_again() -> None:
+    """In the step itself: the rate that it is made at decides, too."""
+    optimizer, _ = stepping(GPT2._replace(blocks=1))
+    with stands_in(settles) as launched:
+        for _ in range(6):
+            optimizer.step()
+        launched.clear()
+        optimizer.step()
+        assert not launched.keys() & OF_ITERATIONS
+        optimizer.param_groups[0]["lr"] = 1e9
+        launched.clear()
+        optimizer.step()
+        assert launched.keys() >= OF_ITERATIONS
+
+
+def test_weights_that_others_wrote_are_looked_at_again() -> None:
+    optimizer, params = stepping(GPT2._replace(blocks=1))
+    with stands_in(settles) as launched:
+        for _ in range(6):
+            optimizer.step()
+        with torch.no_grad():
+            params[0].mul_(0.5)
+        launched.clear()
+        optimizer.step()
+        assert launched.keys() >= OF_ITERATIONS
+
+
+def test_ranks_launch_as_few_and_sum_a_fixed_number_of_times() -> None:
+    """Two of them, between which every matrix is cut within a row."""
+    printed = run_ranks("torch", Path(__file__).with_name("launches_worker.py"), 2)
+    (line,) = (line for line in printed.splitlines() if line.startswith("counts:"))
+    steps = {name: Step(**step) for name, step in json.loads(line[7:]).items()}
+    iterated = [steps[f"iterated {depth}"] for depth in (12, 48)]
+    sure = [steps[f"sure {depth}"] for depth in (12, 48)]
+    print(
+        f"\n{total(iterated[0])} of Triton, {iterated[0].torch} of torch, sums: "
+        f"{iterated[0].collectives}; sure {total(sure[0])}, {sure[0].torch}, "
+        f"{sure[0].collectives}"
+    )
+    check_iterated(iterated)
+    check_sure(sure)
+    rounds = iterated[0].triton["products"]
+    assert iterated[0].collectives == 1 + 2 * rounds and sure[0].collectives == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stand", [idle, settles])
+def test_the_host_s_time(stand: launches.Stand) -> None:
+    """The least of many steps, in the thread's own time, so that other processes do not count."""
+    optimizer, params = stepping(GPT2)
+    assert len(params) == 148
+    with stands_in(stand):
+        least = _least(optimizer, params, 300)
+    optimizer, params = stepping(GPT2)
+    with launches.triton_s_own_launcher():
+        with_launcher = _least(optimizer, params, 100)
+    print(
+        f"\n{len(params)} parameters: {least:.2f} ms a step; with Triton's launcher in an "
+        f"iterated one {with_launcher:.2f} ms"
+    )
+    assert least <= 2
+
+
+def _least(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], count: int) -> float:
+    times = []
+    for _ in range(count):
+        launches.set_gradients(params)
+        start = time.thread_time()
+        optimizer.step()
+        times.append(1e3 * (time.thread_time() - start))
+    return min(times)
