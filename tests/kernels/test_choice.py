@@ -43,7 +43,7 @@ def stepped(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[AdamW2,
 
 
 def kernel_of(optimizer: AdamW2) -> str:
-    return next(iter(optimizer._matrix_groups))._kernel.name
+    return next(iter(optimizer._matrix_groups))._step._kernel.name
 
 
 def test_float32_on_the_cpu_is_stepped_in_compiled_code() -> None:
@@ -127,15 +127,55 @@ def test_without_triton_a_gpu_s_tensors_are_stepped_in_plain_torch(
 
 
 @pytest.mark.parametrize(
-    ("version", "name"), [("3.3.1", "torch"), ("3.5.0", "triton"), ("3.10.0+git1", "triton")]
+    ("version", "is_interpreted", "oldest"),
+    [
+        ("3.0.0", False, "3.1"),
+        ("3.1.0", False, None),
+        ("3.10.0+git1", False, None),
+        ("3.4.0", True, "3.5"),
+        ("3.5.0", True, None),
+        ("3.10.0+git1", True, None),
+    ],
 )
 def test_a_triton_that_is_too_old_for_the_kernels_is_left_alone(
-    version: str, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    version: str,
+    is_interpreted: bool,
+    oldest: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """The interpreter of older ones does not give what plain torch gives."""
     monkeypatch.setattr(pytest.importorskip("triton"), "__version__", version)
+    monkeypatch.setattr(choice, "why_no_launcher", lambda: None)
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if is_interpreted else "0")
     with caplog.at_level(logging.WARNING, logger="weyl_megatron"):
-        assert choice.pick_name("cuda", {torch.float32}) == name
-    assert ("it takes Triton 3.5 or newer, not 3.3.1" in caplog.text) == (name == "torch")
+        name = choice.pick_name("cuda", {torch.float32})
+    assert name == ("triton" if oldest is None else "torch")
+    sentence = f"it takes Triton {oldest} or newer, not {version}"
+    assert (sentence in caplog.text) == (name == "torch")
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "others"),
+    [
+        ({torch.float32}, ""),
+        ({torch.bfloat16}, ""),
+        ({torch.float32, torch.bfloat16}, ""),
+        ({torch.float64}, "torch.float64"),
+        ({torch.float32, torch.float16}, "torch.float16"),
+    ],
+    ids=str,
+)
+def test_weights_that_triton_s_kernels_take(
+    dtypes: set[torch.dtype], others: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(choice, "why_no_launcher", lambda: None)
+    reason = choice.why_not("triton", "cuda", dtypes)
+    if others:
+        assert reason == f"it takes torch.float32 and torch.bfloat16, not {others}"
+    else:
+        assert reason is None
 
 
 def fake_compiler(folder: Path, says: str, status: int) -> Path:
@@ -271,13 +311,22 @@ def test_code_is_not_loaded_from_where_others_may_write(
 
 
 #: The optimizer's own tests with every other kernel, and the kernels' tests with Triton's, whose
-#: interpreter takes a second where a GPU takes none. By name: the kernel, and what pytest is told.
+#: interpreter takes a second where a GPU takes none, and has to be there from the start of a
+#: process. By name: the kernel, and what pytest is told.
 OTHERS = {
     "plain torch, the optimizer": (
         "torch",
         ["tests/test_optimizer.py", "tests/test_state_dict.py"],
     ),
-    "triton, its kernels": ("triton", ["tests/kernels/test_kernels.py"]),
+    "triton, whole runs": ("triton", ["tests/kernels/test_runs.py"]),
+    "triton, its steps": (
+        "triton",
+        ["tests/kernels/test_triton.py", "tests/kernels/test_triton_values.py"],
+    ),
+    "triton, spread matrices": (
+        "triton",
+        ["tests/kernels/test_ranks.py", "tests/kernels/test_sure_steps.py"],
+    ),
     "triton, the optimizer": (
         "triton",
         [
@@ -301,7 +350,7 @@ def others(request: pytest.FixtureRequest) -> Iterator[dict[str, subprocess.Pope
             "TEST_KERNEL": kernel,
             "TRITON_INTERPRET": "1",
         }
-        if "test_kernels" in tests[0]:
+        if tests[0].startswith("tests/kernels/"):
             del environment[choice.VARIABLE]  # they choose for themselves
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
         runs[name] = subprocess.Popen(
@@ -325,10 +374,11 @@ def others(request: pytest.FixtureRequest) -> Iterator[dict[str, subprocess.Pope
     ],
 )
 def test_every_kernel_passes_the_optimizer_s_tests(
-    name: str, others: dict[str, subprocess.Popen[str]]
+    name: str, others: dict[str, subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if OTHERS[name][0] == "triton":
-        reason = choice.why_not("triton", "cuda", {torch.float32})
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        reason = choice.why_not("triton", "cpu", {torch.float32})
         if reason is not None:
             pytest.skip(reason)
     output, _ = others[name].communicate(timeout=900)
