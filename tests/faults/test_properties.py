@@ -30,7 +30,7 @@ from torch import Tensor
 
 from tests.faults.cases import STEPS, Case, Drawn, Weight, cases
 from tests.faults.ranks import gathered, run_on_ranks, run_whole
-from weyl_megatron import MatrixStats, matrices
+from weyl_megatron import MatrixStats, host_step
 from weyl_megatron.kernels.choice import VARIABLE
 from weyl_megatron.kernels.plain import PlainKernel
 from weyl_megatron.layouts.buffers import Parameter
@@ -277,7 +277,7 @@ def always(made: Any) -> Any:
 
 BROKEN = {
     "a rectangle is lost": (tiles, "range_rectangles", shifted),
-    "rates are 3 % too large": (matrices, "clipped_rates", scaled),
+    "rates are 3 % too large": (host_step, "clipped_rates", scaled),
     "tensor-parallel groups are forgotten": (Parameter, "spreads", forgotten),
     "everything is certified": (Certificate, "settles", always),
     "nothing is taken back": (PlainKernel, "undo", lambda made: lambda self, table, mask: None),
