@@ -232,7 +232,7 @@ def compiled(launch: Launch) -> Row:
     try:
         kernel = triton.compile(launch.source, target=launch.target, options=launch.options)
         seconds = time.perf_counter() - begin
-        registers, spilled = _usage(kernel.asm["cubin"])
+        registers, spilled = usage(kernel.asm["cubin"])
         code = disassembled(kernel.asm["cubin"])
     except Exception as error:
         return Row(launch.name, launch.arch, error=_last_line(error))
@@ -248,8 +248,8 @@ def compiled(launch: Launch) -> Row:
         of_state, of_grad = (_bits(launch.named().get(name)) for name in ("STATE", "GRAD"))
         faults += loop_faults(mover, code, of_state, of_grad)
         moves = dict(sorted(_moves(sass.matching(code.loops, mover.aligned)).items()))
-    usage = registers, spilled, shared, warps, programs, seconds
-    return Row(launch.name, launch.arch, *usage, None, moves, faults)
+    taken = registers, spilled, shared, warps, programs, seconds
+    return Row(launch.name, launch.arch, *taken, None, moves, faults)
 
 
 def loop_faults(mover: Mover, code: sass.Code, of_state: int, of_grad: int) -> list[str]:
@@ -310,8 +310,8 @@ def line(row: Row) -> str:
     if row.error is not None:
         return f"| {row.kernel} | {row.arch} | does not compile: {row.error} |"
     moves = ", ".join(f"{count} {kind}" for kind, count in (row.moves or {}).items())
-    usage = [row.registers, row.spilled, row.shared, row.programs, moves]
-    cells = ["" if cell is None else str(cell) for cell in usage]
+    taken = [row.registers, row.spilled, row.shared, row.programs, moves]
+    cells = ["" if cell is None else str(cell) for cell in taken]
     faults = f" **{'; '.join(row.faults)}** |" if row.faults else ""
     return f"| {row.kernel} | {row.arch} | {' | '.join(cells)} | {row.seconds:.1f} s |{faults}"
 
@@ -321,7 +321,7 @@ def disassembled(cubin: bytes) -> sass.Code:
     return sass.parse(_said(cubin, "nvdisasm", "-c", "-gi"))
 
 
-def _usage(cubin: bytes) -> tuple[int, int]:
+def usage(cubin: bytes) -> tuple[int, int]:
     """Return the registers of a thread and the bytes of its stack, where they are spilled to."""
     said = _said(cubin, "cuobjdump", "-res-usage")
     numbers = re.search(r"REG:(\d+) STACK:(\d+)", said)

@@ -79,7 +79,10 @@ class Launch(NamedTuple):
             f"{param.name} not aligned"
             for param in self.kernel.params
             if self.signature[param.name].startswith("*")
-            and not (param.do_not_specialize_on_alignment or self.attributes.get((param.num,)))
+            and not (
+                getattr(param, "do_not_specialize_on_alignment", False)
+                or self.attributes.get((param.num,))
+            )
         ]
         return " ".join([self.kernel.__name__, *constants, *unaligned])
 
@@ -241,7 +244,14 @@ def _specialized(param: Any, value: Any) -> tuple[str, bool]:
 
 def _older_source(launch: Launch) -> ASTSource:
     """Return what Triton before 3.3 compiles for a launch."""
-    raise NotImplementedError
+    signature = {name: kind for name, kind in launch.signature.items() if kind != "constexpr"}
+    aligned = [at[0] for at in launch.attributes]
+    compiler = importlib.import_module("triton.compiler.compiler")
+    if "divisible_by_16" in inspect.signature(compiler.AttrsDescriptor).parameters:  # 3.1
+        attributes = compiler.AttrsDescriptor(divisible_by_16=set(aligned))
+    else:
+        attributes = compiler.AttrsDescriptor.from_hints(dict.fromkeys(aligned, 16))
+    return ASTSource(launch.kernel, signature, launch.named(), attributes)
 
 
 def _steps(optimizer: AdamW2, parameters: list[nn.Parameter], dtypes: Dtypes) -> None:

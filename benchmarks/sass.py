@@ -11,7 +11,7 @@ import ast
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -150,50 +150,66 @@ def _code(
             own[inside[-1]].append(instruction)
         else:
             outside.append(instruction)
+    sources: dict[int, tuple[Statement, ...]] = {}
+    within: dict[int, set[tuple[Statement, ...]]] = {}  # the statements of the loops in a loop
+    for number in reversed(range(len(spans))):
+        taken = within.get(number, set())
+        sources[number] = _loop_source(own[number], taken)
+        around_it = parents[number]
+        if around_it is not None:
+            within.setdefault(around_it, set()).update(taken, [sources[number]])
     loops = tuple(
-        Loop(start, stop, tuple(body), parent, _loop_source(body))
-        for (start, stop), body, parent in zip(spans, own, parents, strict=True)
+        Loop(start, stop, tuple(body), parent, sources[number])
+        for number, ((start, stop), body, parent) in enumerate(
+            zip(spans, own, parents, strict=True)
+        )
     )
     return Code(tuple(outside), loops)
 
 
-def _loop_source(body: Sequence[Instruction]) -> tuple[Statement, ...]:
-    """Return the ``for`` statement that most instructions of a loop stand in, the innermost one,
-    and the calls that lead to it.
+def _loop_source(
+    body: Sequence[Instruction], taken: Collection[tuple[Statement, ...]]
+) -> tuple[Statement, ...]:
+    """Return the ``for`` statement that most instructions of a loop stand in, the innermost one
+    that is none of a loop within, and the calls that lead to it.
     """
     votes: Counter[tuple[Statement, ...]] = Counter()
     for instruction in body:
-        votes[_for_of(instruction.places)] += 1
-    votes.pop((), None)
+        free = [each for each in _fors_of(instruction.places) if each not in taken]
+        votes.update(free[:1])
     return votes.most_common(1)[0][0] if votes else ()
 
 
 @functools.cache
-def _for_of(places: tuple[tuple[str, int], ...]) -> tuple[Statement, ...]:
+def _fors_of(places: tuple[tuple[str, int], ...]) -> list[tuple[Statement, ...]]:
+    """Return the ``for`` statements around a place, with the calls that lead to each, the innermost
+    first.
+    """
     statements = source_of(places)
+    loops: list[tuple[Statement, ...]] = []
     for depth, (file, line) in enumerate(places):
         function = _function(file, line)
         if function is None:
             continue
         around = [
             node
-            for node in ast.walk(function)
+            for node in _nodes(function)
             if isinstance(node, ast.For | ast.While) and _holds(node, line)
         ]
+        around.sort(key=lambda node: -node.lineno)
+        calls = statements[: len(places) - 1 - depth]
         # One that is unrolled before it is compiled is none here.
-        around = [node for node in around if "static_range" not in _head(node)]
-        if around:
-            inner = max(around, key=lambda node: node.lineno)
-            calls = statements[: len(places) - 1 - depth]
-            return (*calls, Statement(function.name, _head(inner)))
-    return ()
+        heads = [_head(node) for node in around if "static_range" not in _head(node)]
+        loops += [(*calls, Statement(function.name, head)) for head in heads]
+    return loops
 
 
 @functools.cache
 def source_of(places: tuple[tuple[str, int], ...]) -> tuple[Statement, ...]:
     """Return the calls that lead to a place, the outermost first, and the statement there."""
-    names = [function.name if (function := _function(*place)) else "" for place in places]
-    inner = [None, *names]
+    functions = [_function(*place) for place in places]
+    names = ["" if function is None else function.name for function in functions]
+    inner: list[str | None] = [None, *names]
     return tuple(
         Statement(name, _text(file, line, called))
         for (file, line), name, called in reversed(list(zip(places, names, inner, strict=False)))
@@ -208,18 +224,21 @@ def _text(file: str, line: int, called: str | None) -> str:
     if called:
         calls = [
             node
-            for node in ast.walk(function)
+            for node in _nodes(function)
             if isinstance(node, ast.Call)
             and _holds(node, line)
             and ast.unparse(node.func).split(".")[-1] == called
         ]
         if calls:
             return ast.unparse(max(calls, key=lambda node: node.lineno))
-    held = [
-        node for node in ast.walk(function) if isinstance(node, ast.stmt) and _holds(node, line)
-    ]
+    held = [node for node in _nodes(function) if isinstance(node, ast.stmt) and _holds(node, line)]
     inner = max(held, key=lambda node: (node.lineno, -(node.end_lineno or 0)), default=function)
     return _head(inner)
+
+
+@functools.cache
+def _nodes(function: ast.FunctionDef) -> list[ast.AST]:
+    return list(ast.walk(function))
 
 
 def _head(node: ast.AST) -> str:
