@@ -68,7 +68,8 @@ class Run:
     def largest_sure_rate(self) -> float:
         """Return a rate a little below which the next step is sure."""
         step = self.device_step
-        horizon, (told, *later) = copy.deepcopy(step._horizon), step._told
+        horizon, (told, *later) = copy.copy(step._horizon), step._told
+        horizon._counted = horizon._counted.clone()  # which it counts in place
         horizon.read(told.bounds[0], told.bounds[1], told.step)
         for each in later:
             horizon.follow(each.step)
