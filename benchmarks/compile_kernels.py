@@ -19,7 +19,8 @@ kernel
 
 Which loop is which is read off the source lines in the code (sass.py): the loops over columns of
 the products are those of ``_bands``, the aligned ones where ``_bands`` is called with WIDE, and not
-the small loop of YᵀY behind the bands, which is ``_gram``'s.
+the small loop of YᵀY behind the bands, which is ``_gram``'s. Triton 3.1's lines tell no calls: there
+the loops are not looked at, and the table says so.
 
 The results are in Triton's cache (TRITON_CACHE_DIR), under the keys that a GPU's first step looks
 for, if it has the same Triton (3.5 or newer).
@@ -110,6 +111,9 @@ MOVERS = {
         elements=None,
     ),
 }
+
+#: Since then the lines of compiled code tell the calls that led there.
+TELLS_CALLS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5)
 
 _EXCHANGES = "SHFL", "BAR", "LDS", "STS"
 
@@ -246,8 +250,9 @@ def compiled(launch: Launch) -> Row:
     moves = None
     if mover:
         of_state, of_grad = (_bits(launch.named().get(name)) for name in ("STATE", "GRAD"))
-        faults += loop_faults(mover, code, of_state, of_grad)
-        moves = dict(sorted(_moves(sass.matching(code.loops, mover.aligned)).items()))
+        if code.has_calls or TELLS_CALLS:
+            faults += loop_faults(mover, code, of_state, of_grad)
+            moves = dict(sorted(_moves(sass.matching(code.loops, mover.aligned)).items()))
     taken = registers, spilled, shared, warps, programs, seconds
     return Row(launch.name, launch.arch, *taken, None, moves, faults)
 
@@ -310,6 +315,8 @@ def line(row: Row) -> str:
     if row.error is not None:
         return f"| {row.kernel} | {row.arch} | does not compile: {row.error} |"
     moves = ", ".join(f"{count} {kind}" for kind, count in (row.moves or {}).items())
+    if row.moves is None and row.kernel.split()[0] in MOVERS and row.programs is not None:
+        moves = "not looked at: this Triton's lines tell no calls"
     taken = [row.registers, row.spilled, row.shared, row.programs, moves]
     cells = ["" if cell is None else str(cell) for cell in taken]
     faults = f" **{'; '.join(row.faults)}** |" if row.faults else ""

@@ -74,6 +74,12 @@ class Code(NamedTuple):
     outside: tuple[Instruction, ...]  #: in no loop
     loops: tuple[Loop, ...]  #: in the order of their starts, the outer ones first
 
+    @property
+    def has_calls(self) -> bool:
+        """Whether its lines tell the calls that lead to an instruction."""
+        instructions = [*self.outside, *(each for loop in self.loops for each in loop.own)]
+        return any(len(each.places) > 1 for each in instructions)
+
 
 def counts(instructions: Sequence[Instruction]) -> Counter[str]:
     """How often every kind of instruction is there; of loads and stores, with their bits."""
