@@ -19,8 +19,8 @@ kernel
 
 Which loop is which is read off the source lines in the code (sass.py): the loops over columns of
 the products are those of ``_bands``, the aligned ones where ``_bands`` is called with WIDE, and not
-the small loop of YᵀY behind the bands, which is ``_gram``'s. Triton 3.1's lines tell no calls:
-there the loops are not looked at, and the table says so.
+the small loop of YᵀY behind the bands, which is ``_gram``'s. Triton's lines before 3.5 tell no
+calls: there the loops are not looked at, and the table says so.
 
 The results are in Triton's cache (TRITON_CACHE_DIR), under the keys that a GPU's first step looks
 for, if it has the same Triton (3.5 or newer).
