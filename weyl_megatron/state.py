@@ -90,7 +90,8 @@ class Counts:
 
     def count(self) -> None:
         """Count one step of every parameter."""
-        torch._foreach_add_(self._shared, 1)
+        if self._shared:
+            torch._foreach_add_(self._shared, 1)
 
 
 def are_same(objects: Sequence[Any], others: Sequence[Any]) -> bool:

@@ -72,7 +72,8 @@ def warm(task: Task) -> None:
     cache; on a CPU only type them.
     """
     # Not at the top: it needs Triton, which the other parts run without.
-    from benchmarks.compile_kernels import MULTIPROCESSORS, compiled, front_end, launches
+    from benchmarks.compile_kernels import MULTIPROCESSORS, compiled, front_end
+    from benchmarks.launches import launches
 
     if not task.is_gpu:
         rows = [front_end(launch) for launch in launches(_ARCH)]

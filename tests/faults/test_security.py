@@ -32,6 +32,10 @@ FETCHERS = {"urllib", "requests", "httpx", "aiohttp", "ftplib", "http", "hugging
 #: What runs or fetches something all the same, by file and call, and why.
 EXCEPTIONS = {
     (
+        "benchmarks/cost_model/code.py",
+        "eval",
+    ): "a `for` of the package's own kernels, which says how often a loop runs",
+    (
         "examples/megatron/checkpoint.py",
         "dist_checkpointing.load",
     ): "Megatron's own format, whose index is read before",

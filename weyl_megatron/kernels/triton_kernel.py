@@ -31,6 +31,10 @@ _LANES = 64
 #: formed of M and V.
 _ROWS = {4: (8, 4), 8: (4, 4), 16: (2, 2)}
 
+#: Registers that a thread of such a program may have, by vectors: left to itself ptxas spills some
+#: for the sake of one program more.
+_REGISTERS = {4: 200, 8: 255, 16: 255}
+
 #: Columns of Z that a program adds up.
 _COLS = 64
 
@@ -241,6 +245,7 @@ class TritonKernel:
                 STATE=_TYPES[state],
                 GRAD=_TYPES[grad if number == 0 else state],
                 num_warps=_LANES // 32,
+                maxnreg=_REGISTERS[max(self._widths)],
             )
 
     def collect(self, number: int) -> None:

@@ -18,8 +18,14 @@ MOVE = tl.constexpr(2)
 @triton.jit
 def address(pointers, buffer, which, offset, DTYPE: tl.constexpr, WIDE: tl.constexpr):
     """Where an element of a buffer's W, G, M or V (0 to 3) lies; at a multiple of WIDE bytes."""
-    size: tl.constexpr = DTYPE.primitive_bitwidth // 8
-    pointer = (tl.load(pointers + buffer * 4 + which) + offset * size).to(tl.pointer_type(DTYPE))
+    size: tl.constexpr = 4 if DTYPE == tl.float32 else 2
+    place = tl.load(pointers + buffer * 4 + which) + offset * size
+    if DTYPE == tl.float32:
+        pointer = place.to(tl.pointer_type(tl.float32))
+    elif DTYPE == tl.bfloat16:
+        pointer = place.to(tl.pointer_type(tl.bfloat16))
+    else:
+        pointer = place.to(tl.pointer_type(tl.float16))
     if WIDE > 0:
         pointer = tl.multiple_of(pointer, WIDE)
     return pointer
@@ -116,8 +122,8 @@ def _unit(
     edge_before = tl.zeros((NARROW,), dtype=tl.float32)
     edge_after = tl.zeros((NARROW,), dtype=tl.float32)
     wide, narrow = tl.arange(0, WIDE), tl.arange(0, NARROW)
-    state_size: tl.constexpr = STATE.primitive_bitwidth // 8
-    grad_size: tl.constexpr = GRAD.primitive_bitwidth // 8
+    state_size: tl.constexpr = 4 if STATE == tl.float32 else 2
+    grad_size: tl.constexpr = 4 if GRAD == tl.float32 else 2
     # Gradients of fewer bytes are read as many at a time as M, not as many bytes.
     of_16: tl.constexpr = 16 * grad_size // state_size
     for row in range(0, tl.load(unit + 2)):

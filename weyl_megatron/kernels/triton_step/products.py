@@ -56,7 +56,7 @@ def _bands(
     COLS: tl.constexpr = 4 * LANES if WIDE else LANES
     aligned: tl.constexpr = 16 if WIDE else 0
     # Gradients of fewer bytes are read as many at a time as M, not as many bytes.
-    of_16: tl.constexpr = aligned * GRAD.primitive_bitwidth // STATE.primitive_bitwidth
+    of_16: tl.constexpr = aligned if GRAD == STATE else aligned // 2
     buffer, offset, count = tl.load(unit), tl.load(unit + 1), tl.load(unit + 2)
     cols, stride, n = tl.load(unit + 3), tl.load(unit + 4), tl.load(unit + 9)
     slot, width = tl.load(unit + 12), tl.load(unit + 13)
@@ -205,8 +205,8 @@ def _unit(
 ):
     """A unit, four elements at a time where all that it touches is aligned."""
     buffer = tl.load(unit)
-    state_size: tl.constexpr = STATE.primitive_bitwidth // 8
-    grad_size: tl.constexpr = GRAD.primitive_bitwidth // 8
+    state_size: tl.constexpr = 4 if STATE == tl.float32 else 2
+    grad_size: tl.constexpr = 4 if GRAD == tl.float32 else 2
     offset, stride = tl.load(unit + 1), tl.load(unit + 4)
     odd = tl.load(pointers + buffer * 4) | tl.load(pointers + buffer * 4 + 2)
     odd = odd | tl.load(pointers + buffer * 4 + 3) | ((offset | stride) * state_size)
