@@ -41,8 +41,9 @@ _COLS = 64
 #: Elements of a run that a program of an elementwise pass has in registers; at its ends so many.
 _RUN, _ENDS = 1024, 256
 
-#: Columns that a program of the small algebra has in registers, by vectors.
-_ALGEBRA = {4: 256, 8: 256, 16: 64}
+#: Columns that a program of the small algebra has in registers, by vectors, and the registers that
+#: a thread of it may have.
+_ALGEBRA = {4: (256, 168), 8: (256, 255), 16: (64, 255)}
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -275,6 +276,7 @@ class TritonKernel:
     def orthonormalize(self, number: int, rounds: tuple[int, int]) -> None:
         """Make the next blocks from Z, summed over ranks; note σ₁, the gain, and who goes on."""
         blocks = self._now.products.blocks
+        lanes, registers = _ALGEBRA[max(self._widths)]
         orthonormalize.orthonormalize[(len(blocks),)](
             blocks,
             self.masks,
@@ -290,8 +292,9 @@ class TritonKernel:
             self._matrices,
             BLOCK_W=self._widths[0],
             BLOCK_U=self._widths[1],
-            LANES=_ALGEBRA[self._widths[1]],
+            LANES=lanes,
             num_warps=8,
+            maxnreg=registers,
         )
 
     def decide_rates(self) -> None:
