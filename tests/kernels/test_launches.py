@@ -117,7 +117,24 @@ def test_the_host_s_time(stand: launches.Stand) -> None:
         f"\n{len(params)} parameters: {least:.2f} ms a step; with Triton's launcher in an "
         f"iterated one {with_launcher:.2f} ms"
     )
-    assert least <= 2
+    assert least <= 2 * max(1.0, _slowness())
+
+
+#: Milliseconds that :func:`_slowness` takes on 2 idle cores (Intel Xeon, 2026-11-29).
+_IDLE = 0.41
+
+
+def _slowness() -> float:
+    """Return how much longer Python takes here and now than on an idle machine: other tests run
+    beside this one.
+    """
+    times = []
+    for _ in range(50):
+        start = time.thread_time()
+        pairs = [(number, str(number)) for number in range(3000)]
+        dict(pairs)
+        times.append(1e3 * (time.thread_time() - start))
+    return min(times) / _IDLE
 
 
 def _least(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter], count: int) -> float:
