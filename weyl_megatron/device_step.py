@@ -100,8 +100,13 @@ class DeviceStep:
         self._places: list[tuple[int, ...]] | None = None
         self._same_for = 0  # steps in which torch saw no other writer
 
-    #: All devices of one kind round alike.
-    arithmetic = ""
+    @property
+    def arithmetic(self) -> str:
+        """What differs where the device may round in other ways: ranks that share a matrix decide
+        alike what they launch.
+        """
+        device = self._blocks.x.device
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
     def begin(
         self,
