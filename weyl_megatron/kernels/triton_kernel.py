@@ -35,8 +35,8 @@ _ROWS = {4: (8, 4), 8: (4, 4), 16: (2, 2)}
 #: for the sake of one program more.
 _REGISTERS = {4: 200, 8: 255, 16: 255}
 
-#: Columns of Z that a program adds up.
-_COLS = 64
+#: Columns of Z that a program adds up, and the registers that a thread of it may have.
+_COLS, _OF_COLLECT = 64, 200
 
 #: Elements of a run that a program of an elementwise pass has in registers; at its ends so many.
 _RUN, _ENDS = 1024, 256
@@ -271,6 +271,7 @@ class TritonKernel:
                 COLS=_COLS,
                 STATE=_TYPES[state],
                 num_warps=2,
+                maxnreg=_OF_COLLECT,
             )
 
     def orthonormalize(self, number: int, rounds: tuple[int, int]) -> None:
