@@ -158,16 +158,16 @@ def test_a_triton_that_is_too_old_for_the_kernels_is_left_alone(
 @pytest.mark.parametrize(
     ("dtypes", "others"),
     [
-        ({torch.float32}, ""),
-        ({torch.bfloat16}, ""),
-        ({torch.float32, torch.bfloat16}, ""),
-        ({torch.float64}, "torch.float64"),
-        ({torch.float32, torch.float16}, "torch.float16"),
+        ((torch.float32,), ""),
+        ((torch.bfloat16,), ""),
+        ((torch.float32, torch.bfloat16), ""),
+        ((torch.float64,), "torch.float64"),
+        ((torch.float32, torch.float16), "torch.float16"),
     ],
     ids=str,
 )
 def test_weights_that_triton_s_kernels_take(
-    dtypes: set[torch.dtype], others: str, monkeypatch: pytest.MonkeyPatch
+    dtypes: tuple[torch.dtype, ...], others: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(choice, "why_no_launcher", lambda: None)
