@@ -236,20 +236,21 @@ class DeviceStep:
                 device compares the weights.
         """
         horizon, sets = self._horizon, self._spread
-        self._sure, self._active, self._may_be_sure = self._never, tuple(sets), False
+        self._sure, self._active = self._never, tuple(sets)
+        settled: list[_Groups] = []  # the sets that were, when the device told
         if len(self._told) >= _LATE:
             told = self._told.popleft()
             if told.arrival is not None:
                 told.arrival.synchronize()
             lower, norm, age = told.bounds
             ages = age.tolist()
-            # What had to be measured then is not sure now, and most often nothing is.
-            self._may_be_sure = any(all(ages[k] > 0 for k in sets[groups]) for groups in sets)
-            if self._may_be_sure:
+            settled = [groups for groups in sets if all(ages[k] > 0 for k in sets[groups])]
+            if settled:
                 horizon.read(lower, norm, told.step)
-            else:
+            else:  # most often nothing is sure then
                 horizon.count(norm)
-        if self._may_be_sure:
+        self._may_be_sure = bool(settled)
+        if settled:
             for later in self._told:
                 horizon.follow(later.step)
             sure = horizon.sure(step, limits.tau, limits.floor)
@@ -261,10 +262,10 @@ class DeviceStep:
             else:
                 sure[alone] |= ~limits.is_present[alone]
             chosen = sure.tolist()
-            # All matrices of a set of groups, or none: collectives are of the set.
-            self._active = tuple(
-                groups for groups, members in sets.items() if not all(chosen[k] for k in members)
-            )
+            # All matrices of a set, or none: collectives are of the set. What this rank knows of
+            # other sets than one it shares decides nothing of that one.
+            of_sure = {groups for groups in settled if all(chosen[k] for k in sets[groups])}
+            self._active = tuple(groups for groups in sets if groups not in of_sure)
             for groups in self._active:
                 sure[sets[groups]] = False
             self._sure = sure

@@ -7,9 +7,13 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 pytest.importorskip("triton")
 
@@ -17,6 +21,10 @@ from benchmarks.models import MODELS
 from tests.kernels import launches
 from tests.kernels.launches import Step, counted, idle, settles, stands_in, stepping, total
 from tests.processes import run_ranks
+from weyl_megatron import AdamW2
+from weyl_megatron.engines.given import GivenLayout
+from weyl_megatron.kernels.triton_step import numbers
+from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
 
 #: Launches a step, of Triton's kernels and of torch's; a collective is none.
 MOST, MOST_OF_TORCH = 20, 40
@@ -100,6 +108,38 @@ def test_ranks_launch_as_few_and_sum_a_fixed_number_of_times() -> None:
     check_sure(sure)
     rounds = iterated[0].triton["products"]
     assert iterated[0].collectives == 1 + 2 * rounds and sure[0].collectives == 1
+
+
+def test_what_a_rank_has_alone_decides_nothing_of_what_it_shares() -> None:
+    """Or it would not take part in sums that ranks without it wait for."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        sums = [counted(_sharing(more), _settles_all_but_the_first) for more in (0, 1)]
+    finally:
+        dist.destroy_process_group()
+    assert sums[0].collectives == sums[1].collectives > 1
+
+
+def _sharing(alone: int) -> AdamW2:
+    """Return an optimizer of half of a matrix and of so many whole ones."""
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    shared, *whole = (Parameter(f"w{number}", (8, 6)) for number in range(1 + alone))
+    tensors = [nn.Parameter(torch.ones(size)) for size in (27, *[48] * alone)]
+    buffers = [Buffer(tensors[0], (Shard(shared, 0, 27, 0),), (everyone,))]
+    for tensor, parameter in zip(tensors[1:], whole, strict=True):
+        buffers.append(Buffer(tensor, (Shard(parameter, 0, 48, 0),)))
+    for tensor in tensors:
+        tensor.grad = torch.ones_like(tensor)
+    optimizer = AdamW2(tensors, lr=1e-3)
+    optimizer.engine = GivenLayout(lambda: Layout(buffers))
+    return optimizer
+
+
+def _settles_all_but_the_first(name: str, given: tuple[Any, ...]) -> None:
+    settles(name, given)
+    if name == "follow":
+        given[1][numbers.AGE.value, 0] = 0.0
 
 
 @pytest.mark.slow

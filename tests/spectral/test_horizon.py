@@ -201,3 +201,19 @@ def test_where_tau_is_infinite_all_is_sure_and_nothing_is_before_a_device_told()
     assert horizon.sure(step, tau, ones).all()
     horizon.forget()
     assert horizon.sure(step, tau, ones).tolist() == [True, False]
+
+
+def test_ranks_that_ask_at_other_times_rely_on_the_same() -> None:
+    """What else a rank has decides when it asks; of what it shares it has to hear the same."""
+    ones = torch.ones(2, dtype=torch.float64)
+    step = steps_of(1e-3, 0.1, 0.9, 0.95, 2)
+    asked, silent = Horizon(ones * 12, ones), Horizon(ones * 12, ones)
+    for told in range(1, 30):
+        asked.read(ones, ones * 0.5, step)
+        asked.sure(step, ones, ones)
+        if told < 29:
+            silent.count(ones * 0.5)
+    silent.read(ones, ones * 0.5, step)
+    for horizon in (asked, silent):
+        horizon.follow(step)
+    assert bounds(asked, step) == bounds(silent, step)

@@ -41,7 +41,7 @@ class Steps(NamedTuple):
 class Horizon:
     """Bounds of σ₁(W) from below and of ‖U‖_F from above that hold for the step to come.
 
-    All of it is arithmetic on what ranks that share a matrix know alike.
+    All of it is arithmetic on what ranks that share a matrix know alike, whenever they ask.
 
     Args:
         sizes: m · n of every matrix, float64 ``(matrices,)``.
@@ -59,14 +59,16 @@ class Horizon:
         self._lower = torch.zeros_like(self._sizes)
         self._squares = torch.full_like(self._sizes, inf)  # ‖U‖_F², of the last step
         self._last: Steps | None = None
-        self._reads, self._growth_at = 0, 0
-        self._growth = self._squares, self._squares
-        self._growth_of: Steps | None = None
+        self._told = 0  # steps
+        self._at_least = self._counted.clone()  # what was counted when 1, 2, 4, … had been told
+        self._growth: tuple[Steps, Tensor, Tensor] | None = None  # after so many, with some betas
 
     def count(self, norm: Tensor) -> None:
         """Count a step that is not read: ``norm`` is what a device told of it."""
         self._counted += (norm > 0) & (norm < inf)
-        self._reads += 1
+        self._told += 1
+        if self._told & (self._told - 1) == 0:
+            self._at_least, self._growth = self._counted.clone(), None
 
     def read(self, lower: Tensor, norm: Tensor, step: Steps) -> None:
         """Take what a device told after a step; the steps since are to :meth:`follow`.
@@ -104,14 +106,12 @@ class Horizon:
 
     def _next_squares(self, step: Steps) -> Tensor:
         """Return the bound of ‖U‖_F² in the step after the last one."""
-        last, of_growth = self._last, self._growth_of
+        last = self._last
         if last is None:
             return torch.full_like(self._sizes, inf)
-        # What fewer steps would give is a bound, too.
-        if not _are_same(step, of_growth) or self._reads >= 2 * self._growth_at:
-            self._growth, self._growth_of = self._growth_after(step), step
-            self._growth_at = self._reads
-        grown, added = self._growth
+        if self._growth is None or not _are_same(step, self._growth[0]):
+            self._growth = step, *self._growth_with(step)
+        _, grown, added = self._growth
         squares = torch.addcmul(added, grown, self._squares)
         if _are_same(step, last):
             return squares
@@ -119,14 +119,15 @@ class Horizon:
         follows = (step.beta1 == last.beta1) & (step.beta2 == last.beta2)
         return torch.where(follows, squares, inf)
 
-    def _growth_after(self, step: Steps) -> tuple[Tensor, Tensor]:
+    def _growth_with(self, step: Steps) -> tuple[Tensor, Tensor]:
         """Return the factor of ‖U‖_F² in its next bound, and what is added to it."""
-        b1, b2, n = step.beta1, step.beta2, self._counted
+        # What fewer steps would give is a bound, too.
+        b1, b2, n = step.beta1, step.beta2, self._at_least
         grown = b1**2 / b2 * (1 - b2 ** (n + 1)) / (1 - b2**n)
         added = (1 - b1) ** 2 / ((1 - b2) * (1 - b1 ** (n + 1)) ** 2) * self._sizes
         return grown.nan_to_num(nan=inf, posinf=inf), added.nan_to_num(nan=inf, posinf=inf)
 
 
-def _are_same(step: Steps, other: Steps | None) -> bool:
+def _are_same(step: Steps, other: Steps) -> bool:
     """Whether two steps have the same vectors of betas."""
-    return other is not None and step.beta1 is other.beta1 and step.beta2 is other.beta2
+    return step.beta1 is other.beta1 and step.beta2 is other.beta2

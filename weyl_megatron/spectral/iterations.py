@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 
 import torch
@@ -32,8 +32,6 @@ class Iterations:
         least: iterations that are made whatever they gain, likewise.
         begun: by operand, the matrices whose first products were begun elsewhere, uint8
             ``(matrices,)``.
-        rounds: for each operand, how many iterations are made of any of its matrices, where the
-            host may not wait for the device to read that from ``most``. It cuts ``most`` off.
     """
 
     def __init__(
@@ -41,14 +39,11 @@ class Iterations:
         most: Tensor,
         least: Tensor,
         begun: Mapping[int, Tensor] | None = None,
-        rounds: Sequence[int] | None = None,
     ) -> None:
         self.most, self.least = most, least
         self.settled = ritz.SETTLED
         self._begun = begun or {}
-        if rounds is None:
-            rounds = most.amax(1).tolist() if most.numel() else [0] * len(most)
-        self._rounds = list(rounds)
+        self._rounds: list[int] = most.amax(1).tolist() if most.numel() else [0] * len(most)
 
     @property
     def count(self) -> int:
@@ -58,7 +53,7 @@ class Iterations:
     def making(self, number: int, gains: Tensor) -> dict[int, Tensor]:
         """Return, by operand, the matrices that make iteration ``number``, uint8 ``(matrices,)``.
 
-        An operand is left out where it is known that none of its matrices do.
+        An operand is left out where none of its matrices do.
 
         Args:
             number: of the iteration, from 0.
@@ -71,9 +66,7 @@ class Iterations:
         for operand in operands:
             goes_on = self._at_least[number, operand] | ~(gains[operand] <= self.settled)  # NaN: on
             making[operand] = making[operand] & goes_on
-        # On a device the host does not wait to see whether there are any.
-        is_seen = self.most.device.type == "cpu"
-        return {o: mask for o, mask in making.items() if not is_seen or bool(mask.any())}
+        return {o: mask for o, mask in making.items() if bool(mask.any())}
 
     def beginning(self, number: int, making: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Return, of what :meth:`making` returned, the matrices without products from elsewhere."""

@@ -123,7 +123,7 @@ class PowerIteration:
         count = self._iters if self._warm else max(self._iters, COLD_ITERS)
         most = torch.full(self.sigma.shape, count, device=self.sigma.device)
         least = most.clamp(max=self._least) if self._warm else most
-        iterations = Iterations(most, least, rounds=[count] * len(operands))
+        iterations = Iterations(most, least)
         for batch in range(len(self.blocks.batches)):
             self.blocks.load(batch)
             self.measure(products, batch, iterations)
@@ -189,9 +189,7 @@ class PowerIteration:
 def _spread(spans: Mapping[int, Span], mask: Tensor) -> list[Span]:
     """Return the spans of the matrices in ``mask`` that other ranks have pieces of."""
     spread = {k: span for k, span in spans.items() if span.groups}
-    if not spread or mask.device.type != "cpu":
-        return list(spread.values())  # to choose, the host would have to wait for the device
-    chosen = mask.tolist()
+    chosen = mask.tolist() if spread else []
     return [span for k, span in spread.items() if chosen[k]]
 
 
