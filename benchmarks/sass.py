@@ -3,12 +3,17 @@
 Every instruction is told the source it was made of, through all inlined calls: so a loop is known
 by its ``for`` statement and by the calls that lead there, not by what happens to be in it. Triton
 puts lines into what it compiles unless TRITON_DISABLE_LINE_INFO is set.
+
+What Triton's cache holds may have been compiled in another checkout, from the same text at the same
+lines, which are in its key; its lines name that one's files, which may have changed since. So a
+file of a package is read where the package is imported from.
 """
 
 from __future__ import annotations
 
 import ast
 import functools
+import importlib.util
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -20,6 +25,9 @@ _INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(.*?)\s*;?\s*(?:/\*.*
 _TARGET = re.compile(r"`\((\.L_x_\d+)\)")
 _PLACE = re.compile(r'\s*//## File "([^"]*)", line (\d+)(?: inlined at "([^"]*)", line (\d+))?')
 _GUARD = re.compile(r"@!?U?P[T\d]+\s+")
+
+#: The packages whose functions kernels are made of.
+_PACKAGES = "weyl_megatron", "triton"
 
 
 class Statement(NamedTuple):
@@ -263,11 +271,22 @@ def _function(file: str, line: int) -> ast.FunctionDef | None:
 
 @functools.cache
 def _functions(file: str) -> list[ast.FunctionDef]:
-    path = Path(file)
+    path = _imported(Path(file))
     if not path.is_file():
         return []
     tree = ast.parse(path.read_text())
     return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+def _imported(path: Path) -> Path:
+    """Return where this process has the file of a package from."""
+    for package in _PACKAGES:
+        spec = importlib.util.find_spec(package)
+        if package in path.parts and spec is not None and spec.origin is not None:
+            behind = path.parts[::-1].index(package)
+            within = path.parts[len(path.parts) - behind :]
+            return Path(spec.origin).parent.joinpath(*within)
+    return path
 
 
 def matching(loops: Sequence[Loop], pattern: str) -> Iterator[Loop]:

@@ -123,9 +123,8 @@ class MatrixGroup:
         is_exact = [self.tensors[number].dtype in exact for number in plan.buffer_of]
         can_undo = torch.tensor(is_exact, dtype=torch.bool, device=self._device)
         if name == "triton":
-            kernel = make_triton(blocks)
             everything = [*plan.tiles, *plan.replicas, *plan.rest]
-            kernel.lay_out(everything, len(plan.tiles), len(self.tensors))
+            kernel = make_triton(blocks, everything, len(plan.tiles), len(self.tensors))
             return DeviceStep(
                 blocks, kernel, certificate, can_undo, plan.buffer_of, self._norm_spans, iters
             )

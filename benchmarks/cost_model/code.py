@@ -24,6 +24,9 @@ _MOVES = {"LDG", "STG", "LDS", "STS", "LD", "ST", "LDL", "STL"}
 
 _LOADS = {"LDG", "LD", "ATOM", "ATOMG"}
 
+#: A pattern of nothing.
+NOTHING = r"(?!)"
+
 _REGISTER = re.compile(r"\bR(\d+)(\.64)?")
 
 
@@ -91,7 +94,7 @@ def executed(
     values: Mapping[str, Any],
     *,
     without: str,
-    from_dram: str = "(?!)",
+    from_dram: str = NOTHING,
 ) -> Usage:
     """Return what a warp executes.
 
@@ -103,7 +106,7 @@ def executed(
         from_dram: of which loops the loads wait for DRAM.
 
     Raises:
-        ValueError: a loop's trips are not known.
+        ValueError: a loop's trips are not known, or what is not executed is nowhere.
     """
     outside, bodies = _taken(kernel, without, from_dram)
     total = outside
@@ -122,6 +125,15 @@ def executed(
 def _taken(kernel: Kernel, without: str, from_dram: str) -> tuple[Usage, list[Usage | None]]:
     """Return what is taken outside of loops, and in each, once; None: it is not executed."""
     skipped = re.compile(without)
+    loops = kernel.code.loops
+    instructions = [*kernel.code.outside, *(each for loop in loops for each in loop.own)]
+    paths = {sass.path_of(each.source) for each in (*instructions, *loops)}
+    for pattern in without.split("|"):
+        if pattern != NOTHING and not any(re.search(pattern, path) for path in paths):
+            raise ValueError(
+                f"cost_model: {kernel.name} got '{pattern}' for what is not executed, it takes a "
+                "pattern of the kernel's source."
+            )
     bodies: list[Usage | None] = []
     for loop in kernel.code.loops:
         path = sass.path_of(loop.source)

@@ -19,7 +19,7 @@ from weyl_megatron.spectral import blocks
 from weyl_megatron.thresholds import Thresholds
 
 from .bounds import Launch, Work
-from .code import Kernel, Usage, executed, exits, kernels
+from .code import NOTHING, Kernel, Usage, executed, exits, kernels
 from .gpus import Gpu
 
 #: As in AdamW2's defaults, and in docs/step_time.md.
@@ -149,7 +149,7 @@ class Step:
             warp = _executed(
                 kernel,
                 tuple(sorted(values.items())),
-                r"sums, 0, WIDE" if mode == MOVE else r"(?!)",
+                r"sums, STEP, WIDE" if mode == MOVE else NOTHING,
                 r"range\(0, body, WIDE\)",
             )
             # A correction of rank b: 2 b more additions of products.
@@ -183,7 +183,7 @@ class Step:
                 "ROWS": at_once,
                 "COLS": 4 * lanes if is_wide else lanes,
             }
-            other = "hyper, False" if operand else "2 if FIRST else 1"
+            other = "hyper, False" if operand else "MOMENTS if FIRST else UPDATES"
             warp = _executed(
                 kernel,
                 tuple(sorted(values.items())),
@@ -232,7 +232,7 @@ class Step:
             }
             other = "False, 0, BLOCK_W" if operand else "FIRST, 1, BLOCK_U"
             branch = r"_columns\(" if start < 0 else r"_gram\("
-            warp = _executed(kernel, tuple(sorted(values.items())), rf"{other}|{branch}", "(?!)")
+            warp = _executed(kernel, tuple(sorted(values.items())), rf"{other}|{branch}", NOTHING)
             cols = width if start < 0 else min(n - start, triton_kernel._COLS)
             return Work(warp, handed=4 * count * width * cols)
 
@@ -254,15 +254,11 @@ class Step:
             if not making[operand]:
                 return Work(exits(kernel))
             constants = kernel.constants
-            is_other = constants["BLOCK_W"] != constants["BLOCK_U"]
-            other = "BLOCK_W" if operand or not is_other else "BLOCK_U"
             values = {"row": row, "n": n, "width": width, "BLOCK": constants[_BLOCKS[operand]]}
-            warp = _executed(
-                kernel,
-                tuple(sorted(values.items())),
-                rf"_block\([^>]*{other}, LANES\)",
-                "(?!)",
-            )
+            is_shared = constants["BLOCK_W"] == constants["BLOCK_U"]  # one code serves both
+            other = rf"_block\([^>]*{_BLOCKS[1 - operand]}, LANES\)"
+            without = NOTHING if is_shared else other
+            warp = _executed(kernel, tuple(sorted(values.items())), without, NOTHING)
             return Work(warp, x=3 * 4 * width * n)
 
         table = [(row[0], 0, 0, 0, *row[4:]) for row in _rows(self._tables.products.blocks)]
@@ -275,7 +271,7 @@ class Step:
         def work(row: tuple[int, ...]) -> Work:
             start, stop = row if is_active else (0, 0)
             values = (("start", start), ("stop", stop))
-            return Work(_executed(kernel, values, "(?!)", "(?!)"))
+            return Work(_executed(kernel, values, NOTHING, NOTHING))
 
         table = [(0, row[1] - row[0]) for row in _rows(self._tables.passes.spans)]
         return _launch(kernel, table, work, are_dependent=True)
@@ -283,7 +279,7 @@ class Step:
     def _small(self, name: str) -> Launch:
         """Return a launch of one program for every 128 matrices."""
         kernel = self._kernels[name]
-        work = Work(_executed(kernel, (), "(?!)", "(?!)"))
+        work = Work(_executed(kernel, (), NOTHING, NOTHING))
         programs = -(-self._matrices // 128)
         return Launch(name.split()[0], kernel.warps, kernel.at_once, [(programs, work)], True)
 

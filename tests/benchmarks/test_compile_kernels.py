@@ -17,7 +17,7 @@ tl = pytest.importorskip("triton.language")
 from benchmarks import compile_kernels, launches  # noqa: E402
 from weyl_megatron.kernels.choice import why_not  # noqa: E402
 from weyl_megatron.kernels.triton_kernel import TritonKernel  # noqa: E402
-from weyl_megatron.kernels.triton_step import adamw, collect, products  # noqa: E402
+from weyl_megatron.kernels.triton_step import adamw, products  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     "newer" in str(why_not("triton", "cuda", {torch.float32})),
@@ -125,7 +125,7 @@ def test_a_constant_that_is_no_normal_float32_does_not_pass(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Triton types what is below 2⁻¹²⁶ as float64, and U with it; its interpreter does not."""
-    for module in (adamw, collect, products):
+    for module in (adamw, products):
         monkeypatch.setattr(module, "direction", denormal)
     assert run(monkeypatch, "--arch", "90", "--front-end") == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if "does not compile" in line]

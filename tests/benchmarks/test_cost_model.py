@@ -133,6 +133,11 @@ def test_a_loop_s_instructions_count_as_often_as_its_statement_says() -> None:
     assert executed(of_row, {"row": (7, 2)}, without="(?!)").mufu == 8
 
 
+def test_what_is_not_executed_and_is_nowhere_is_said() -> None:
+    with pytest.raises(ValueError, match="made got 'stop in' for what is not executed"):
+        executed(made("for start in range(0, cols, COLS):"), {"cols": 600}, without="stop in")
+
+
 def test_a_loop_that_the_model_does_not_know_is_said() -> None:
     with pytest.raises(ValueError, match=r"made got a loop .for start in range.* no trips"):
         executed(made("for start in range(0, rest):"), {}, without="(?!)")

@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+import weyl_megatron
 from benchmarks import compile_kernels, sass
 
 SOURCE = """\
@@ -104,6 +105,18 @@ def test_loops_are_known_by_their_statements_and_the_calls_that_lead_there(
     # Of the bands themselves without what lies within.
     assert outer.counts() == {"IADD3": 1, "SHFL": 1, "BAR": 1, "BRA": 1}
     assert [each.kind for each in code.outside] == ["S2R", "EXIT", "BRA"]
+
+
+def test_lines_are_read_where_the_package_is_imported_from(tmp_path: Path) -> None:
+    """Triton's cache has the paths of the checkout that compiled first, which may have changed."""
+    within = Path("weyl_megatron") / "kernels" / "triton_step" / "adamw.py"
+    elsewhere = tmp_path / within
+    elsewhere.parent.mkdir(parents=True)
+    elsewhere.write_text("def other():\n    pass\n" * 100)
+    here = Path(weyl_megatron.__file__).parent.parent / within
+    lines = here.read_text().splitlines()
+    line = next(at for at, text in enumerate(lines, 1) if text.startswith("def direction("))
+    assert sass.source_of(((str(elsewhere), line),))[0].function == "direction"
 
 
 def test_two_branches_back_to_one_place_are_one_loop(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from weyl_megatron.spectral.tiles import Block, Tile, tiles_of_range
 
 pytest.importorskip("triton")
 
-from weyl_megatron.kernels.triton_step.tables import BLOCK, PIECE, UNIT
+from weyl_megatron.kernels.units import BLOCK, PIECE, UNIT
 
 CPU = torch.device("cpu")
 F32 = torch.float32, torch.float32

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..environment import KERNEL, LOG
 from ..spectral.blocks import Blocks, Table
 from ..spectral.power import Products
+from ..spectral.tiles import Tile
 from .plain import PlainKernel
 from .stepped import Stepped
 
@@ -107,11 +108,11 @@ def make(name: str, blocks: Blocks) -> Kernel:
     return CpuKernel(blocks)
 
 
-def make_triton(blocks: Blocks) -> TritonKernel:
-    """Return the kernel on ``blocks``, which are resident, that steers itself."""
+def make_triton(blocks: Blocks, tiles: Sequence[Tile], measured: int, buffers: int) -> TritonKernel:
+    """Return the kernel on ``blocks``, which are resident, that steers itself; its arguments."""
     from .triton_kernel import TritonKernel
 
-    return TritonKernel(blocks)
+    return TritonKernel(blocks, tiles, measured, buffers)
 
 
 def pick_name(device: str, dtypes: Collection[torch.dtype]) -> str:

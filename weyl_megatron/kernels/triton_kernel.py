@@ -90,32 +90,18 @@ class TritonKernel:
 
     Args:
         blocks: the vectors of W and of U.
+        tiles: all that is ever stepped; the first ``measured`` are measured here.
+        buffers: in how many tensors it lies.
     """
 
-    name = "triton"
-
-    def __init__(self, blocks: Blocks) -> None:
-        self._blocks, device = blocks, blocks.x.device
-        self._matrices = len(blocks.matrices)
+    def __init__(self, blocks: Blocks, tiles: Sequence[Tile], measured: int, buffers: int) -> None:
+        self._blocks, self._tiles, self._measured = blocks, tiles, measured
+        self._matrices = matrices = len(blocks.matrices)
+        device = blocks.x.device
         widths = (max(operand.widths, default=1) for operand in blocks.operands)
         self._widths = [max(4, 1 << (width - 1).bit_length()) for width in widths]
         self._programs = _PROGRAMS * multiprocessors(device)
-        self._cuts: dict[tuple[units.Dtypes, ...], _Cut] = {}
-        self._tiles: tuple[Sequence[Tile], int] = (), 0
-        self._sent = torch.empty(0)
-        self._stages: deque[_Stage] = deque()
-        self.numbers = self.norms = self.masks = torch.empty(0)
-        self._alive: object = None
-        of_u = self._widths[1]
-        count = 2 * self._matrices
-        self._factors = torch.zeros(count * of_u * of_u, dtype=torch.float64, device=device)
-
-    def lay_out(self, tiles: Sequence[Tile], measured: int, buffers: int) -> None:
-        """Take all that is ever stepped, the first ``measured`` tiles being measured here, in so
-        many buffers.
-        """
-        device, matrices = self._blocks.x.device, self._matrices
-        self._tiles = tiles, measured
+        self._kinds: tuple[units.Dtypes, ...] | None = None  # that the tables are cut for
         head = buffers * _WORDS
         words = torch.zeros(head + numbers.ROWS * matrices, dtype=torch.float64, device=device)
         self._sent = words[: head + numbers.SENT * matrices]
@@ -125,7 +111,10 @@ class TritonKernel:
         self.norms = torch.zeros(matrices, 2, dtype=torch.float64, device=device)
         self.masks = torch.zeros(numbers.MASKS, matrices, dtype=torch.uint8, device=device)
         is_cuda = device.type == "cuda"
-        self._stages.extend(_Stage(buffers, matrices, is_cuda) for _ in range(_STAGES))
+        self._stages = deque(_Stage(buffers, matrices, is_cuda) for _ in range(_STAGES))
+        factors = len(blocks.operands) * matrices * self._widths[1] ** 2
+        self._factors = torch.zeros(factors, dtype=torch.float64, device=device)
+        self._alive: object = None
 
     def bind(
         self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None], sent: Sequence[Tensor]
@@ -140,9 +129,8 @@ class TritonKernel:
             (weight.dtype, weight.dtype if state is None else state.grad.dtype)
             for weight, state in zip(weights, stepped, strict=True)
         )
-        if kinds not in self._cuts:
-            self._cuts = {kinds: self._cut(kinds)}
-        self._now = self._cuts[kinds]
+        if kinds != self._kinds:
+            self._kinds, self._now = kinds, self._cut(kinds)
         places: list[int] = []
         hypers: list[list[float]] = []
         row_of: dict[int, int] = {}
@@ -190,7 +178,7 @@ class TritonKernel:
         """Step what is no matrix and what is expected to be settled, in one pass, and leave its
         norms.
         """
-        self._pass(0)
+        self._pass(adamw.STEP.value)
         spans = self._now.passes.spans
         sums = self._now.of_passes
         decisions.add_norms[(self._matrices,)](
@@ -213,7 +201,7 @@ class TritonKernel:
 
     def undo(self) -> None:
         """Take the move at the scheduled rate back where it was not settled."""
-        self._pass(1)
+        self._pass(adamw.UNDO.value)
 
     def multiply(self, number: int, rounds: tuple[int, int]) -> None:
         """Make the products of iteration ``number``: Y of cut rows, and what whole rows sum.
@@ -304,7 +292,7 @@ class TritonKernel:
 
     def move(self) -> None:
         """Move what waited at its rate."""
-        self._pass(2)
+        self._pass(adamw.MOVE.value)
 
     def follow(self) -> None:
         """Let the certificate follow the step."""
@@ -339,7 +327,7 @@ class TritonKernel:
                 WIDE=_RUN,
                 NARROW=_ENDS,
                 STATE=_TYPES[state],
-                GRAD=_TYPES[grad if mode != 1 else state],
+                GRAD=_TYPES[state if mode == adamw.UNDO.value else grad],
                 num_warps=4,
             )
 
@@ -347,7 +335,9 @@ class TritonKernel:
         """Cut the tables of units."""
         blocks, device = self._blocks, self._blocks.x.device
         bands = [_ROWS[width][operand] for operand, width in enumerate(self._widths)]
-        of_passes = units.passes(*self._tiles, self._matrices, kinds, self._programs, device)
+        of_passes = units.passes(
+            self._tiles, self._measured, self._matrices, kinds, self._programs, device
+        )
         of_products = units.products(blocks, bands, kinds, self._programs, _COLS)
         return _Cut(
             of_passes,

@@ -14,6 +14,51 @@ from ..spectral.tiles import Tile
 #: What tells the launches apart that tensors take: the dtype of W, M and V, and that of G.
 Dtypes = tuple[torch.dtype, torch.dtype]
 
+#: Columns of a table of units, int64: the buffer, where its first row begins there, rows, columns
+#: and the distance between rows; the matrix (-1: none); whether it is measured here.
+UNIT = (
+    "buffer",
+    "offset",
+    "rows",
+    "cols",
+    "stride",
+    "matrix",
+    "measured",
+    # Of products only: 0 is W and 1 is U; where its columns of X begin; the matrix's columns n;
+    # where what it sums lies, where its columns of Z begin from there; where its Y lie in ``left``
+    # (-1: it has whole rows).
+    "operand",
+    "x",
+    "n",
+    "place",
+    "col",
+    "left",
+    "width",
+)
+
+#: Columns of a table of the pieces of Z that are added up, int64: the operand, the matrix, where
+#: its Z begins, n, b, the first column, where the places of its units with whole rows begin, how
+#: many there are and how far they are apart; its units from the first to behind the last, of
+#: whole rows and of any; which of those have cut rows.
+PIECE = (
+    "operand",
+    "matrix",
+    "z",
+    "n",
+    "width",
+    "start",
+    "place",
+    "count",
+    "apart",
+    "first",
+    "last",
+    "cut",
+)
+
+#: Columns of a table of blocks, int64: the operand, the matrix, where X and Z begin, n, b, where
+#: its Y in ``left`` begin and how many numbers they are.
+BLOCK = ("operand", "matrix", "x", "z", "n", "width", "left", "lefts")
+
 #: Elements that a unit of an elementwise pass has at least.
 _LEAST_ELEMENTS = 1 << 13
 
@@ -88,11 +133,11 @@ def passes(
     for at, (_, matrix, _) in enumerate(rows):
         if matrix >= 0:
             spans[matrix] = [spans[matrix][0] if spans[matrix][1] else at, at + 1]
-    units = [[*place, *[0] * 7] for _, _, place in rows]
+    padding = [0] * (len(UNIT) - UNIT.index("operand"))
     return Passes(
-        torch.tensor(units, dtype=torch.int64).view(-1, 14).to(device),
+        _table([[*place, *padding] for _, _, place in rows], len(UNIT), device),
         _launches(row[0] for row in rows),
-        torch.tensor(spans, dtype=torch.int64).view(-1, 2).to(device),
+        _table(spans, 2, device),
     )
 
 
@@ -178,10 +223,11 @@ def products(
     for unit in units:
         operand = blocks.operands[unit.operand]
         key, b = (unit.operand, unit.matrix), operand.widths[unit.matrix]
-        length = 0 if unit.is_cut else b * (blocks.matrices[unit.matrix].cols + b + longest[key])
-        apart[key] = max(apart.get(key, 0), -(-length // 4) * 4)
         places.append(room)
-        room += -(-length // 4) * 4
+        if not unit.is_cut:  # Z, YᵀY and Y, from a multiple of four on
+            length = b * (blocks.matrices[unit.matrix].cols + b + longest[key])
+            apart[key] = -(-length // 4) * 4
+            room += apart[key]
     rows_of_units = [
         _unit_row(unit, blocks.operands[unit.operand], place)
         for unit, place in zip(units, places, strict=True)
@@ -193,12 +239,12 @@ def products(
         for k in range(len(blocks.matrices))
     ]
     return Products(
-        torch.tensor(rows_of_units, dtype=torch.int64).view(-1, 14).to(device),
+        _table(rows_of_units, len(UNIT), device),
         _launches(unit.dtypes for unit in units),
         _launches((unit.dtypes for unit in units), [unit.operand == 1 for unit in units]),
-        torch.tensor(pieces, dtype=torch.int64).view(-1, 12).to(device),
+        _table(pieces, len(PIECE), device),
         collections,
-        torch.tensor(blocks_of, dtype=torch.int64).view(-1, 8).to(device),
+        _table(blocks_of, len(BLOCK), device),
         room,
     )
 
@@ -265,3 +311,7 @@ def _launches(kinds: Iterable[Dtypes], chosen: Sequence[bool] | None = None) -> 
         else:
             launches.append(Launch(dtypes, at, at + 1))
     return launches
+
+
+def _table(rows: list[list[int]], columns: int, device: torch.device) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64).view(-1, columns).to(device)

@@ -14,6 +14,11 @@ STEP = tl.constexpr(0)
 UNDO = tl.constexpr(1)
 MOVE = tl.constexpr(2)
 
+#: What is read: W, U of M and V, or U of M and V that are updated first.
+WEIGHTS = tl.constexpr(0)
+UPDATES = tl.constexpr(1)
+MOMENTS = tl.constexpr(2)
+
 
 @triton.jit
 def address(pointers, buffer, which, offset, DTYPE: tl.constexpr, WIDE: tl.constexpr):
@@ -46,6 +51,16 @@ def direction(exp_avg, exp_avg_sq, of_root, of_one):
 
 
 @triton.jit
+def elements(base, first, second, at, inside, of_root, of_one, SOURCE: tl.constexpr):
+    """The elements of a block of W or U, 0 outside."""
+    if SOURCE == WEIGHTS:
+        return tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
+    exp_avg = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
+    exp_avg_sq = tl.load(second + at, mask=inside, other=1.0).to(tl.float32)
+    return direction(exp_avg, exp_avg_sq, of_root, of_one)
+
+
+@triton.jit
 def _pass(
     at,
     inside,
@@ -74,7 +89,7 @@ def _pass(
     weight = tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
     exp_avg = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
     exp_avg_sq = tl.load(second + at, mask=inside, other=0.0).to(tl.float32)
-    if MODE == 0:
+    if MODE == STEP:
         grad = tl.load(grads + at, mask=inside, other=0.0).to(tl.float32)
         exp_avg, exp_avg_sq = moments(grad, exp_avg, exp_avg_sq, of_grad, of_old, of_square, STATE)
         tl.store(first + at, exp_avg.to(STATE), mask=inside)
@@ -84,7 +99,7 @@ def _pass(
         before += weight * weight
     quotient = exp_avg / (tl.sqrt(exp_avg_sq) / root + eps)
     quotient = tl.where(inside, quotient, 0.0)
-    if MODE == 1:
+    if MODE == UNDO:
         weight = (weight + size * quotient) / decay
     else:
         weight = weight * decay - size * quotient
@@ -131,7 +146,7 @@ def _unit(
         phase = (tl.load(pointers + buffer * 4) // state_size + begin) & 7
         is_odd = phase != ((tl.load(pointers + buffer * 4 + 2) // state_size + begin) & 7)
         is_odd |= phase != ((tl.load(pointers + buffer * 4 + 3) // state_size + begin) & 7)
-        if MODE == 0:
+        if MODE == STEP:
             is_odd |= phase != ((tl.load(pointers + buffer * 4 + 1) // grad_size + begin) & 7)
         head = tl.minimum(tl.where(is_odd, cols, (8 - phase) & 7), cols)
         body = (cols - head) // 8 * 8
@@ -161,7 +176,7 @@ def _unit(
                 squares, before, after, MODE, STATE,
             )  # fmt: skip
     if tl.load(unit + 6) != 0:
-        if MODE == 0:
+        if MODE == STEP:
             tl.store(sums, tl.sum(squares, axis=0) + tl.sum(edge_squares, axis=0))
             tl.store(sums + 1, tl.sum(before, axis=0) + tl.sum(edge_before, axis=0))
         tl.store(sums + 2, tl.sum(after, axis=0) + tl.sum(edge_after, axis=0))
@@ -193,21 +208,21 @@ def elementwise(
     hyper = hypers + buffer * HYPER_SIZE
     is_matrix = matrix >= 0
     masks += matrix
-    row = EXPECTED if MODE == 0 else (FAILED if MODE == 1 else WAITS)
-    is_active = tl.load(masks + matrices * row, mask=is_matrix, other=1 if MODE == 0 else 0) != 0
+    row = EXPECTED if MODE == STEP else (FAILED if MODE == UNDO else WAITS)
+    is_active = tl.load(masks + matrices * row, mask=is_matrix, other=1 if MODE == STEP else 0) != 0
     is_there = tl.load(pointers + buffer * 4 + 2) != 0
-    if MODE == 0:
+    if MODE == STEP:
         if is_there == 0:  # nothing is summed of what has no gradient
             tl.store(sums + tl.arange(0, 4), 0.0, mask=tl.arange(0, 4) < 3)
     if is_active & is_there:
         rate = tl.load(hyper + 5).to(tl.float64)
-        if MODE == 2:
+        if MODE == MOVE:
             rate = tl.load(numbers + matrices * RATE + matrix)
             # A piece that another rank measures was left alone so far.
             is_new = (tl.load(masks + matrices * FRESH) != 0) & (tl.load(unit + 6) == 0)
             if is_new:
-                _unit(unit, pointers, hyper, rate, sums, 0, WIDE, NARROW, STATE, GRAD)
+                _unit(unit, pointers, hyper, rate, sums, STEP, WIDE, NARROW, STATE, GRAD)
             else:
-                _unit(unit, pointers, hyper, rate, sums, 2, WIDE, NARROW, STATE, GRAD)
+                _unit(unit, pointers, hyper, rate, sums, MOVE, WIDE, NARROW, STATE, GRAD)
         else:
             _unit(unit, pointers, hyper, rate, sums, MODE, WIDE, NARROW, STATE, GRAD)

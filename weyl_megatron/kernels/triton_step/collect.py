@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .adamw import address, direction
+from .adamw import address, elements
 from .numbers import MAKING
 from .tables import HYPER_SIZE, PIECE_SIZE, UNIT_SIZE
 
@@ -46,6 +46,10 @@ def _columns(
         buffer, offset, rows = tl.load(unit), tl.load(unit + 1), tl.load(unit + 2)
         cols, stride, slot = tl.load(unit + 3), tl.load(unit + 4), tl.load(unit + 12)
         hyper = hypers + buffer * HYPER_SIZE
+        of_root, of_one = tl.load(hyper + 3), tl.load(hyper + 4)
+        base = address(pointers, buffer, 0, offset, STATE, 0)
+        first = address(pointers, buffer, 2, offset, STATE, 0)
+        second = address(pointers, buffer, 3, offset, STATE, 0)
         is_there = (OPERAND == 0) | (tl.load(pointers + buffer * 4 + 2) != 0)
         # In the unit's own columns, the first of which is the matrix's so-manieth.
         own = col - tl.load(unit + 11)
@@ -54,15 +58,7 @@ def _columns(
             row = begin + many
             inside = (row < rows)[:, None] & in_cols[None, :]
             at_row = row[:, None] * stride + own[None, :]
-            if OPERAND == 0:
-                base = address(pointers, buffer, 0, offset, STATE, 0)
-                a = tl.load(base + at_row, mask=inside, other=0.0).to(tl.float32)
-            else:
-                first = address(pointers, buffer, 2, offset, STATE, 0)
-                second = address(pointers, buffer, 3, offset, STATE, 0)
-                exp_avg = tl.load(first + at_row, mask=inside, other=0.0).to(tl.float32)
-                exp_avg_sq = tl.load(second + at_row, mask=inside, other=1.0).to(tl.float32)
-                a = direction(exp_avg, exp_avg_sq, tl.load(hyper + 3), tl.load(hyper + 4))
+            a = elements(base, first, second, at_row, inside, of_root, of_one, OPERAND)
             in_y = (row < rows)[:, None] & of_block[None, :]
             y_at = left + slot + row[:, None] * width + vectors[None, :]
             y = tl.load(y_at, mask=in_y, other=0.0)

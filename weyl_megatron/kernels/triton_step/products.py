@@ -5,14 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .adamw import address, direction, moments
+from .adamw import MOMENTS, UPDATES, WEIGHTS, address, direction, elements, moments
 from .numbers import FRESH, MAKING
 from .tables import HYPER_SIZE, UNIT_SIZE
-
-#: What is read: W, U of M and V, or U of M and V that are updated first.
-WEIGHTS = tl.constexpr(0)
-UPDATES = tl.constexpr(1)
-MOMENTS = tl.constexpr(2)
 
 
 @triton.jit
@@ -22,16 +17,6 @@ def _quarters(a, A: tl.constexpr, B: tl.constexpr, LANES: tl.constexpr):
     first, third = tl.split(even)
     second, last = tl.split(odd)
     return first, second, third, last
-
-
-@triton.jit
-def _elements(base, first, second, at, inside, of_root, of_one, SOURCE: tl.constexpr):
-    """The elements of a block of W or U, 0 outside."""
-    if SOURCE == 0:
-        return tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
-    exp_avg = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
-    exp_avg_sq = tl.load(second + at, mask=inside, other=1.0).to(tl.float32)
-    return direction(exp_avg, exp_avg_sq, of_root, of_one)
 
 
 @triton.jit
@@ -91,7 +76,7 @@ def _bands(
             in_cols = (start + col) < cols
             at = rows[:, None] * stride + (start + col)[None, :]
             inside = in_cols[None, :]
-            if SOURCE == 2:
+            if SOURCE == MOMENTS:
                 grad = tl.load(grads + at, mask=inside, other=0.0).to(tl.float32)
                 exp_avg = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
                 exp_avg_sq = tl.load(second + at, mask=inside, other=1.0).to(tl.float32)
@@ -102,7 +87,7 @@ def _bands(
                 tl.store(second + at, exp_avg_sq.to(STATE), mask=is_row[:, None] & inside)
                 a = direction(exp_avg, exp_avg_sq, of_root, of_one)
             else:
-                a = _elements(base, first, second, at, inside, of_root, of_one, SOURCE)
+                a = elements(base, first, second, at, inside, of_root, of_one, SOURCE)
             x_at = vectors[:, None] * n + (start + col)[None, :]
             xs = tl.load(x + x_at, mask=of_block[:, None] & inside, other=0.0)
             if WIDE:
@@ -112,7 +97,7 @@ def _bands(
                 acc += a1 * x1
                 acc += a2 * x2
                 acc += a3 * x3
-                if SOURCE == 2:
+                if SOURCE == MOMENTS:
                     of_band += a0 * a0
                     of_band += a1 * a1
                     of_band += a2 * a2
@@ -120,9 +105,9 @@ def _bands(
             else:
                 a3d = tl.reshape(a, (ROWS, 1, LANES))
                 acc += a3d * tl.reshape(xs, (1, BLOCK, LANES))
-                if SOURCE == 2:
+                if SOURCE == MOMENTS:
                     of_band += a3d * a3d
-        if SOURCE == 2:
+        if SOURCE == MOMENTS:
             squares += tl.where(is_row[:, None, None], of_band, 0.0)
         y = tl.sum(acc, axis=2)  # (ROWS, BLOCK)
         in_y = is_row[:, None] & of_block[None, :]
@@ -145,11 +130,11 @@ def _bands(
                 total = tl.load(z + z_at, mask=in_z & (begin > 0), other=0.0)
                 for r in tl.static_range(ROWS):
                     at = tl.minimum(begin + r, count - 1) * stride + start + col
-                    a = _elements(base, first, second, at, in_cols, of_root, of_one, SOURCE)
+                    a = elements(base, first, second, at, in_cols, of_root, of_one, SOURCE)
                     yr = tl.sum(tl.where(row[:, None] == r, y, 0.0), axis=0)
                     total += yr[:, None] * a[None, :]
                 tl.store(z + z_at, total, mask=in_z)
-    if SOURCE == 2:
+    if SOURCE == MOMENTS:
         tl.store(sums, tl.sum(tl.sum(tl.reshape(squares, (ROWS, LANES)), axis=1), axis=0))
 
 
@@ -210,7 +195,7 @@ def _unit(
     offset, stride = tl.load(unit + 1), tl.load(unit + 4)
     odd = tl.load(pointers + buffer * 4) | tl.load(pointers + buffer * 4 + 2)
     odd = odd | tl.load(pointers + buffer * 4 + 3) | ((offset | stride) * state_size)
-    if SOURCE == 2:
+    if SOURCE == MOMENTS:
         odd = odd | tl.load(pointers + buffer * 4 + 1) | ((offset | stride) * grad_size)
     vectors = tl.load(unit + 8) | tl.load(unit + 9) | tl.load(unit + 10) | tl.load(unit + 11)
     odd = (odd & 15) | (vectors & 3) | (tl.load(unit + 3) & 7)
@@ -268,11 +253,12 @@ def products(
         if operand == 0:
             _unit(
                 unit, pointers, hyper, False, x, left, partial, sums,
-                0, BLOCK_W, ROWS_W, LANES, STATE, STATE,
+                WEIGHTS, BLOCK_W, ROWS_W, LANES, STATE, STATE,
             )  # fmt: skip
         else:
             is_fresh = tl.load(masks + matrices * FRESH) != 0
             _unit(
                 unit, pointers, hyper, is_fresh, x, left, partial, sums,
-                2 if FIRST else 1, BLOCK_U, ROWS_U, LANES, STATE, GRAD if FIRST else STATE,
+                MOMENTS if FIRST else UPDATES, BLOCK_U, ROWS_U, LANES, STATE,
+                GRAD if FIRST else STATE,
             )  # fmt: skip
