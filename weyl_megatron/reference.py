@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from .rule import SLOW_TAU
+from .rule import SLOW_TAU, project
 from .spectral import ritz
 from .spectral.blocks import start_block
 from .spectral.power import BLOCK, COLD_ITERS
@@ -23,17 +23,19 @@ class BlockPower:
     tiles.
     """
 
-    def __init__(self, name: str, iters: int = 2) -> None:
-        self.name, self.iters = name, iters
+    def __init__(self, name: str, iters: int = 2, width: int = BLOCK) -> None:
+        self.name, self.iters, self.width = name, iters, width
         self.block: Tensor | None = None  # (cols, b)
+        self.multiplied = torch.empty(0)  # the block before the last iteration
 
     def __call__(self, matrix: Tensor) -> float:
         iters, least = self.iters, (self.iters + 1) // 2
         if self.block is None:
             iters = least = max(iters, COLD_ITERS)
-            start = start_block(self.name, matrix.shape[1], min(BLOCK, *matrix.shape))
+            start = start_block(self.name, matrix.shape[1], min(self.width, *matrix.shape))
             self.block = start.to(matrix.dtype)
         for made in range(1, iters + 1):
+            self.multiplied = self.block
             left, before = torch.linalg.qr(matrix @ self.block)  # (rows, b), (b, b)
             self.block, after = torch.linalg.qr(matrix.T @ left)  # (cols, b), (b, b)
             sigma = float(torch.linalg.matrix_norm(after, 2))
@@ -41,6 +43,28 @@ class BlockPower:
             if made >= least and gain <= ritz.SETTLED * sigma:
                 break
         return sigma
+
+
+def projected(
+    update: Tensor, lr: float, bound: float, right: Tensor | None
+) -> tuple[Tensor, float]:
+    """Return the update nearest to α U whose singular values are at most ``bound``, and its
+    Frobenius norm's share of α U's: by singular value decomposition, or as far as vectors
+    ``right``, (cols, b), see it.
+    """
+    if right is None:
+        left, values, right = torch.linalg.svd(lr * update, full_matrices=False)
+        change = (left * values.clamp(max=bound)) @ right
+    else:
+        y = update @ right
+        z = y.T @ update
+        grams = (y.T @ y)[None].double(), (z @ z.T)[None].double()
+        numbers = torch.tensor([[lr], [bound], [float(update.norm())]], dtype=torch.float64)
+        is_whole = torch.tensor([right.shape[1] == min(update.shape)])
+        eps = torch.finfo(update.dtype).eps
+        clip = project(grams, numbers[0], numbers[1], numbers[2], is_whole, eps)
+        change = float(clip.rate) * update + y @ (clip.factor[0].to(z.dtype) @ z)
+    return change, float(change.norm() / (lr * update.norm()))
 
 
 class AdamW2Reference:
@@ -52,6 +76,8 @@ class AdamW2Reference:
         sigma: makes, from a matrix's name and a number of iterations, the function that measures
             σ₁: ``BlockPower``, or ``lambda *_: exact_sigma``.
         floor: σ₁(W) is taken for at least ``floor(rows, cols)``.
+        clip: what Rule 1 does to an update that is too large: "scale", or "project".
+        vectors: those that "project" sees the update with; None: its singular value decomposition.
     """
 
     def __init__(
@@ -64,11 +90,13 @@ class AdamW2Reference:
         tau: float = 0.01,
         sigma: Callable[[str, int], Callable[[Tensor], float]] = BlockPower,
         floor: Callable[[int, int], float] = lambda rows, cols: 1e-3 * (rows**0.5 + cols**0.5),
+        clip: str = "scale",
+        vectors: int | None = None,
     ) -> None:
         self.params = dict(params)
         self.lr, self.eps, self.weight_decay, self.tau = lr, eps, weight_decay, tau
         self.beta1, self.beta2 = betas
-        self.floor, self.t = floor, 0
+        self.floor, self.t, self.clip = floor, 0, clip
         self.moments = {
             name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in self.params.items()
         }
@@ -78,6 +106,8 @@ class AdamW2Reference:
             for name, p in self.params.items()
             if p.ndim == 2
         }
+        width = vectors if clip == "project" else None
+        self.blocks = {name: BlockPower(name, 2, width) for name in self.sigma if width}
 
     @torch.no_grad()
     def step(self) -> dict[str, float]:
@@ -93,12 +123,20 @@ class AdamW2Reference:
             v.mul_(self.beta2).add_(g * g, alpha=1 - self.beta2)
             m_hat, v_hat = m / (1 - self.beta1**self.t), v / (1 - self.beta2**self.t)  # line 4
             u = m_hat / (v_hat.sqrt() + self.eps)  # line 5; ε outside the root, as in torch
-            rate = self.lr
+            rate, change = self.lr, self.lr * u
             if w.ndim == 2:
                 sigma_of_w, sigma_of_u = self.sigma[name]
                 delta, sigma = sigma_of_u(u), max(sigma_of_w(w), self.floor(*w.shape))  # line 6
+                if (block := self.blocks.get(name)) is not None:
+                    delta = block(u)
                 if rate * delta > self.tau * sigma:  # line 7
-                    rate = self.tau * sigma / delta  # line 8
-            w.sub_(rate * u + rate * self.weight_decay * w)  # line 11
+                    if self.clip == "project":
+                        seen = None if block is None else block.multiplied
+                        change, share = projected(u, rate, self.tau * sigma, seen)
+                        rate *= share
+                    else:
+                        rate = self.tau * sigma / delta  # line 8
+                        change = rate * u
+            w.sub_(change + rate * self.weight_decay * w)  # line 11
             rates[name] = rate
         return rates

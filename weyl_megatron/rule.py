@@ -5,9 +5,12 @@ the floor that "balanced" (also spelled "auto") picks.
 from __future__ import annotations
 
 from math import sqrt
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .spectral import ritz
 
 #: What tau="balanced" shares out over a model's hidden matrices: each gets HIDDEN_BUDGET / K.
 HIDDEN_BUDGET = 0.144
@@ -26,6 +29,13 @@ ADAPTER_TAU = 0.01
 #: well.
 SLOW_TAU = 0.05
 
+#: Under clip="project" the part of an update that the vectors do not see is taken for this many
+#: times as large as the smallest singular value that they see (docs/projection.md).
+UNSEEN = 1.25
+
+#: Below this share of the largest, a squared singular value that was seen is rounding.
+_NOTHING = 1e-10
+
 
 def clipped_rates(
     lr: Tensor, tau: Tensor, floor: Tensor, sigma_weight: Tensor, sigma_update: Tensor
@@ -37,6 +47,62 @@ def clipped_rates(
     """
     bound = tau * torch.fmax(sigma_weight, floor) / sigma_update
     return torch.minimum(lr, torch.where((sigma_update == 0) | tau.isinf(), torch.inf, bound))
+
+
+class Projected(NamedTuple):
+    """What Rule 1 leaves of updates U where it clips singular values: rate · U + Y M Z."""
+
+    factor: Tensor  #: M, ``(matrices, b, b)``
+    rate: Tensor  #: r α: what is left of the part that the vectors do not see
+    clipped: Tensor  #: how many of the singular values that they see are above the bound
+    share: Tensor  #: ‖rate · U + Y M Z‖_F / ‖α U‖_F
+
+
+def project(
+    grams: tuple[Tensor, Tensor],
+    lr: Tensor,
+    bound: Tensor,
+    norm: Tensor,
+    is_whole: Tensor,
+    eps: float,
+) -> Projected:
+    """Return how α U becomes the nearest update whose singular values are at most ``bound``, as far
+    as a block of vectors X sees them.
+
+    With Y = U Xᵀ and Z = Yᵀ U, and A such that Aᵀ Yᵀ Y A = 1 and Aᵀ Z Zᵀ A = V Θ² Vᵀ, it is
+    U = Σ θᵢ qᵢ wᵢᵀ + the rest, exactly, whether X has converged or not: qᵢ = Y A vᵢ,
+    wᵢ = Zᵀ A vᵢ / θᵢ. Each θᵢ becomes min(α θᵢ, bound), and the rest is multiplied by r α, where r
+    is what the bound leaves of the largest singular value that may be in it.
+
+    Args:
+        grams: Yᵀ Y and Z Zᵀ, ``(matrices, b, b)``, float64.
+        lr, bound, norm: α, the bound c and ‖U‖_F of every matrix, float64.
+        is_whole: whether a matrix has no more singular values than X has vectors; bool.
+        eps: the rounding of what the Gram matrices were made of.
+    """
+    gram_y, gram_z = grams
+    total = (gram_y + gram_z).sum((-2, -1))
+    is_finite = (total - total == 0)[:, None, None]
+    basis = ritz.basis_of(torch.where(is_finite, gram_y, 0), eps)
+    inner = torch.where(is_finite, basis.mT @ gram_z @ basis, 0)
+    squares, vectors = torch.linalg.eigh(inner)  # ascending
+    is_seen = (squares > _NOTHING * squares[:, -1:]) & (squares > 0)
+    theta = torch.where(is_seen, squares, 0).sqrt()
+    rest = (norm.square() - theta.square().sum(-1)).clamp(min=0)
+    smallest = torch.where(is_seen, theta, torch.inf).amin(-1)  # infinite where none is seen
+    unseen = torch.minimum(UNSEEN * smallest, norm)
+    unseen = torch.where(is_whole & is_seen.all(-1), 0, unseen)
+    rate = torch.minimum(lr, bound / unseen)
+    kept = torch.minimum(lr[:, None] * theta, bound[:, None])
+    factors = torch.where(is_seen, kept / theta - rate[:, None], 0)
+    axes = basis @ vectors
+    after = kept.square().sum(-1) + rate.square() * rest
+    return Projected(
+        factor=(axes * factors[:, None]) @ axes.mT,
+        rate=rate,
+        clipped=(lr[:, None] * theta > bound[:, None]).sum(-1),
+        share=after.sqrt() / (lr * norm),
+    )
 
 
 def random_sigma(rows: int, cols: int, std: float) -> float:

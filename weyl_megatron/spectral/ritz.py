@@ -68,15 +68,25 @@ def largest_ratio(gram_y: Tensor, gram_z: Tensor, eps: float) -> Tensor:
     total = (gram_y + gram_z).sum((-2, -1))
     excess = total - total  # 0, or NaN where one of them is not finite
     is_finite = (excess == 0)[..., None, None]
-    gram_y = torch.where(is_finite, gram_y, 0)  # or eigh would raise, for all matrices
-    scale = gram_y.diagonal(dim1=-2, dim2=-1).rsqrt().nan_to_num(0, 0, 0)[..., None]
-    values, vectors = torch.linalg.eigh(gram_y * scale * scale.mT)
-    # Columns c with ‖Y c‖ = 1, and 0 in place of those in which Y is nothing but rounding.
-    lengths = torch.where(values > INDEPENDENT * eps, values, inf).rsqrt()
-    basis = vectors * scale * lengths[..., None, :]
+    basis = basis_of(torch.where(is_finite, gram_y, 0), eps)  # or eigh would raise, for all
     inner = torch.where(is_finite, basis.mT @ gram_z @ basis, 0)
     sigma: Tensor = torch.linalg.eigvalsh(inner)[..., -1].clamp(min=0).sqrt()
     return sigma + excess
+
+
+def basis_of(gram_y: Tensor, eps: float) -> Tensor:
+    """Return columns c with ‖Y c‖ = 1 that are orthogonal in Y, and 0 in place of those in which Y
+    is nothing but rounding, ``(..., b, b)``.
+
+    Args:
+        gram_y: Yᵀ Y, finite, ``(..., b, b)``, float64.
+        eps: the rounding of what it was made of.
+    """
+    scale = gram_y.diagonal(dim1=-2, dim2=-1).rsqrt().nan_to_num(0, 0, 0)[..., None]
+    values, vectors = torch.linalg.eigh(gram_y * scale * scale.mT)
+    lengths = torch.where(values > INDEPENDENT * eps, values, inf).rsqrt()
+    basis: Tensor = vectors * scale * lengths[..., None, :]
+    return basis
 
 
 def gain(gram_y: Tensor, length: Tensor, sigma: Tensor) -> Tensor:
