@@ -30,6 +30,7 @@ ROOMS = (
     "state",
     "steady",
     "batches",
+    "projection",
     "limits",
     "host_step",
     "device_step",

@@ -114,7 +114,7 @@ def test_what_no_vector_sees_is_bounded_by_its_frobenius_norm_and_harms_no_other
     vectors = [torch.full((2,), number, dtype=torch.float64) for number in (0.1, 1e-2)]
     norm = torch.full((2,), 5.0, dtype=torch.float64)
     clip = project(grams, *vectors, norm, norm < 0, 1e-7)
-    assert clip.rate[0].item() == pytest.approx(1e-2 / 5) and not clip.factor[0].any()
+    assert clip.rate[0].item() == pytest.approx(1e-2 / 5, rel=1e-5) and not clip.factor[0].any()
     assert clip.clipped.tolist()[0] == 0 and clip.clipped.tolist()[1] > 0
     assert clip.factor[1].isfinite().all()
 

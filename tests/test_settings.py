@@ -40,6 +40,25 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"overrides": [{"match": "*", "tau": 0}]}, r"overrides' tau got 0"),
     ({"overrides": [{"match": "*", "exempt": "no"}]}, r"overrides' exempt got 'no'"),
     ({"overrides": [{"match": "*", "fused": 0}]}, r"overrides' fused got 0"),
+    ({"clip": "svd"}, r"clip got 'svd', it takes 'scale' or 'project'"),
+    ({"clip": True}, r"clip got True, it takes"),
+    (
+        {"clip": "project", "vectors": 0},
+        r"vectors got 0, it takes a whole number from 1 to 64",
+    ),
+    ({"clip": "project", "vectors": 65}, r"vectors got 65, it takes"),
+    ({"clip": "project", "vectors": 8.0}, r"vectors got 8.0, it takes"),
+    ({"clip": "project", "vectors": True}, r"vectors got True, it takes"),
+    ({"vectors": 8}, r"vectors got 8 beside clip 'scale', it takes clip 'project'"),
+    ({"overrides": [{"match": "*", "clip": "both"}]}, r"overrides' clip got 'both'"),
+    (
+        {"overrides": [{"match": "*", "vectors": 8}]},
+        r"overrides' vectors got 8 beside clip 'scale'",
+    ),
+    (
+        {"overrides": [{"match": "*", "clip": "project", "vectors": 99}]},
+        r"overrides' vectors got 99, it takes",
+    ),
 ]
 
 
@@ -69,6 +88,19 @@ def test_keys_that_every_adamw_config_carries_are_accepted() -> None:
 def test_a_parameter_group_s_tau_is_checked_too() -> None:
     with pytest.raises(ValueError, match="a parameter group's tau got 0"):
         AdamW2([{"params": [torch.nn.Parameter(torch.ones(2, 2))], "tau": 0}])
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"clip": "none"}, "a parameter group's clip got 'none', it takes 'scale' or 'project'"),
+        ({"vectors": 8}, "a parameter group's vectors got 8 beside clip 'scale'"),
+        ({"clip": "project", "vectors": 0}, "a parameter group's vectors got 0, it takes a whole"),
+    ],
+)
+def test_a_parameter_group_s_clip_is_checked_too(own: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AdamW2([{"params": [torch.nn.Parameter(torch.ones(2, 2))], **own}])
 
 
 def test_an_override_that_matches_nothing_is_refused_at_the_first_step() -> None:

@@ -9,6 +9,7 @@ import torch
 from .layouts.buffers import Plan
 from .spectral.blocks import COLUMNS, MatrixSpec, Operand, Table, table
 from .spectral.collectives import Span
+from .spectral.seen import Seen
 from .spectral.tiles import Tile
 
 #: Elements of the matrices that are measured together on a CPU: what a cache may still hold when it
@@ -75,6 +76,30 @@ class Tables:
             replicas = [tile for tile in plan.replicas if tile.matrix in members]
             batch = _table([*tiles, *replicas], operand, len(tiles), device)
             self.of_batch.append(batch)
+
+
+def tables_of_seen(
+    plan: Plan, batches: Sequence[Sequence[int]], seen: Seen, device: torch.device
+) -> list[Table]:
+    """Return, per batch, the tiles of matrices of which it is kept what the vectors saw, with its
+    places; the last column is whether a tile is measured here, and not on another rank.
+
+    Raises:
+        ValueError: a copy that another rank measures has cut a row that is whole there, so that
+            nothing sums the products of its parts.
+    """
+    columns, tables = COLUMNS.index("counts"), []
+    for members in (seen.matrices.intersection(batch) for batch in batches):
+        measured = [tile for tile in plan.tiles if tile.matrix in members]
+        replicas = [tile for tile in plan.replicas if tile.matrix in members]
+        for tile in replicas:
+            seen.check_cut(tile)
+        tiles = [*measured, *replicas]
+        rows = [seen.operand.row(tile) for tile in tiles]
+        for number, row in enumerate(rows):
+            row[columns] = int(number < len(measured))
+        tables.append(table(rows, device, tiles))
+    return tables
 
 
 def _table(tiles: Sequence[Tile], operand: Operand, measured: int, device: torch.device) -> Table:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .batches import Tables
 from .kernels import Kernel, Stepped
 from .limits import Limits
+from .projection import Projector
 from .rule import SLOW_TAU, clipped_rates
 from .spectral import PowerIteration
 from .spectral.certificate import Certificate
@@ -33,6 +34,7 @@ class HostStep:
         can_undo: matrices whose move can be taken back, bool.
         norm_spans: where the two numbers of each spread matrix lie in a vector of them.
         iters: block power iterations of a matrix that is measured.
+        projector: of the matrices whose singular values are clipped.
     """
 
     def __init__(
@@ -44,10 +46,11 @@ class HostStep:
         can_undo: Tensor,
         norm_spans: Mapping[int, Span],
         iters: int,
+        projector: Projector | None = None,
     ) -> None:
         self._power, self._kernel, self._tables = power, kernel, tables
         self._certificate, self._can_undo, self._iters = certificate, can_undo, iters
-        self._norm_spans = norm_spans
+        self._norm_spans, self._projector = norm_spans, projector
         matrices, batches = power.blocks.matrices, power.blocks.batches
         self._is_spread = [bool(batch and matrices[batch[0]].groups) for batch in batches]
         self._count = len(matrices)
@@ -75,6 +78,8 @@ class HostStep:
         self._limits, self._cold = limits, cold
         device = self._can_undo.device
         self._sums = torch.zeros(self._count, 3, dtype=torch.float64, device=device)
+        if self._projector is not None:
+            self._projector.begin()
 
     def move_early(self) -> Tensor:
         """Step in one pass what is no matrix, and the matrices that are expected to be settled.
@@ -130,8 +135,9 @@ class HostStep:
             if any(chosen[k] for k in batch)
         ]
         if hasattr(self._kernel, "step_alone"):
+            alone = [number for number in batches if self._is_stepped_alone(number)]
             self._kernel.step_alone(
-                [number for number in batches if not self._is_spread[number]],
+                alone,
                 self._tables.of_batch,
                 power.sigma,
                 power.gain,
@@ -141,8 +147,13 @@ class HostStep:
                 (self._limits.lr, self._limits.tau, self._limits.floor),
                 self._sums,
             )
-            batches = [number for number in batches if self._is_spread[number]]
+            batches = [number for number in batches if not self._is_stepped_alone(number)]
         yield from batches
+
+    def _is_stepped_alone(self, batch: int) -> bool:
+        """Whether a kernel that can takes a batch through all lines by itself."""
+        is_projected = self._projector is not None and self._projector.has(batch)
+        return not (self._is_spread[batch] or is_projected)
 
     def _iterations_of(self, chosen: Tensor) -> Iterations:
         """Return which of the chosen matrices make which iterations: a slow W half of U's.
@@ -158,7 +169,11 @@ class HostStep:
             of_update = (self._iters + self._certificate.age).clamp(max=most)
             sure = of_update - self._iters // 2
             of_both = torch.stack([torch.where(slow, (of_update + 1) // 2, of_update), of_update])
-            sure_of_both = torch.stack([torch.where(slow, (sure + 1) // 2, of_update), sure])
+            of_weight = torch.where(slow, (sure + 1) // 2, of_update)
+            if self._projector is not None:
+                # What σ₁ gains says nothing of the other singular values.
+                sure = torch.where(self._projector.is_projected, of_update, sure)
+            sure_of_both = torch.stack([of_weight, sure])
         return Iterations(of_both * chosen, sure_of_both, {_UPDATE: self._needs_moments})
 
     def sigmas(self, batch: int) -> tuple[Tensor, Tensor]:
@@ -190,7 +205,13 @@ class HostStep:
 
     def move(self, batch: int, rates: Tensor) -> None:
         """Move the weights of a batch that waited for their rates."""
-        self._kernel.move(self._tables.of_batch[batch], self._needs_move, rates, self._sums)
+        needs_move, limits = self._needs_move, self._limits
+        if self._projector is not None and self._projector.has(batch):
+            is_over = needs_move.bool() & (rates < limits.lr)
+            bound = limits.tau * torch.fmax(self._power.sigma[0], limits.floor)
+            projected = self._projector.move(batch, is_over, limits.lr, bound, self._sums)
+            needs_move = needs_move & ~projected
+        self._kernel.move(self._tables.of_batch[batch], needs_move, rates, self._sums)
 
     def end(self, settled: Tensor) -> None:
         """Let the certificate follow the step, and remember what it did."""
@@ -200,15 +221,21 @@ class HostStep:
         rates = torch.where(settled, limits.lr, self.rates(sigma_weight, sigma_update))
         lower = torch.where(settled, certificate.lower, sigma_weight)
         upper = torch.where(settled | ~(sigma_update > 0), norm, sigma_update)
-        self._measured = lower, upper, rates, rates < limits.lr, limits.tau, settled
+        is_clipped, of_decay = rates < limits.lr, rates
+        if self._projector is not None:
+            rates, of_decay = self._projector.rates(rates, limits.lr)
+        self._measured = lower, upper, rates, is_clipped, limits.tau, settled
         certificate.measured(~settled, sigma_weight)
-        decay, squares = rates * limits.weight_decay, self._sums[:, 2].clone()
+        decay, squares = of_decay * limits.weight_decay, self._sums[:, 2].clone()
         certificate.moved(rates, decay, norm, squares, limits.is_present)
         self._kernel.release()
 
     def measured(self) -> tuple[Tensor, ...]:
         """Return the columns of ``MatrixStats`` after a step."""
-        return self._measured
+        if self._projector is None:
+            return self._measured
+        projector = self._projector
+        return (*self._measured, projector.clipped, projector.share, projector.unseen)
 
     def forget(self) -> None:
         """Nothing to forget: all that is kept is the certificate's."""

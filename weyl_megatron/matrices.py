@@ -16,17 +16,16 @@ from .host_step import HostStep
 from .kernels import Stepped, make, make_triton, pick
 from .layouts.buffers import Buffer, plan_of
 from .limits import Schedule
+from .projection import Projector
 from .spectral import PowerIteration
+from .spectral.blocks import are_of_cols, fitted
 from .spectral.certificate import Certificate
 from .spectral.collectives import all_reduce_spans
-from .spectral.power import BLOCK, rows_of
+from .spectral.power import BLOCK, COLD_ITERS, rows_of
 from .thresholds import Thresholds
 
 #: The number of U among the operands of the products; W is operand 0.
 _UPDATE = 1
-
-#: Vectors per matrix, of W and of U.
-_WIDTHS = BLOCK, BLOCK
 
 
 class MatrixStats(NamedTuple):
@@ -39,10 +38,14 @@ class MatrixStats(NamedTuple):
 
     sigma_weight: float  #: σ₁(W) before the step
     sigma_update: float  #: σ₁(U) of the update U = M̂ / (√V̂ + ε)
-    lr: float  #: the rate α_W that was used
-    clipped: bool  #: whether α_W is below the scheduled rate
+    lr: float  #: the rate α_W that was used; of a projected update ‖update‖_F / ‖U‖_F
+    clipped: bool  #: whether the update α U was too large
     tau: float  #: the threshold τ that held for this matrix
     certified: bool = False  #: whether the certificate settled the matrix, without an iteration
+    #: where clip is "project": how many singular values of the update were clipped
+    directions: int | None = None
+    share: float | None = None  #: likewise, ‖update‖_F / ‖α U‖_F
+    unseen: float | None = None  #: likewise, the factor on what the vectors do not see of α U
 
 
 class SavedMatrix(NamedTuple):
@@ -68,9 +71,11 @@ class MatrixGroup:
         power_iters: block power iterations of a matrix that is measured.
         is_adamw: whether every τ is infinite.
         is_amsgrad: whether any of them divides by the largest V so far.
+        param_groups: of each buffer.
 
     Raises:
-        ValueError: ranks that share a matrix step it in different kernels.
+        ValueError: ranks that share a matrix step it in different kernels; or a kernel does not
+            have what a parameter group asks for.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class MatrixGroup:
         *,
         is_adamw: bool = False,
         is_amsgrad: bool = False,
+        param_groups: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         tensors = [buffer.tensor for buffer in buffers]
         self.tensors, self._thresholds, self._iters = tensors, thresholds, power_iters
@@ -90,6 +96,14 @@ class MatrixGroup:
         self._device = tensors[0].device
         name = pick(tensors, plain=is_adamw or is_amsgrad)
         self._steers_itself = name == "triton"
+        vectors = self._read_vectors([] if is_adamw else param_groups)
+        #: the matrices whose singular values are clipped
+        self._projected = [k for k, width in enumerate(vectors) if width]
+        if self._projected and self._steers_itself:
+            raise ValueError(
+                "AdamW2: clip got 'project', which the kernels for a GPU do not have yet, it takes "
+                f"'scale', or {KERNEL}=torch."
+            )
         is_double = all(tensor.dtype == torch.float64 for tensor in tensors)
         everything = [list(range(len(self.names)))]
         on_host = self._device.type == "cpu"
@@ -97,7 +111,7 @@ class MatrixGroup:
         self._power = PowerIteration(
             self._plan.matrices,
             self._plan.tiles,
-            widths=_WIDTHS,
+            widths=(BLOCK, [width or BLOCK for width in vectors]),
             batches=batches,
             piggybacks=not self._steers_itself,
             device=self._device,
@@ -111,6 +125,8 @@ class MatrixGroup:
         self._check_kernels(name)
         limits_on = torch.device("cpu") if self._steers_itself else self._device
         self._schedule = Schedule(self._plan, thresholds, limits_on)
+        #: what the parameter groups say of it, as whoever made this read it
+        self.clips: list[tuple[str, int]] = []
         self._cold = True  # nothing is known of the vectors
         self._has_stepped = False
 
@@ -129,9 +145,30 @@ class MatrixGroup:
                 blocks, kernel, certificate, can_undo, plan.buffer_of, self._norm_spans, iters
             )
         tables = Tables(plan, blocks.batches, blocks.operands[_UPDATE], self._device)
+        host_kernel = make(name, blocks)
+        projector = None
+        if self._projected:
+            projector = Projector(
+                self._power, host_kernel, plan, _UPDATE, self._projected, self._device
+            )
         return HostStep(
-            self._power, make(name, blocks), tables, certificate, can_undo, self._norm_spans, iters
+            self._power,
+            host_kernel,
+            tables,
+            certificate,
+            can_undo,
+            self._norm_spans,
+            iters,
+            projector,
         )
+
+    def _read_vectors(self, param_groups: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return how many vectors see the update of every matrix that is projected, else 0."""
+        plan = self._plan
+        if not param_groups:
+            return [0] * len(plan.matrices)
+        pairs = zip(plan.parameters, plan.buffer_of, strict=True)
+        return [self._thresholds.vectors(each, param_groups[number]) for each, number in pairs]
 
     def _check_kernels(self, name: str) -> None:
         """Raise ValueError on a rank whose kernel is not that of the others. Collective.
@@ -219,7 +256,11 @@ class MatrixGroup:
         if not self._has_stepped:
             return {}
         columns = [column.tolist() for column in self._step.measured()]
-        return {name: MatrixStats(*row) for name, *row in zip(self.names, *columns, strict=False)}
+        rows = list(zip(*columns, strict=True))
+        entries = dict(zip(self.names, (MatrixStats(*row[:6]) for row in rows), strict=True))
+        for k in self._projected:
+            entries[self.names[k]] = MatrixStats(*rows[k])
+        return entries
 
     def forget(self) -> None:
         """Take vectors and bounds for unknown at the next step, as at the first."""
@@ -246,12 +287,18 @@ class MatrixGroup:
         """
         records = [saved[name] for name in self.names if name in saved]
         kept = self._power.blocks.kept()
-        shapes = [[block.shape for block in record.blocks] for record in records]
-        if shapes != [[block.shape for block in blocks] for blocks in kept]:
+        if len(records) != len(kept) or not all(
+            are_of_cols(record.blocks, len(blocks), matrix.cols)
+            for record, blocks, matrix in zip(records, kept, self._plan.matrices, strict=True)
+        ):
             return
-        for blocks, record in zip(kept, records, strict=True):
+        is_filled = torch.zeros(len(kept), dtype=torch.bool)
+        for k, (blocks, record) in enumerate(zip(kept, records, strict=True)):
             for block, saved_block in zip(blocks, record.blocks, strict=True):
-                block.copy_(saved_block)
+                is_filled[k] |= saved_block.numel() < block.numel()
+                block.copy_(fitted(saved_block, block.numel(), self._plan.matrices[k]))
         bounds = zip(*(record.bounds for record in records), strict=True)
         self.certificate.restore([torch.stack(column) for column in bounds])
+        # Directions that are new have to be found, as after so many steps without an iteration.
+        self.certificate.age[is_filled.to(self._device)] = COLD_ITERS
         self._cold = False

@@ -10,7 +10,7 @@ from torch import Tensor
 from .matrices import MatrixGroup, MatrixStats
 from .names import ParameterNames
 from .saved import SavedVectors
-from .settings import Settings
+from .settings import Settings, clip_of
 from .steady import Gathered, Members
 from .thresholds import Thresholds
 
@@ -61,7 +61,9 @@ class MatrixGroups:
         amsgrad = any(param_group["amsgrad"] for param_group in members.groups)
         key = tuple(map(id, members.tensors))
         group = self._groups.get(key)
-        if group is None or (group.is_adamw, group.is_amsgrad) != (adamw, amsgrad):
+        clips = [clip_of(param_group, settings) for param_group in members.groups]
+        form = adamw, amsgrad, clips
+        if group is None or (group.is_adamw, group.is_amsgrad, group.clips) != form:
             # It takes the place of older ones over some of these tensors, from before others were
             # frozen or thawed.
             self._groups = {
@@ -73,7 +75,9 @@ class MatrixGroups:
                 settings.power_iters,
                 is_adamw=adamw,
                 is_amsgrad=amsgrad,
+                param_groups=members.param_groups,
             )
+            group.clips = clips
         if self._saved.is_pending:
             self._saved.give(group, steps_done(group.tensors))
         return group

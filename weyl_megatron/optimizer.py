@@ -20,9 +20,12 @@ from .settings import (
     BALANCED,
     check_adamw,
     check_group,
-    check_harmless,
     check_settings,
+    clips_of,
+    project_any,
+    read_group,
     read_tau,
+    restore_clips,
 )
 from .state import (
     check_loaded,
@@ -64,8 +67,8 @@ class AdamW2(torch.optim.AdamW):
     that the ranks hold.
 
     Args:
-        params: parameters, ``(name, parameter)`` pairs, or parameter groups; a group may have its
-            own ``"tau"``.
+        params: parameters, ``(name, parameter)`` pairs, or parameter groups of either; a group may
+            have its own ``"tau"``, ``"clip"`` and ``"vectors"``.
         lr, betas, eps, weight_decay, amsgrad, maximize: as in ``torch.optim.AdamW``, defaults and
             tensors included. No warmup is needed.
         tau: τ > 0; the paper uses 0.01 (GPT) and 0.004 (ViT, Swin). Or ``"balanced"`` (``"auto"``,
@@ -92,6 +95,9 @@ class AdamW2(torch.optim.AdamW):
             "raise", or "off", as torch.optim.AdamW. None: "skip" where an engine has the norm of
             all gradients, so that it costs nothing, else "off".
         nonfinite_limit: RuntimeError after so many skipped steps in a row; None: never.
+        clip: what Rule 1 does to an update that is too large: "scale" (the paper), or "project",
+            which clips the singular values of hidden matrices' updates, as far as ``vectors``
+            (1 to 64, by default 8) see them (docs/projection.md).
         tp_group: the process group of tensor-parallel parameters where no engine tells it.
         model: the module that the parameters belong to, where no engine shows it: it tells
             convolutions, experts and embeddings, and gives names to parameters that have none. It
@@ -131,6 +137,8 @@ class AdamW2(torch.optim.AdamW):
         overrides: Sequence[Mapping[str, Any]] = (),
         nonfinite: str | None = None,
         nonfinite_limit: int | None = None,
+        clip: str = "scale",
+        vectors: int | None = None,
         tp_group: ProcessGroup | None = None,
         model: nn.Module | None = None,
         **others: Any,
@@ -145,6 +153,8 @@ class AdamW2(torch.optim.AdamW):
             overrides=overrides,
             nonfinite=nonfinite,
             nonfinite_limit=nonfinite_limit,
+            clip=clip,
+            vectors=vectors,
             others=others,
         )
         taus = [self._settings.tau, *(override.get("tau") for override in self._settings.overrides)]
@@ -176,12 +186,8 @@ class AdamW2(torch.optim.AdamW):
         self._engine, self._tensors = engine, None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; ``"params"`` may be ``(name, parameter)`` pairs, and ``"tau"`` may
-        be given.
-        """
-        group = dict(param_group)
-        group["tau"] = read_tau("a parameter group's tau", group.get("tau", self._settings.tau))
-        check_harmless(group)
+        """Add a parameter group, as in the constructor's ``params``."""
+        group = read_group(param_group, self._settings)
         self._shares_budget = self._shares_budget or group["tau"] == BALANCED
         names = take_names(group)
         super().add_param_group(group)
@@ -239,8 +245,10 @@ class AdamW2(torch.optim.AdamW):
         for saved in saved_groups:
             check_saved_group(saved)
         taus = [group["tau"] for group in self.param_groups]
+        clips = clips_of(self.param_groups)
         were_named = ["param_names" in group for group in self.param_groups]
         super().load_state_dict(state_dict)
+        restore_clips(self.param_groups, clips)  # those of a checkpoint are of another run
         for group, saved, tau in zip(self.param_groups, saved_groups, taus, strict=True):
             # The checkpoint of an AdamW has none.
             group["tau"] = read_tau("a parameter group's tau", saved.get("tau", tau))
@@ -364,7 +372,8 @@ class AdamW2(torch.optim.AdamW):
         engine = engines.find(known) if self._engine is None else self._engine
         layout = engine.read_layout(known)
         engine.give_norm(self._guard)
-        self._thresholds = Thresholds(self._settings, layout, budget)
+        projects = project_any(self._settings, self.param_groups)
+        self._thresholds = Thresholds(self._settings, layout, budget, projects)
         if not (self._has_noticed or is_adamw(self._settings, self.param_groups)):
             for sentence in self._thresholds.notices():  # guesses that a τ hangs on
                 self._has_noticed = True

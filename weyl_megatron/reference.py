@@ -23,13 +23,16 @@ class BlockPower:
     tiles.
     """
 
-    def __init__(self, name: str, iters: int = 2, width: int = BLOCK) -> None:
+    def __init__(
+        self, name: str, iters: int = 2, width: int = BLOCK, least: int | None = None
+    ) -> None:
         self.name, self.iters, self.width = name, iters, width
+        self.least = (iters + 1) // 2 if least is None else least
         self.block: Tensor | None = None  # (cols, b)
         self.multiplied = torch.empty(0)  # the block before the last iteration
 
     def __call__(self, matrix: Tensor) -> float:
-        iters, least = self.iters, (self.iters + 1) // 2
+        iters, least = self.iters, self.least
         if self.block is None:
             iters = least = max(iters, COLD_ITERS)
             start = start_block(self.name, matrix.shape[1], min(self.width, *matrix.shape))
@@ -107,7 +110,7 @@ class AdamW2Reference:
             if p.ndim == 2
         }
         width = vectors if clip == "project" else None
-        self.blocks = {name: BlockPower(name, 2, width) for name in self.sigma if width}
+        self.blocks = {name: BlockPower(name, 2, width, 2) for name in self.sigma if width}
 
     @torch.no_grad()
     def step(self) -> dict[str, float]:

@@ -33,8 +33,15 @@ SLOW_TAU = 0.05
 #: times as large as the smallest singular value that they see (docs/projection.md).
 UNSEEN = 1.25
 
+#: What σ₁ takes for rounding (``ritz.INDEPENDENT``) is still a direction to be clipped: at this
+#: share of it a singular value is known to 1 %.
+_ROUNDING = 1e-2
+
 #: Below this share of the largest, a squared singular value that was seen is rounding.
 _NOTHING = 1e-10
+
+#: More than what sums of squares in float32 may be off by, relative.
+_SUMS = 1e-5
 
 
 def clipped_rates(
@@ -83,14 +90,13 @@ def project(
     gram_y, gram_z = grams
     total = (gram_y + gram_z).sum((-2, -1))
     is_finite = (total - total == 0)[:, None, None]
-    basis = ritz.basis_of(torch.where(is_finite, gram_y, 0), eps)
+    basis = ritz.basis_of(torch.where(is_finite, gram_y, 0), _ROUNDING * eps)
     inner = torch.where(is_finite, basis.mT @ gram_z @ basis, 0)
     squares, vectors = torch.linalg.eigh(inner)  # ascending
     is_seen = (squares > _NOTHING * squares[:, -1:]) & (squares > 0)
     theta = torch.where(is_seen, squares, 0).sqrt()
     rest = (norm.square() - theta.square().sum(-1)).clamp(min=0)
-    smallest = torch.where(is_seen, theta, torch.inf).amin(-1)  # infinite where none is seen
-    unseen = torch.minimum(UNSEEN * smallest, norm)
+    unseen = _unseen(theta, is_seen, norm, rest)
     unseen = torch.where(is_whole & is_seen.all(-1), 0, unseen)
     rate = torch.minimum(lr, bound / unseen)
     kept = torch.minimum(lr[:, None] * theta, bound[:, None])
@@ -103,6 +109,24 @@ def project(
         clipped=(lr[:, None] * theta > bound[:, None]).sum(-1),
         share=after.sqrt() / (lr * norm),
     )
+
+
+def _unseen(theta: Tensor, is_seen: Tensor, norm: Tensor, rest: Tensor) -> Tensor:
+    """Return what the largest singular value of the part that vectors do not see is taken for.
+
+    Args:
+        theta, is_seen: the singular values that they see, and which of them are none.
+        norm, rest: ‖U‖_F, and the squared norm of the part that they do not see.
+    """
+    smallest = torch.where(is_seen, theta, torch.inf).amin(-1)  # infinite where none is seen
+    return torch.minimum(UNSEEN * smallest, (rest + _SUMS * norm.square()).sqrt())
+
+
+def decay_rates(lr: Tensor, clip: Projected) -> Tensor:
+    """Return what multiplies λ W where singular values are clipped: α times the share of the update
+    that is left, as a clipped rate does.
+    """
+    return lr * clip.share
 
 
 def random_sigma(rows: int, cols: int, std: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import isnan
@@ -28,13 +28,19 @@ _HARMLESS: dict[str, tuple[Any, ...] | None] = {
 
 _OPTIONS = (
     "lr, betas, eps, weight_decay, amsgrad, maximize, tau, power_iters, floor_std, clip_vectors, "
-    "io, overrides, nonfinite, nonfinite_limit, tp_group, model"
+    "io, overrides, nonfinite, nonfinite_limit, clip, vectors, tp_group, model"
 )
-_OVERRIDES = {"match", "tau", "exempt", "fused", "kind"}
+_OVERRIDES = {"match", "tau", "exempt", "fused", "kind", "clip", "vectors"}
 _KINDS = ("convolution", "experts")
 
 #: The τ that needs no tuning: hidden matrices share a budget.
 BALANCED = "balanced"
+
+#: What Rule 1 does to an update that is too large: it scales it, or clips its singular values.
+SCALE, PROJECT = "scale", "project"
+
+#: Vectors that see an update whose singular values are clipped: by default, and at most.
+VECTORS, MOST_VECTORS = 8, 64
 
 #: Its spellings. The second is taken, too, but not advised: Hugging Face fills in, or refuses,
 #: every "auto" that it finds in a DeepSpeed JSON.
@@ -53,6 +59,8 @@ class Settings:
     overrides: tuple[Mapping[str, Any], ...]
     nonfinite: str | None = None
     nonfinite_limit: int | None = None
+    clip: str = SCALE
+    vectors: int | None = None
 
     def override(self, name: str, key: str, default: Any = None) -> Any:
         """Return what the last override that matches ``name`` says of ``key``, or ``default``."""
@@ -82,6 +90,8 @@ def check_settings(
     others: Mapping[str, Any],
     nonfinite: Any = None,
     nonfinite_limit: Any = None,
+    clip: Any = SCALE,
+    vectors: Any = None,
 ) -> Settings:
     """Return the settings.
 
@@ -122,16 +132,84 @@ def check_settings(
             f"AdamW2: nonfinite_limit got {nonfinite_limit!r}, it takes a whole number from 1 on, "
             "or None."
         )
+    check_clip(clip, vectors, clip)
     return Settings(
         tau=tau,
         power_iters=power_iters,
         floor_std=float(floor_std),
         clip_vectors=clip_vectors,
         io=None if io is None else tuple(io),
-        overrides=_check_overrides(overrides),
+        overrides=_check_overrides(overrides, clip),
         nonfinite=nonfinite,
         nonfinite_limit=nonfinite_limit,
+        clip=clip,
+        vectors=vectors,
     )
+
+
+def check_clip(clip: Any, vectors: Any, applies: Any, holder: str = "") -> None:
+    """Check what is done to an update that is too large, where it is given.
+
+    Args:
+        clip, vectors: what was given; None: nothing.
+        applies: the clip that holds beside ``vectors``.
+        holder: what says so, for sentences.
+
+    Raises:
+        ValueError: one of them is impossible, or there are vectors for nothing.
+    """
+    if clip is not None and clip not in (SCALE, PROJECT):
+        raise ValueError(f"AdamW2: {holder}clip got {clip!r}, it takes '{SCALE}' or '{PROJECT}'.")
+    if vectors is None:
+        return
+    if type(vectors) is not int or not 1 <= vectors <= MOST_VECTORS:
+        raise ValueError(
+            f"AdamW2: {holder}vectors got {vectors!r}, it takes a whole number from 1 to "
+            f"{MOST_VECTORS}."
+        )
+    if applies != PROJECT:
+        raise ValueError(
+            f"AdamW2: {holder}vectors got {vectors!r} beside clip '{applies}', it takes clip "
+            f"'{PROJECT}'."
+        )
+
+
+def clip_of(group: Mapping[str, Any], settings: Settings) -> tuple[str, int]:
+    """Return the clip of a parameter group and its vectors, the optimizer's where it has none."""
+    vectors = group.get("vectors", settings.vectors)
+    return group.get("clip", settings.clip), VECTORS if vectors is None else vectors
+
+
+def project_any(settings: Settings, groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether hidden matrices of a parameter group may have their singular values clipped."""
+    return any(clip_of(group, settings)[0] == PROJECT for group in groups)
+
+
+def clips_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what every parameter group has of its own of ``clip`` and ``vectors``."""
+    return [{key: group[key] for key in ("clip", "vectors") if key in group} for group in groups]
+
+
+def restore_clips(
+    groups: Sequence[MutableMapping[str, Any]], clips: Sequence[Mapping[str, Any]]
+) -> None:
+    """Give every parameter group what :func:`clips_of` returned, and nothing else of it."""
+    for group, clip in zip(groups, clips, strict=True):
+        group.pop("clip", None)
+        group.pop("vectors", None)
+        group.update(clip)
+
+
+def read_group(group: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Return a parameter group that is added, with the options that it has of its own checked.
+
+    Raises:
+        ValueError: one of them is impossible.
+    """
+    holder, (clip, _) = "a parameter group's ", clip_of(group, settings)
+    check_clip(clip, group.get("vectors"), clip, holder)
+    check_harmless(group)
+    return {**group, "tau": read_tau(f"{holder}tau", group.get("tau", settings.tau))}
 
 
 def check_harmless(given: Mapping[str, Any]) -> None:
@@ -157,6 +235,7 @@ def check_group(group: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"AdamW2: a parameter group's {key} got {group[key]!r}, it takes numbers."
             )
+    check_clip(group.get("clip"), group.get("vectors"), PROJECT, "a parameter group's ")
 
 
 def check_adamw(
@@ -230,7 +309,7 @@ def read_tau(key: str, tau: Any) -> float | str:
     return number
 
 
-def _check_overrides(overrides: Any) -> tuple[Mapping[str, Any], ...]:
+def _check_overrides(overrides: Any, clip: str) -> tuple[Mapping[str, Any], ...]:
     if isinstance(overrides, (str, Mapping)) or not isinstance(overrides, Sequence):
         raise ValueError(
             f"AdamW2: overrides got {overrides!r}, it takes a list of {{'match': pattern, …}}."
@@ -244,6 +323,8 @@ def _check_overrides(overrides: Any) -> tuple[Mapping[str, Any], ...]:
             )
         for key, value in override.items():
             _check_override(key, value)
+        of_override, vectors = override.get("clip"), override.get("vectors")
+        check_clip(of_override, vectors, override.get("clip", clip), "overrides' ")
     return tuple(
         {key: read_tau(key, value) if key == "tau" else value for key, value in override.items()}
         for override in overrides
@@ -254,7 +335,7 @@ def _check_override(key: Any, value: Any) -> None:
     if key not in _OVERRIDES:
         raise ValueError(
             f"AdamW2: overrides got the key {key!r}, it takes 'match', 'tau', 'exempt', 'fused', "
-            "'kind'."
+            "'kind', 'clip', 'vectors'."
         )
     if key == "tau":
         read_tau("overrides' tau", value)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -31,7 +31,7 @@ from .rule import (
     random_sigma,
     xavier_std,
 )
-from .settings import BALANCED, Settings, read_tau
+from .settings import BALANCED, PROJECT, SCALE, Settings, clip_of, read_tau
 from .transformer.roles import io_parameters, is_io_name
 
 #: What :class:`weyl_megatron.names.ParameterNames` calls parameters that have no name.
@@ -66,13 +66,16 @@ class Thresholds:
         settings: the optimizer's.
         layout: every parameter of the model, on this tensor-parallel rank whole.
         auto: whether any parameter group or override uses tau="balanced".
+        projects: whether any of them uses clip="project", which hidden matrices take.
 
     Raises:
         ValueError: an override matches nothing; or tau="balanced", and nothing says which
             parameters are embeddings and head, or how many matrices the other ranks have.
     """
 
-    def __init__(self, settings: Settings, layout: Layout, auto: bool) -> None:
+    def __init__(
+        self, settings: Settings, layout: Layout, auto: bool, projects: bool = False
+    ) -> None:
         if layout.is_part and auto:
             raise ValueError(
                 "AdamW2: tau got 'balanced', but a pipeline stage or a rank of experts does not "
@@ -103,17 +106,20 @@ class Thresholds:
             parameter.name: _Known(self._count(parameter), parameter.kind)
             for parameter in parameters
         }
-        if layout.gather is not None and (auto or settings.overrides):
+        if layout.gather is not None and (auto or projects or settings.overrides):
             ranks = layout.gather(known)
             known = {name: entry for of_rank in ranks for name, entry in of_rank.items()}
         stepped = ((name, entry.matrices) for name, entry in known.items())
         counts = {name: matrices for name, matrices in stepped if matrices is not None}
         if not layout.is_part:  # else a pattern may be meant for parameters that other ranks have
             settings.check_matches(list(counts))
-        if auto:
+        self._shares_budget = auto
+        if auto or projects:
             kinds = {name: Kind("vector") for name, count in counts.items() if count == 0}
             kinds |= {name: entry.kind for name, entry in known.items() if entry.kind is not None}
-            self._io = io_parameters(counts, kinds, settings.io)
+            option = f"tau got '{BALANCED}'" if auto else f"clip got '{PROJECT}'"
+            is_part = layout.is_part and not auto
+            self._io = io_parameters(counts, kinds, settings.io, option, is_part=is_part)
             frozen = {parameter.name for parameter in parameters if parameter.is_frozen}
             self._hidden = sum(
                 count for name, count in counts.items() if name not in self._io | frozen
@@ -219,6 +225,34 @@ class Thresholds:
         elif parameter.kind is not None and parameter.kind.form == "experts" != guess:
             self._guesses[parameter.name] = shape, "doubtful experts"
 
+    def vectors(self, parameter: Parameter, group: Mapping[str, Any]) -> int:
+        """Return how many vectors see the updates of a parameter's matrices, if their singular
+        values are clipped, else 0.
+
+        Hidden matrices are projected, and what an override says is. A vector has one singular
+        value, so that scaling it is the same.
+
+        Args:
+            parameter: one that has matrices.
+            group: its parameter group.
+
+        Raises:
+            ValueError: ``group`` came to ask for it after construction.
+        """
+        of_group, vectors = clip_of(group, self._settings)
+        of_override = self._settings.override(parameter.name, "clip")
+        is_vector = parameter.is_vector or (of_override or of_group) != PROJECT
+        if is_vector:
+            return 0
+        if of_override is None and self._io is None:
+            raise ValueError(
+                f"AdamW2: a parameter group's clip became '{PROJECT}' after construction, it takes "
+                f"'{SCALE}' now."
+            )
+        if of_override is None and self._io is not None and parameter.name in self._io:
+            return 0
+        return int(self._settings.override(parameter.name, "vectors", vectors))
+
     def floor_and_tau(
         self, parameter: Parameter, rows: int, cols: int, tau: float | str
     ) -> tuple[float, float]:
@@ -235,7 +269,7 @@ class Thresholds:
         )
         if tau != BALANCED:
             return self._floor(parameter, rows, cols), float(tau)
-        if self._io is None:
+        if self._io is None or not self._shares_budget:
             raise ValueError(
                 "AdamW2: a parameter group's tau became 'balanced' after construction, it takes a "
                 "number now."

@@ -80,11 +80,11 @@ class Case:
 
 
 class Copy:
-    def __init__(self, case: Case, kernel: str) -> None:
+    def __init__(self, case: Case, kernel: str, widths: tuple[int, int] = (4, 4)) -> None:
         self.case = case
         batches = [range(len(case.specs))]
         self.blocks = Blocks(
-            case.specs, case.tiles, (4, 4), batches, False, torch.device("cpu"), torch.float32
+            case.specs, case.tiles, widths, batches, False, torch.device("cpu"), torch.float32
         )
         self.kernel: Kernel = (CpuKernel if kernel == "fused" else PlainKernel)(self.blocks)
         self.sums = torch.zeros(len(case.specs), 3, dtype=torch.float64)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..environment import KERNEL, LOG
 from ..spectral.blocks import Blocks, Table
 from ..spectral.power import Products
+from ..spectral.seen import Seen
 from ..spectral.tiles import Tile
 from .plain import PlainKernel
 from .stepped import Stepped
@@ -77,6 +78,19 @@ class Kernel(Products, Protocol):
     def move(self, table: Table, mask: Tensor, rates: Tensor, sums: Tensor) -> None:
         """W ← W − α_W λ W − α_W U at ``rates``, float64 ``(matrices,)``; add to Σ w² after the
         step.
+        """
+
+    def project(
+        self, table: Table, mask: Tensor, rates: Sequence[Tensor], sums: Tensor, seen: Seen
+    ) -> None:
+        """W ← W − α_d λ W − (rate · U + Y C), of what ``seen`` holds; add to Σ w² after the step.
+
+        Args:
+            table: of ``seen``'s places, whose last column is whether a tile is measured here.
+            mask: the matrices.
+            rates: what multiplies U and what multiplies λ, float64 ``(matrices,)`` each.
+            sums: see above.
+            seen: X, C and the Y of cut rows.
         """
 
 

@@ -29,6 +29,7 @@ from ..spectral.blocks import Blocks, Table
 from ..spectral.iterations import Iterations
 from ..spectral.power import BLOCK
 from ..spectral.ritz import INDEPENDENT
+from ..spectral.seen import Seen
 from .stepped import Hyper, Stepped
 
 #: What the compiler is given; it includes the headers in the folder of the same name.
@@ -114,6 +115,12 @@ class CpuKernel:
     def move(self, table: Table, mask: Tensor, rates: Tensor, sums: Tensor) -> None:
         state = self._buffers, self._hypers
         self._call("move", *_table(table), mask, self._count, *state, rates, sums)
+
+    def project(
+        self, table: Table, mask: Tensor, rates: Sequence[Tensor], sums: Tensor, seen: Seen
+    ) -> None:
+        state, arena = (self._buffers, self._hypers), (seen.x, seen.z, seen.left)
+        self._call("project", *_table(table), mask, self._count, *state, *arena, *rates, sums)
 
     def multiply(self, operand: int, table: Table, mask: Tensor) -> None:
         self._multiply(operand, table, mask, is_back=0)

@@ -12,11 +12,13 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "cpu_step/adamw.h"
 #include "cpu_step/algebra.h"
 #include "cpu_step/measure.h"
 #include "cpu_step/products.h"
+#include "cpu_step/project.h"
 #include "cpu_step/shares.h"
 #include "cpu_step/tables.h"
 
@@ -86,6 +88,27 @@ void weyl_move(const Tile *tiles, int64_t count, const uint8_t *moved, int64_t m
                                          buffer.exp_avg + at, buffer.exp_avg_sq + at, length);
             if (tile.width) partial.of(tile, thread)[2] += after;
         });
+    });
+    partial.add_to(sums);
+}
+
+// As weyl_move, of matrices whose singular values are clipped; z holds their C. `counts` of a tile
+// is whether it is measured here.
+void weyl_project(const Tile *tiles, int64_t count, const uint8_t *moved, int64_t matrices,
+                  const Buffer *buffers, const Hyper *hypers, const float *x, float *z, float *left,
+                  const double *rates, const double *decays, double *sums, int threads) {
+    const Arena arena{x, z, left};
+    const Shares shares(tiles, count, moved, false, threads);
+    Sums partial(matrices, shares.threads);
+    std::vector<Room> rooms(shares.threads);
+    share(tiles, count, shares, [&](const Tile &tile, int64_t row, int64_t stop, int thread) {
+        const Buffer &buffer = buffers[tile.buffer];
+        const Hyper &hyper = hypers[tile.buffer];
+        if (!buffer.exp_avg) return;
+        const float decay = float(1 - decays[tile.matrix] * hyper.weight_decay);
+        const double after = project_tile(tile, row, stop, buffer, hyper, arena,
+                                          float(rates[tile.matrix]), decay, rooms[thread]);
+        if (tile.counts) partial.of(tile, thread)[2] += after;
     });
     partial.add_to(sums);
 }

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..spectral.blocks import COLUMNS, Blocks, Table
 from ..spectral.power import TorchProducts, multiply_band, rows_of
+from ..spectral.seen import Seen
 from ..spectral.tiles import Tile
 from .stepped import Stepped, flat
 from .torch_adamw import adamw_direction, adamw_moments, adamw_move, adamw_undo
@@ -85,6 +86,23 @@ class PlainKernel:
                 adamw_move(band.weight, band.exp_avg, band.second, stepped.hyper, rate)
                 if measured:
                     sums[tile.matrix, 2] += _squares(band.weight)
+
+    def project(
+        self, table: Table, mask: Tensor, rates: Sequence[Tensor], sums: Tensor, seen: Seen
+    ) -> None:
+        counts = table.columns[:, COLUMNS.index("counts")]
+        chosen, measured, of_update, of_decay = _read(mask, counts, *rates)
+        for tile, stepped, is_measured in self._tiles(table, chosen, measured):
+            k, hyper = tile.matrix, stepped.hyper
+            for band in _bands(self._weights, tile, stepped):
+                update = adamw_direction(band.exp_avg, band.second, hyper)
+                change = seen.change(tile, band.row, update.to(seen.x.dtype))
+                change = change + of_update[k] * update
+                if hyper.weight_decay != 0:
+                    band.weight.mul_(1 - of_decay[k] * hyper.weight_decay)
+                band.weight.sub_(change)
+                if is_measured:
+                    sums[k, 2] += _squares(band.weight)
 
     def _chosen(
         self, table: Table, mask: Tensor, *, rest: bool = False

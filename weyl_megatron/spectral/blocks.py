@@ -84,9 +84,15 @@ class Table(NamedTuple):
 class Operand:
     """The blocks of one operand: one σ₁ per matrix."""
 
-    def __init__(self, matrices: Sequence[MatrixSpec], cut: Sequence[Tensor], width: int) -> None:
+    def __init__(
+        self,
+        matrices: Sequence[MatrixSpec],
+        cut: Sequence[Tensor],
+        width: int | Sequence[int],
+    ) -> None:
         self.matrices, self._cut = matrices, cut
-        self.widths = [min(width, matrix.rows, matrix.cols) for matrix in self.matrices]
+        each = [width] * len(matrices) if isinstance(width, int) else width
+        self.widths = [min(w, m.rows, m.cols) for w, m in zip(each, matrices, strict=True)]
         self.x_at = [0] * len(self.matrices)
         self.z_at = [0] * len(self.matrices)
         self.left_at = [0] * len(self.matrices)
@@ -164,7 +170,8 @@ class Blocks:
     Args:
         matrices: all of them, in an order that the ranks share.
         tiles: the pieces that this rank holds.
-        widths: vectors per matrix, for each operand (fewer where the matrix is smaller).
+        widths: vectors per matrix, for each operand, as one number or one for each matrix (fewer
+            where the matrix is smaller).
         batches: the numbers of the matrices that are measured together; each matrix is in one
             batch.
         piggybacks: whether a number per matrix travels along with the first sums of ``left``.
@@ -178,7 +185,7 @@ class Blocks:
         self,
         matrices: Sequence[MatrixSpec],
         tiles: Sequence[Tile],
-        widths: Sequence[int],
+        widths: Sequence[int | Sequence[int]],
         batches: Sequence[Sequence[int]],
         piggybacks: bool,
         device: torch.device,
@@ -333,6 +340,27 @@ def start_block(name: str, cols: int, width: int) -> Tensor:
     )
     orthonormal: Tensor = torch.linalg.qr(noise.T).Q
     return orthonormal
+
+
+def are_of_cols(blocks: Sequence[Tensor], count: int, cols: int) -> bool:
+    """Whether these are as many blocks, of any width, of a matrix of so many columns."""
+    sizes = [block.numel() for block in blocks]
+    return len(sizes) == count and all(size and size % cols == 0 for size in sizes)
+
+
+def fitted(block: Tensor, size: int, matrix: MatrixSpec) -> Tensor:
+    """Return a flat block, as another run kept it, with ``size`` elements: its first vectors, or
+    all of them and directions of the start block that are orthonormal to them.
+    """
+    if block.numel() >= size:
+        return block.flatten()[:size]
+    kept = block.view(-1, matrix.cols).double()
+    fresh = start_block(matrix.name, matrix.cols, size // matrix.cols).T.to(kept.device)
+    fresh = fresh[len(kept) :]
+    basis = torch.linalg.qr(kept.T).Q  # what was kept is rounded
+    for _ in range(2):
+        fresh = fresh - (fresh @ basis) @ basis.T
+    return torch.cat([kept, torch.linalg.qr(fresh.T).Q.T]).flatten()
 
 
 def _cut_rows(

@@ -28,6 +28,7 @@ from .blocks import Blocks, MatrixSpec, Operand, Table
 from .collectives import Span, all_reduce_spans, start_all_reduce
 from .iterations import Iterations
 from .ritz import gain, gram, is_seen, largest_ratio, next_block
+from .seen import Seen
 from .tiles import Tile
 
 #: Vectors per matrix. One alone is late where the top direction changes, and its dangerous error,
@@ -67,7 +68,7 @@ class PowerIteration:
         matrices: every matrix that any rank of the groups holds a piece of, in the same order on
             all of them.
         tiles: the pieces that this rank holds; may be empty.
-        widths: vectors per matrix, for each operand.
+        widths: vectors per matrix, for each operand, as one number or one for each matrix.
         batches: which matrices are measured together; None: all.
         iters: iterations once the vectors are warm.
         least: those that are made even where the last one gained next to nothing
@@ -83,7 +84,7 @@ class PowerIteration:
         matrices: Sequence[MatrixSpec],
         tiles: Sequence[Tile],
         *,
-        widths: Sequence[int] = (BLOCK,),
+        widths: Sequence[int | Sequence[int]] = (BLOCK,),
         batches: Sequence[Sequence[int]] | None = None,
         iters: int = 2,
         least: int | None = None,
@@ -107,6 +108,8 @@ class PowerIteration:
         self.gain = torch.zeros_like(self.sigma)  #: of the last iteration of each, see ritz.gain
         #: the sums that travelled along
         self.piggybacked = torch.zeros(len(matrices), dtype=torch.float64, device=device)
+        #: keeps what the last iterations saw, where that is wanted
+        self.seen: Seen | None = None
         self._iters, self._least = iters, iters if least is None else least
         self._warm = False
 
@@ -158,6 +161,8 @@ class PowerIteration:
             for o, mask in making.items():  # Z of the rows that are cut
                 products.multiply_back(o, blocks.operands[o].cut[batch], mask)
             all_reduce_spans(blocks.z, self._sums_of_z(batch, making))
+            if self.seen is not None and self.seen.number in making:
+                self.seen.keep(batch, making[self.seen.number])
             for o, mask in making.items():  # σ₁, and the next X
                 more = iterations.may_follow(number, o)
                 products.orthonormalize(o, batch, mask, more, self.sigma[o], self.gain[o])

@@ -54,6 +54,13 @@ def gram(z: Tensor) -> Tensor:
     return z @ z.mT
 
 
+def products(factors: Tensor, z: Tensor) -> Tensor:
+    """Return each factor times its Z, ``(matrices, b, cols)``; see :func:`gram`."""
+    if is_seen(z):
+        return torch.stack([factor @ each for factor, each in zip(factors, z, strict=True)])
+    return factors @ z
+
+
 def largest_ratio(gram_y: Tensor, gram_z: Tensor, eps: float) -> Tensor:
     """Return max over c of ‖Z c‖ / ‖Y c‖: σ₁ of W on the span of Y, never above σ₁(W) but for
     rounding, ``(...,)``. NaN where a Gram matrix is not finite, 0 where Y is.

@@ -29,6 +29,9 @@ def io_parameters(
     names: Iterable[str],
     model: nn.Module | Mapping[str, Kind] | None,
     patterns: Sequence[str] | None,
+    option: str = "tau got 'balanced'",
+    *,
+    is_part: bool = False,
 ) -> set[str]:
     """Return the names of the parameters that are embeddings, positions or head.
 
@@ -42,6 +45,8 @@ def io_parameters(
         model: the model, or what :func:`kinds_of` says of all of its parameters; None: it is not
             seen.
         patterns: of names, ``fnmatch``.
+        option: what wants to know, for the sentence.
+        is_part: whether other ranks have other parameters, and perhaps all of those.
 
     Raises:
         ValueError: nothing tells; or a pattern matches no name. A model that keeps matrices frozen
@@ -64,9 +69,9 @@ def io_parameters(
     is_partly_frozen = any(kind.form != "vector" for kind in frozen)
     are_adapters = (name in adapters or _is_vector(kinds.get(name)) for name in names)
     is_adapted = bool(names) and all(are_adapters)
-    if not (io or is_partly_frozen or is_adapted):
+    if not (io or is_partly_frozen or is_adapted or is_part):
         raise ValueError(
-            f"AdamW2: tau got 'balanced', but nothing tells which of the {len(names)} parameters "
+            f"AdamW2: {option}, but nothing tells which of the {len(names)} parameters "
             "are embeddings or head; it takes model.named_parameters() in place of "
             "model.parameters(), model=model, or io=[patterns of their names] ([] where there are "
             "none)."

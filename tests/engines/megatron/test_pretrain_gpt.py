@@ -78,6 +78,7 @@ def test_every_flag_arrives() -> None:
         "--adamw2-clip-vectors --adamw2-no-split-fused"
     )
     flags += " --adamw2-nonfinite raise --adamw2-nonfinite-limit 3"
+    flags += " --adamw2-clip project --adamw2-vectors 12"
     more = ["--adamw2-io", "*.wte", "*.head", "--adamw2-overrides", '[{"match": "*", "tau": 0.2}]']
     assert arguments.options_of(parse("--optimizer", "adamw2", *flags.split(), *more)) == {
         "tau": 0.1,
@@ -88,6 +89,8 @@ def test_every_flag_arrives() -> None:
         "overrides": [{"match": "*", "tau": 0.2}],
         "nonfinite": "raise",
         "nonfinite_limit": 3,
+        "clip": "project",
+        "vectors": 12,
         "split_fused": False,
     }
     for word in ("balanced", "auto"):

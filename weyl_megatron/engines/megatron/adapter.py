@@ -46,6 +46,8 @@ def enable(
     overrides: Sequence[Mapping[str, Any]] = (),
     nonfinite: str | None = None,
     nonfinite_limit: int | None = None,
+    clip: str = "scale",
+    vectors: int | None = None,
     split_fused: bool = True,
 ) -> None:
     """Make ``OptimizerConfig(optimizer="adamw2")`` build AdamW² in this process, from now on.
@@ -55,9 +57,9 @@ def enable(
     imported, and again for other options.
 
     Args:
-        tau, power_iters, floor_std, clip_vectors, io, overrides, nonfinite, nonfinite_limit: as in
-            :class:`weyl_megatron.AdamW2`. Patterns match the names that parameters have in the
-            whole model, such as ``decoder.layers.7.mlp.linear_fc2.weight``.
+        tau, power_iters, floor_std, clip_vectors, io, overrides, nonfinite, nonfinite_limit, clip,
+            vectors: as in :class:`weyl_megatron.AdamW2`. Patterns match the names that parameters
+            have in the whole model, such as ``decoder.layers.7.mlp.linear_fc2.weight``.
         split_fused: treat q, k and v of linear_qkv, k and v of linear_kv, gate and up of a gated
             linear_fc1 as matrices of their own; False: as one.
 
@@ -75,6 +77,8 @@ def enable(
         "overrides": overrides,
         "nonfinite": nonfinite,
         "nonfinite_limit": nonfinite_limit,
+        "clip": clip,
+        "vectors": vectors,
     }
     check_settings(**given, others={})
     if not isinstance(split_fused, bool):

@@ -16,7 +16,7 @@ from inspect import signature
 from types import ModuleType
 from typing import Any
 
-from ...settings import check_settings
+from ...settings import PROJECT, SCALE, VECTORS, check_settings
 from .adapter import NAME, enable
 
 _PREFIX = f"{NAME}_"
@@ -85,6 +85,17 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "type": _number,
         "metavar": "N",
         "help": "Stop after N skipped steps in a row.",
+    },
+    "clip": {
+        "choices": [SCALE, PROJECT],
+        "help": "What becomes of an update that is too large: all or its singular values shrink.",
+    },
+    "vectors": {
+        "type": _number,
+        "metavar": "N",
+        "help": (
+            f"Vectors that see an update for --adamw2-clip {PROJECT}; {VECTORS} where not given."
+        ),
     },
     "split_fused": {
         "action": "store_false",

@@ -8,42 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#include "eigen.h"
 #include "tables.h"
 
 namespace {
-
-// The eigenvalues and vectors of a symmetric matrix of b rows, by Jacobi's rotations; a is
-// destroyed, v gets them as columns.
-void eigen(int b, double *a, double *v) {
-    for (int i = 0; i < b; i++)
-        for (int j = 0; j < b; j++) v[i * b + j] = i == j;
-    for (int sweep = 0; sweep < 30; sweep++) {
-        double off = 0, on = 0;
-        for (int i = 0; i < b; i++)
-            for (int j = 0; j < b; j++) (i == j ? on : off) += a[i * b + j] * a[i * b + j];
-        if (off <= 1e-32 * on) return;
-        for (int p = 0; p < b; p++)
-            for (int q = p + 1; q < b; q++) {
-                if (a[p * b + q] == 0) continue;
-                const double theta = (a[q * b + q] - a[p * b + p]) / (2 * a[p * b + q]);
-                const double t =
-                    (theta >= 0 ? 1 : -1) / (std::fabs(theta) + std::sqrt(theta * theta + 1));
-                const double c = 1 / std::sqrt(t * t + 1), s = t * c;
-                for (int k = 0; k < b; k++) {
-                    const double x = a[k * b + p], y = a[k * b + q];
-                    a[k * b + p] = c * x - s * y, a[k * b + q] = s * x + c * y;
-                }
-                for (int k = 0; k < b; k++) {
-                    const double x = a[p * b + k], y = a[q * b + k];
-                    a[p * b + k] = c * x - s * y, a[q * b + k] = s * x + c * y;
-                }
-                for (int k = 0; k < b; k++) {
-                    const double x = v[k * b + p], y = v[k * b + q];
-                    v[k * b + p] = c * x - s * y, v[k * b + q] = s * x + c * y;
-                }
-            }
-    }
-}
 
 // spectral/ritz.py: largest_ratio. The first argument is destroyed.
 double largest_ratio(int b, double *gram_y, const double *gram_z, double independent) {
@@ -112,7 +80,7 @@ void gram_of(int b, const float *z, int64_t n, double *gram) {
 // X = L⁻¹ Z where Zᵀ Z = L Lᵀ; false where the vectors are too close to parallel for that.
 bool by_cholesky(int b, int64_t n, const float *z, float *x, const double *gram) {
     constexpr double FAR_FROM_PARALLEL = 1e-2;
-    double lower[MOST][MOST] = {}, inverse[MOST][MOST] = {};
+    double lower[MOST][MOST], inverse[MOST][MOST];
     for (int i = 0; i < b; i++) {
         for (int j = 0; j <= i; j++) {
             double rest = gram[i * b + j];

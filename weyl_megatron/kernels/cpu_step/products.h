@@ -21,7 +21,7 @@ struct Targets {
         int64_t matrix = -1;
         Tile tile;
         Room z;
-        double gram[MOST * MOST] = {};
+        std::vector<double> gram;
     };
     const Arena &arena;
     std::vector<Slot> slots;  // two a thread
@@ -55,7 +55,7 @@ struct Adding {
         flush();
         matrix = next.matrix, tile = next, is_own = own;
         if (own) {
-            std::fill(gram, gram + MOST * MOST, 0.0);
+            std::fill(gram, gram + next.width * next.width, 0.0);
             sum = gram;
             target.z = targets.arena.z;
         } else {
@@ -63,7 +63,8 @@ struct Adding {
                 targets.slots[2 * thread + (targets.slots[2 * thread].matrix >= 0)];
             slot.matrix = matrix, slot.tile = next;
             slot.z.resize(next.width * next.n);
-            sum = slot.gram;
+            slot.gram.assign(next.width * next.width, 0.0);
+            sum = slot.gram.data();
             // so that offsets of the arena fit both
             target.z = slot.z.at - (next.gram - next.width * next.n);
         }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "adamw.h"
 #include "tables.h"
@@ -109,6 +110,25 @@ void back(const float *const *rows, float *z, int64_t n, int64_t cols, const flo
             for (int r = 0; r < R; r++) z[j * n + c] += y[r][j] * rows[r][c];
 }
 
+// Columns of y from j on.
+template <typename Y>
+inline auto from(Y (*y)[MOST], int64_t j) {
+    return reinterpret_cast<Y(*)[MOST]>(&y[0][j]);
+}
+
+// Runs f with a constant, the next FEW or fewer of `rest` vectors.
+template <typename F>
+inline void some(int64_t rest, const F &f) {
+    if (rest >= FEW)
+        f(std::integral_constant<int, FEW>());
+    else if (rest == 3)
+        f(std::integral_constant<int, 3>());
+    else if (rest == 2)
+        f(std::integral_constant<int, 2>());
+    else if (rest == 1)
+        f(std::integral_constant<int, 1>());
+}
+
 // Where a thread adds the sums of one matrix: straight to it where no other thread has a part of
 // it, or to a slot.
 struct Target {
@@ -151,6 +171,67 @@ float multiply_rows(bool is_back, const Tile &tile, int64_t row, const Hyper &hy
     return squares;
 }
 
+// The same of more than FEW vectors, so many at a time: the rows are formed once, and stay in the
+// cache.
+template <Source source, int R>
+float multiply_wide_rows(bool is_back, const Tile &tile, int64_t row, const Hyper &hyper,
+                         const Row *rows, const Arena &arena, const Target &target, double *gram,
+                         int64_t ahead) {
+    const int width = int(tile.width);
+    float y[R][MOST], squares = 0;
+    const float *formed[R];
+    Row again[R] = {};
+    for (int r = 0; r < R; r++) again[r].w = formed[r] = rows[r].read(source);
+    float *left = tile.left < 0 ? nullptr : arena.left + tile.left + row * width;
+    if (is_back) {
+        if (source != WEIGHTS)
+            squares = forward<source, R, 0>(hyper, rows, nullptr, 0, tile.cols, y, ahead);
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < width; j++) y[r][j] = left[r * width + j];
+    } else {
+        const float *x = arena.x + tile.x;
+        squares = forward<source, R, FEW>(hyper, rows, x, tile.n, tile.cols, y, ahead);
+        for (int j = FEW; j < width; j += FEW)
+            some(width - j, [&](auto few) {
+                forward<WEIGHTS, R, few()>(hyper, again, x + j * tile.n, tile.n, tile.cols,
+                                           from(y, j), 0);
+            });
+        if (tile.left >= 0) {
+            for (int r = 0; r < R; r++)
+                for (int j = 0; j < width; j++) {
+                    float &sum_ = left[r * width + j];
+#pragma omp atomic
+                    sum_ += y[r][j];
+                }
+            return squares;
+        }
+    }
+    if (!is_back || tile.counts)
+        for (int r = 0; r < R; r++)
+            for (int i = 0; i < width; i++)
+                for (int j = 0; j < width; j++) gram[i * width + j] += double(y[r][i]) * y[r][j];
+    for (int j = 0; j < width; j += FEW)
+        some(width - j, [&](auto few) {
+            back<R, few()>(formed, target.z + tile.z + j * tile.n, tile.n, tile.cols, from(y, j),
+                           0);
+        });
+    return squares;
+}
+
+template <Source source>
+float multiply_wide_rows(bool is_back, const Tile &tile, int64_t row, int count,
+                         const Hyper &hyper, const Row *rows, const Arena &arena,
+                         const Target &target, double *gram, int64_t ahead) {
+    if (count == ROWS)
+        return multiply_wide_rows<source, ROWS>(is_back, tile, row, hyper, rows, arena, target,
+                                                gram, ahead);
+    float squares = 0;
+    for (int r = 0; r < count; r++)
+        squares += multiply_wide_rows<source, 1>(is_back, tile, row + r, hyper, rows + r, arena,
+                                                 target, gram, ahead);
+    return squares;
+}
+
 template <Source source, int B>
 float multiply_rows(bool is_back, const Tile &tile, int64_t row, int count, const Hyper &hyper,
                     const Row *rows, const Arena &arena, const Target &target, double *gram,
@@ -184,9 +265,12 @@ float multiply_rows(bool is_back, const Tile &tile, int64_t row, int count, cons
         case 3:
             return multiply_rows<source, 3>(is_back, tile, row, count, hyper, rows, arena, target,
                                             gram, ahead);
-        default:
+        case 4:
             return multiply_rows<source, 4>(is_back, tile, row, count, hyper, rows, arena, target,
                                             gram, ahead);
+        default:
+            return multiply_wide_rows<source>(is_back, tile, row, count, hyper, rows, arena,
+                                              target, gram, ahead);
     }
 }
 

@@ -6,8 +6,8 @@
 
 namespace {
 
-// Vectors per matrix, BLOCK of spectral/power.py.
-constexpr int MOST = 4;
+// Vectors per matrix at most: settings.MOST_VECTORS; and those that are worked on at once.
+constexpr int MOST = 64, FEW = 4;
 
 struct Tile {  // COLUMNS of spectral/blocks.py
     int64_t buffer, offset, rows, cols, stride, matrix, x, z, n, width, gram, left, counts;
