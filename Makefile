@@ -50,9 +50,9 @@ asan: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.sanitizers -q $(PARALLEL) $(ASAN_TESTS) \
 		-k "not every_kernel_passes and not others_may_write and not host_s_time"
 
-# Triton's kernels for an A100 and an H100, which need not be there: what they take, and their code.
+# Triton's kernels for an A100, an H100 and a B200, which need not be there: what they take, and their code.
 kernels: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.compile_kernels --arch 80 90 --widths 4 8 16
+	$(BIN)/python -m benchmarks.compile_kernels --arch 80 90 100 --widths 4 8 16
 
 # The acceptance run for one GPU, at most 8 minutes; docs/gpu.md says what is in it. Without a GPU:
 # make gpu GPU="--device cpu --tiny".

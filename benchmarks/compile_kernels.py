@@ -13,13 +13,14 @@ kernel
   fewer than four times, or at all, if it is another;
 - is one that moves bytes and loads or stores anything but 128 bits a thread in a loop over aligned
   columns. Allowed are 64 for gradients of two bytes beside float32, and in the products, which
-  have four columns a thread, for whatever has two bytes;
+  have four columns a thread, for whatever has two bytes; and fewer for Y, which is in a cache and
+  the same for all threads;
 - is one that moves bytes and exchanges between threads (SHFL, BAR, LDS, STS) in a loop over
   columns.
 
 Which loop is which is read off the source lines in the code (sass.py): the loops over columns of
-the products are those of ``_bands``, the aligned ones where ``_bands`` is called with WIDE, and not
-the small loop of YᵀY behind the bands, which is ``_gram``'s. Triton's lines before 3.5 tell no
+A X are those of ``_bands``, over rows of Aᵀ Y those of ``_rows``, the aligned ones where these are
+called with WIDE; the small loops of YᵀY are ``_gram``'s. Triton's lines before 3.5 tell no
 calls: there the loops are not looked at, and the table says so.
 
 The results are in Triton's cache (TRITON_CACHE_DIR), under the keys that a GPU's first step looks
@@ -87,6 +88,10 @@ HEADINGS = (
 )
 
 
+#: A pattern of nothing.
+NOTHING = r"(?!)"
+
+
 class Mover(NamedTuple):
     """A kernel that moves bytes: which of its loops do, as :func:`sass.path_of` has them."""
 
@@ -94,15 +99,23 @@ class Mover(NamedTuple):
     aligned: str  #: those of them that are over aligned ones
     loops: int  #: how many of these there are at least
     elements: int | None  #: side by side that a thread loads at once; None: as many as 128 bits are
+    cached: str = NOTHING  #: loads of what is in a cache, and the same for all threads
     programs: int = 4  #: that a multiprocessor has to run at once
 
 
 MOVERS = {
     "products": Mover(
-        columns=r"> _bands: for (start|back) in ",
-        aligned=r"> _unit: _bands\([^>]*\bTrue\b[^>]*> _bands: for (start|back) in ",
-        loops=4,  # of W and of U, forth and back
+        columns=r"> _bands: for start in ",
+        aligned=r"> _unit: _bands\([^>]*\bTrue\b[^>]*> _bands: for start in ",
+        loops=2,  # of W and of U
         elements=4,
+    ),
+    "collect": Mover(
+        columns=r"> _rows: for begin in ",
+        aligned=r"> _strip: _rows\([^>]*\bTrue\b[^>]*> _rows: for begin in ",
+        loops=2,  # of W and of U
+        elements=4,
+        cached=r"> _line: ",  # Y
     ),
     "elementwise": Mover(
         columns=r"> _unit: for start in ",
@@ -267,7 +280,7 @@ def loop_faults(mover: Mover, code: sass.Code, of_state: int, of_grad: int) -> l
     """
     faults: list[str] = []
     for loop in sass.matching(code.loops, mover.columns):
-        exchanges = {one.opcode for one in loop.own if one.kind in _EXCHANGES}
+        exchanges = {each.opcode for each in loop.own if each.kind in _EXCHANGES}
         if exchanges:
             faults.append(f"{', '.join(sorted(exchanges))} in '{loop.source[-1].text}'")
     aligned = list(sass.matching(code.loops, mover.aligned))
@@ -276,7 +289,12 @@ def loop_faults(mover: Mover, code: sass.Code, of_state: int, of_grad: int) -> l
     elements = mover.elements or 128 // of_state
     wide, least = (min(128, elements * bits) for bits in (of_state, of_grad))
     for loop in aligned:
-        moves = [one for one in loop.own if one.kind in ("LDG", "STG")]
+        moves = [
+            each
+            for each in loop.own
+            if each.kind in ("LDG", "STG")
+            and not re.search(mover.cached, sass.path_of(each.source))
+        ]
         narrow = [one for one in moves if one.bits < wide]
         # W, M and V, or G, M and V: of what is loaded, gradients are a third at most.
         loads = sum(one.kind == "LDG" for one in moves)

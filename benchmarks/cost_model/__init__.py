@@ -10,14 +10,15 @@ launch of a step in it:
   many multiprocessors;
 * the instructions of each loop come from the SASS of what :mod:`benchmarks.launches` notes, times
   the trips that its ``for`` statement makes on each unit (code.py);
-* bytes are counted per unit: what has to cross DRAM, what is read twice and may be in a cache
-  still, what programs exchange by way of L2 (step.py);
+* bytes are counted per unit: what has to cross DRAM, vectors that many programs read, what kernels
+  hand to each other by way of L2 (step.py);
 * the lower bound is the largest of what DRAM, L2, L1 and the pipes take at their peaks, the upper
   the same at what is assumed that they reach, what is not the longest not quite hidden, or, if that
   is longer, what programs take that wait for all that they load (bounds.py, gpus.py).
 
-A step is the sum of its launches and of the gaps between them. Beside it stands fused AdamW at the
-lower bound: 28 bytes a parameter at a copy's rate, and the gaps between its launches.
+A step is the sum of its launches and of the gaps between them. Beside it stands fused AdamW,
+bounded likewise: a pass over all parameters as AdamW²'s own, 28 bytes each, and the gaps between as
+many launches as torch makes.
 """
 
 from __future__ import annotations

@@ -16,12 +16,8 @@ class Work(NamedTuple):
 
     warp: Usage  #: of one of its warps
     stream: float = 0.0  #: has to cross DRAM
-    again: float = 0.0  #: read a second time
-    held: float = 0.0  #: in a cache between the first time and the second
     x: float = 0.0  #: of vectors that other programs read, too
     x_held: float = 0.0  #: all of those vectors
-    z_read: float = 0.0  #: of sums of its own
-    z_written: float = 0.0
     handed: float = 0.0  #: to another kernel, or from one
 
     def plus(self, other: Work, times: float) -> Work:
@@ -79,33 +75,21 @@ PIPES = ("issue", "fma", "alu", "mufu", "fp64")
 
 def _resources(launch: Launch, gpu: Gpu, assumed: Assumed, clock: float) -> dict[str, float]:
     """Return the seconds that each part of a GPU takes, if it had nothing to wait for."""
-    count = sum(number for number, _ in launch.programs)
     all_of = Work(Usage())
-    held = x_held = 0.0  # on average, of what is read again
+    x_held = 0.0
     for number, work in launch.programs:
         all_of = all_of.plus(work, number)
-        held += number * work.again * work.held
         x_held = max(x_held, work.x_held)
     warp = Usage().plus(all_of.warp, launch.warps)  # of all warps
-    held = held / all_of.again if all_of.again else 0.0
-    running = min(count, gpu.sms * launch.at_once)
-    room = gpu.l2 * assumed.l2_size
-    misses = max(0.0, 1 - room / (held * running)) if held else 0.0
-    of_sm = held * launch.at_once + x_held
-    in_l1 = min(1.0, gpu.l1 * assumed.l1_size / of_sm) if of_sm else 0.0
-    misses = min(misses, 1 - in_l1)
-    z = all_of.z_read + all_of.z_written
-    dram = all_of.stream + misses * all_of.again
-    if assumed.sums_leave:
-        dram += misses * z + all_of.handed
-    l2 = all_of.stream + all_of.z_written + all_of.handed
-    l2 += (1 - in_l1) * (all_of.again + all_of.z_read + all_of.x)
+    in_l1 = min(1.0, gpu.l1 * assumed.l1_size / x_held) if x_held else 0.0
+    dram = all_of.stream + (all_of.handed if assumed.sums_leave else 0.0)
+    beyond = all_of.handed + (1 - in_l1) * all_of.x
     pipes = gpu.sms * clock * assumed.pipes
     return {
         "dram": dram / (gpu.dram * assumed.dram),
-        "l2": l2 / (gpu.l2_per_clock * clock * assumed.l2),
+        "l2": (all_of.stream + beyond) / (gpu.l2_per_clock * clock * assumed.l2),
         # A copy's rate is reached by way of L2.
-        "l2 beyond dram": (l2 - all_of.stream) / (gpu.l2_per_clock * clock * assumed.l2),
+        "l2 beyond dram": beyond / (gpu.l2_per_clock * clock * assumed.l2),
         "l1": warp.l1 / (gpus.L1_PER_CLOCK * pipes),
         "issue": warp.issue / (gpus.ISSUE * pipes),
         "fma": warp.fma / (gpu.fma * pipes),

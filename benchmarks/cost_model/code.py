@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 
 from benchmarks import sass
-from benchmarks.compile_kernels import disassembled, programs_of, usage
+from benchmarks.compile_kernels import NOTHING, disassembled, programs_of, usage
 from benchmarks.launches import Launch, launches
 
 from . import gpus
@@ -23,9 +23,6 @@ _ISSUE_ONLY = {"BRA", "BSSY", "BSYNC", "EXIT", "NOP", "BAR", "RET", "CALL", "WAR
 _MOVES = {"LDG", "STG", "LDS", "STS", "LD", "ST", "LDL", "STL"}
 
 _LOADS = {"LDG", "LD", "ATOM", "ATOMG"}
-
-#: A pattern of nothing.
-NOTHING = r"(?!)"
 
 _REGISTER = re.compile(r"\bR(\d+)(\.64)?")
 

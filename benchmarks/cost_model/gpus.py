@@ -14,7 +14,6 @@ class Gpu(NamedTuple):
     boost: float  #: Hz, the highest clock
     sustained: float  #: Hz, assumed of a step
     dram: float  #: bytes a second that a copy reads and writes
-    l2: int  #: bytes
     l2_per_clock: float  #: bytes of all SMs together
     l1: int  #: bytes of an SM
     fma: float  #: float32 FMUL, FADD, FFMA, and IMAD
@@ -43,7 +42,6 @@ GPUS = {
         boost=1.41e9,
         sustained=1.275e9,
         dram=2.039e12 * _OF_PEAK,
-        l2=40 << 20,
         l2_per_clock=5120,
         l1=192 << 10,
         fma=2,
@@ -59,7 +57,6 @@ GPUS = {
         boost=1.98e9,
         sustained=1.7e9,
         dram=3.35e12 * _OF_PEAK,
-        l2=50 << 20,
         l2_per_clock=5120,
         l1=256 << 10,
         fma=4,
@@ -80,9 +77,8 @@ class Assumed(NamedTuple):
     dram: float  #: of a copy's bytes a second
     l2: float  #: of its bytes a clock
     pipes: float  #: of the instructions a clock
-    l2_size: float  #: of its bytes, that hold what is read twice
-    l1_size: float  #: and of L1's
-    sums_leave: bool  #: whether sums of products are driven out to DRAM, too
+    l1_size: float  #: of L1's bytes, that hold vectors
+    sums_leave: bool  #: whether what kernels hand to each other is driven out to DRAM
     #: Of what is not the longest (DRAM, L2, arithmetic, waits), how much is not hidden behind that.
     exposed: float
     waits: bool  #: whether programs wait for what they load, and the last are waited for
@@ -95,7 +91,6 @@ LOWER = Assumed(
     dram=1.0,
     l2=1.0,
     pipes=1.0,
-    l2_size=1.0,
     l1_size=1.0,
     sums_leave=False,
     exposed=0.0,
@@ -103,16 +98,14 @@ LOWER = Assumed(
 )
 
 #: DRAM: reads and writes of several streams turn its bus around more often than a copy does. L2:
-#: microbenchmarks publish 5.5 to 5.7 TB/s of an H100's 10. It holds half as much where both of its
-#: parts keep a copy of what SMs of both read; L1 half, too, as programs are not in step. Pipes: two
-#: warps of a scheduler do not fill each other's gaps.
+#: microbenchmarks publish 5.5 to 5.7 TB/s of an H100's 10. L1 holds half as much, as programs are
+#: not in step. Pipes: two warps of a scheduler do not fill each other's gaps.
 UPPER = Assumed(
     is_sustained=True,
     gap=4e-6,
     dram=0.85,
     l2=0.6,
     pipes=0.6,
-    l2_size=0.5,
     l1_size=0.5,
     sums_leave=True,
     exposed=0.25,

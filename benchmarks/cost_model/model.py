@@ -85,12 +85,14 @@ def _sum(launches: Sequence[Launch], gpu: Gpu) -> Bounds:
 
 
 def adamw(model: str, gpu: str, assumed: Assumed = LOWER) -> float:
-    """Return the milliseconds of fused AdamW: bytes over a copy's rate, and gaps."""
+    """Return the milliseconds of fused AdamW: our own pass over all parameters, which moves as many
+    bytes, and the gaps between its launches.
+    """
     sizes = [prod(shape) for _, shape in MODELS[model].parameters()]
     chunks = sum(-(-size // _CHUNK) for size in sizes)
     launches = max(-(-len(sizes) // _TENSORS), -(-chunks // _CHUNKS))
     launches += -(-len(sizes) // _COUNTED)
-    moved = PASSES[STEP] * sum(sizes) / (GPUS[gpu].dram * assumed.dram)
+    moved = time_of(Step(model, GPUS[gpu], 4).adamw(), GPUS[gpu], assumed).seconds
     return (moved + launches * assumed.gap) * 1e3
 
 

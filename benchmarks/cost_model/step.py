@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 
+from benchmarks.compile_kernels import NOTHING
 from benchmarks.models import MODELS, Named, Shape
 from weyl_megatron.device_step import _STALE_ITERS
 from weyl_megatron.kernels import triton_kernel, units
@@ -19,7 +20,7 @@ from weyl_megatron.spectral import blocks
 from weyl_megatron.thresholds import Thresholds
 
 from .bounds import Launch, Work
-from .code import NOTHING, Kernel, Usage, executed, exits, kernels
+from .code import Kernel, Usage, executed, exits, kernels
 from .gpus import Gpu
 
 #: As in AdamW2's defaults, and in docs/step_time.md.
@@ -36,11 +37,8 @@ STEP, UNDO, MOVE = 0, 1, 2
 #: Bytes of float32 that a pass reads and writes, an element.
 PASSES = {STEP: 28, UNDO: 16, MOVE: 16}
 
-#: And a product, by operand and whether the moments are updated on the way: once, and again.
+#: And a product, by operand and whether the moments are updated on the way: A X, and Aᵀ Y.
 PRODUCTS = {(0, True): (4, 4), (0, False): (4, 4), (1, True): (20, 8), (1, False): (8, 8)}
-
-#: What of that lies in a cache until it is read again.
-_HELD = {(0, True): 4, (0, False): 4, (1, True): 12, (1, False): 8}
 
 #: What the host sends in a step, and what it is told.
 COPIES = 2
@@ -94,7 +92,7 @@ def tables(model: str, gpu: Gpu, width: int) -> Tables:
     sizes = len(plan.tiles), len(plan.matrices)
     of_passes = units.passes(everything, *sizes, kinds, programs, device)
     bands = [triton_kernel._ROWS[b][operand] for operand, b in enumerate((4, width))]
-    of_products = units.products(resident, bands, kinds, programs, triton_kernel._COLS)
+    of_products = units.products(resident, bands, (4, width), kinds, programs, triton_kernel._COLS)
     return Tables(MODELS[model], plan, of_passes, of_products)
 
 
@@ -136,6 +134,10 @@ class Step:
             made.append(self._small("decide_rates"))
             made.append(self._pass(MOVE, not active.early, False, active.projected))
         return [*made, self._of_matrices("follow", True)]
+
+    def adamw(self) -> Launch:
+        """Return a pass that steps everything at the scheduled rate."""
+        return self._pass(STEP, True, True)
 
     def _pass(self, mode: int, of_matrices: bool, of_rest: bool, projected: int = 0) -> Launch:
         """Return an elementwise pass; what is no matrix is stepped with the matrices, or alone."""
@@ -187,26 +189,19 @@ class Step:
             warp = _executed(
                 kernel,
                 tuple(sorted(values.items())),
-                rf"{other}|_clear\(|atomic_add|LANES, {not is_wide}, STATE",
+                rf"{other}|tl.zeros\(\(WIDEST|atomic_add|LANES, {not is_wide}, STATE",
                 r"for start in range\(0, cols, COLS\)",
             )
-            bands = -(-rows // at_once)
-            once, again = PRODUCTS[operand, is_first]
-            band = 4 * width * cols
             return Work(
                 warp,
-                stream=once * rows * cols,
-                again=again * rows * cols,
-                held=_HELD[operand, is_first] * at_once * cols + band,
-                x=bands * band,
+                stream=PRODUCTS[operand, is_first][0] * rows * cols,
+                x=-(-rows // at_once) * 4 * width * cols,
                 x_held=4 * width * n,
-                z_read=(bands - 1) * band,
-                z_written=bands * band,
-                handed=band + 4 * width * width,
+                handed=4 * width * (rows + width),
             )
 
         table = [
-            (0, row[1] % 4, *row[2:5], 0, 0, row[7], 0, row[9], 0, row[11], -1, row[13])
+            (0, row[1] % 4, *row[2:5], 0, 0, row[7], 0, row[9], row[10], 0, -1, row[13])
             for row in _rows(self._tables.products.units)
             if are_both or row[7] == 1
         ]
@@ -215,36 +210,45 @@ class Step:
     def _collect(self, number: int, making: tuple[bool, bool]) -> Launch:
         kernel = self._kernels[f"collect FIRST={number == 0}"]
 
+        cols, strips = triton_kernel._COLS, _rows(self._tables.products.strips)
+
         def work(row: tuple[int, ...]) -> Work:
-            operand, n, width, start, count = row[0], row[3], row[4], row[5], row[7]
+            operand, n, width, start, count, rows = row
             if not making[operand]:
                 return Work(exits(kernel))
-            block = kernel.constants["BLOCK_U" if operand else "BLOCK_W"]
+            at_once = kernel.constants["ROWS_U" if operand else "ROWS_W"]
             values = {
-                "row": row,
-                "n": n,
                 "width": width,
-                "count": count,
-                "MANY": 32 // block,
-                "first": row[9],
-                "last": row[10],
+                "count": rows,
+                "whole": rows // at_once * at_once,
+                "ROWS": at_once,
+                "strips": 0,
+                "first": 0,
+                "cut": count,
+                "last": count,
                 "rows": 0,
             }
             other = "False, 0, BLOCK_W" if operand else "FIRST, 1, BLOCK_U"
-            branch = r"_columns\(" if start < 0 else r"_gram\("
-            warp = _executed(kernel, tuple(sorted(values.items())), rf"{other}|{branch}", NOTHING)
-            cols = width if start < 0 else min(n - start, triton_kernel._COLS)
-            return Work(warp, handed=4 * count * width * cols)
+            is_gram, is_wide = start < 0, n % 8 == 0
+            branch = r"_strip\(|_columns\(" if is_gram else r"_gram\("
+            without = rf"{other}|{branch}|COLS, {not is_wide}, STATE"
+            warp = _executed(kernel, tuple(sorted(values.items())), without, r"_rows: for ")
+            if is_gram:
+                return Work(warp, handed=4 * count * width * width)
+            held = 4 * width * min(n - start, cols)
+            moved = PRODUCTS[operand, number == 0][1] * rows * min(n - start, cols)
+            # What several strips sum is written, read by the last, and written.
+            handed = 4 * width * rows + held * (3 if count > 1 else 1)
+            return Work(warp, stream=moved, handed=handed)
 
-        # A piece of columns is as any other of so many.
-        cols = triton_kernel._COLS
+        # Columns are as any others of so many.
         table = [
-            (row[0], 0, 0, row[3], row[4], -1, 0, row[7], 0, row[9], row[10], row[11])
+            (row[0], row[3], row[4], -1, row[12] - row[11], 0)
             if row[5] < 0
-            else (row[0], 0, 0, min(row[3] - row[5], cols), row[4], 0, 0, row[7], 0, 0, 0, 0)
+            else (row[0], min(row[3] - row[5], cols), row[4], 0, row[7], strips[row[6]][2])
             for row in _rows(self._tables.products.pieces)
         ]
-        return _launch(kernel, table, work, are_dependent=True)
+        return _launch(kernel, table, work)
 
     def _orthonormalize(self, making: tuple[bool, bool]) -> Launch:
         kernel = self._kernels["orthonormalize"]
@@ -254,7 +258,13 @@ class Step:
             if not making[operand]:
                 return Work(exits(kernel))
             constants = kernel.constants
-            values = {"row": row, "n": n, "width": width, "BLOCK": constants[_BLOCKS[operand]]}
+            block = constants[_BLOCKS[operand]]
+            values = {
+                "row": row,
+                "n": n,
+                "width": width,
+                "AT_ONCE": 64 if block == 4 else 4096 // block**2,
+            }
             is_shared = constants["BLOCK_W"] == constants["BLOCK_U"]  # one code serves both
             other = rf"_block\([^>]*{_BLOCKS[1 - operand]}, LANES\)"
             without = NOTHING if is_shared else other

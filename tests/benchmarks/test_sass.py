@@ -82,7 +82,12 @@ def nested(forth: Sequence[str], back: Sequence[str]) -> list[Line]:
     ]
 
 
-MOVER = compile_kernels.MOVERS["products"]._replace(loops=2)
+MOVER = compile_kernels.Mover(
+    columns=r"> _bands: for (start|back) in ",
+    aligned=r"> _unit: _bands\([^>]*\bTrue\b[^>]*> _bands: for (start|back) in ",
+    loops=2,
+    elements=4,
+)
 WIDE = ["LDG.E.128", "LDG.E.128.CONSTANT", "FFMA", "FFMA"]
 
 
@@ -183,6 +188,13 @@ def test_a_loop_over_columns_that_are_not_aligned_may_move_few_bits_and_not_exch
     assert compile_kernels.loop_faults(MOVER, code, 32, 32) == [
         "SHFL.IDX in 'for start in range(0, cols, COLS):'"
     ]
+
+
+def test_what_is_in_a_cache_may_be_read_by_few_bits(tmp_path: Path) -> None:
+    code = sass.parse(listing(tmp_path, nested([*WIDE, "LDG.E"], WIDE)))
+    assert compile_kernels.loop_faults(MOVER, code, 32, 32) != []
+    read = MOVER._replace(cached="> _bands: a = load")
+    assert compile_kernels.loop_faults(read, code, 32, 32) == []
 
 
 def test_a_kernel_whose_aligned_loops_are_gone_does_not_pass(tmp_path: Path) -> None:

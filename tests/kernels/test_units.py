@@ -143,34 +143,39 @@ def _both(tiles: Sequence[Tile]) -> set[int]:
 
 @settings(max_examples=40)
 @given(cases, st.sampled_from([1, 7, 528]), st.sampled_from([(4, 4), (4, 8), (4, 16)]))
-def test_products_take_every_row_of_each_operand_once_and_leave_sums_apart(
+def test_units_and_strips_take_every_row_of_each_operand_once(
     case: Case, programs: int, widths: tuple[int, int]
 ) -> None:
     blocks = blocks_of(case, widths)
-    cut = units.products(blocks, BANDS, case.dtypes, programs, COLS)
-    rows = columns(cut.units, UNIT)
-    visits: Counter[tuple[int, int, int]] = Counter()
+    cut = units.products(blocks, BANDS, widths, case.dtypes, programs, COLS)
     wanted: Counter[tuple[int, int, int]] = Counter()
-    taken: list[tuple[int, int]] = []
-    for row in rows:
-        operand, matrix = blocks.operands[row["operand"]], blocks.matrices[row["matrix"]]
-        for line in range(row["rows"]):
-            visits[row["operand"], row["buffer"], row["offset"] + line * row["stride"]] += 1
-        assert row["n"] == matrix.cols and row["width"] == operand.widths[row["matrix"]]
-        assert row["x"] == operand.x_at[row["matrix"]] + row["col"]
-        assert (row["left"] >= 0) == (row["cols"] < matrix.cols)
-        if row["left"] < 0:
-            width, lines = row["width"], row["rows"]
-            assert row["place"] % 4 == 0, "it could not be stored four at a time"
-            taken.append((row["place"], row["place"] + width * (matrix.cols + width + lines)))
     for operand in (0, 1):
         for tile in case.tiles:
             for line in range(tile.rows):
                 wanted[operand, tile.buffer, tile.offset + line * tile.stride] += 1
-    assert visits == wanted
-    taken.sort()
+    lines_of: list[dict[tuple[int, int, int], int]] = []  # where Y of each whole row lies
+    for table in (cut.units, cut.strips):
+        visits: Counter[tuple[int, int, int]] = Counter()
+        places: dict[tuple[int, int, int], int] = {}
+        for row in columns(table, UNIT):
+            operand, matrix = blocks.operands[row["operand"]], blocks.matrices[row["matrix"]]
+            assert row["n"] == matrix.cols and row["width"] == operand.widths[row["matrix"]]
+            assert row["x"] == operand.x_at[row["matrix"]] + row["col"]
+            assert (row["left"] >= 0) == (row["cols"] < matrix.cols)
+            for line in range(row["rows"]):
+                key = row["operand"], row["buffer"], row["offset"] + line * row["stride"]
+                visits[key] += 1
+                if row["left"] < 0:
+                    places[key] = row["line"] + line * widths[row["operand"]]
+        assert visits == wanted
+        lines_of.append(places)
+    # Strips read Y where units leave them; they lie apart, and can be stored four at a time.
+    assert lines_of[0] == lines_of[1]
+    taken = sorted((place, place + widths[key[0]]) for key, place in lines_of[0].items())
     assert all(stop <= start for (_, stop), (start, _) in pairwise(taken))
-    assert not taken or taken[-1][1] <= cut.room
+    assert not taken or taken[-1][1] <= cut.lines
+    assert all(start % 4 == 0 for start, _ in taken)
+    rows = columns(cut.units, UNIT)
     of_both = [unit for launch in cut.launches for unit in range(*launch[1:])]
     assert of_both == list(range(len(rows)))
     of_update = [unit for launch in cut.of_update for unit in range(*launch[1:])]
@@ -182,29 +187,51 @@ def test_products_take_every_row_of_each_operand_once_and_leave_sums_apart(
 
 
 @settings(max_examples=40)
-@given(cases, st.sampled_from([(4, 4), (4, 16)]))
-def test_pieces_add_up_every_unit_s_sums_in_their_order(
-    case: Case, widths: tuple[int, int]
+@given(cases, st.sampled_from([1, 7]), st.sampled_from([(4, 4), (4, 16)]))
+def test_pieces_sum_every_column_of_each_strip_once_and_every_unit_s_gram(
+    case: Case, programs: int, widths: tuple[int, int]
 ) -> None:
     blocks = blocks_of(case, widths)
-    cut = units.products(blocks, BANDS, case.dtypes, 7, COLS)
-    rows = columns(cut.units, UNIT)
-    seen: Counter[tuple[int, int, int]] = Counter()
+    cut = units.products(blocks, BANDS, widths, case.dtypes, programs, COLS)
+    rows, strips = columns(cut.units, UNIT), columns(cut.strips, UNIT)
+    seen: Counter[tuple[int, int, int, int]] = Counter()
+    counted: dict[int, list[int]] = {}
+    grams: list[tuple[int, int]] = []
+    taken: set[tuple[int, int]] = set()
     for piece in columns(cut.pieces, PIECE):
-        operand, matrix = blocks.operands[piece["operand"]], blocks.matrices[piece["matrix"]]
         key = piece["operand"], piece["matrix"]
-        start = piece["start"]
-        last = min(start + COLS, matrix.cols) if start >= 0 else 0  # -1 is YᵀY
-        seen.update((*key, col) for col in range(start, last))
-        assert piece["z"] == operand.z_at[piece["matrix"]]
-        own = [n for n, row in enumerate(rows) if (row["operand"], row["matrix"]) == key]
-        whole = [n for n in own if rows[n]["left"] < 0]
-        assert own == list(range(piece["first"], piece["last"]))
-        assert [n for n in own if rows[n]["left"] >= 0] == list(range(piece["cut"], piece["last"]))
-        at = [piece["place"] + n * piece["apart"] for n in range(piece["count"])]
-        assert at == [rows[n]["place"] for n in whole]
-    assert set(seen.values()) == {1}
-    assert len(seen) == 2 * sum(matrix.cols + 1 for matrix in blocks.matrices)
+        operand, matrix = blocks.operands[key[0]], blocks.matrices[key[1]]
+        assert piece["z"] == operand.z_at[key[1]]
+        if piece["start"] < 0:
+            grams.append(key)
+            own = [n for n, row in enumerate(rows) if (row["operand"], row["matrix"]) == key]
+            assert own == list(range(piece["first"], piece["last"]))
+            split = range(piece["cut"], piece["last"])
+            assert [n for n in own if rows[n]["left"] >= 0] == list(split)
+            continue
+        own = [n for n, strip in enumerate(strips) if (strip["operand"], strip["matrix"]) == key]
+        assert piece["strips"] == len(own)
+        if own:
+            assert own[piece["number"]] == piece["strip"]
+        stop = min(piece["start"] + COLS, matrix.cols)
+        seen.update((*key, piece["strip"], col) for col in range(piece["start"], stop))
+        counted.setdefault(piece["counter"], []).append(piece["number"])
+        if piece["strips"] > 1:
+            size = piece["strips"] * operand.widths[key[1]] * matrix.cols
+            taken.add((piece["sums"], piece["sums"] + size))
+    assert set(seen.values()) <= {1}
+    own_strips = Counter((strip["operand"], strip["matrix"]) for strip in strips)
+    assert len(seen) == sum(
+        matrix.cols * max(1, own_strips[number, k])
+        for number in (0, 1)
+        for k, matrix in enumerate(blocks.matrices)
+    )
+    assert sorted(grams) == [(number, k) for number in (0, 1) for k in range(len(blocks.matrices))]
+    # Whoever comes last of a counter's strips has all of them.
+    assert sorted(counted) == list(range(cut.counters))
+    assert all(sorted(numbers) == list(range(len(numbers))) for numbers in counted.values())
+    assert all(stop <= start for (_, stop), (start, _) in pairwise(sorted(taken)))
+    assert max((stop for _, stop in taken), default=0) <= cut.sums
     kinds = columns(cut.blocks, BLOCK)
     assert len({(row["operand"], row["matrix"]) for row in kinds}) == 2 * len(blocks.matrices)
 
@@ -222,7 +249,7 @@ def test_units_hang_on_the_device_not_on_the_depth(
         tiles = [Tile(n, 0, 0, *shape, 0, shape[1], n) for n, shape in enumerate(shapes)]
         case = Case(matrices, tiles, [], [F32] * len(tiles))
         passes = units.passes(tiles, len(tiles), len(tiles), case.dtypes, programs, CPU)
-        products = units.products(blocks_of(case), BANDS, case.dtypes, programs, COLS)
+        products = units.products(blocks_of(case), BANDS, (4, 4), case.dtypes, programs, COLS)
         counts.append((len(passes.units), len(products.units)))
         # One unit a matrix more than their shares, which end with the matrix.
         assert counts[-1][0] <= 4 * programs + len(tiles)

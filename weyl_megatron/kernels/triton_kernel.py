@@ -29,21 +29,26 @@ _LANES = 64
 
 #: Rows that such a program has in registers, by vectors of its block: of W, and of U, which is
 #: formed of M and V.
-_ROWS = {4: (8, 4), 8: (4, 4), 16: (2, 2)}
+_ROWS = {4: (8, 4), 8: (4, 4), 16: (4, 4)}
 
 #: Registers that a thread of such a program may have, by vectors: left to itself ptxas spills some
 #: for the sake of one program more.
-_REGISTERS = {4: 200, 8: 255, 16: 255}
+_REGISTERS = {4: 168, 8: 255, 16: 255}
 
-#: Columns of Z that a program adds up, and the registers that a thread of it may have.
-_COLS, _OF_COLLECT = 64, 200
+#: Columns of Z that a program sums, four a thread, and the rows that it reads at once, by vectors:
+#: of W and of U.
+_COLS = 4 * _LANES
+_AGAIN = {4: (8, 4), 8: (8, 8), 16: (8, 8)}
+
+#: The registers that a thread of it may have.
+_OF_COLLECT = 255
 
 #: Elements of a run that a program of an elementwise pass has in registers; at its ends so many.
 _RUN, _ENDS = 1024, 256
 
 #: Columns that a program of the small algebra has in registers, by vectors, and the registers that
 #: a thread of it may have.
-_ALGEBRA = {4: (256, 168), 8: (256, 255), 16: (64, 255)}
+_ALGEBRA = {4: (512, 128), 8: (256, 255), 16: (256, 255)}
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -59,8 +64,11 @@ class _Cut(NamedTuple):
 
     passes: units.Passes
     products: units.Products
-    partial: Tensor
+    lines: Tensor  # Y of whole rows
+    grams: Tensor  # (units, b, b): YᵀY of whole rows
     of_products: Tensor  # (units, 3): Σ u²
+    of_strips: Tensor  # Z
+    counters: Tensor  # of strips that are done, 0 between launches
     of_passes: Tensor  # (units, 3): Σ u², Σ w² before and after
 
 
@@ -204,7 +212,7 @@ class TritonKernel:
         self._pass(adamw.UNDO.value)
 
     def multiply(self, number: int, rounds: tuple[int, int]) -> None:
-        """Make the products of iteration ``number``: Y of cut rows, and what whole rows sum.
+        """Make Y in iteration ``number``.
 
         Args:
             number: from 0; the first updates the moments of U on its way.
@@ -222,7 +230,8 @@ class TritonKernel:
                 self.masks,
                 self._blocks.x,
                 self._blocks.left,
-                self._now.partial,
+                self._now.lines,
+                self._now.grams,
                 self._now.of_products,
                 self._matrices,
                 FIRST=number == 0,
@@ -238,27 +247,34 @@ class TritonKernel:
             )
 
     def collect(self, number: int) -> None:
-        """Add up Z, and make that of cut rows, whose Y have been summed over ranks."""
-        cut = self._now.products
+        """Make Z and YᵀY, once Y of cut rows have been summed over ranks."""
+        now, cut = self._now, self._now.products
+        rows = [_AGAIN[width][operand] for operand, width in enumerate(self._widths)]
         for (state, _), start, stop in cut.collections:
             collect.collect[(stop - start,)](
                 cut.pieces,
                 start,
                 cut.units,
+                cut.strips,
                 self.pointers,
                 self.hypers,
                 self.masks,
                 self._blocks.left,
-                self._now.partial,
-                self._now.of_products,
+                now.lines,
+                now.grams,
+                now.of_products,
+                now.of_strips,
+                now.counters,
                 self._blocks.z,
                 self._matrices,
                 FIRST=number == 0,
                 BLOCK_W=self._widths[0],
+                ROWS_W=rows[0],
                 BLOCK_U=self._widths[1],
+                ROWS_U=rows[1],
                 COLS=_COLS,
                 STATE=_TYPES[state],
-                num_warps=2,
+                num_warps=_LANES // 32,
                 maxnreg=_OF_COLLECT,
             )
 
@@ -338,12 +354,16 @@ class TritonKernel:
         of_passes = units.passes(
             self._tiles, self._measured, self._matrices, kinds, self._programs, device
         )
-        of_products = units.products(blocks, bands, kinds, self._programs, _COLS)
+        of_products = units.products(blocks, bands, self._widths, kinds, self._programs, _COLS)
+        count, widest = len(of_products.units), max(self._widths)
         return _Cut(
             of_passes,
             of_products,
-            torch.zeros(of_products.room, device=device),
-            torch.zeros(len(of_products.units), 3, device=device),
+            torch.zeros(of_products.lines, device=device),
+            torch.zeros(count, widest, widest, device=device),
+            torch.zeros(count, 3, device=device),
+            torch.zeros(of_products.sums, device=device),
+            torch.zeros(of_products.counters, dtype=torch.int32, device=device),
             torch.zeros(len(of_passes.units), 3, device=device),
         )
 

@@ -25,21 +25,22 @@ UNIT = (
     "matrix",
     "measured",
     # Of products only: 0 is W and 1 is U; where its columns of X begin; the matrix's columns n;
-    # where what it sums lies, where its columns of Z begin from there; where its Y lie in ``left``
-    # (-1: it has whole rows).
+    # which of those is its first; where its Y lie in ``lines``, or in ``left`` (-1: it has whole
+    # rows); b.
     "operand",
     "x",
     "n",
-    "place",
     "col",
+    "line",
     "left",
     "width",
 )
 
-#: Columns of a table of the pieces of Z that are added up, int64: the operand, the matrix, where
-#: its Z begins, n, b, the first column, where the places of its units with whole rows begin, how
-#: many there are and how far they are apart; its units from the first to behind the last, of
-#: whole rows and of any; which of those have cut rows.
+#: Columns of a table of the pieces of Z and YᵀY, int64: the operand, the matrix, where its Z
+#: begins, n, b. Of Z: the first column, the strip of rows that is summed, how many strips there
+#: are, the how-manieth it is, where what they sum lies, and where they are counted. Of YᵀY (the
+#: first column is -1): the units from the first to behind the last, of which those from ``cut`` on
+#: have cut rows.
 PIECE = (
     "operand",
     "matrix",
@@ -47,9 +48,11 @@ PIECE = (
     "n",
     "width",
     "start",
-    "place",
-    "count",
-    "apart",
+    "strip",
+    "strips",
+    "number",
+    "sums",
+    "counter",
     "first",
     "last",
     "cut",
@@ -62,14 +65,20 @@ BLOCK = ("operand", "matrix", "x", "z", "n", "width", "left", "lefts")
 #: Elements that a unit of an elementwise pass has at least.
 _LEAST_ELEMENTS = 1 << 13
 
-#: Waves of programs in an elementwise pass, which sums little: what ends late is short.
+#: Waves of programs in a pass, which sums little: what ends late is short.
 _WAVES = 4
 
 #: What an element of U takes beside one of W, in bytes that are read and written: 8 beside 4, and
 #: 20 in the first iteration.
 _OF_UPDATE = 3
 
-#: Units of one matrix at most, whose sums are added up one after the other.
+#: What it takes to read it again.
+_OF_UPDATE_AGAIN = 2
+
+#: Rows that a strip has at least, where there are so many.
+_LEAST_STRIP = 32
+
+#: Units and strips of one matrix at most, whose sums are added up one after the other.
 _MOST_UNITS = 128
 
 
@@ -90,17 +99,20 @@ class Passes(NamedTuple):
 
 
 class Products(NamedTuple):
-    """The units of the products, those of U before those of W in every launch, and what adds up
-    their sums.
+    """The units of the products, those of U before those of W in every launch, and the pieces of Z
+    that are made of their Y.
     """
 
     units: Tensor
     launches: list[Launch]  # of both operands
     of_update: list[Launch]  # of U alone
+    strips: Tensor  # (strips, columns of UNIT): rows that are summed together
     pieces: Tensor  # (pieces, columns of PIECE)
     collections: list[Launch]
     blocks: Tensor  # (operands · matrices, columns of BLOCK)
-    room: int  # of what units sum
+    lines: int  # numbers of Y that are kept
+    sums: int  # of Z that strips sum
+    counters: int  # of strips that are done
 
 
 def passes(
@@ -156,7 +168,7 @@ def _runs(tile: Tile, most: int) -> Iterator[tuple[int, int, int]]:
 
 
 class _Unit(NamedTuple):
-    """A band of a tile's rows, of one operand."""
+    """Rows of a tile, of one operand."""
 
     dtypes: Dtypes
     operand: int
@@ -165,132 +177,155 @@ class _Unit(NamedTuple):
     tile: Tile
     row: int
     rows: int
+    line: int  # where its Y lie
 
 
 def products(
     blocks: Blocks,
     bands: Sequence[int],
+    padded: Sequence[int],
     dtypes: Sequence[Dtypes],
     programs: int,
     cols: int,
 ) -> Products:
-    """Cut the tiles of W (operand 0) and U (operand 1) into bands of rows.
+    """Cut the tiles of W (operand 0) and U (operand 1) into units and strips of rows.
 
     Args:
         blocks: resident.
         bands: for each operand, how many rows a program multiplies at once.
+        padded: for each operand, the numbers of Y that are kept of a row.
         dtypes: by buffer.
         programs: how many run at once.
-        cols: how many columns of Z are added up at once.
+        cols: how many columns of Z a program sums.
     """
     device = blocks.x.device
-    weight = (1, _OF_UPDATE)
     lists = [[*operand.whole[0].tiles, *operand.cut[0].tiles] for operand in blocks.operands]
-    total = sum(w * t.rows * t.cols for w, tiles in zip(weight, lists, strict=True) for t in tiles)
+    lines, room = _lines(lists, padded)
     units: list[_Unit] = []
-    longest: dict[tuple[int, int], int] = {}  # rows of a unit, of each operand's matrix
+    strips: list[_Unit] = []
+    shares = _shares(lists, (1, _OF_UPDATE), programs)
+    of_strips = _shares(lists, (1, _OF_UPDATE_AGAIN), programs * _WAVES)
     for number, tiles in enumerate(lists):
-        most = max(1, -(-total // programs) // weight[number])
-        for tile in tiles:
+        for tile, line in zip(tiles, lines[number], strict=True):
             shape = blocks.matrices[tile.matrix]
-            rows = max(1, most // tile.cols, -(-shape.rows // _MOST_UNITS))
-            rows = -(-rows // bands[number]) * bands[number]
-            is_cut = tile.cols < shape.cols
-            if not is_cut:
-                key = number, tile.matrix
-                longest[key] = max(longest.get(key, 0), min(rows, tile.rows))
-            for row in range(0, tile.rows, rows):
-                count = min(rows, tile.rows - row)
-                kinds = dtypes[tile.buffer]
-                units.append(_Unit(kinds, number, tile.matrix, is_cut, tile, row, count))
+            kinds, is_cut = dtypes[tile.buffer], tile.cols < shape.cols
+            whole = _Unit(kinds, number, tile.matrix, is_cut, tile, 0, tile.rows, line)
+            least = max(1, -(-shape.rows // _MOST_UNITS))
+            rows = max(least, shares[number] // tile.cols)
+            units += _split(whole, -(-rows // bands[number]) * bands[number], padded[number])
+            rows = max(least, _LEAST_STRIP, of_strips[number] // cols)
+            strips += _split(whole, rows, padded[number])
     # A matrix's are together, and the largest begin first, so that small ones fill up the end.
     largest: dict[tuple[int, int], int] = {}
     for unit in units:
         key = unit.operand, unit.matrix
         largest[key] = max(largest.get(key, 0), unit.rows * unit.tile.cols)
-    units.sort(
-        key=lambda unit: (
-            str(unit.dtypes),
-            -unit.operand,
-            -largest[unit.operand, unit.matrix],
-            unit.matrix,
-            unit.is_cut,
+    for cut in units, strips:
+        cut.sort(
+            key=lambda unit: (
+                str(unit.dtypes),
+                -unit.operand,
+                -largest[unit.operand, unit.matrix],
+                unit.matrix,
+                unit.is_cut,
+            )
         )
-    )
-    places: list[int] = []
-    apart: dict[tuple[int, int], int] = {}
-    room = 0
-    for unit in units:
-        operand = blocks.operands[unit.operand]
-        key, b = (unit.operand, unit.matrix), operand.widths[unit.matrix]
-        places.append(room)
-        if not unit.is_cut:  # Z, YᵀY and Y, from a multiple of four on
-            length = b * (blocks.matrices[unit.matrix].cols + b + longest[key])
-            apart[key] = -(-length // 4) * 4
-            room += apart[key]
-    rows_of_units = [
-        _unit_row(unit, blocks.operands[unit.operand], place)
-        for unit, place in zip(units, places, strict=True)
-    ]
-    pieces, collections = _pieces(blocks, units, places, apart, cols, dtypes)
+    pieces, sums, counters = _pieces(blocks, units, strips, cols, dtypes)
     blocks_of = [
         _block_row(operand, number, k, blocks)
         for number, operand in reversed(list(enumerate(blocks.operands)))
         for k in range(len(blocks.matrices))
     ]
     return Products(
-        _table(rows_of_units, len(UNIT), device),
+        _table([_unit_row(unit, blocks) for unit in units], len(UNIT), device),
         _launches(unit.dtypes for unit in units),
         _launches((unit.dtypes for unit in units), [unit.operand == 1 for unit in units]),
-        _table(pieces, len(PIECE), device),
-        collections,
+        _table([_unit_row(strip, blocks) for strip in strips], len(UNIT), device),
+        _table([row for _, row in pieces], len(PIECE), device),
+        _launches(kinds for kinds, _ in pieces),
         _table(blocks_of, len(BLOCK), device),
         room,
+        sums,
+        counters,
     )
 
 
-def _unit_row(unit: _Unit, operand: Operand, place: int) -> list[int]:
-    tile, width = unit.tile, operand.widths[unit.matrix]
+def _lines(lists: Sequence[Sequence[Tile]], padded: Sequence[int]) -> tuple[list[list[int]], int]:
+    """Return where the Y of each tile of each operand begin, and how many numbers they are."""
+    room = 0
+    places: list[list[int]] = []
+    for tiles, width in zip(lists, padded, strict=True):
+        places.append([])
+        for tile in tiles:
+            places[-1].append(room)
+            room += tile.rows * width
+    return places, room
+
+
+def _shares(lists: Sequence[Sequence[Tile]], weights: Sequence[int], programs: int) -> list[int]:
+    """Return how many elements of each operand a program has."""
+    total = sum(w * t.rows * t.cols for w, tiles in zip(weights, lists, strict=True) for t in tiles)
+    return [-(-total // programs) // weight for weight in weights]
+
+
+def _split(whole: _Unit, most: int, padded: int) -> Iterator[_Unit]:
+    """Yield so many rows of a tile at a time."""
+    for row in range(0, whole.rows, most):
+        rows = min(most, whole.rows - row)
+        yield whole._replace(row=row, rows=rows, line=whole.line + row * padded)
+
+
+def _unit_row(unit: _Unit, blocks: Blocks) -> list[int]:
+    operand, tile = blocks.operands[unit.operand], unit.tile
+    width, n = operand.widths[unit.matrix], blocks.matrices[unit.matrix].cols
     left = operand.left_place(tile) + unit.row * width if unit.is_cut else -1
-    n = operand.matrices[unit.matrix].cols
     offset = tile.offset + unit.row * tile.stride
     where = [tile.buffer, offset, unit.rows, tile.cols, tile.stride, unit.matrix, 1]
     x = operand.x_at[unit.matrix] + tile.col
-    return [*where, unit.operand, x, n, place, tile.col, left, width]
+    return [*where, unit.operand, x, n, tile.col, unit.line, left, width]
 
 
 def _pieces(
     blocks: Blocks,
     units: Sequence[_Unit],
-    places: Sequence[int],
-    apart: dict[tuple[int, int], int],
+    strips: Sequence[_Unit],
     cols: int,
     dtypes: Sequence[Dtypes],
-) -> tuple[list[list[int]], list[Launch]]:
-    """Return the pieces of every matrix's Z, and which are launched together."""
-    first: dict[tuple[int, int], int] = {}
-    last: dict[tuple[int, int], int] = {}
-    cut: dict[tuple[int, int], int] = {}
+) -> tuple[list[tuple[Dtypes, list[int]]], int, int]:
+    """Return the pieces of every matrix's Z and YᵀY with their dtypes, those of U first; how many
+    numbers strips sum, and in how many places they are counted.
+    """
+    rows: list[tuple[Dtypes, list[int]]] = []
+    of_units, of_strips = _spans(units), _spans(strips)
+    sums = counters = 0
+    for number, operand in reversed(list(enumerate(blocks.operands))):
+        for k, matrix in enumerate(blocks.matrices):
+            first, last = of_units.get((number, k), (0, 0))
+            cut = next((at for at in range(first, last) if units[at].is_cut), last)
+            kinds = units[first].dtypes if first < last else dtypes[0]
+            head = [number, k, operand.z_at[k], matrix.cols, operand.widths[k]]
+            rows.append((kinds, [*head, -1, 0, 0, 0, 0, 0, first, last, cut]))
+            begin, end = of_strips.get((number, k), (0, 0))
+            count = end - begin
+            for col in range(0, matrix.cols, cols):
+                # Of nothing, where this rank has no rows: zeros.
+                for strip in range(begin, max(end, begin + 1)):
+                    where = [strip, count, strip - begin, sums, counters]
+                    rows.append((kinds, [*head, col, *where, 0, 0, 0]))
+                counters += 1
+            if count > 1:
+                sums += -(-count * operand.widths[k] * matrix.cols // 4) * 4
+    rows.sort(key=lambda row: str(row[0]))
+    return rows, sums, counters
+
+
+def _spans(units: Sequence[_Unit]) -> dict[tuple[int, int], tuple[int, int]]:
+    """Return where the units of each operand's matrix are: the first and behind the last."""
+    spans: dict[tuple[int, int], tuple[int, int]] = {}
     for at, unit in enumerate(units):
         key = unit.operand, unit.matrix
-        first.setdefault(key, at)
-        last[key] = at + 1
-        if unit.is_cut:
-            cut.setdefault(key, at)
-    rows: list[tuple[Dtypes, list[int]]] = []
-    for number, operand in enumerate(blocks.operands):
-        for k, matrix in enumerate(blocks.matrices):
-            key = number, k
-            start, stop = first.get(key, 0), last.get(key, 0)
-            whole_stop = cut.get(key, stop)
-            kinds = units[start].dtypes if stop else dtypes[0]
-            place = places[start] if stop else 0
-            head = [number, k, operand.z_at[k], matrix.cols, operand.widths[k]]
-            tail = [place, whole_stop - start, apart.get(key, 0), start, stop, whole_stop]
-            rows += [(kinds, [*head, col, *tail]) for col in range(0, matrix.cols, cols)]
-            rows.append((kinds, [*head, -1, *tail]))
-    rows.sort(key=lambda row: str(row[0]))
-    return [row for _, row in rows], _launches(kinds for kinds, _ in rows)
+        spans[key] = spans.get(key, (at, at))[0], at + 1
+    return spans
 
 
 def _block_row(operand: Operand, number: int, k: int, blocks: Blocks) -> list[int]:

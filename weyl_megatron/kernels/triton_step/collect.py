@@ -1,4 +1,4 @@
-"""What the units have summed, added up in their order; and Z of rows that are cut between ranks."""
+"""The second read of W and U in an iteration: Z = Aᵀ Y, strip by strip; and YᵀY of all units."""
 
 from __future__ import annotations
 
@@ -11,81 +11,166 @@ from .tables import HYPER_SIZE, PIECE_SIZE, UNIT_SIZE
 
 
 @triton.jit
-def _columns(
-    piece,
-    units,
-    pointers,
-    hypers,
-    left,
-    partial,
-    z,
-    OPERAND: tl.constexpr,
-    BLOCK: tl.constexpr,
-    MANY: tl.constexpr,
-    COLS: tl.constexpr,
-    STATE: tl.constexpr,
-):
-    """Columns of Z from ``start`` on; MANY units, or rows, at a time."""
-    n, width, start = tl.load(piece + 3), tl.load(piece + 4), tl.load(piece + 5)
-    place, count, apart = tl.load(piece + 6), tl.load(piece + 7), tl.load(piece + 8)
-    many, vectors, col = tl.arange(0, MANY), tl.arange(0, BLOCK), start + tl.arange(0, COLS)
-    of_block = vectors < width
-    in_z = of_block[:, None] & (col < n)[None, :]
-    at = vectors[:, None] * n + col[None, :]
-    acc = tl.zeros((MANY, BLOCK, COLS), dtype=tl.float32)
-    for begin in range(0, count, MANY):
-        there = begin + many
-        inside = (there < count)[:, None, None] & in_z[None, :, :]
-        acc += tl.load(
-            partial + place + (there * apart)[:, None, None] + at[None, :, :],
-            mask=inside,
-            other=0.0,
-        )
-    for number in range(tl.load(piece + 11), tl.load(piece + 10)):
-        unit = units + number * UNIT_SIZE
-        buffer, offset, rows = tl.load(unit), tl.load(unit + 1), tl.load(unit + 2)
-        cols, stride, slot = tl.load(unit + 3), tl.load(unit + 4), tl.load(unit + 12)
-        hyper = hypers + buffer * HYPER_SIZE
-        of_root, of_one = tl.load(hyper + 3), tl.load(hyper + 4)
-        base = address(pointers, buffer, 0, offset, STATE, 0)
-        first = address(pointers, buffer, 2, offset, STATE, 0)
-        second = address(pointers, buffer, 3, offset, STATE, 0)
-        is_there = (OPERAND == 0) | (tl.load(pointers + buffer * 4 + 2) != 0)
-        # In the unit's own columns, the first of which is the matrix's so-manieth.
-        own = col - tl.load(unit + 11)
-        in_cols = (own >= 0) & (own < cols) & is_there
-        for begin in range(0, rows, MANY):
-            row = begin + many
-            inside = (row < rows)[:, None] & in_cols[None, :]
-            at_row = row[:, None] * stride + own[None, :]
-            a = elements(base, first, second, at_row, inside, of_root, of_one, OPERAND)
-            in_y = (row < rows)[:, None] & of_block[None, :]
-            y_at = left + slot + row[:, None] * width + vectors[None, :]
-            y = tl.load(y_at, mask=in_y, other=0.0)
-            acc += y[:, :, None] * a[:, None, :]
-    tl.store(z + tl.load(piece + 2) + at, tl.sum(acc, axis=0), mask=in_z)
+def _line(y, row, apart, vectors, width, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+    """A row of Y."""
+    if WIDE:
+        return tl.load(y + row * BLOCK + vectors)
+    return tl.load(y + row * apart + vectors, mask=vectors < width, other=0.0)
 
 
 @triton.jit
-def _gram(piece, units, left, partial, sums, z, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+def _rows(
+    piece,
+    strip,
+    pointers,
+    hyper,
+    y,
+    apart,
+    z,
+    OPERAND: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    WIDE: tl.constexpr,
+    STATE: tl.constexpr,
+):
+    """What a strip's rows add to columns of Z, ROWS at a time: a thread has its own columns, of all
+    vectors.
+    """
+    aligned: tl.constexpr = 16 if WIDE else 0
+    buffer, offset, count = tl.load(strip), tl.load(strip + 1), tl.load(strip + 2)
+    cols, stride, width = tl.load(strip + 3), tl.load(strip + 4), tl.load(strip + 13)
+    start, n = tl.load(piece + 5), tl.load(piece + 3)
+    of_root, of_one = tl.load(hyper + 3), tl.load(hyper + 4)
+    z += tl.load(piece + 2)
+    base = address(pointers, buffer, 0, offset, STATE, aligned)
+    first = address(pointers, buffer, 2, offset, STATE, aligned)
+    second = address(pointers, buffer, 3, offset, STATE, aligned)
+    if WIDE:  # which the caller has seen
+        cols = cols // 8 * 8
+        stride = stride // 4 * 4
+        start = start // 4 * 4
+        n = n // 4 * 4
+        z = tl.multiple_of(z, 16)
+    col, vectors = start + tl.arange(0, COLS), tl.arange(0, BLOCK)
+    # Nothing is read: so Triton gives every thread four columns of all vectors.
+    never = (col < cols)[None, :] & (vectors < 0)[:, None]
+    total = tl.load(z + vectors[:, None] * n + col[None, :], mask=never, other=0.0)
+    col -= tl.load(strip + 10) if not WIDE else tl.load(strip + 10) // 4 * 4
+    inside = (col >= 0) & (col < cols)
+    whole = count // ROWS * ROWS
+    for begin in range(0, whole, ROWS):
+        for r in tl.static_range(ROWS):
+            at = (begin + r) * stride + col
+            a = elements(base, first, second, at, inside, of_root, of_one, OPERAND)
+            total += _line(y, begin + r, apart, vectors, width, BLOCK, WIDE)[:, None] * a[None, :]
+    for row in range(whole, count):
+        a = elements(base, first, second, row * stride + col, inside, of_root, of_one, OPERAND)
+        total += _line(y, row, apart, vectors, width, BLOCK, WIDE)[:, None] * a[None, :]
+    return total
+
+
+@triton.jit
+def _strip(
+    piece,
+    strips,
+    pointers,
+    hypers,
+    left,
+    lines,
+    z,
+    OPERAND: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    STATE: tl.constexpr,
+):
+    """Columns of Z of one strip, four at a time where all that it reads is aligned."""
+    strip = strips + tl.load(piece + 6) * UNIT_SIZE
+    total = tl.zeros((BLOCK, COLS), dtype=tl.float32)
+    if tl.load(piece + 7) != 0:
+        buffer, slot, apart = tl.load(strip), tl.load(strip + 12), tl.load(strip + 13)
+        y = left + slot
+        if slot < 0:
+            y, apart = lines + tl.load(strip + 11), tl.full((), BLOCK, tl.int64)
+        if (OPERAND == 0) | (tl.load(pointers + buffer * 4 + 2) != 0):
+            size: tl.constexpr = 4 if STATE == tl.float32 else 2
+            hyper = hypers + buffer * HYPER_SIZE
+            odd = (tl.load(strip + 1) | tl.load(strip + 4)) * size
+            if OPERAND == 0:
+                odd = odd | tl.load(pointers + buffer * 4)
+            else:
+                odd = odd | tl.load(pointers + buffer * 4 + 2) | tl.load(pointers + buffer * 4 + 3)
+            places = tl.load(strip + 10) | tl.load(piece + 2) | tl.load(piece + 3)
+            odd = (odd & 15) | (places & 3) | (tl.load(strip + 3) & 7) | (apart ^ BLOCK)
+            if odd == 0:
+                total = _rows(
+                    piece, strip, pointers, hyper, y, apart, z,
+                    OPERAND, BLOCK, ROWS, COLS, True, STATE,
+                )  # fmt: skip
+            else:
+                total = _rows(
+                    piece, strip, pointers, hyper, y, apart, z,
+                    OPERAND, BLOCK, ROWS, COLS, False, STATE,
+                )  # fmt: skip
+    return total
+
+
+@triton.jit
+def _columns(piece, total, sums, counters, z, BLOCK: tl.constexpr, COLS: tl.constexpr):
+    """Columns of Z. Of several strips whichever is done last adds all of them, in their order."""
+    n, width, start = tl.load(piece + 3), tl.load(piece + 4), tl.load(piece + 5)
+    strips = tl.load(piece + 7)
+    vectors, col = tl.arange(0, BLOCK), start + tl.arange(0, COLS)
+    inside = (vectors < width)[:, None] & (col < n)[None, :]
+    at = vectors[:, None] * n + col[None, :]
+    z += tl.load(piece + 2)
+    if strips <= 1:
+        tl.store(z + at, total, mask=inside)
+    else:
+        sums += tl.load(piece + 9)
+        counter = counters + tl.load(piece + 10)
+        tl.store(sums + tl.load(piece + 8) * width * n + at, total, mask=inside)
+        tl.debug_barrier()
+        if tl.atomic_add(counter, 1) == strips - 1:
+            total = tl.zeros((BLOCK, COLS), dtype=tl.float32)
+            for number in range(0, strips):
+                # Other multiprocessors wrote them: not from this one's cache.
+                total += tl.load(
+                    sums + number * width * n + at, mask=inside, other=0.0, cache_modifier=".cg"
+                )
+            tl.store(z + at, total, mask=inside)
+            tl.store(counter, 0)
+
+
+@triton.jit
+def _gram(
+    piece,
+    units,
+    left,
+    grams,
+    sums,
+    z,
+    FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDEST: tl.constexpr,
+):
     """YᵀY, and in a FIRST iteration Σ u² behind it."""
     n, width = tl.load(piece + 3), tl.load(piece + 4)
-    place, count, apart = tl.load(piece + 6), tl.load(piece + 7), tl.load(piece + 8)
-    first, last = tl.load(piece + 9), tl.load(piece + 10)
+    first, last, cut = tl.load(piece + 11), tl.load(piece + 12), tl.load(piece + 13)
     many, vectors = tl.arange(0, 16), tl.arange(0, BLOCK)
     of_block = vectors < width
     z_at = z + tl.load(piece + 2) + width * n
     for j in range(0, width):
         gram = tl.zeros((16, BLOCK), dtype=tl.float64)
-        for begin in range(0, count, 16):
+        for begin in range(first, cut, 16):
             there = begin + many
-            at = place + (there * apart)[:, None] + (width * n + j * width + vectors)[None, :]
-            inside = (there < count)[:, None] & of_block[None, :]
-            gram += tl.load(partial + at, mask=inside, other=0.0).to(tl.float64)
-        for number in range(tl.load(piece + 11), last):
+            at = (there * (WIDEST * WIDEST) + j * BLOCK)[:, None] + vectors[None, :]
+            gram += tl.load(grams + at, mask=(there < cut)[:, None], other=0.0).to(tl.float64)
+        for number in range(cut, last):
             unit = units + number * UNIT_SIZE
             rows, slot = tl.load(unit + 2), tl.load(unit + 12)
-            if tl.load(unit + 11) == 0:  # just one piece of a row counts it
+            if tl.load(unit + 10) == 0:  # just one piece of a row counts it
                 for begin in range(0, rows, 16):
                     row = begin + many
                     inside = row < rows
@@ -106,25 +191,31 @@ def _gram(piece, units, left, partial, sums, z, FIRST: tl.constexpr, BLOCK: tl.c
 def _piece(
     piece,
     units,
+    strips,
     pointers,
     hypers,
     left,
-    partial,
-    sums,
+    lines,
+    grams,
+    of_units,
+    of_strips,
+    counters,
     z,
     FIRST: tl.constexpr,
     OPERAND: tl.constexpr,
     BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    WIDEST: tl.constexpr,
     STATE: tl.constexpr,
 ):
     if tl.load(piece + 5) < 0:
-        _gram(piece, units, left, partial, sums, z, FIRST, BLOCK)
+        _gram(piece, units, left, grams, of_units, z, FIRST, BLOCK, WIDEST)
     else:
-        MANY: tl.constexpr = 32 // BLOCK
-        _columns(
-            piece, units, pointers, hypers, left, partial, z, OPERAND, BLOCK, MANY, COLS, STATE
+        total = _strip(
+            piece, strips, pointers, hypers, left, lines, z, OPERAND, BLOCK, ROWS, COLS, STATE
         )  # fmt: skip
+        _columns(piece, total, of_strips, counters, z, BLOCK, COLS)
 
 
 @triton.jit(do_not_specialize=["begin", "matrices"])
@@ -132,17 +223,23 @@ def collect(
     pieces,
     begin,
     units,
+    strips,
     pointers,
     hypers,
     masks,
     left,
-    partial,
-    sums,
+    lines,
+    grams,
+    of_units,
+    of_strips,
+    counters,
     z,
     matrices,
     FIRST: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    ROWS_W: tl.constexpr,
     BLOCK_U: tl.constexpr,
+    ROWS_U: tl.constexpr,
     COLS: tl.constexpr,
     STATE: tl.constexpr,
 ):
@@ -150,14 +247,15 @@ def collect(
     piece = pieces + (begin + tl.program_id(0)) * PIECE_SIZE
     operand, matrix = tl.load(piece), tl.load(piece + 1)
     masks += matrix
+    WIDEST: tl.constexpr = BLOCK_U if BLOCK_U > BLOCK_W else BLOCK_W
     if tl.load(masks + matrices * (operand + MAKING)) != 0:
         if operand == 0:
             _piece(
-                piece, units, pointers, hypers, left, partial, sums, z,
-                False, 0, BLOCK_W, COLS, STATE,
+                piece, units, strips, pointers, hypers, left, lines, grams, of_units, of_strips,
+                counters, z, False, 0, BLOCK_W, ROWS_W, COLS, WIDEST, STATE,
             )  # fmt: skip
         else:
             _piece(
-                piece, units, pointers, hypers, left, partial, sums, z,
-                FIRST, 1, BLOCK_U, COLS, STATE,
+                piece, units, strips, pointers, hypers, left, lines, grams, of_units, of_strips,
+                counters, z, FIRST, 1, BLOCK_U, ROWS_U, COLS, WIDEST, STATE,
             )  # fmt: skip

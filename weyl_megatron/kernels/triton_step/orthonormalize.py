@@ -45,7 +45,8 @@ def _inverse_factor(gram, least, index, BLOCK: tl.constexpr):
 
 @triton.jit
 def _product(a, b):
-    return tl.sum(a[:, :, None] * b[None, :, :], axis=1)
+    """AᵀB: so a thread has all that it adds up."""
+    return tl.sum(a[:, :, None] * b[:, None, :], axis=0)
 
 
 @triton.jit
@@ -60,38 +61,27 @@ def _largest(a, index):
     """
     size = _trace(a, index)
     power = a / tl.where(size > 0, size, 1.0)
-    for _ in range(20):
-        power = _product(power, power)
-        power = power / tl.maximum(_trace(power, index), 1e-300)
-    return tl.maximum(_trace(_product(a, power), index), 0.0)
+    for _ in range(4):
+        for _again in tl.static_range(5):  # a trace of 1 becomes 16⁻³¹ at least
+            power = _product(power, power)
+        power = power * (1.0 / tl.maximum(_trace(power, index), 1e-300))
+    return tl.maximum(tl.sum(tl.sum(a * power, axis=1), axis=0), 0.0)
 
 
 @triton.jit
-def _gram_of_rows(z, n, width, BLOCK: tl.constexpr, LANES: tl.constexpr):
+def _gram_of_rows(z, n, width, BLOCK: tl.constexpr):
     """Z Zᵀ, float64."""
-    index, lane = tl.arange(0, BLOCK), tl.arange(0, LANES)
-    if BLOCK <= 8:
-        acc = tl.zeros((BLOCK, BLOCK, LANES), dtype=tl.float64)
-        for start in range(0, n, LANES):
-            inside = (index < width)[:, None] & ((start + lane) < n)[None, :]
-            at = index[:, None] * n + (start + lane)[None, :]
-            rows = tl.load(z + at, mask=inside, other=0.0).to(tl.float64)
-            acc += rows[:, None, :] * rows[None, :, :]
-        gram = tl.sum(acc, axis=2)
-    else:  # that many would not fit into registers
-        gram = tl.zeros((BLOCK, BLOCK), dtype=tl.float64)
-        for j in range(0, width):
-            of_row = tl.zeros((BLOCK, LANES), dtype=tl.float64)
-            for start in range(0, n, LANES):
-                in_cols = (start + lane) < n
-                inside = (index < width)[:, None] & in_cols[None, :]
-                at = index[:, None] * n + (start + lane)[None, :]
-                rows = tl.load(z + at, mask=inside, other=0.0).to(tl.float64)
-                row = tl.load(z + j * n + start + lane, mask=in_cols, other=0.0).to(tl.float64)
-                of_row += rows * row[None, :]
-            of_row = tl.sum(of_row, axis=1)
-            gram += tl.where(index[None, :] == j, of_row[:, None], 0.0)
-    return gram
+    AT_ONCE: tl.constexpr = 64 if BLOCK == 4 else 4096 // (BLOCK * BLOCK)
+    index, lane = tl.arange(0, BLOCK), tl.arange(0, AT_ONCE)
+    row, other = index[:, None, None], index[None, :, None]
+    acc = tl.zeros((BLOCK, BLOCK, AT_ONCE), dtype=tl.float64)
+    for start in range(0, n, AT_ONCE):
+        col = (start + lane)[None, None, :]
+        # Read twice, once where each thread needs it.
+        a = tl.load(z + row * n + col, mask=(row < width) & (col < n), other=0.0)
+        b = tl.load(z + other * n + col, mask=(other < width) & (col < n), other=0.0)
+        acc += a.to(tl.float64) * b.to(tl.float64)
+    return tl.sum(acc, axis=2)
 
 
 @triton.jit
@@ -116,7 +106,7 @@ def _block(
     diagonal = index[:, None] == index[None, :]
     pairs_at = z + width * n + index[:, None] * width + index[None, :]
     gram_y = tl.load(pairs_at, mask=pair, other=0.0).to(tl.float64)
-    gram_z = _gram_of_rows(z, n, width, BLOCK, LANES)
+    gram_z = _gram_of_rows(z, n, width, BLOCK)
     length = tl.zeros((LANES,), dtype=tl.float64)
     for start in range(0, n, LANES):
         old = tl.load(x + start + lane, mask=(start + lane) < n, other=0.0).to(tl.float64)
@@ -129,7 +119,8 @@ def _block(
     scale_z = tl.where(lengths_z > 0, 1.0 / tl.where(lengths_z > 0, lengths_z, 1.0), 0.0)
     to_y = _inverse_factor(gram_y * scale_y[:, None] * scale_y[None, :], independent, index, BLOCK)
     to_y = to_y * scale_y[None, :]
-    ratio = _product(_product(to_y, gram_z), tl.trans(to_y))
+    of_y = tl.trans(to_y)
+    ratio = _product(of_y, _product(gram_z, of_y))
     value = tl.sqrt(_largest(ratio, index))
     # NaN and infinity are not less than anything
     total = tl.sum(tl.sum(gram_y + gram_z, axis=1), axis=0)

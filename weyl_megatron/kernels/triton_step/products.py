@@ -1,4 +1,4 @@
-"""One iteration's reads of W and U: Y = A X and Z = Aᵀ Y, row by row."""
+"""The first read of W and U in an iteration: Y = A X, row by row. The second is collect.py's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _bands(
     is_fresh,
     x,
     left,
-    partial,
+    lines,
     sums,
     SOURCE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -46,7 +46,7 @@ def _bands(
     cols, stride, n = tl.load(unit + 3), tl.load(unit + 4), tl.load(unit + 9)
     slot, width = tl.load(unit + 12), tl.load(unit + 13)
     x += tl.load(unit + 8)
-    z = partial + tl.load(unit + 10) + tl.load(unit + 11)
+    lines += tl.load(unit + 11)
     base = address(pointers, buffer, 0, offset, STATE, aligned)
     first = address(pointers, buffer, 2, offset, STATE, aligned)
     second = address(pointers, buffer, 3, offset, STATE, aligned)
@@ -61,7 +61,6 @@ def _bands(
         stride = stride // 4 * 4
         n = n // 4 * 4
         x = tl.multiple_of(x, 16)
-        z = tl.multiple_of(z, 16)
     row, col = tl.arange(0, ROWS), tl.arange(0, COLS)
     vectors = tl.arange(0, BLOCK)
     of_block = vectors < width
@@ -112,63 +111,32 @@ def _bands(
         y = tl.sum(acc, axis=2)  # (ROWS, BLOCK)
         in_y = is_row[:, None] & of_block[None, :]
         y = tl.where(in_y, y, 0.0)
-        y_at = rows[:, None] * width + vectors[None, :]
         if slot >= 0:
-            tl.atomic_add(left + slot + y_at, y, mask=in_y)
+            at = rows[:, None] * width + vectors[None, :]
+            tl.atomic_add(left + slot + at, y, mask=in_y)
         else:
-            # Behind Z and YᵀY, which is made of them.
-            lines = partial + tl.load(unit + 10) + width * (n + width)
-            tl.store(lines + y_at, y, mask=in_y)
-            tl.debug_barrier()
-            # The last columns first: they are the likeliest to be in a cache still.
-            last = (cols - 1) // COLS * COLS
-            for back in range(0, cols, COLS):
-                start = tl.multiple_of(last - back, COLS)
-                in_cols = (start + col) < cols
-                z_at = vectors[:, None] * n + (start + col)[None, :]
-                in_z = of_block[:, None] & in_cols[None, :]
-                total = tl.load(z + z_at, mask=in_z & (begin > 0), other=0.0)
-                for r in tl.static_range(ROWS):
-                    at = tl.minimum(begin + r, count - 1) * stride + start + col
-                    a = elements(base, first, second, at, in_cols, of_root, of_one, SOURCE)
-                    yr = tl.sum(tl.where(row[:, None] == r, y, 0.0), axis=0)
-                    total += yr[:, None] * a[None, :]
-                tl.store(z + z_at, total, mask=in_z)
+            at = rows[:, None] * BLOCK + vectors[None, :]
+            tl.store(lines + at, y, mask=is_row[:, None])
     if SOURCE == MOMENTS:
         tl.store(sums, tl.sum(tl.sum(tl.reshape(squares, (ROWS, LANES)), axis=1), axis=0))
 
 
 @triton.jit
-def _gram(unit, partial, BLOCK: tl.constexpr, LANES: tl.constexpr):
-    """YᵀY of a unit's rows, from the lines that they were left in."""
-    count, n, width = tl.load(unit + 2), tl.load(unit + 9), tl.load(unit + 13)
-    gram_at = partial + tl.load(unit + 10) + width * n
-    lines_at = gram_at + width * width
+def _gram(unit, lines, gram, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """YᵀY of a unit's rows."""
+    count, width = tl.load(unit + 2), tl.load(unit + 13)
+    lines += tl.load(unit + 11)
     line, vectors = tl.arange(0, LANES), tl.arange(0, BLOCK)
-    of_block = vectors < width
     tl.debug_barrier()
     for j in range(0, width):
-        gram = tl.zeros((LANES, BLOCK), dtype=tl.float32)
+        acc = tl.zeros((LANES, BLOCK), dtype=tl.float32)
         for begin in range(0, count, LANES):
-            lines = begin + line
-            inside = lines < count
-            at = lines[:, None] * width + vectors[None, :]
-            y = tl.load(lines_at + at, mask=inside[:, None] & of_block[None, :], other=0.0)
-            yj = tl.load(lines_at + lines * width + j, mask=inside, other=0.0)
-            gram += y * yj[:, None]
-        tl.store(gram_at + j * width + vectors, tl.sum(gram, axis=0), mask=of_block)
-
-
-@triton.jit
-def _clear(unit, partial, sums, LANES: tl.constexpr):
-    """Leave sums of nothing: U is 0 where there is no gradient."""
-    width = tl.load(unit + 13)
-    place = partial + tl.load(unit + 10)
-    line = tl.arange(0, LANES)
-    size = tl.where(tl.load(unit + 12) < 0, width * (tl.load(unit + 9) + width), 0)
-    for start in range(0, size, LANES):
-        tl.store(place + start + line, 0.0, mask=start + line < size)
-    tl.store(sums, 0.0)
+            at = (begin + line) * BLOCK
+            inside = begin + line < count
+            y = tl.load(lines + at[:, None] + vectors[None, :], mask=inside[:, None], other=0.0)
+            yj = tl.load(lines + at + j, mask=inside, other=0.0)
+            acc += y * yj[:, None]
+        tl.store(gram + j * BLOCK + vectors, tl.sum(acc, axis=0))
 
 
 @triton.jit
@@ -179,7 +147,8 @@ def _unit(
     is_fresh,
     x,
     left,
-    partial,
+    lines,
+    gram,
     sums,
     SOURCE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -197,20 +166,19 @@ def _unit(
     odd = odd | tl.load(pointers + buffer * 4 + 3) | ((offset | stride) * state_size)
     if SOURCE == MOMENTS:
         odd = odd | tl.load(pointers + buffer * 4 + 1) | ((offset | stride) * grad_size)
-    vectors = tl.load(unit + 8) | tl.load(unit + 9) | tl.load(unit + 10) | tl.load(unit + 11)
-    odd = (odd & 15) | (vectors & 3) | (tl.load(unit + 3) & 7)
+    odd = (odd & 15) | ((tl.load(unit + 8) | tl.load(unit + 9)) & 3) | (tl.load(unit + 3) & 7)
     if odd == 0:
         _bands(
-            unit, pointers, hyper, is_fresh, x, left, partial, sums,
+            unit, pointers, hyper, is_fresh, x, left, lines, sums,
             SOURCE, BLOCK, ROWS, LANES, True, STATE, GRAD,
         )  # fmt: skip
     else:
         _bands(
-            unit, pointers, hyper, is_fresh, x, left, partial, sums,
+            unit, pointers, hyper, is_fresh, x, left, lines, sums,
             SOURCE, BLOCK, ROWS, LANES, False, STATE, GRAD,
         )  # fmt: skip
     if tl.load(unit + 12) < 0:
-        _gram(unit, partial, BLOCK, LANES)
+        _gram(unit, lines, gram, BLOCK, LANES)
 
 
 @triton.jit(do_not_specialize=["start", "matrices"])
@@ -222,7 +190,8 @@ def products(
     masks,
     x,
     left,
-    partial,
+    lines,
+    grams,
     sums,
     matrices,
     FIRST: tl.constexpr,
@@ -234,10 +203,8 @@ def products(
     STATE: tl.constexpr,
     GRAD: tl.constexpr,
 ):
-    """Z and YᵀY of a unit's whole rows to ``partial``, or Y of cut rows to ``left``; FIRST: of W
-    and of U whose moments are updated on the way, with Σ u² to ``sums``.
-
-    One read: a band's Y = A Xᵀ and Z += Yᵀ A, the second time from a cache.
+    """Y of a unit's whole rows to ``lines`` and their YᵀY to ``grams``, or Y of cut rows to
+    ``left``; FIRST: of W and of U whose moments are updated on the way, with Σ u² to ``sums``.
     """
     unit_number = start + tl.program_id(0)
     unit = units + unit_number * UNIT_SIZE
@@ -245,20 +212,25 @@ def products(
     hyper = hypers + buffer * HYPER_SIZE
     masks += matrix
     sums += unit_number * 3
+    WIDEST: tl.constexpr = BLOCK_U if BLOCK_U > BLOCK_W else BLOCK_W
+    gram = grams + unit_number * (WIDEST * WIDEST)
     is_making = tl.load(masks + matrices * (operand + MAKING)) != 0
     is_there = (operand == 0) | (tl.load(pointers + buffer * 4 + 2) != 0)
     if is_making & (is_there == 0):
-        _clear(unit, partial, sums, LANES)
+        # U is 0 where there is no gradient.
+        place = tl.arange(0, WIDEST * WIDEST)
+        tl.store(gram + place, tl.zeros((WIDEST * WIDEST,), dtype=tl.float32))
+        tl.store(sums, 0.0)
     if is_making & is_there:
         if operand == 0:
             _unit(
-                unit, pointers, hyper, False, x, left, partial, sums,
+                unit, pointers, hyper, False, x, left, lines, gram, sums,
                 WEIGHTS, BLOCK_W, ROWS_W, LANES, STATE, STATE,
             )  # fmt: skip
         else:
             is_fresh = tl.load(masks + matrices * FRESH) != 0
             _unit(
-                unit, pointers, hyper, is_fresh, x, left, partial, sums,
+                unit, pointers, hyper, is_fresh, x, left, lines, gram, sums,
                 MOMENTS if FIRST else UPDATES, BLOCK_U, ROWS_U, LANES, STATE,
                 GRAD if FIRST else STATE,
             )  # fmt: skip
