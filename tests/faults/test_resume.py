@@ -39,6 +39,10 @@ def cases_of() -> list[dict[str, Any]]:
             "label": "round-robin",
         }
     )
+    cases += [
+        {"stage": stage, "dtype": "fp32", "params": {"clip": "project"}, "label": "project"}
+        for stage in (0, 1, 2, 3)
+    ]
     for case in cases:
         words = [
             f"z{case['stage']}",
@@ -61,6 +65,8 @@ QUICK = {
     "z1-bf16-bf16-optimizer",
     "z3-fp32-sub-groups",
     "z2-fp32-round-robin",
+    "z1-fp32-project",
+    "z3-fp32-project",
 }
 
 

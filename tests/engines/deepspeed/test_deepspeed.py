@@ -66,6 +66,10 @@ def cases_of(world: int) -> list[dict[str, Any]]:
             {"stage": stage, "dtype": "fp32", "mixed": "modules", "label": "modules"}
             for stage in (2, 3)
         ]
+        cases += [
+            {"stage": stage, "dtype": "fp32", "params": PROJECT, "label": "project"}
+            for stage in (2, 3)
+        ]
     # DeepSpeed gives this combination to BF16_Optimizer instead of its ZeRO-1 optimizer.
     cases.append({"stage": 1, "dtype": "bf16", "grad_dtype": "fp32", "label": "bf16-optimizer"})
     cases.append({"stage": 3, "dtype": "fp32", "zero_init": True, "label": "zero-init"})
@@ -75,6 +79,13 @@ def cases_of(world: int) -> list[dict[str, Any]]:
     if world == 2:
         for stage in (2, 3):
             cases.append({"stage": stage, "dtype": "fp32", "params": nets.AUTO, "label": "auto"})
+        for stage in (0, 1, 2, 3):
+            project = {"stage": stage, "dtype": "fp32", "params": PROJECT}
+            cases.append({**project, "label": "project"})
+            cases.append({**project, "mixed": True, "label": "project-mixed"})
+        for tp in ("auto", "mpu"):
+            project = {"stage": 0, "dtype": "fp32", "params": PROJECT, "tp": tp, "tp_size": 2}
+            cases.append({**project, "label": f"project-{tp}"})
         # Not stage 0: DeepSpeed 0.19.8 divides its fp16 gradients by a loss scale that it never
         # applied to the loss.
         cases += [
@@ -109,6 +120,9 @@ def tensor_parallel_cases() -> list[dict[str, Any]]:
     return cases
 
 
+#: Hidden matrices are projected; blocks of 8 vectors see some of them whole.
+PROJECT = {"clip": "project", "vectors": 8}
+
 CASES = {2: cases_of(2), 3: cases_of(3), 4: tensor_parallel_cases()}
 
 #: What `make test` runs: each of DeepSpeed's optimizers, by number of ranks.
@@ -125,12 +139,15 @@ QUICK = {
         "z3-fp32-zero-init",
         "z3-fp32-sub-groups",
         "z2-fp32-auto",
+        "z1-fp32-project",
+        "z3-fp32-project-mixed",
+        "z0-fp32-project-auto",
         "z1-fp16-overflow",
         "z3-fp16-overflow",
         "z0-fp32-autotp",
         "z0-fp32-mpu",
     },
-    3: {"z2-fp32", "z2-fp32-modules", "z3-fp32-modules"},
+    3: {"z2-fp32", "z2-fp32-modules", "z3-fp32-modules", "z2-fp32-project"},
     4: {"z1-auto-tp2-dp2"},
 }
 ALL = [
@@ -209,6 +226,8 @@ def test_ten_steps_follow_the_reference(
     assert any(entry[3] for entry in result["stats"][0].values()), (
         "nothing was clipped: the case shows nothing"
     )
+    if "project" in case.get("label", ""):
+        assert any(entry[6] for entry in result["stats"][0].values()), "nothing was projected"
     start = nets.make_net(case.get("mixed", False)).state_dict()
     assert min(distances(result["weights"], start).values()) > 0.001, "a weight did not move"
 

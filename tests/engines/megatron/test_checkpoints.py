@@ -50,6 +50,8 @@ def cases() -> list[dict[str, Any]]:
         )
     reshardable = "fully_reshardable" if MCORE >= (0, 16) else "fully_sharded_model_space"
     metadata = {"distrib_optim_sharding_type": reshardable}
+    project = {"dist_opt": True, "metadata": metadata, "options": {"clip": "project"}}
+    found.append({"name": "project", **project, "save": TP2, "loads": ANY})
     experts = {"dist_opt": True, "moe": True, "metadata": metadata}
     found.append(
         {
@@ -96,7 +98,7 @@ def cases() -> list[dict[str, Any]]:
 
 CASES = cases()
 #: What `make test` runs: AdamW² from its own file in every layout, and from Megatron's Adam.
-QUICK = {"fully_reshardable", "fully_sharded_model_space", "adam"}
+QUICK = {"fully_reshardable", "fully_sharded_model_space", "adam", "project"}
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,8 @@ ONE_PROCESS: list[dict[str, Any]] = [
     {"name": "one-distopt-beside-fused-adam", "dist_opt": True, "fused_adam": True},
     {"name": "one-moe", "moe": True},
     {"name": "one-auto", "options": {"tau": "balanced"}},
+    {"name": "one-project", "options": {"clip": "project"}},
+    {"name": "one-project-moe", "moe": True, "options": {"clip": "project"}},
     {"name": "one-whole", "options": {"split_fused": False}},
     {"name": "adam-without-adapter", "optimizer": "adam", "enable": False},
     {"name": "adam-beside-adapter", "optimizer": "adam"},
@@ -44,6 +46,7 @@ DIST_OPT = {"dist_opt": True}
 MOE = {"moe": True, "against": "reference-moe"}
 BF16 = {"dtype": "bf16", "against": "reference-bf16"}
 AUTO = {"options": {"tau": "auto"}, "against": "one-auto"}
+PROJECT = {"options": {"clip": "project"}, "against": "one-project"}
 
 #: What is spread, by number of ranks. "against" names the run of one process that it has to follow.
 SPREAD: dict[int, list[dict[str, Any]]] = {
@@ -69,6 +72,10 @@ SPREAD: dict[int, list[dict[str, Any]]] = {
         },
         {"name": "pp2-auto", "pp": 2, **AUTO},
         {"name": "dp2-distopt-auto", **DIST_OPT, **AUTO},
+        {"name": "dp2-distopt-project", **DIST_OPT, **PROJECT},
+        {"name": "tp2-sp-project", "tp": 2, "sp": True, **PROJECT},
+        {"name": "pp2-distopt-project", "pp": 2, **DIST_OPT, **PROJECT},
+        {"name": "ep2-project", "ep": 2, "moe": True, **PROJECT, "against": "one-project-moe"},
         {"name": "cp2", "cp": 2},
         {"name": "cp2-distopt", "cp": 2, **DIST_OPT},
         {"name": "ep2", "ep": 2, **MOE},
@@ -85,6 +92,7 @@ SPREAD: dict[int, list[dict[str, Any]]] = {
     4: [
         {"name": "tp2-dp2-distopt", "tp": 2, **DIST_OPT},
         {"name": "tp2-dp2-distopt-overlap", "tp": 2, "sp": True, **DIST_OPT, "overlap": True},
+        {"name": "tp2-dp2-distopt-project", "tp": 2, **DIST_OPT, **PROJECT},
         {"name": "tp2-pp2", "tp": 2, "pp": 2},
         {"name": "pp2-dp2-distopt", "pp": 2, **DIST_OPT},
         {"name": "dp4-distopt-2-instances", **DIST_OPT, "instances": 2},
@@ -116,6 +124,8 @@ QUICK = {
     "dp2-distopt-auto",
     "tp2-bf16",
     "dp2-bf16-distopt",
+    "dp2-distopt-project",
+    "tp2-sp-project",
 }
 CASES = quick_and_slow([case for cases in SPREAD.values() for case in cases], QUICK)
 
@@ -237,7 +247,9 @@ def test_sigma_of_every_matrix_is_that_of_one_process_and_near_the_exact_one(
             name: entry.sigma_weight for name, entry in found.items() if name not in certified
         }
         exact = {name: sigma for name, sigma in result["exact"].items() if name not in certified}
-        assert measured == pytest.approx(exact, rel=1e-4)
+        # Projected updates move several directions alike, and top σ come closer: 1.8e-4.
+        rel = 4e-4 if "project" in case["name"] else 1e-4
+        assert measured == pytest.approx(exact, rel=rel)
 
 
 def test_tied_embeddings_are_one_matrix_on_both_stages(runs: Path) -> None:
