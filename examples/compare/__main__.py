@@ -1,6 +1,6 @@
-"""A small GPT and a small ViT under twelve methods, over learning rates, depths, norms and seeds.
+"""A small GPT and a small ViT under fourteen methods, over learning rates, depths, norms and seeds.
 
-    python -m examples.compare                       all of it: 2560 runs, about 4 hours on 2 cores
+    python -m examples.compare                       all of it: 2944 runs, about 5 hours on 2 cores
     python -m examples.compare --task vit --depths 6 --norm post --lrs 3e-3 --seeds 0
     python -m examples.compare table                 docs/compare.md and .svg from the results
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from weyl_megatron import AdamW2
+from weyl_megatron.settings import VECTORS
 
 WEIGHT_DECAY, BETA1 = 0.1, 0.9
 
@@ -47,8 +48,10 @@ def adamw(model: nn.Module, lr: float, beta2: float) -> list[Optimizer]:
     return [torch.optim.AdamW(parameter_groups(model), lr=lr, betas=(BETA1, beta2), fused=True)]
 
 
-def adamw2(tau: float | str, model: nn.Module, lr: float, beta2: float) -> list[Optimizer]:
-    return [AdamW2(parameter_groups(model), lr=lr, betas=(BETA1, beta2), tau=tau)]
+def adamw2(
+    tau: float | str, model: nn.Module, lr: float, beta2: float, clip: str = "scale"
+) -> list[Optimizer]:
+    return [AdamW2(parameter_groups(model), lr=lr, betas=(BETA1, beta2), tau=tau, clip=clip)]
 
 
 def radam(model: nn.Module, lr: float, beta2: float) -> list[Optimizer]:
@@ -140,6 +143,19 @@ METHODS = {
         "one budget for the hidden matrices",
         "#5b4bd6",
         partial(adamw2, "balanced"),
+    ),
+    "adamw2-project": Method(
+        "AdamW², τ = balanced, projected",
+        "one budget for the hidden matrices, whose updates' singular values are clipped "
+        f'(clip="project"; {VECTORS} vectors)',
+        "#e11d48",
+        partial(adamw2, "balanced", clip="project"),
+    ),
+    "adamw2-project-0.01": Method(
+        "AdamW², τ = 0.01, projected",
+        "the paper's τ for GPT; hidden matrices' updates have their singular values clipped",
+        "#ca9a04",
+        partial(adamw2, 0.01, clip="project"),
     ),
     "sigma-reparam": Method(
         "σReparam", "W replaced by γ W/σ₁(W), γ learned; AdamW", "#d946a0", convert=reparametrize

@@ -15,6 +15,7 @@ import torch
 
 pytest.importorskip("sklearn")
 
+from examples.compare import __main__ as compare
 from examples.compare import results, vit
 from examples.compare.__main__ import Grid, main, parse
 from examples.compare.methods import METHODS, TUNING_SEED, WARMUPS, parameter_groups
@@ -82,6 +83,21 @@ def test_every_method_trains(method: str, task: str) -> None:
             and 0 <= result["accuracy"] <= 1
             and not result["diverged"]
         )
+
+
+@pytest.mark.parametrize("tau", ["0.01", "balanced"])
+def test_projected_methods_clip_the_singular_values_of_hidden_matrices_alone(tau: str) -> None:
+    (name,) = [
+        name for name, each in METHODS.items() if each.title == f"AdamW², τ = {tau}, projected"
+    ]
+    torch.manual_seed(0)
+    model = TASKS["vit"].model(2, "pre")
+    (optimizer,) = METHODS[name].optimizers(model, 3e-2, 0.95)
+    model(*next(TASKS["vit"].batches(1, 0))).backward()
+    optimizer.step()
+    stats = optimizer.stats()
+    clipped = {name for name, each in stats.items() if each.directions}
+    assert clipped == {name for name in stats if name.startswith("blocks.")} and len(clipped) == 12
 
 
 def test_a_run_repeats() -> None:
@@ -198,6 +214,12 @@ def test_no_rate_is_good_where_nothing_trains(tmp_path: Path) -> None:
     write(tmp_path, [synthetic(replace(RUN, task="gpt", lr=lr), 3.19) for lr in (1e-3, 1e-2)])
     (found,) = comparisons(list(results.read(tmp_path).values()))
     assert found.best() == 3.19 and found.good_rates("adamw") == []
+
+
+def test_the_command_s_help_counts_the_runs_and_methods() -> None:
+    grid = Grid(parse([]))
+    assert f"all of it: {len(grid.first() + grid.tuned())} runs" in compare.__doc__
+    assert len(METHODS) == 14 and "fourteen methods" in compare.__doc__
 
 
 @pytest.mark.parametrize(
