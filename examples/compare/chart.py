@@ -1,18 +1,18 @@
-"""The picture: score against learning rate, a curve per method, a chart per cell of the grid."""
+"""The pictures: score against learning rate, and what is between Muon and others by width."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import TYPE_CHECKING
 
+from examples.compare.cells import Comparison
+from examples.compare.ladder import CONTENDERS
 from examples.compare.methods import METHODS
+from examples.compare.noise import difference
 from weyl_megatron.report.charts import Axis, Chart, Line
 from weyl_megatron.report.sheet import sheet
-
-if TYPE_CHECKING:
-    from examples.compare.table import Comparison
 
 WIDTH, HEIGHT, COLUMNS = 340, 230, 3
 
@@ -69,3 +69,53 @@ def _line(name: str, x: Sequence[float], y: Sequence[float]) -> Line:
     method = METHODS[name]
     width = 2.75 if name.startswith("adamw2") else 1.5
     return Line(method.title, x, y, method.color, dashed=method.warmup != 0, width=width)
+
+
+@dataclass(frozen=True)
+class WidthAxis(Axis):
+    """Logarithmic, with a tick at every width."""
+
+    widths: tuple[int, ...] = ()
+
+    def ticks(self, wanted: int) -> list[tuple[float, str]]:  # noqa: ARG002
+        return [(width, str(width)) for width in self.widths]
+
+
+def draw_widths(rungs: Sequence[Comparison]) -> str:
+    """How far above Muon each method ends, with standard errors, a chart per norm."""
+    legend = [_line(name, [], []) for name in CONTENDERS]
+    by_norm = [list(group) for _, group in groupby(rungs, key=lambda each: each.cell.norm)]
+    lines = [[_above_muon(name, group) for name in CONTENDERS] for group in by_norm]
+    ends = [
+        end for group in lines for line in group if line.band for band in line.band for end in band
+    ]
+    low, high = math.floor(20 * min([0.0, *ends])) / 20, math.ceil(20 * max([0.05, *ends])) / 20
+    widths = tuple(sorted({each.cell.width for each in rungs}))
+    charts = [
+        Chart(
+            title=f"GPT, {group[0].cell.norm}-LN, {group[0].cell.depth} layers",
+            x=WidthAxis("width", widths[0] / 1.2, widths[-1] * 1.2, True, widths),
+            y=Axis("loss above Muon's, nats", low, high),
+            lines=curves,
+            width=WIDTH,
+            height=HEIGHT,
+            right=14,
+        )
+        for group, curves in zip(by_norm, lines, strict=True)
+    ]
+    return sheet([charts], legend, len(charts))
+
+
+def _above_muon(name: str, rungs: Sequence[Comparison]) -> Line:
+    x, y, below, above = [], [], [], []
+    for each in rungs:
+        entry, muon = each.best_entry(name), each.best_entry("muon")
+        if entry is None or muon is None:
+            continue
+        apart = difference(entry.scores, muon.scores)
+        error = 0.0 if math.isnan(apart.error) else apart.error
+        x.append(each.cell.width)
+        y.append(apart.mean)
+        below.append(y[-1] - error)
+        above.append(y[-1] + error)
+    return replace(_line(name, x, y), band=(below, above))

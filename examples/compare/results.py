@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,8 +17,10 @@ FILE = "results.jsonl"
 
 
 def run_of(result: Mapping[str, Any]) -> Run:
-    """The run whose result it is."""
-    return Run(**{field.name: result[field.name] for field in fields(Run)})
+    """The run whose result it is; a line that has not all fields is of a run by default."""
+    needed = {field.name: result[field.name] for field in fields(Run) if field.default is MISSING}
+    others = {field.name: result.get(field.name, field.default) for field in fields(Run)}
+    return Run(**{**others, **needed})
 
 
 def read(out: Path) -> dict[Run, dict[str, Any]]:

@@ -1,155 +1,62 @@
-"""docs/compare.md and docs/compare.svg, from the raw results alone."""
+"""docs/compare.md and its pictures, from the raw results alone."""
 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
-from examples.compare.chart import draw
+from examples.compare import beside, widths
+from examples.compare.cells import (
+    MARK,
+    NAMES,
+    NEAR,
+    TRAINED,
+    Comparison,
+    Entry,
+    comparisons,
+    markdown,
+)
+from examples.compare.chart import draw, draw_widths
 from examples.compare.methods import METHODS, TUNING_SEED, WEIGHT_DECAY
+from examples.compare.noise import RULE
 from examples.compare.results import FILE, read
-from examples.compare.train import TASKS
-
-#: How far from the best a method may end at a rate that it "trains" at: nats, or the share of right
-#: answers.
-NEAR = {"loss": 0.1, "accuracy": 0.05}
-
-#: What no method that trains at all is worse than: a GPT that knows only how often each byte
-#: occurs ends at 3.19.
-TRAINED = {"loss": 3.1, "accuracy": 0.5}
-
-NAMES = {"gpt": "GPT", "vit": "ViT"}
-
-
-class Cell(NamedTuple):
-    """What one table of methods and rates is about."""
-
-    task: str
-    beta2: float
-    norm: str
-    depth: int
-    steps: int
-
-    @property
-    def score(self) -> str:
-        return TASKS[self.task].score
-
-    @property
-    def title(self) -> str:
-        return f"{NAMES[self.task]}, {self.norm}-LN, {self.depth} layers, β₂ {self.beta2:g}"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A method at a rate, over the seeds."""
-
-    scores: tuple[float, ...]  # of the runs that did not diverge
-    runs: int
-    warmups: tuple[float, ...]
-
-    @property
-    def has_diverged(self) -> bool:
-        return len(self.scores) < self.runs
-
-    @property
-    def mean(self) -> float:
-        """Of all runs; not a number where one of them diverged."""
-        return math.nan if self.has_diverged else mean(self.scores)
-
-    def text(self, has_tuned_warmup: bool) -> str:
-        if self.has_diverged:
-            return f"{self.runs - len(self.scores)} of {self.runs} diverged"
-        spread = f" ± {stdev(self.scores):.3f}" if self.runs > 1 else ""
-        shares = ", ".join(f"{warmup:.0%}" for warmup in self.warmups)
-        return f"{mean(self.scores):.3f}{spread}{f' ({shares})' if has_tuned_warmup else ''}"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The entries of one cell, by method and rate."""
-
-    cell: Cell
-    entries: dict[tuple[str, float], Entry]
-
-    @property
-    def methods(self) -> list[str]:
-        present = {method for method, _ in self.entries}
-        return [method for method in METHODS if method in present]
-
-    @property
-    def rates(self) -> list[float]:
-        return sorted({lr for _, lr in self.entries})
-
-    def mean(self, method: str, lr: float) -> float:
-        entry = self.entries.get((method, lr))
-        return entry.mean if entry is not None else math.nan
-
-    def best_rate(self, method: str) -> float | None:
-        """The rate at which a method ends best; None where it diverges at all of them."""
-        sign = 1 if self.cell.score == "loss" else -1
-        finite = [lr for lr in self.rates if math.isfinite(self.mean(method, lr))]
-        return min(finite, key=lambda lr: sign * self.mean(method, lr), default=None)
-
-    def best(self) -> float:
-        """The best mean of any method at any rate."""
-        means = [entry.mean for entry in self.entries.values() if not entry.has_diverged]
-        return (min if self.cell.score == "loss" else max)(means, default=math.nan)
-
-    def good_rates(self, method: str) -> list[float]:
-        """The rates at which a method ends near the best, where anything trains at all."""
-        score = self.cell.score
-        sign = 1 if score == "loss" else -1
-        worst = min(sign * self.best() + NEAR[score], sign * TRAINED[score])
-        return [lr for lr in self.rates if sign * self.mean(method, lr) <= worst]
-
-
-def comparisons(results: Sequence[dict[str, Any]]) -> list[Comparison]:
-    """The reported results, sorted by what they compare."""
-    grouped: dict[Cell, dict[tuple[str, float], list[dict[str, Any]]]] = {}
-    for result in results:
-        if result["seed"] != TUNING_SEED:
-            cell = Cell(**{field: result[field] for field in Cell._fields})
-            runs = grouped.setdefault(cell, {})
-            runs.setdefault((result["method"], result["lr"]), []).append(result)
-    return [
-        Comparison(cell, {key: _entry(cell, runs) for key, runs in by_method.items()})
-        for cell, by_method in sorted(grouped.items())
-    ]
-
-
-def _entry(cell: Cell, runs: Sequence[dict[str, Any]]) -> Entry:
-    by_seed = sorted(runs, key=lambda run: run["seed"])
-    scores = tuple(run[cell.score] for run in by_seed if not run["diverged"])
-    return Entry(scores, len(runs), tuple(sorted({run["warmup"] for run in runs})))
 
 
 def document(results: Sequence[dict[str, Any]]) -> str:
     """The page in Markdown."""
-    cells = comparisons(results)
+    everything = comparisons(results)
+    cells = of_the_grid(everything)
     parts = [
         "# The cures, compared",
         *_introduction(results, cells),
         "## Best over the rates",
-        "Mean over the seeds at each method's best rate, which stands behind it.",
+        "Mean ± standard error over the seeds at each method's best rate, which stands behind it. "
+        f"Bold is the best of a column, and {MARK} stands before what is within noise of it.",
+        RULE,
         *_summaries(cells, _best_text),
+        *beside.section(cells),
         "## How wide the range of rates is",
         f"Rates at which a method ends within {NEAR['loss']} nats (GPT) or {NEAR['accuracy']} of "
         "accuracy (ViT) of the best that any method reached at any rate, without a seed that "
         f"diverged; and not above {TRAINED['loss']} nats or below {TRAINED['accuracy']} of "
         "accuracy, since there are cells where nothing trains.",
         *_summaries(cells, _range_text),
+        *widths.section(everything),
         "## All numbers",
-        "Mean ± standard deviation over the seeds; behind a tuned warmup, its share of steps.",
+        "Mean ± standard error over the seeds; bold and "
+        f"{MARK} as above, in each table; behind a tuned warmup, its share of steps.",
     ]
-    for comparison in cells:
+    for comparison in everything:
         parts.append(f"### {comparison.cell.title}, {comparison.cell.steps} steps")
         parts.append(_numbers(comparison))
     return "\n\n".join(parts) + "\n"
+
+
+def of_the_grid(everything: Sequence[Comparison]) -> list[Comparison]:
+    """Without the ladder's wider ones."""
+    return [comparison for comparison in everything if comparison.cell.is_of_the_grid]
 
 
 def _introduction(results: Sequence[dict[str, Any]], cells: Sequence[Comparison]) -> list[str]:
@@ -209,7 +116,7 @@ def _summaries(cells: Sequence[Comparison], text: Callable[[Comparison, str], st
         for name in (method for method in METHODS if _is_in(method, across)):
             texts = (text(each, name) if name in each.methods else "" for each in across)
             rows.append([METHODS[name].title, *texts])
-        parts.append(_markdown([f"{NAMES[task]}, β₂ {beta2:g}", *columns], rows))
+        parts.append(markdown([f"{NAMES[task]}, β₂ {beta2:g}", *columns], rows))
     return parts
 
 
@@ -217,9 +124,7 @@ def _best_text(comparison: Comparison, method: str) -> str:
     rate = comparison.best_rate(method)
     if rate is None:
         return "diverged"
-    number = comparison.mean(method, rate)
-    bold = "**" if number == comparison.best() and len(comparison.methods) > 1 else ""
-    return f"{bold}{number:.3f}{bold} at {rate:g}"
+    return f"{comparison.mark(comparison.entries[method, rate])} at {rate:g}"
 
 
 def _range_text(comparison: Comparison, method: str) -> str:
@@ -228,35 +133,39 @@ def _range_text(comparison: Comparison, method: str) -> str:
     return f"{count}: {', '.join(f'{rate:g}' for rate in good)}" if good else count
 
 
+def _text(comparison: Comparison, method: str, entry: Entry | None) -> str:
+    if entry is None:
+        return ""
+    has_share = METHODS[method].warmup is None and not entry.has_diverged
+    return comparison.mark(entry) + (f" ({entry.shares})" if has_share else "")
+
+
 def _numbers(comparison: Comparison) -> str:
     rows = []
     for name in comparison.methods:
         entries = [comparison.entries.get((name, rate)) for rate in comparison.rates]
-        has_tuned_warmup = METHODS[name].warmup is None
-        texts = (entry.text(has_tuned_warmup) if entry else "" for entry in entries)
-        rows.append([METHODS[name].title, *texts])
-    return _markdown([comparison.cell.score, *(f"{rate:g}" for rate in comparison.rates)], rows)
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        rows.append([METHODS[name].title, *(_text(comparison, name, each) for each in entries)])
+    return markdown([comparison.cell.score, *(f"{rate:g}" for rate in comparison.rates)], rows)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Write both files."""
+    """Write the page and its pictures."""
     parser = argparse.ArgumentParser(prog="python -m examples.compare table", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("docs/compare"))
     parser.add_argument("--docs", type=Path, default=Path("docs"))
     options = parser.parse_args(arguments)
     results = list(read(options.out).values())
-    cells = comparisons(results)
+    everything = comparisons(results)
+    cells = of_the_grid(everything)
     if not cells:
         raise ValueError(
             f"compare: --out got {options.out}, it takes a folder whose {FILE} has a finished run."
         )
     options.docs.mkdir(parents=True, exist_ok=True)
-    (options.docs / "compare.md").write_text(document(results), encoding="utf-8")
-    (options.docs / "compare.svg").write_text(draw(cells), encoding="utf-8")
-    print(f"wrote {options.docs / 'compare.md'} and {options.docs / 'compare.svg'}")
+    pages = {"compare.md": document(results), "compare.svg": draw(cells)}
+    if rungs := widths.on_the_ladder(everything):
+        pages[widths.PICTURE] = draw_widths(rungs)
+    for name, text in pages.items():
+        (options.docs / name).write_text(text, encoding="utf-8")
+    print(f"wrote {', '.join(str(options.docs / name) for name in pages)}")
     return 0

@@ -22,6 +22,7 @@ from examples.compare.methods import METHODS
 from weyl_megatron.demo import data
 
 BATCH, CONTEXT, WINDOWS = 8, 64, 128
+WIDTH = GPTConfig().width
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class Run:
     beta2: float
     steps: int
     warmup: float  # the share of the steps
+    # What a result's line does not have is these.
+    width: int = WIDTH
+    batch: int = 0  # sequences or images a step; 0: the task's own
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,10 @@ class Task:
     """A model and its data; models return logits, or with targets the mean cross-entropy."""
 
     steps: int  # by default
+    batch: int  # by default
     score: str  # what is reported: "loss" or "accuracy"
-    model: Callable[[int, str], nn.Module]  # of depth and norm
-    batches: Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]  # of steps and seed
+    model: Callable[..., nn.Module]  # of depth, norm and width
+    batches: Callable[..., Iterator[tuple[Tensor, Tensor]]]  # of steps, seed and batch
     held_out: Callable[[], tuple[Tensor, Tensor]]
 
 
@@ -55,8 +60,12 @@ def corpus() -> data.Corpus:
     return data.load_corpus()
 
 
-def text_batches(steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for offsets in data.training_offsets(corpus(), steps, BATCH, CONTEXT, seed):
+def gpt(depth: int, norm: str, width: int = WIDTH) -> GPT:
+    return GPT(GPTConfig(norm=norm, layers=depth, context=CONTEXT, width=width))
+
+
+def text_batches(steps: int, seed: int, batch: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
+    for offsets in data.training_offsets(corpus(), steps, batch, CONTEXT, seed):
         yield data.sequences(corpus().train, offsets, CONTEXT)
 
 
@@ -68,13 +77,15 @@ def held_out_text() -> tuple[Tensor, Tensor]:
 TASKS = {
     "gpt": Task(
         steps=200,
+        batch=BATCH,
         score="loss",
-        model=lambda depth, norm: GPT(GPTConfig(norm=norm, layers=depth, context=CONTEXT)),
+        model=gpt,
         batches=text_batches,
         held_out=held_out_text,
     ),
     "vit": Task(
         steps=200,
+        batch=vit.BATCH,
         score="accuracy",
         model=vit.ViT,
         batches=vit.batches,
@@ -104,12 +115,13 @@ def train(run: Run) -> dict[str, Any]:
     held_out = task.held_out()
     start = time.perf_counter()
     torch.manual_seed(run.seed)
-    model = task.model(run.depth, run.norm)
+    model = task.model(run.depth, run.norm, run.width)
     if method.convert is not None:
         method.convert(model)
     optimizers = method.optimizers(model, run.lr, run.beta2)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for step, (inputs, targets) in enumerate(task.batches(run.steps, run.seed)):
+    batches = task.batches(run.steps, run.seed, run.batch or task.batch)
+    for step, (inputs, targets) in enumerate(batches):
         for group in groups:
             warmup = run.warmup if method.warms_all or group["is_hidden"] else 0.0
             group["lr"] = run.lr * schedule(step, run.steps, warmup)

@@ -35,9 +35,9 @@ class BidirectionalAttention(Attention):
 class ViT(nn.Module):
     """Takes images (N, 8, 8); returns the logits, or with ``targets`` the mean loss in nats."""
 
-    def __init__(self, depth: int, norm: str) -> None:
+    def __init__(self, depth: int, norm: str, width: int = GPTConfig.width) -> None:
         super().__init__()
-        config = GPTConfig(norm=norm, layers=depth, context=(8 // PATCH) ** 2 + 1)
+        config = GPTConfig(norm=norm, layers=depth, context=(8 // PATCH) ** 2 + 1, width=width)
         self.patch_embed = nn.Linear(PATCH**2, config.width, bias=False)
         self.cls_token = nn.Parameter(0.02 * torch.randn(config.width))
         self.pos_embed = nn.Embedding(config.context, config.width)
@@ -84,10 +84,10 @@ def digits() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return (images[train], classes[train]), (images[held_out], classes[held_out])
 
 
-def batches(steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(steps: int, seed: int, batch: int = BATCH) -> Iterator[tuple[Tensor, Tensor]]:
     """Random images of the training part, the same for a seed whatever trains on them."""
     images, classes = digits()[0]
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(len(images), (steps, BATCH), generator=generator)
+    chosen = torch.randint(len(images), (steps, batch), generator=generator)
     for index in chosen:
         yield images[index], classes[index]

@@ -17,12 +17,12 @@ pytest.importorskip("sklearn")
 
 from examples.compare import __main__ as compare
 from examples.compare import results, vit
-from examples.compare.__main__ import Grid, main, parse
+from examples.compare.__main__ import grid_of, main, parse
+from examples.compare.cells import comparisons
 from examples.compare.methods import METHODS, TUNING_SEED, WARMUPS, parameter_groups
-from examples.compare.table import comparisons
-from examples.compare.train import TASKS, Run, schedule, train
+from examples.compare.train import TASKS, schedule, train
+from tests.examples.compared import RUN, synthetic, write
 
-RUN = Run("vit", 2, "post", "adamw", 3e-3, 0, 0.95, 4, 0.0)
 TINY = [
     "--task",
     "vit",
@@ -40,24 +40,11 @@ TINY = [
 TINY += ["--steps", "2", "--procs", "1"]
 
 
-def synthetic(run: Run, loss: float | None) -> dict[str, Any]:
-    fields = {field: getattr(run, field) for field in run.__dataclass_fields__}
-    accuracy = None if loss is None else max(0.0, 1 - loss / 5)
-    ended = {"loss": loss, "accuracy": accuracy, "diverged": loss is None, "seconds": 1.0}
-    return {**fields, **ended, "version": "0.1.0", "torch": "2"}
-
-
-def write(out: Path, made: list[dict[str, Any]]) -> None:
-    with results.writing(out) as writer:
-        for result in made:
-            writer.write(result)
-
-
 def a_grid(out: Path) -> list[dict[str, Any]]:
     """Results of the grid's shape: AdamW diverges at the largest rate, AdamW² is .05 above the
     warmup elsewhere.
     """
-    grid = Grid(parse(["--depths", "6", "12", "--beta2", "0.95"]))
+    grid = grid_of(parse(["--depths", "6", "12", "--beta2", "0.95"]))
     runs = [run for run in grid.first() if run.seed != TUNING_SEED] + [
         replace(run, warmup=0.2) for run in grid.tuned()
     ]
@@ -180,11 +167,11 @@ def test_the_page_is_made_from_the_results_alone(tmp_path: Path) -> None:
                 tmp_path / "docs-a" / page
             ).read_bytes()
     text = (tmp_path / "docs-a/compare.md").read_text()
-    assert "| AdamW, tuned warmup | **2.410** at 0.001 |" in text
-    assert "| AdamW², τ = 0.01 | 2.460 at 0.001 |" in text
+    assert "| AdamW, tuned warmup | **2.410 ± 0.006** at 0.001 |" in text
+    assert "| AdamW², τ = 0.01 | 2.460 ± 0.006 at 0.001 |" in text
     assert "| AdamW², τ = 0.01 | 4 of 4: 0.001, 0.003, 0.01, 0.03 |" in text
-    assert "| AdamW | 2.610 ± 0.010 | 2.610 ± 0.010 | 2.610 ± 0.010 | 1 of 3 diverged |" in text
-    assert "2.410 ± 0.010 (20%)" in text
+    assert "| AdamW | 2.610 ± 0.006 | 2.610 ± 0.006 | 2.610 ± 0.006 | 1 of 3 diverged |" in text
+    assert "**2.410 ± 0.006** (20%)" in text
     assert (tmp_path / "docs-a/compare.svg").read_text().count('class="chart"') == 8
     assert "Not whole yet" not in text
 
@@ -217,7 +204,7 @@ def test_no_rate_is_good_where_nothing_trains(tmp_path: Path) -> None:
 
 
 def test_the_command_s_help_counts_the_runs_and_methods() -> None:
-    grid = Grid(parse([]))
+    grid = grid_of(parse([]))
     assert f"all of it: {len(grid.first() + grid.tuned())} runs" in compare.__doc__
     assert len(METHODS) == 14 and "fourteen methods" in compare.__doc__
 

@@ -1,0 +1,120 @@
+"""What the page says, and its picture shows, of the methods as the GPT grows wider."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+
+from examples.compare.beside import within_noise
+from examples.compare.cells import MARK, Comparison, markdown
+from examples.compare.ladder import BETA2, CONTENDERS, DEPTH, RATES, RUNGS, TASK, Rung
+from examples.compare.methods import METHODS
+from examples.compare.train import CONTEXT, TASKS
+
+#: The picture's name in docs/; the page shows it.
+PICTURE = "compare-widths.svg"
+
+
+def on_the_ladder(cells: Sequence[Comparison]) -> list[Comparison]:
+    """The ladder's rungs, pre-norm first, the narrow ones first; none if it has but one width."""
+    rungs = [
+        each
+        for each in cells
+        if (each.cell.task, each.cell.depth, each.cell.beta2) == (TASK, DEPTH, BETA2)
+        and each.cell.width in RUNGS
+        and _is(RUNGS[each.cell.width], each)
+        and any(name in each.methods for name in CONTENDERS)
+    ]
+    rungs.sort(key=lambda each: (each.cell.norm != "pre", each.cell.width))
+    return rungs if len({each.cell.width for each in rungs}) > 1 else []
+
+
+def _is(rung: Rung, comparison: Comparison) -> bool:
+    cell = comparison.cell
+    return cell.norm in rung.norms and (cell.steps, cell.batch) == (rung.steps, rung.batch)
+
+
+def section(cells: Sequence[Comparison]) -> list[str]:
+    """The section, or nothing where no second width was run."""
+    rungs = on_the_ladder(cells)
+    if not rungs:
+        return []
+    columns = [f"{each.cell.norm}-LN, width {each.cell.width}" for each in rungs]
+    rows = [[METHODS[name].title, *(_text(each, name) for each in rungs)] for name in CONTENDERS]
+    orders = [_order(each) for each in rungs]
+    missing = _missing(rungs)
+    return [
+        "## As the width grows",
+        f"A GPT of {DEPTH} layers with 4 heads, β₂ {BETA2:g} (`python -m examples.compare "
+        f"ladder`). {' '.join(_what_was_run())} Best over the rates, mean ± standard "
+        f"error; bold and {MARK} as above, among these methods.",
+        markdown(["loss", *columns], rows),
+        f"[![How far above Muon each method ends, by width]({PICTURE})]({PICTURE})",
+        f"Best first; {MARK} between two that are within noise of each other:",
+        "\n".join(f"- {order}" for order in orders),
+        *([f"Not run yet: {'; '.join(missing)}."] if missing else []),
+    ]
+
+
+def _what_was_run() -> list[str]:
+    """A sentence a width."""
+    sentences = []
+    for width, rung in RUNGS.items():
+        tokens = (rung.batch or TASKS[TASK].batch) * CONTEXT
+        norms = " and ".join(f"{norm}-LN" for norm in rung.norms)
+        rates = (
+            f"at the rate and with the warmup that were best at {rung.chosen_at}"
+            if rung.chosen_at
+            else f"at {len(RATES)} rates"
+        )
+        sentences.append(
+            f"Width {width}: {norms}, {rung.steps:,} steps of {tokens:,} tokens, "
+            f"{len(rung.seeds)} seeds, {rates}."
+        )
+    return sentences
+
+
+def _among_contenders(comparison: Comparison) -> Comparison:
+    """Without the other methods, which only width 64 has."""
+    kept = {key: entry for key, entry in comparison.entries.items() if key[0] in CONTENDERS}
+    return Comparison(comparison.cell, kept)
+
+
+def _text(comparison: Comparison, method: str) -> str:
+    if method not in comparison.methods:
+        return ""
+    rate = comparison.best_rate(method)
+    if rate is None:
+        return "diverged"
+    entry = comparison.entries[method, rate]
+    share = f" ({entry.shares})" if METHODS[method].warmup is None else ""
+    return f"{_among_contenders(comparison).mark(entry)} at {rate:g}{share}"
+
+
+def _order(comparison: Comparison) -> str:
+    """The methods of a rung from the best on."""
+    bests = {name: comparison.best_entry(name) for name in CONTENDERS}
+    means = {name: entry.mean for name, entry in bests.items() if entry is not None}
+    names = sorted(means, key=lambda name: comparison.sign * means[name])
+    text = METHODS[names[0]].title if names else "all diverged"
+    for before, name in pairwise(names):
+        text += f" {MARK if within_noise(comparison, before, name) else '<'} {METHODS[name].title}"
+    return f"{comparison.cell.norm}-LN, width {comparison.cell.width}: {text}"
+
+
+def _missing(rungs: Sequence[Comparison]) -> list[str]:
+    """What of the ladder is not there, or not with all seeds and rates."""
+    there = {(each.cell.width, each.cell.norm): each for each in rungs}
+    missing = []
+    for width, rung in RUNGS.items():
+        wanted = len(rung.seeds) * (1 if rung.chosen_at else len(RATES))
+        for norm in rung.norms:
+            each = there.get((width, norm))
+            runs = Counter[str]()
+            for (method, _), entry in each.entries.items() if each else ():
+                runs[method] += entry.runs
+            names = [METHODS[name].title for name in CONTENDERS if runs[name] < wanted]
+            if names:
+                missing.append(f"{norm}-LN, width {width}: {', '.join(names)}")
+    return missing
