@@ -43,7 +43,7 @@ def train(lr: float, vectors: int) -> Breach:
         for name, entry in optimizer.stats().items():
             if entry.directions is None or entry.certified or not entry.clipped:
                 continue
-            change = (1 - entry.lr * DECAY) * before[name] - named[name].detach().double()
+            change = (1 - rate * DECAY) * before[name] - named[name].detach().double()
             floor = balanced_floor(*change.shape)
             bound = entry.tau * max(exact_sigma(before[name]), floor)
             updates.append(exact_sigma(change) / bound)

@@ -126,7 +126,8 @@ class AdamW2Reference:
             v.mul_(self.beta2).add_(g * g, alpha=1 - self.beta2)
             m_hat, v_hat = m / (1 - self.beta1**self.t), v / (1 - self.beta2**self.t)  # line 4
             u = m_hat / (v_hat.sqrt() + self.eps)  # line 5; ε outside the root, as in torch
-            rate, change = self.lr, self.lr * u
+            rate = decay = self.lr
+            change = rate * u
             if w.ndim == 2:
                 sigma_of_w, sigma_of_u = self.sigma[name]
                 delta, sigma = sigma_of_u(u), max(sigma_of_w(w), self.floor(*w.shape))  # line 6
@@ -138,8 +139,8 @@ class AdamW2Reference:
                         change, share = projected(u, rate, self.tau * sigma, seen)
                         rate *= share
                     else:
-                        rate = self.tau * sigma / delta  # line 8
+                        rate = decay = self.tau * sigma / delta  # line 8
                         change = rate * u
-            w.sub_(change + rate * self.weight_decay * w)  # line 11
+            w.sub_(change + decay * self.weight_decay * w)  # line 11
             rates[name] = rate
         return rates

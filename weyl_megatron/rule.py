@@ -123,10 +123,13 @@ def _unseen(theta: Tensor, is_seen: Tensor, norm: Tensor, rest: Tensor) -> Tenso
 
 
 def decay_rates(lr: Tensor, clip: Projected) -> Tensor:
-    """Return what multiplies λ W where singular values are clipped: α times the share of the update
-    that is left, as a clipped rate does.
+    """Return what multiplies λ W where singular values are clipped: the scheduled rate.
+
+    The share of it that is left of the update, ``lr * clip.share``, is what a scaled matrix gets,
+    and ends worse under "balanced" (docs/projection.md has both).
     """
-    return lr * clip.share
+    del clip
+    return lr
 
 
 def random_sigma(rows: int, cols: int, std: float) -> float:

@@ -142,7 +142,7 @@ class Run:
             count = float(state["step"])
             root = (state["exp_avg_sq"].double() / (1 - BETAS[1] ** count)).sqrt()
             update = state["exp_avg"].double() / (1 - BETAS[0] ** count) / (root + 1e-8)
-            change = (1 - entry.lr * DECAY) * old.double() - param.detach().double()
+            change = (1 - LR * DECAY) * old.double() - param.detach().double()
             results.append((change, update, entry))
         return results
 
