@@ -119,15 +119,16 @@ def test_each_tile_moves_at_its_matrix_s_rate_and_only_those_in_the_mask() -> No
     assert not bound.sums[1].any()
 
 
+@pytest.mark.parametrize("clip", ["scale", "project"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_where_the_host_sees_nothing_training_is_the_same(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, clip: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, "torch")
 
     def train() -> tuple[nn.Module, AdamW2]:
         net = nets.make_net(mixed=True).to(dtype)
-        optimizer = AdamW2(net.named_parameters(), **nets.OPTIONS)
+        optimizer = AdamW2(net.named_parameters(), **nets.OPTIONS, clip=clip)
         generator = torch.Generator().manual_seed(1)
         for _ in range(8):
             for p in net.parameters():

@@ -262,6 +262,34 @@ def test_matrices_cut_within_rows_are_projected_as_in_one_process(
     assert clipped == [rate == 1e-2 for rate in RATES]
 
 
+@settings(max_examples=25)
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=3),
+    st.lists(st.floats(0, 1), max_size=2),
+    st.integers(0, 3),
+    st.sampled_from([1, 2, 4, 7, 8, 16]),
+    st.sampled_from(["torch", "cpu"]),
+)
+def test_drawn_matrices_drawn_cuts(
+    shapes: list[tuple[int, int]], cuts: list[float], gap: int, vectors: int, kernel: str
+) -> None:
+    alone = Layout({f"w{number}": shape for number, shape in enumerate(shapes)}, gap=gap)
+    case = alone._replace(cuts=tuple(cuts))
+
+    def two(rank: Rank) -> list[State]:
+        return [rank.step(1e-2), rank.step(1e-2)]
+
+    with tolerances.every_iteration():
+        (expected,) = on_every_rank(alone, kernel, two, **PROJECT, vectors=vectors)
+        ranks = on_every_rank(case, kernel, two, **PROJECT, vectors=vectors)
+    for number, twin in enumerate(expected):
+        assert all(states[number].stats == ranks[0][number].stats for states in ranks)
+        whole = torch.cat([states[number].tensors[1] for states in ranks])
+        # Where Y are almost parallel, rounding decides what counts as a direction.
+        share = float((whole - twin.tensors[1]).abs().max() / twin.tensors[1].abs().max())
+        assert share < 1e-3, share
+
+
 @pytest.mark.parametrize("kernel", ["torch", "cpu"])
 @pytest.mark.parametrize("world", [2, 3])
 def test_real_ranks_agree_bit_for_bit(
