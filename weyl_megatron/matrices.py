@@ -18,7 +18,7 @@ from .layouts.buffers import Buffer, plan_of
 from .limits import Schedule
 from .projection import Projector
 from .spectral import PowerIteration
-from .spectral.blocks import are_of_cols, fitted
+from .spectral.blocks import can_fit, fitted
 from .spectral.certificate import Certificate
 from .spectral.collectives import all_reduce_spans
 from .spectral.power import BLOCK, COLD_ITERS, rows_of
@@ -288,7 +288,7 @@ class MatrixGroup:
         records = [saved[name] for name in self.names if name in saved]
         kept = self._power.blocks.kept()
         if len(records) != len(kept) or not all(
-            are_of_cols(record.blocks, len(blocks), matrix.cols)
+            can_fit(record.blocks, blocks, matrix.cols)
             for record, blocks, matrix in zip(records, kept, self._plan.matrices, strict=True)
         ):
             return

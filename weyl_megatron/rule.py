@@ -31,7 +31,7 @@ SLOW_TAU = 0.05
 
 #: Under clip="project" the part of an update that the vectors do not see is taken for this many
 #: times as large as the smallest singular value that they see (docs/projection.md).
-UNSEEN = 1.25
+UNSEEN = 1.5
 
 #: What σ₁ takes for rounding (``ritz.INDEPENDENT``) is still a direction to be clipped: at this
 #: share of it a singular value is known to 1 %.

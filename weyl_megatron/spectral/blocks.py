@@ -342,10 +342,13 @@ def start_block(name: str, cols: int, width: int) -> Tensor:
     return orthonormal
 
 
-def are_of_cols(blocks: Sequence[Tensor], count: int, cols: int) -> bool:
-    """Whether these are as many blocks, of any width, of a matrix of so many columns."""
-    sizes = [block.numel() for block in blocks]
-    return len(sizes) == count and all(size and size % cols == 0 for size in sizes)
+def can_fit(saved: Sequence[Tensor], kept: Sequence[Tensor], cols: int) -> bool:
+    """Whether blocks that were saved are those of a matrix of so many columns, W's of the same and
+    U's of any width.
+    """
+    sizes = [block.numel() for block in saved]
+    is_same = len(sizes) == len(kept) and sizes[:1] == [block.numel() for block in kept[:1]]
+    return is_same and all(size and size % cols == 0 for size in sizes)
 
 
 def fitted(block: Tensor, size: int, matrix: MatrixSpec) -> Tensor:
