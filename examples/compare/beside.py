@@ -32,7 +32,7 @@ def section(cells: Sequence[Comparison]) -> list[str]:
     return [
         "## Projected AdamW² beside the others",
         "Each at its best rate; noise as above.",
-        "\n".join(f"- {sentence}" for sentence in [*sentences, *_asked(cells)]),
+        "\n".join(f"- {sentence}" for sentence in [*sentences, *_asked(cells), *_edges(cells)]),
         *_table(cells),
     ]
 
@@ -94,6 +94,18 @@ def _asked(cells: Sequence[Comparison]) -> list[str]:
             f"{rates} rates, Muon at {wanted}: {'met' if is_met else 'not met'}."
         )
     return sentences
+
+
+def _edges(cells: Sequence[Comparison]) -> list[str]:
+    """At how many cells a method might end better yet, at rates that were not run."""
+    both = [each for each in cells if {PROJECTED, MUON} <= set(each.methods)]
+    counts = [
+        f"{METHODS[name].title} in {sum(each.best_rate(name) == each.rates[-1] for each in both)}"
+        for name in (PROJECTED, SCALED, MUON)
+    ]
+    if not both:
+        return []
+    return [f"Best at the largest rate that was run: of {len(both)} cells {', '.join(counts)}."]
 
 
 def _table(cells: Sequence[Comparison]) -> list[str]:

@@ -91,6 +91,7 @@ def test_the_page_says_how_projected_adamw2_came_out_whichever_way() -> None:
     assert "it ends +0.012 from Muon and trains at 1 rates, Muon at 1: met." in text
     assert "| +0.030 ± 0.000 | 0 / 1 / 1 |" in text
     assert "| +0.002 ± 0.011, noise | 0 / 1 / 1 |" in text
+    assert "was run: of 4 cells AdamW², τ = balanced, projected in 4, AdamW², τ = bal" in text
     assert beside.section(comparisons(of_seeds(GPT, 2.4))) == []
 
 
