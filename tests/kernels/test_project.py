@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests import tolerances
+from tests.faults.threads import Group
 from tests.kernels.cases import Case as Layout
 from tests.kernels.cases import Rank, State, check_alike, on_every_rank
 from tests.kernels.test_kernels import Case, Copy, near
@@ -260,6 +261,25 @@ def test_matrices_cut_within_rows_are_projected_as_in_one_process(
             assert entry.lr == pytest.approx(twin.stats[name].lr, rel=tolerances.ROUNDING)
     clipped = [any(entry.clipped for entry in state.stats.values()) for state in expected]
     assert clipped == [rate == 1e-2 for rate in RATES]
+
+
+def test_no_more_collectives_than_where_it_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Layout({"a": (13, 27), "b": (5, 9), "bias": (57,)}, cuts=(0.43,))
+    summed: list[int] = []
+    all_reduce = Group.all_reduce
+
+    def count(group: Group, tensor: Tensor) -> None:
+        summed.append(len(tensor))
+        all_reduce(group, tensor)
+
+    monkeypatch.setattr(Group, "all_reduce", count)
+    counts = {}
+    for clip in ("scale", "project"):
+        summed.clear()
+        with tolerances.every_iteration():
+            on_every_rank(case, "torch", steps, clip=clip, io=[])
+        counts[clip] = len(summed)
+    assert counts["project"] == counts["scale"] > 0
 
 
 @settings(max_examples=25)
