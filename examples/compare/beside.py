@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from examples.compare.cells import Comparison, markdown
+from examples.compare.cells import Comparison, bullets, markdown
 from examples.compare.methods import METHODS
 from examples.compare.noise import difference
 
@@ -32,9 +32,18 @@ def section(cells: Sequence[Comparison]) -> list[str]:
     return [
         "## Projected AdamW² beside the others",
         "Each at its best rate; noise as above.",
-        "\n".join(f"- {sentence}" for sentence in [*sentences, *_asked(cells), *_edges(cells)]),
+        bullets([*sentences, *_asked(cells), *_edges(cells)]),
         *_table(cells),
     ]
+
+
+def _are_both_in(comparison: Comparison, method: str, rival: str) -> bool:
+    """Whether both were run, at the same rates with as many seeds."""
+    first, second = (
+        {lr: entry.runs for (name, lr), entry in comparison.entries.items() if name == each}
+        for each in (method, rival)
+    )
+    return first == second != {}
 
 
 def gain(comparison: Comparison, method: str, rival: str) -> float:
@@ -53,7 +62,7 @@ def within_noise(comparison: Comparison, method: str, rival: str) -> bool:
 
 
 def _sentence(cells: Sequence[Comparison], method: str, rival: str) -> str:
-    both = [each for each in cells if method in each.methods and rival in each.methods]
+    both = [each for each in cells if _are_both_in(each, method, rival)]
     if not both:
         return ""
     alike = [each for each in both if within_noise(each, method, rival)]
@@ -80,7 +89,7 @@ def _asked(cells: Sequence[Comparison]) -> list[str]:
     for each in cells:
         cell = each.cell
         is_asked = (cell.task, cell.depth, cell.beta2) == ("gpt", ASKED_DEPTH, ASKED_BETA2)
-        if not is_asked or not {PROJECTED, MUON} <= set(each.methods):
+        if not is_asked or not _are_both_in(each, PROJECTED, MUON):
             continue
         above, rates, wanted = (
             -gain(each, PROJECTED, MUON),
@@ -98,20 +107,20 @@ def _asked(cells: Sequence[Comparison]) -> list[str]:
 
 def _edges(cells: Sequence[Comparison]) -> list[str]:
     """At how many cells a method might end better yet, at rates that were not run."""
-    both = [each for each in cells if {PROJECTED, MUON} <= set(each.methods)]
+    both = [each for each in cells if _are_both_in(each, PROJECTED, MUON)]
     counts = [
         f"{METHODS[name].title} in {sum(each.best_rate(name) == each.rates[-1] for each in both)}"
         for name in (PROJECTED, SCALED, MUON)
     ]
     if not both:
         return []
-    return [f"Best at the largest rate that was run: of {len(both)} cells {', '.join(counts)}."]
+    return [f"Best at the largest rate that was run: of {len(both)} cells {'; '.join(counts)}."]
 
 
 def _table(cells: Sequence[Comparison]) -> list[str]:
     """A row a cell that has both, with the difference and its standard error."""
     rows = []
-    for each in (each for each in cells if {PROJECTED, MUON} <= set(each.methods)):
+    for each in (each for each in cells if _are_both_in(each, PROJECTED, MUON)):
         texts = [_at_its_best(each, name) for name in (SCALED, PROJECTED, MUON)]
         rates = [str(len(each.good_rates(name))) for name in (SCALED, PROJECTED, MUON)]
         rows.append([each.cell.title, *texts, _difference(each), " / ".join(rates)])

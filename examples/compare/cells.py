@@ -169,6 +169,10 @@ def _entry(cell: Cell, runs: Sequence[dict[str, Any]]) -> Entry:
     return Entry(scores, len(runs), tuple(sorted({run["warmup"] for run in runs})))
 
 
+def bullets(items: Sequence[str]) -> str:
+    return "\n".join(f"- {item}" for item in items)
+
+
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table; all columns but the first are numbers."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from examples.compare.beside import within_noise
-from examples.compare.cells import MARK, Comparison, markdown
+from examples.compare.cells import MARK, Comparison, bullets, markdown
 from examples.compare.ladder import BETA2, CONTENDERS, DEPTH, RATES, RUNGS, TASK, Rung
 from examples.compare.methods import METHODS
 from examples.compare.train import CONTEXT, TASKS
@@ -17,22 +17,31 @@ PICTURE = "compare-widths.svg"
 
 
 def on_the_ladder(cells: Sequence[Comparison]) -> list[Comparison]:
-    """The ladder's rungs, pre-norm first, the narrow ones first; none if it has but one width."""
-    rungs = [
-        each
-        for each in cells
-        if (each.cell.task, each.cell.depth, each.cell.beta2) == (TASK, DEPTH, BETA2)
-        and each.cell.width in RUNGS
-        and _is(RUNGS[each.cell.width], each)
-        and any(name in each.methods for name in CONTENDERS)
-    ]
+    """The ladder's rungs, pre-norm first, the narrow ones first, of the methods that are whole.
+
+    None if that leaves but one width.
+    """
+    rungs = []
+    for each in cells:
+        cell, rung = each.cell, RUNGS.get(each.cell.width)
+        if (cell.task, cell.depth, cell.beta2) != (TASK, DEPTH, BETA2) or rung is None:
+            continue
+        if cell.norm not in rung.norms or (cell.steps, cell.batch) != (rung.steps, rung.batch):
+            continue
+        if whole := _whole_methods(each, rung):
+            kept = {key: entry for key, entry in each.entries.items() if key[0] in whole}
+            rungs.append(Comparison(cell, kept))
     rungs.sort(key=lambda each: (each.cell.norm != "pre", each.cell.width))
     return rungs if len({each.cell.width for each in rungs}) > 1 else []
 
 
-def _is(rung: Rung, comparison: Comparison) -> bool:
-    cell = comparison.cell
-    return cell.norm in rung.norms and (cell.steps, cell.batch) == (rung.steps, rung.batch)
+def _whole_methods(comparison: Comparison, rung: Rung) -> list[str]:
+    """The contenders that have all seeds at all rates."""
+    runs = Counter[str]()
+    for (method, _), entry in comparison.entries.items():
+        runs[method] += entry.runs
+    wanted = len(rung.seeds) * (1 if rung.chosen_at else len(RATES))
+    return [name for name in CONTENDERS if runs[name] >= wanted]
 
 
 def section(cells: Sequence[Comparison]) -> list[str]:
@@ -52,8 +61,8 @@ def section(cells: Sequence[Comparison]) -> list[str]:
         markdown(["loss", *columns], rows),
         f"[![How far above Muon each method ends, by width]({PICTURE})]({PICTURE})",
         f"Best first; {MARK} between two that are within noise of each other:",
-        "\n".join(f"- {order}" for order in orders),
-        *([f"Not run yet: {'; '.join(missing)}."] if missing else []),
+        bullets(orders),
+        *(["Not whole yet, and not shown:", bullets(missing)] if missing else []),
     ]
 
 
@@ -75,12 +84,6 @@ def _what_was_run() -> list[str]:
     return sentences
 
 
-def _among_contenders(comparison: Comparison) -> Comparison:
-    """Without the other methods, which only width 64 has."""
-    kept = {key: entry for key, entry in comparison.entries.items() if key[0] in CONTENDERS}
-    return Comparison(comparison.cell, kept)
-
-
 def _text(comparison: Comparison, method: str) -> str:
     if method not in comparison.methods:
         return ""
@@ -89,7 +92,7 @@ def _text(comparison: Comparison, method: str) -> str:
         return "diverged"
     entry = comparison.entries[method, rate]
     share = f" ({entry.shares})" if METHODS[method].warmup is None else ""
-    return f"{_among_contenders(comparison).mark(entry)} at {rate:g}{share}"
+    return f"{comparison.mark(entry)} at {rate:g}{share}"
 
 
 def _order(comparison: Comparison) -> str:
@@ -105,16 +108,12 @@ def _order(comparison: Comparison) -> str:
 
 def _missing(rungs: Sequence[Comparison]) -> list[str]:
     """What of the ladder is not there, or not with all seeds and rates."""
-    there = {(each.cell.width, each.cell.norm): each for each in rungs}
+    there = {(each.cell.width, each.cell.norm): each.methods for each in rungs}
     missing = []
     for width, rung in RUNGS.items():
-        wanted = len(rung.seeds) * (1 if rung.chosen_at else len(RATES))
         for norm in rung.norms:
-            each = there.get((width, norm))
-            runs = Counter[str]()
-            for (method, _), entry in each.entries.items() if each else ():
-                runs[method] += entry.runs
-            names = [METHODS[name].title for name in CONTENDERS if runs[name] < wanted]
+            present = there.get((width, norm), [])
+            names = [METHODS[name].title for name in CONTENDERS if name not in present]
             if names:
-                missing.append(f"{norm}-LN, width {width}: {', '.join(names)}")
+                missing.append(f"{norm}-LN, width {width}: {'; '.join(names)}")
     return missing
