@@ -115,7 +115,14 @@ MOVERS = {
         aligned=r"> _strip: _rows\([^>]*\bTrue\b[^>]*> _rows: for begin in ",
         loops=2,  # of W and of U
         elements=4,
-        cached=r"> _line: ",  # Y
+        cached=r"> line: ",  # Y
+    ),
+    "project": Mover(  # what is not aligned is put in order for its stores
+        columns=r"project: _rows\([^>]*\bTrue\b[^>]*> _rows: for begin in ",
+        aligned=r"project: _rows\([^>]*\bTrue\b[^>]*> _rows: for begin in ",
+        loops=1,
+        elements=4,
+        cached=r"> line: ",
     ),
     "elementwise": Mover(
         columns=r"> _unit: for start in ",

@@ -106,15 +106,20 @@ def launches(arch: int, width: int = 4, dtypes: Sequence[Dtypes] = (FLOAT,)) -> 
 
     Args:
         arch: as 90.
-        width: vectors of U; W has 4.
+        width: vectors of U, whose singular values are clipped; 4: or the rate. W has 4.
         dtypes: of weights and gradients.
     """
     noted: dict[str, Launch] = {}
-    with _as_on_a_gpu(arch, width, noted):
+    clip: dict[str, Any] = {"clip": "project", "vectors": width, "io": []}
+    with _as_on_a_gpu(arch, noted):
         for kinds in dtypes:
             for count in (3, 16):  # a row of a mask is aligned after 16 of them
-                _steps(*_whole(count, width, kinds), kinds)
-            _steps(*_cut(width, kinds), kinds)
+                if width == _OF_WEIGHT:
+                    _steps(*_whole(count, width, kinds), kinds)
+                _steps(*_whole(count, width, kinds, **clip), kinds)
+            if width == _OF_WEIGHT:
+                _steps(*_cut(width, kinds), kinds)
+            _steps(*_cut(width, kinds, **clip), kinds)
     return list(noted.values())
 
 
@@ -159,7 +164,7 @@ class _Driver:
 
 
 @contextmanager
-def _as_on_a_gpu(arch: int, width: int, noted: dict[str, Launch]) -> Iterator[None]:
+def _as_on_a_gpu(arch: int, noted: dict[str, Launch]) -> Iterator[None]:
     """Have optimizers take a GPU's path on the CPU, and note what Triton compiles."""
     before = dict(vars(driver))
     driver.set_active(_Driver(arch))
@@ -168,7 +173,6 @@ def _as_on_a_gpu(arch: int, width: int, noted: dict[str, Launch]) -> Iterator[No
         with (
             noting(arch, noted),
             patch.object(matrices, "pick", lambda *_, **__: "triton"),
-            patch.object(matrices, "_WIDTHS", (_OF_WEIGHT, width)),
         ):
             yield
     finally:
@@ -264,7 +268,9 @@ def _steps(optimizer: AdamW2, parameters: list[nn.Parameter], dtypes: Dtypes) ->
         optimizer.step()
 
 
-def _whole(count: int, width: int, dtypes: Dtypes) -> tuple[AdamW2, list[nn.Parameter]]:
+def _whole(
+    count: int, width: int, dtypes: Dtypes, **options: Any
+) -> tuple[AdamW2, list[nn.Parameter]]:
     """Return an optimizer of matrices that lie whole in their tensors, and of a vector."""
     shapes = [(width + 9 + number, width + 7) for number in range(count)]
     named = [
@@ -272,10 +278,10 @@ def _whole(count: int, width: int, dtypes: Dtypes) -> tuple[AdamW2, list[nn.Para
         for number, shape in enumerate(shapes)
     ]
     named.append(("bias", nn.Parameter(torch.randn(5, dtype=dtypes[0]))))
-    return AdamW2(named, tau=0.01), [parameter for _, parameter in named]
+    return AdamW2(named, tau=0.01, **options), [parameter for _, parameter in named]
 
 
-def _cut(width: int, dtypes: Dtypes) -> tuple[AdamW2, list[nn.Parameter]]:
+def _cut(width: int, dtypes: Dtypes, **options: Any) -> tuple[AdamW2, list[nn.Parameter]]:
     """Return an optimizer of a matrix that is cut within a row, as ZeRO cuts it between ranks."""
     shape = width + 9, width + 7
     size, cut = shape[0] * shape[1], 30
@@ -283,7 +289,7 @@ def _cut(width: int, dtypes: Dtypes) -> tuple[AdamW2, list[nn.Parameter]]:
     lengths = cut, size - cut
     pieces = [nn.Parameter(torch.randn(length, dtype=dtypes[0])) for length in lengths]
     shards = Shard(parameter, 0, cut, 0), Shard(parameter, cut, size, 0)
-    optimizer = AdamW2(zip(("first", "second"), pieces, strict=True), tau=0.01)
+    optimizer = AdamW2(zip(("first", "second"), pieces, strict=True), tau=0.01, **options)
     buffers = [Buffer(piece, (shard,)) for piece, shard in zip(pieces, shards, strict=True)]
     optimizer.engine = GivenLayout(lambda: Layout(buffers))
     return optimizer, pieces

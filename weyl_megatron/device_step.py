@@ -197,7 +197,13 @@ class DeviceStep:
         rate, lr = rows[int(numbers.RATE)], rows[int(numbers.LR)]
         stood = rows[int(numbers.STOOD_W)], rows[int(numbers.STOOD_U)]
         settled = self._kernel.masks[int(numbers.WAITS)] == 0
-        return *stood, rate, rate < lr, rows[int(numbers.TAU)], settled
+        clips = (self._kernel.masks[int(numbers.CLIPS)] != 0) & ~settled
+        share, unseen = (
+            torch.where(clips, rows[int(number)], 1) for number in (numbers.SHARE, numbers.UNSEEN)
+        )
+        clipped = torch.where(clips, rows[int(numbers.CLIPPED)], 0).long()
+        is_over = (rate < lr) | clips
+        return *stood, rate, is_over, rows[int(numbers.TAU)], settled, clipped, share, unseen
 
     def forget(self) -> None:
         """Rely on nothing: the vectors or the weights are others now."""

@@ -13,7 +13,7 @@ from .batches import Tables, batches_of, spans_of
 from .device_step import DeviceStep
 from .environment import DOCTOR, KERNEL
 from .host_step import HostStep
-from .kernels import Stepped, make, make_triton, pick
+from .kernels import VECTORS_ON_GPU, Stepped, make, make_triton, pick
 from .layouts.buffers import Buffer, plan_of
 from .limits import Schedule
 from .projection import Projector
@@ -99,11 +99,8 @@ class MatrixGroup:
         vectors = self._read_vectors([] if is_adamw else param_groups)
         #: the matrices whose singular values are clipped
         self._projected = [k for k, width in enumerate(vectors) if width]
-        if self._projected and self._steers_itself:
-            raise ValueError(
-                "AdamW2: clip got 'project', which the kernels for a GPU do not have yet, it takes "
-                f"'scale', or {KERNEL}=torch."
-            )
+        if self._steers_itself:
+            self._check_projected(vectors)
         is_double = all(tensor.dtype == torch.float64 for tensor in tensors)
         everything = [list(range(len(self.names)))]
         on_host = self._device.type == "cpu"
@@ -140,7 +137,9 @@ class MatrixGroup:
         can_undo = torch.tensor(is_exact, dtype=torch.bool, device=self._device)
         if name == "triton":
             everything = [*plan.tiles, *plan.replicas, *plan.rest]
-            kernel = make_triton(blocks, everything, len(plan.tiles), len(self.tensors))
+            kernel = make_triton(
+                blocks, everything, len(plan.tiles), len(self.tensors), self._projected
+            )
             return DeviceStep(
                 blocks, kernel, certificate, can_undo, plan.buffer_of, self._norm_spans, iters
             )
@@ -169,6 +168,22 @@ class MatrixGroup:
             return [0] * len(plan.matrices)
         pairs = zip(plan.parameters, plan.buffer_of, strict=True)
         return [self._thresholds.vectors(each, param_groups[number]) for each, number in pairs]
+
+    def _check_projected(self, vectors: Sequence[int]) -> None:
+        """Raise ValueError on what the kernels of a GPU do not project."""
+        most = max(vectors, default=0)
+        if most > VECTORS_ON_GPU:
+            raise ValueError(
+                f"AdamW2: vectors got {most}, the kernels for a GPU take at most {VECTORS_ON_GPU}, "
+                f"or {KERNEL}=torch."
+            )
+        copied = {tile.matrix for tile in self._plan.replicas}.intersection(self._projected)
+        if copied:
+            name = self._plan.matrices[min(copied)].name
+            raise ValueError(
+                f"AdamW2: clip got 'project' for matrix '{name}', of which another rank measures "
+                f"what this one has; the kernels for a GPU take 'scale', or {KERNEL}=torch."
+            )
 
     def _check_kernels(self, name: str) -> None:
         """Raise ValueError on a rank whose kernel is not that of the others. Collective.

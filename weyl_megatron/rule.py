@@ -35,13 +35,13 @@ UNSEEN = 1.5
 
 #: What σ₁ takes for rounding (``ritz.INDEPENDENT``) is still a direction to be clipped: at this
 #: share of it a singular value is known to 1 %.
-_ROUNDING = 1e-2
+ROUNDING = 1e-2
 
 #: Below this share of the largest, a squared singular value that was seen is rounding.
-_NOTHING = 1e-10
+NOTHING = 1e-10
 
 #: More than what sums of squares in float32 may be off by, relative.
-_SUMS = 1e-5
+SUMS = 1e-5
 
 
 def clipped_rates(
@@ -90,10 +90,10 @@ def project(
     gram_y, gram_z = grams
     total = (gram_y + gram_z).sum((-2, -1))
     is_finite = (total - total == 0)[:, None, None]
-    basis = ritz.basis_of(torch.where(is_finite, gram_y, 0), _ROUNDING * eps)
+    basis = ritz.basis_of(torch.where(is_finite, gram_y, 0), ROUNDING * eps)
     inner = torch.where(is_finite, basis.mT @ gram_z @ basis, 0)
     squares, vectors = torch.linalg.eigh(inner)  # ascending
-    is_seen = (squares > _NOTHING * squares[:, -1:]) & (squares > 0)
+    is_seen = (squares > NOTHING * squares[:, -1:]) & (squares > 0)
     theta = torch.where(is_seen, squares, 0).sqrt()
     rest = (norm.square() - theta.square().sum(-1)).clamp(min=0)
     unseen = _unseen(theta, is_seen, norm, rest)
@@ -119,7 +119,7 @@ def _unseen(theta: Tensor, is_seen: Tensor, norm: Tensor, rest: Tensor) -> Tenso
         norm, rest: ‖U‖_F, and the squared norm of the part that they do not see.
     """
     smallest = torch.where(is_seen, theta, torch.inf).amin(-1)  # infinite where none is seen
-    return torch.minimum(UNSEEN * smallest, (rest + _SUMS * norm.square()).sqrt())
+    return torch.minimum(UNSEEN * smallest, (rest + SUMS * norm.square()).sqrt())
 
 
 def decay_rates(lr: Tensor, clip: Projected) -> Tensor:

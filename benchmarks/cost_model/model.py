@@ -11,7 +11,7 @@ from benchmarks.models import MODELS
 
 from .bounds import Launch, Time, time_of
 from .gpus import GPUS, LOWER, UPPER, Assumed, Gpu
-from .step import COPIES, PASSES, STEP, Active, Step
+from .step import COPIES, PASSES, STEP, Active, Step, is_of_a_block
 
 #: What is counted, by the names of docs/step_time.md where it has one. τ is 0.01, at which W makes
 #: one iteration, and U one or two.
@@ -23,8 +23,14 @@ STATES = {
     "clipped, all iterated twice": Active(early=False, launched=True, of_weight=1, of_update=2),
 }
 
-#: Not built yet: Rule 1 by projection with so many vectors.
-PROJECTED = "projected (not built yet)"
+#: With more vectors singular values are clipped, and U makes both its iterations.
+PROJECTED = "projected"
+PROJECT_STATES = {
+    "inactive": STATES["inactive"],
+    "inactive, the host is not sure": STATES["inactive, the host is not sure"],
+    "undecided": STATES["clipped, all iterated twice"],
+    PROJECTED: STATES["clipped, all iterated twice"]._replace(projected=True),
+}
 
 #: What AdamW² may take of fused AdamW's time.
 GOALS = {"inactive": 1.10, "undecided": 2.0, "clipped": 2.0, PROJECTED: 2.5}
@@ -53,7 +59,7 @@ def bounds(model: str, gpu: str, width: int = 4) -> dict[str, Bounds]:
     Args:
         model: "gpt2-124m", "gpt-774m" or "vit-g-1011m", as benchmarks.models has them.
         gpu: "a100", "h100" or "h200".
-        width: vectors of U: 4, 8 or 16.
+        width: vectors of U: 4, where the rate is clipped, or 8 or 16, where singular values are.
 
     Raises:
         ValueError: there is no such model or GPU.
@@ -62,9 +68,7 @@ def bounds(model: str, gpu: str, width: int = 4) -> dict[str, Bounds]:
         if got not in known:
             raise ValueError(f"cost_model: {name} got {got!r}, it takes {', '.join(known)}.")
     step = Step(model, GPUS[gpu], width)
-    states = dict(STATES)
-    if width > 4:
-        states[PROJECTED] = STATES["clipped"]._replace(projected=width)
+    states = STATES if width == 4 else PROJECT_STATES
     return {state: _sum(step.launches(active), GPUS[gpu]) for state, active in states.items()}
 
 
@@ -101,7 +105,7 @@ def muon(model: str, gpu: str) -> tuple[float, float]:
     the rest. Without gaps.
     """
     named = MODELS[model].parameters()
-    hidden = [shape for name, shape in named if len(shape) == 2 and name[:2] in ("h.", "bl")]
+    hidden = [shape for name, shape in named if len(shape) == 2 and is_of_a_block(name)]
     rest = sum(prod(shape) for _, shape in named) - sum(map(prod, hidden))
     operations = 0.0
     for shape in hidden:

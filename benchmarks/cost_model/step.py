@@ -51,6 +51,7 @@ class Tables(NamedTuple):
     plan: Plan
     passes: units.Passes
     products: units.Products
+    is_hidden: Sequence[bool]  #: of each matrix
 
 
 class Active(NamedTuple):
@@ -60,7 +61,7 @@ class Active(NamedTuple):
     launched: bool  #: whether the host launches iterations
     of_weight: int = 0  #: iterations of every W
     of_update: int = 0
-    projected: int = 0  #: vectors that a move projects out; 0: it scales
+    projected: bool = False  #: whether the hidden matrices' moves clip singular values
 
 
 @cache
@@ -70,15 +71,16 @@ def tables(model: str, gpu: Gpu, width: int) -> Tables:
     Args:
         model: of benchmarks.models.
         gpu: of which the multiprocessors are counted.
-        width: vectors of U; W has 4.
+        width: vectors of U of hidden matrices; others, and W, have 4.
     """
     named = MODELS[model].parameters()
     plan = _plan(named)
+    is_hidden = [is_of_a_block(matrix.name) for matrix in plan.matrices]
     with patch.object(blocks, "start_block", lambda _, cols, b: torch.zeros(cols, b)):
         resident = blocks.Blocks(
             plan.matrices,
             plan.tiles,
-            (4, width),
+            (4, [width if hidden else 4 for hidden in is_hidden]),
             [list(range(len(plan.matrices)))],
             piggybacks=False,
             device=torch.device("cpu"),
@@ -93,7 +95,12 @@ def tables(model: str, gpu: Gpu, width: int) -> Tables:
     of_passes = units.passes(everything, *sizes, kinds, programs, device)
     bands = [triton_kernel._ROWS[b][operand] for operand, b in enumerate((4, width))]
     of_products = units.products(resident, bands, (4, width), kinds, programs, triton_kernel._COLS)
-    return Tables(MODELS[model], plan, of_passes, of_products)
+    return Tables(MODELS[model], plan, of_passes, of_products, is_hidden)
+
+
+def is_of_a_block(name: str) -> bool:
+    """Whether a matrix of the benchmarks' models is a hidden one."""
+    return name[:2] in ("h.", "bl")
 
 
 def _plan(named: Sequence[Named]) -> Plan:
@@ -132,20 +139,26 @@ class Step:
                 made.append(self._collect(number, making))
                 made.append(self._orthonormalize(making))
             made.append(self._small("decide_rates"))
+            if self._width > 4:
+                made.append(self._clip(active.projected))
             made.append(self._pass(MOVE, not active.early, False, active.projected))
+            if self._width > 4:
+                made.append(self._project(active.projected))
         return [*made, self._of_matrices("follow", True)]
 
     def adamw(self) -> Launch:
         """Return a pass that steps everything at the scheduled rate."""
         return self._pass(STEP, True, True)
 
-    def _pass(self, mode: int, of_matrices: bool, of_rest: bool, projected: int = 0) -> Launch:
+    def _pass(self, mode: int, of_matrices: bool, of_rest: bool, projected: bool = False) -> Launch:
         """Return an elementwise pass; what is no matrix is stepped with the matrices, or alone."""
+        is_hidden = self._tables.is_hidden
         kernel = self._kernels[f"elementwise MODE={mode}"]
 
         def work(row: tuple[int, ...]) -> Work:
             rows, cols, matrix = row[2], row[3], row[5]
-            if not (of_matrices if matrix >= 0 else of_rest or (of_matrices and mode == STEP)):
+            is_rest = of_rest or (of_matrices and mode == STEP)
+            if matrix < -1 or not (of_matrices if matrix >= 0 else is_rest):
                 return Work(exits(kernel))
             values = {"row": row, "body": cols // 8 * 8, "edges": cols % 8}
             warp = _executed(
@@ -154,14 +167,18 @@ class Step:
                 r"sums, STEP, WIDE" if mode == MOVE else NOTHING,
                 r"range\(0, body, WIDE\)",
             )
-            # A correction of rank b: 2 b more additions of products.
-            more = 2.0 * projected * rows * cols / (32 * kernel.warps)
-            warp = warp.plus(Usage(issue=more, fma=more, apart=2 * more))
             return Work(warp, stream=PASSES[mode] * rows * cols)
 
         # Where a run begins changes nothing here.
         table = [
-            (0, 0, *row[2:5], min(row[5], 0), row[6]) for row in _rows(self._tables.passes.units)
+            (
+                0,
+                0,
+                *row[2:5],
+                -2 if row[5] >= 0 and projected and is_hidden[row[5]] else min(row[5], 0),
+                row[6],
+            )
+            for row in _rows(self._tables.passes.units)
         ]
         return _launch(kernel, table, work)
 
@@ -250,6 +267,43 @@ class Step:
         ]
         return _launch(kernel, table, work)
 
+    def _clip(self, is_active: bool) -> Launch:
+        """Return the launch that decides how matrices are projected, a program for each block."""
+        kernel = self._kernels["clip"]
+        values = (("turns", 8 * (kernel.constants["BLOCK"] - 1)),)
+
+        def work(row: tuple[int, ...]) -> Work:
+            is_projected = is_active and row[0] == 1 and self._tables.is_hidden[row[1]]
+            if not is_projected:
+                return Work(exits(kernel))
+            return Work(_executed(kernel, values, NOTHING, NOTHING))
+
+        table = [(*row[:2],) for row in _rows(self._tables.products.blocks)]
+        return _launch(kernel, table, work, are_dependent=True)
+
+    def _project(self, is_active: bool) -> Launch:
+        """Return the move of what is projected, a program for each piece of U's Z."""
+        kernel = self._kernels["project"]
+        cols, strips = triton_kernel._COLS, _rows(self._tables.products.strips)
+
+        def work(row: tuple[int, ...]) -> Work:
+            n, wide, width, rows, is_hidden = row
+            if not (is_active and is_hidden):
+                return Work(exits(kernel))
+            values = {"width": width, "count": rows, "ROWS": kernel.constants["ROWS"]}
+            without = rf"COLS, {wide % 8 != 0}, STATE"
+            warp = _executed(kernel, tuple(sorted(values.items())), without, r"_rows: for begin")
+            handed = 4 * width * (rows + n)
+            return Work(warp, stream=PASSES[MOVE] * rows * n, handed=handed)
+
+        table = [
+            (min(row[3] - row[5], cols), row[3], row[4], strips[row[6]][2], is_hidden)
+            for row in _rows(self._tables.products.pieces)
+            if row[0] == 1 and row[5] >= 0
+            for is_hidden in (self._tables.is_hidden[row[1]],)
+        ]
+        return _launch(kernel, table, work)
+
     def _orthonormalize(self, making: tuple[bool, bool]) -> Launch:
         kernel = self._kernels["orthonormalize"]
 
@@ -264,6 +318,8 @@ class Step:
                 "n": n,
                 "width": width,
                 "AT_ONCE": 64 if block == 4 else 4096 // block**2,
+                # What is kept for projection.
+                "size": width * (n + width) if operand and self._width > 4 else 0,
             }
             is_shared = constants["BLOCK_W"] == constants["BLOCK_U"]  # one code serves both
             other = rf"_block\([^>]*{_BLOCKS[1 - operand]}, LANES\)"

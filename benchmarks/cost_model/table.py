@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .gpus import UPPER
-from .model import GOALS, Bounds, adamw, muon
+from .model import GOALS, PROJECTED, Bounds, adamw, muon
 
 #: By "gpu model width".
 Computed = Mapping[str, Mapping[str, Bounds]]
@@ -35,7 +35,8 @@ def states(computed: Computed) -> str:
         head = f"| {gpu.upper()} | {model} | {width} |"
         lines.append(f"{head} fused AdamW | {best:.2f} to {worst:.2f} | 1 | | |")
         for state, each in of_states.items():
-            goal = GOALS.get(state)
+            # Of "undecided" a goal stands for 4 vectors alone.
+            goal = None if state == "undecided" and width != "4" else GOALS.get(state)
             ratios = each.lower / best, each.upper / worst
             within = "" if goal is None else _within(ratios, goal)
             lines.append(
@@ -64,7 +65,8 @@ def binding(computed: Computed) -> str:
     ]
     for key, of_states in computed.items():
         gpu, model, width = key.split()
-        launches = of_states["clipped, all iterated twice"].launches
+        states = "clipped, all iterated twice", PROJECTED
+        launches = next(of_states[state].launches for state in states if state in of_states)
         inactive = of_states["inactive"].launches
         chosen = [("step", *next(each for each in inactive if each[0] == "step")[1:])]
         numbers: dict[str, int] = {}
@@ -72,7 +74,7 @@ def binding(computed: Computed) -> str:
             numbers[name] = numbers.get(name, 0) + 1
             if name in ("products", "collect", "orthonormalize") and numbers[name] <= 2:
                 chosen.append((f"{name}, iteration {numbers[name]}", low, high))
-            elif name == "move":
+            elif name in ("move", "clip", "project"):
                 chosen.append((name, low, high))
         for name, low, high in chosen:
             what = " to ".join(dict.fromkeys([_what(low.binds), _what(high.binds)]))

@@ -38,7 +38,7 @@ def settles(name: str, given: tuple[Any, ...]) -> None:
     """Tell after a step what a device tells of matrices that were settled, and far from a clip."""
     if name == "follow":
         with _disable_current_modes():  # these are no calls of the host
-            rows = given[1]
+            rows = given[2]
             rows[numbers.LOWER.value], rows[numbers.NORM.value] = 1e6, 1.0
             rows[numbers.AGE.value] += 1
 

@@ -323,6 +323,7 @@ OTHERS = {
         "triton",
         ["tests/kernels/test_triton.py", "tests/kernels/test_triton_values.py"],
     ),
+    "triton, singular values": ("triton", ["tests/kernels/test_triton_project.py"]),
     "triton, spread matrices": (
         "triton",
         ["tests/kernels/test_ranks.py", "tests/kernels/test_sure_steps.py"],

@@ -139,7 +139,7 @@ def _sharing(alone: int) -> AdamW2:
 def _settles_all_but_the_first(name: str, given: tuple[Any, ...]) -> None:
     settles(name, given)
     if name == "follow":
-        given[1][numbers.AGE.value, 0] = 0.0
+        given[2][numbers.AGE.value, 0] = 0.0
 
 
 @pytest.mark.slow

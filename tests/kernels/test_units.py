@@ -219,6 +219,11 @@ def test_pieces_sum_every_column_of_each_strip_once_and_every_unit_s_gram(
         if piece["strips"] > 1:
             size = piece["strips"] * operand.widths[key[1]] * matrix.cols
             taken.add((piece["sums"], piece["sums"] + size))
+    pieces = columns(cut.pieces, PIECE)
+    moved = [number for launch in cut.moves for number in range(*launch[1:])]
+    assert moved == [n for n, p in enumerate(pieces) if p["operand"] == 1 and p["start"] >= 0]
+    for k, (start, stop) in enumerate(cut.spans.tolist()):
+        assert list(range(start, stop)) == [n for n in moved if pieces[n]["matrix"] == k]
     assert set(seen.values()) <= {1}
     own_strips = Counter((strip["operand"], strip["matrix"]) for strip in strips)
     assert len(seen) == sum(

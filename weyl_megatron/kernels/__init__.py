@@ -5,7 +5,7 @@ A kernel goes through tables of tiles (:class:`.Table`). All do the same. Which 
 once, by :func:`pick`; ``environment.DOCTOR`` says which and why.
 """
 
-from .choice import Kernel, make, make_triton, pick
+from .choice import VECTORS_ON_GPU, Kernel, make, make_triton, pick
 from .stepped import Hyper, Stepped
 
-__all__ = ["Hyper", "Kernel", "Stepped", "make", "make_triton", "pick"]
+__all__ = ["VECTORS_ON_GPU", "Hyper", "Kernel", "Stepped", "make", "make_triton", "pick"]

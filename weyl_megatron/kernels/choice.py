@@ -122,11 +122,21 @@ def make(name: str, blocks: Blocks) -> Kernel:
     return CpuKernel(blocks)
 
 
-def make_triton(blocks: Blocks, tiles: Sequence[Tile], measured: int, buffers: int) -> TritonKernel:
+#: Vectors that Triton's kernels have registers for.
+VECTORS_ON_GPU = 16
+
+
+def make_triton(
+    blocks: Blocks,
+    tiles: Sequence[Tile],
+    measured: int,
+    buffers: int,
+    projected: Sequence[int],
+) -> TritonKernel:
     """Return the kernel on ``blocks``, which are resident, that steers itself; its arguments."""
     from .triton_kernel import TritonKernel
 
-    return TritonKernel(blocks, tiles, measured, buffers)
+    return TritonKernel(blocks, tiles, measured, buffers, projected)
 
 
 def pick_name(device: str, dtypes: Collection[torch.dtype]) -> str:

@@ -5,21 +5,29 @@ Nothing here waits for the device: kernels read from masks what they are to do.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..rule import ROUNDING
 from ..spectral import ritz
 from ..spectral.blocks import Blocks
 from ..spectral.tiles import Tile
 from . import units
-from .stepped import Hyper, Stepped
-from .triton_step import adamw, collect, decisions, numbers, orthonormalize, products
-from .triton_step.tables import HYPER
+from .staging import Staging, count_as_changed
+from .stepped import Stepped
+from .triton_step import (
+    adamw,
+    collect,
+    decisions,
+    numbers,
+    orthonormalize,
+    products,
+    project,
+)
 
 #: Programs of the products that run at once on a multiprocessor.
 _PROGRAMS = 4
@@ -48,15 +56,14 @@ _RUN, _ENDS = 1024, 256
 
 #: Columns that a program of the small algebra has in registers, by vectors, and the registers that
 #: a thread of it may have.
-_ALGEBRA = {4: (512, 128), 8: (256, 255), 16: (256, 255)}
+_ALGEBRA = {4: (256, 128), 8: (256, 255), 16: (256, 255)}
+
+#: Warps of the program that decides how a matrix is projected, and rows that the move of it reads
+#: at once, by vectors.
+_OF_CLIP = {4: 1, 8: 2, 16: 4}
+_MOVED = {4: 4, 8: 4, 16: 4}
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-#: Steps that may be on their way to a device at once.
-_STAGES = 4
-
-#: Words of eight bytes that a buffer's pointers and hyperparameters take.
-_WORDS = 4 + HYPER // 2
 
 
 class _Cut(NamedTuple):
@@ -70,24 +77,7 @@ class _Cut(NamedTuple):
     of_strips: Tensor  # Z
     counters: Tensor  # of strips that are done, 0 between launches
     of_passes: Tensor  # (units, 3): Σ u², Σ w² before and after
-
-
-class _Stage:
-    """Memory of the host out of which a step is sent to the device.
-
-    Args:
-        buffers, matrices: how many there are.
-        is_cuda: whether a GPU reads it, at its leisure.
-    """
-
-    def __init__(self, buffers: int, matrices: int, is_cuda: bool) -> None:
-        head = buffers * _WORDS
-        size = head + numbers.SENT * matrices
-        self.words = torch.zeros(size, dtype=torch.float64, pin_memory=is_cuda)
-        self.pointers = self.words[: 4 * buffers].view(torch.int64)
-        self.hypers = self.words[4 * buffers : head].view(torch.float32).view(-1, HYPER)
-        self.rows = list(self.words[head:].view(numbers.SENT, matrices))
-        self.is_read: Any = torch.Event("cuda") if is_cuda else None
+    of_moves: Tensor  # (pieces,): Σ w² after
 
 
 class TritonKernel:
@@ -100,28 +90,42 @@ class TritonKernel:
         blocks: the vectors of W and of U.
         tiles: all that is ever stepped; the first ``measured`` are measured here.
         buffers: in how many tensors it lies.
+        projected: the matrices whose singular values are clipped.
     """
 
-    def __init__(self, blocks: Blocks, tiles: Sequence[Tile], measured: int, buffers: int) -> None:
+    def __init__(
+        self,
+        blocks: Blocks,
+        tiles: Sequence[Tile],
+        measured: int,
+        buffers: int,
+        projected: Sequence[int] = (),
+    ) -> None:
         self._blocks, self._tiles, self._measured = blocks, tiles, measured
+        self._projects = bool(projected)
         self._matrices = matrices = len(blocks.matrices)
         device = blocks.x.device
         widths = (max(operand.widths, default=1) for operand in blocks.operands)
         self._widths = [max(4, 1 << (width - 1).bit_length()) for width in widths]
         self._programs = _PROGRAMS * multiprocessors(device)
         self._kinds: tuple[units.Dtypes, ...] | None = None  # that the tables are cut for
-        head = buffers * _WORDS
-        words = torch.zeros(head + numbers.ROWS * matrices, dtype=torch.float64, device=device)
-        self._sent = words[: head + numbers.SENT * matrices]
-        self.pointers = words[: 4 * buffers].view(torch.int64)
-        self.hypers = words[4 * buffers : head].view(torch.float32)
-        self.numbers = words[head:].view(numbers.ROWS, matrices)
+        self._staging = staging = Staging(buffers, matrices, device)
+        self.pointers, self.hypers = staging.pointers, staging.hypers
+        self.numbers = staging.numbers
         self.norms = torch.zeros(matrices, 2, dtype=torch.float64, device=device)
         self.masks = torch.zeros(numbers.MASKS, matrices, dtype=torch.uint8, device=device)
-        is_cuda = device.type == "cuda"
-        self._stages = deque(_Stage(buffers, matrices, is_cuda) for _ in range(_STAGES))
         factors = len(blocks.operands) * matrices * self._widths[1] ** 2
         self._factors = torch.zeros(factors, dtype=torch.float64, device=device)
+        # What projection needs of a matrix's last iteration, and its M.
+        self._grams = torch.zeros_like(self._factors)
+        self._kept_z = self._kept_left = torch.zeros(0, device=device)
+        if projected:
+            self._kept_z, self._kept_left = map(torch.zeros_like, (blocks.z, blocks.left))
+        self._changes = torch.zeros(matrices * self._widths[1] ** 2, device=device)
+        self.numbers[int(numbers.PROJECTS), list(projected)] = 1
+        sizes = zip(blocks.operands[1].widths, blocks.matrices, strict=True)
+        is_whole = [float(width == min(m.rows, m.cols)) for width, m in sizes]
+        self.numbers[int(numbers.WHOLE)] = torch.tensor(is_whole, dtype=torch.float64)
         self._alive: object = None
 
     def bind(
@@ -139,38 +143,9 @@ class TritonKernel:
         )
         if kinds != self._kinds:
             self._kinds, self._now = kinds, self._cut(kinds)
-        places: list[int] = []
-        hypers: list[list[float]] = []
-        row_of: dict[int, int] = {}
-        rows = [0] * len(weights)
-        for number, (weight, state) in enumerate(zip(weights, stepped, strict=True)):
-            if state is None:
-                places += weight.data_ptr(), 0, 0, 0
-                continue
-            places += (
-                weight.data_ptr(),
-                state.grad.data_ptr(),
-                state.exp_avg.data_ptr(),
-                state.exp_avg_sq.data_ptr(),
-            )
-            key = id(state.hyper)  # of a parameter group and a count, most share one
-            if key not in row_of:
-                row_of[key] = len(hypers)
-                hypers.append(_hyper(state.hyper))
-            rows[number] = row_of[key]
-        self._stages.rotate()
-        stage = self._stages[0]
-        if stage.is_read is not None:
-            stage.is_read.synchronize()  # it was sent some steps ago
-        stage.pointers.copy_(torch.tensor(places))
-        of_buffers = torch.tensor(rows)
-        torch.index_select(torch.tensor(hypers or [[0.0] * HYPER]), 0, of_buffers, out=stage.hypers)
-        torch._foreach_copy_(stage.rows, list(sent))
-        self._sent.copy_(stage.words, non_blocking=True)
-        if stage.is_read is not None:
-            stage.is_read.record()
+        self._staging.send(weights, stepped, sent)
         self._alive = weights, stepped  # the tensors at these addresses
-        _count_as_changed(weights)
+        count_as_changed(weights)
 
     def release(self) -> None:
         """Let go of the tensors of this step: a gradient must not outlive it."""
@@ -289,7 +264,10 @@ class TritonKernel:
             self._blocks.x,
             self._blocks.z,
             self._blocks.left,
+            self._kept_z,
+            self._kept_left,
             self._factors,
+            self._grams,
             ritz.INDEPENDENT * torch.finfo(torch.float32).eps,
             ritz.SETTLED,
             number,
@@ -303,21 +281,64 @@ class TritonKernel:
         )
 
     def decide_rates(self) -> None:
-        """Decide α_W of every matrix; of settled ones it is not used."""
-        decisions.decide_rates[self._grid](self.numbers, self._matrices, LANES=128, num_warps=1)
+        """Decide α_W of every matrix, of settled ones it is not used; and how one is projected."""
+        decisions.decide_rates[self._grid](
+            self.numbers, self.masks, self._matrices, LANES=128, num_warps=1
+        )
+        if self._projects:
+            blocks = self._now.products.blocks
+            project.clip[(len(blocks),)](
+                blocks,
+                self.masks,
+                self.numbers,
+                self._kept_z,
+                self._grams,
+                self._changes,
+                ROUNDING * ritz.INDEPENDENT * torch.finfo(torch.float32).eps,
+                self._matrices,
+                BLOCK=self._widths[1],
+                num_warps=_OF_CLIP[self._widths[1]],
+            )
 
     def move(self) -> None:
-        """Move what waited at its rate."""
+        """Move what waited, at its rate or projected."""
         self._pass(adamw.MOVE.value)
+        if not self._projects:
+            return
+        now, cut = self._now, self._now.products
+        for (state, _), start, stop in cut.moves:
+            project.project[(stop - start,)](
+                cut.pieces,
+                start,
+                cut.strips,
+                self.pointers,
+                self.hypers,
+                self.masks,
+                self.numbers,
+                self._kept_left,
+                now.lines,
+                self._kept_z,
+                self._changes,
+                now.of_moves,
+                self._matrices,
+                BLOCK=self._widths[1],
+                ROWS=_MOVED[self._widths[1]],
+                COLS=_COLS,
+                STATE=_TYPES[state],
+                num_warps=_LANES // 32,
+                maxnreg=_OF_COLLECT,
+            )
 
     def follow(self) -> None:
         """Let the certificate follow the step."""
         decisions.follow[(self._matrices,)](
             self._now.passes.spans,
+            self._now.products.spans,
             self.numbers,
             self.masks,
             self.norms,
             self._now.of_passes,
+            self._now.of_moves,
             self._matrices,
             LANES=32,
             num_warps=1,
@@ -365,6 +386,7 @@ class TritonKernel:
             torch.zeros(of_products.sums, device=device),
             torch.zeros(of_products.counters, dtype=torch.int32, device=device),
             torch.zeros(len(of_passes.units), 3, device=device),
+            torch.zeros(len(of_products.pieces), device=device),
         )
 
 
@@ -373,23 +395,3 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _hyper(hyper: Hyper) -> list[float]:
-    """Return a row of the hyperparameters, see triton_step/tables.py."""
-    lr, beta1, beta2, eps, weight_decay, correction1, correction2 = hyper.numbers()
-    root = correction2**0.5
-    moments = [1 - beta1, beta2, 1 - beta2]
-    direction = [correction1 / root, eps * correction1]
-    move = [lr, weight_decay, correction1, root, eps]
-    return [*moments, *direction, *move, 0.0, 0.0]
-
-
-def _count_as_changed(weights: Sequence[Tensor]) -> None:
-    """Tell autograd of weights that are changed behind its back."""
-    change: Any = torch.autograd.graph.increment_version
-    try:
-        change(list(weights))
-    except TypeError:  # an older torch takes one
-        for weight in weights:
-            change(weight)

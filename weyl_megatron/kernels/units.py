@@ -109,6 +109,8 @@ class Products(NamedTuple):
     strips: Tensor  # (strips, columns of UNIT): rows that are summed together
     pieces: Tensor  # (pieces, columns of PIECE)
     collections: list[Launch]
+    moves: list[Launch]  # the pieces of U's Z alone
+    spans: Tensor  # (matrices, 2): which pieces these are, from the first to behind the last
     blocks: Tensor  # (operands · matrices, columns of BLOCK)
     lines: int  # numbers of Y that are kept
     sums: int  # of Z that strips sum
@@ -243,6 +245,8 @@ def products(
         _table([_unit_row(strip, blocks) for strip in strips], len(UNIT), device),
         _table([row for _, row in pieces], len(PIECE), device),
         _launches(kinds for kinds, _ in pieces),
+        _launches((kinds for kinds, _ in pieces), [_is_of_update(row) for _, row in pieces]),
+        _table(_move_spans([row for _, row in pieces], len(blocks.matrices)), 2, device),
         _table(blocks_of, len(BLOCK), device),
         room,
         sums,
@@ -315,8 +319,23 @@ def _pieces(
                 counters += 1
             if count > 1:
                 sums += -(-count * operand.widths[k] * matrix.cols // 4) * 4
-    rows.sort(key=lambda row: str(row[0]))
+    rows.sort(key=lambda row: (str(row[0]), row[1][PIECE.index("start")] >= 0))
     return rows, sums, counters
+
+
+def _is_of_update(piece: Sequence[int]) -> bool:
+    """Whether it is a piece of U's Z."""
+    return piece[PIECE.index("operand")] == 1 and piece[PIECE.index("start")] >= 0
+
+
+def _move_spans(pieces: Sequence[Sequence[int]], matrices: int) -> list[list[int]]:
+    """Return where the pieces of each matrix's Z of U are: the first and behind the last."""
+    spans = [[0, 0] for _ in range(matrices)]
+    for at, piece in enumerate(pieces):
+        if _is_of_update(piece):
+            span = spans[piece[PIECE.index("matrix")]]
+            span[:] = [span[0] if span[1] else at, at + 1]
+    return spans
 
 
 def _spans(units: Sequence[_Unit]) -> dict[tuple[int, int], tuple[int, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .numbers import EXPECTED, FAILED, FRESH, RATE, WAITS
+from .numbers import CLIPS, EXPECTED, FAILED, FRESH, RATE, WAITS
 from .tables import HYPER_SIZE, UNIT_SIZE
 
 #: What a pass does: everything that is expected to be settled at the scheduled rate, take that
@@ -210,6 +210,8 @@ def elementwise(
     masks += matrix
     row = EXPECTED if MODE == STEP else (FAILED if MODE == UNDO else WAITS)
     is_active = tl.load(masks + matrices * row, mask=is_matrix, other=1 if MODE == STEP else 0) != 0
+    if MODE == MOVE:  # what is projected is moved by project()
+        is_active = is_active & (tl.load(masks + matrices * CLIPS, mask=is_matrix, other=0) == 0)
     is_there = tl.load(pointers + buffer * 4 + 2) != 0
     if MODE == STEP:
         if is_there == 0:  # nothing is summed of what has no gradient

@@ -11,11 +11,34 @@ from .tables import HYPER_SIZE, PIECE_SIZE, UNIT_SIZE
 
 
 @triton.jit
-def _line(y, row, apart, vectors, width, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def line(y, row, apart, vectors, width, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     """A row of Y."""
     if WIDE:
         return tl.load(y + row * BLOCK + vectors)
     return tl.load(y + row * apart + vectors, mask=vectors < width, other=0.0)
+
+
+@triton.jit
+def reads_wide(
+    strip,
+    piece,
+    pointers,
+    apart,
+    OPERAND: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STATE: tl.constexpr,
+):
+    """Whether rows of a strip, of Y and of Z can be read 16 bytes at a time."""
+    size: tl.constexpr = 4 if STATE == tl.float32 else 2
+    place = pointers + tl.load(strip) * 4
+    odd = (tl.load(strip + 1) | tl.load(strip + 4)) * size
+    if OPERAND == 0:
+        odd = odd | tl.load(place)
+    else:
+        odd = odd | tl.load(place + 2) | tl.load(place + 3)
+    places = tl.load(strip + 10) | tl.load(piece + 2) | tl.load(piece + 3)
+    odd = (odd & 15) | (places & 3) | (tl.load(strip + 3) & 7) | (apart ^ BLOCK)
+    return odd == 0
 
 
 @triton.jit
@@ -63,10 +86,10 @@ def _rows(
         for r in tl.static_range(ROWS):
             at = (begin + r) * stride + col
             a = elements(base, first, second, at, inside, of_root, of_one, OPERAND)
-            total += _line(y, begin + r, apart, vectors, width, BLOCK, WIDE)[:, None] * a[None, :]
+            total += line(y, begin + r, apart, vectors, width, BLOCK, WIDE)[:, None] * a[None, :]
     for row in range(whole, count):
         a = elements(base, first, second, row * stride + col, inside, of_root, of_one, OPERAND)
-        total += _line(y, row, apart, vectors, width, BLOCK, WIDE)[:, None] * a[None, :]
+        total += line(y, row, apart, vectors, width, BLOCK, WIDE)[:, None] * a[None, :]
     return total
 
 
@@ -94,16 +117,8 @@ def _strip(
         if slot < 0:
             y, apart = lines + tl.load(strip + 11), tl.full((), BLOCK, tl.int64)
         if (OPERAND == 0) | (tl.load(pointers + buffer * 4 + 2) != 0):
-            size: tl.constexpr = 4 if STATE == tl.float32 else 2
             hyper = hypers + buffer * HYPER_SIZE
-            odd = (tl.load(strip + 1) | tl.load(strip + 4)) * size
-            if OPERAND == 0:
-                odd = odd | tl.load(pointers + buffer * 4)
-            else:
-                odd = odd | tl.load(pointers + buffer * 4 + 2) | tl.load(pointers + buffer * 4 + 3)
-            places = tl.load(strip + 10) | tl.load(piece + 2) | tl.load(piece + 3)
-            odd = (odd & 15) | (places & 3) | (tl.load(strip + 3) & 7) | (apart ^ BLOCK)
-            if odd == 0:
+            if reads_wide(strip, piece, pointers, apart, OPERAND, BLOCK, STATE):
                 total = _rows(
                     piece, strip, pointers, hyper, y, apart, z,
                     OPERAND, BLOCK, ROWS, COLS, True, STATE,

@@ -12,7 +12,10 @@ from ...spectral import certificate
 from ...spectral.power import COLD_ITERS
 from .numbers import (
     AGE,
+    BOUND,
     CAN_UNDO,
+    CLIPPED,
+    CLIPS,
     DECAY,
     EXPECTED,
     FAILED,
@@ -27,13 +30,16 @@ from .numbers import (
     NORM,
     OF_UPDATE,
     PRESENT,
+    PROJECTS,
     RATE,
+    SHARE,
     SIGMA,
     SQUARES,
     STOOD_U,
     STOOD_W,
     SURE,
     TAU,
+    UNSEEN,
     WAITS,
 )
 
@@ -141,6 +147,9 @@ def settle(
         sure = of_update - half
         of_weight = tl.where(is_slow, tl.floor((of_update + 1.0) / 2.0), of_update)
         sure_of_weight = tl.where(is_slow, tl.floor((sure + 1.0) / 2.0), of_update)
+        # What σ₁ gains says nothing of the other singular values.
+        projects = tl.load(numbers + matrices * PROJECTS, mask=inside, other=0.0) != 0
+        sure = tl.where(projects, of_update, sure)
     tl.store(masks + matrices * FAILED, (expected & waits).to(tl.uint8), mask=inside)
     tl.store(masks + matrices * WAITS, waits.to(tl.uint8), mask=inside)
     is_iterated = waits & (of_update > 0)
@@ -154,11 +163,14 @@ def settle(
 
 
 @triton.jit(do_not_specialize=["matrices"])
-def decide_rates(numbers, matrices, LANES: tl.constexpr):
-    """α_W of every matrix (rule.clipped_rates); ‖U‖_F stands for a σ₁(U) that no iteration saw."""
+def decide_rates(numbers, masks, matrices, LANES: tl.constexpr):
+    """α_W of every matrix (rule.clipped_rates), and which are projected; ‖U‖_F stands for a σ₁(U)
+    that no iteration saw.
+    """
     matrix = tl.program_id(0) * LANES + tl.arange(0, LANES)
     inside = matrix < matrices
     numbers += matrix
+    masks += matrix
     lr = tl.load(numbers + matrices * LR, mask=inside, other=0.0)
     tau = tl.load(numbers + matrices * TAU, mask=inside, other=0.0)
     floor = tl.load(numbers + matrices * FLOOR, mask=inside, other=0.0)
@@ -174,28 +186,53 @@ def decide_rates(numbers, matrices, LANES: tl.constexpr):
     )
     rate = tl.where((bound < lr) | (bound != bound), bound, lr)
     tl.store(numbers + matrices * RATE, rate, mask=inside)
+    tl.store(numbers + matrices * BOUND, tau * weight, mask=inside)
+    waits = tl.load(masks + matrices * WAITS, mask=inside, other=0) != 0
+    projects = tl.load(numbers + matrices * PROJECTS, mask=inside, other=0.0) != 0
+    clips = waits & projects & (rate < lr)
+    tl.store(masks + matrices * CLIPS, clips.to(tl.uint8), mask=inside)
+    tl.store(numbers + matrices * SHARE, 1.0 + 0.0 * rate, mask=inside)
+    tl.store(numbers + matrices * UNSEEN, 1.0 + 0.0 * rate, mask=inside)
+    tl.store(numbers + matrices * CLIPPED, 0.0 * rate, mask=inside)
 
 
 @triton.jit(do_not_specialize=["matrices"])
-def follow(spans, numbers, masks, norms, sums, matrices, LANES: tl.constexpr):
+def follow(
+    spans,
+    of_moves,
+    numbers,
+    masks,
+    norms,
+    sums,
+    squares,
+    matrices,
+    LANES: tl.constexpr,
+):
     """The certificate of one matrix after the step (Certificate.measured and moved), and what
-    statistics say of it.
+    statistics say of it. Σ w² after it is in ``sums``, or in ``squares`` where it was projected.
     """
     matrix = tl.program_id(0)
     lane = tl.arange(0, LANES)
     after = tl.zeros((LANES,), dtype=tl.float64)
-    start, stop = tl.load(spans + matrix * 2), tl.load(spans + matrix * 2 + 1)
     is_changed = tl.load(norms + matrix * 2 + 1) != 0
     numbers += matrix
     is_present = tl.load(numbers + matrices * PRESENT) != 0
+    settled = tl.load(masks + matrices * WAITS + matrix) == 0
+    clips = (settled == 0) & (tl.load(masks + matrices * CLIPS + matrix) != 0)
+    if clips:
+        spans, sums, apart = of_moves, squares, 1
+    else:
+        sums, apart = sums + 2, 3
+    start, stop = tl.load(spans + matrix * 2), tl.load(spans + matrix * 2 + 1)
     if is_present:
         for begin in range(start, stop, LANES):
             inside = begin + lane < stop
-            after += tl.load(sums + (begin + lane) * 3 + 2, mask=inside, other=0.0).to(tl.float64)
-    settled = tl.load(masks + matrices * WAITS + matrix) == 0
+            after += tl.load(sums + (begin + lane) * apart, mask=inside, other=0.0).to(tl.float64)
     # Of settled ones no rate was decided.
     lr = tl.load(numbers + matrices * LR)
     rate = tl.where(settled, lr, tl.load(numbers + matrices * RATE))
+    of_decay = tl.where(clips, lr, rate)  # rule.decay_rates
+    rate = tl.where(clips, lr * tl.load(numbers + matrices * SHARE), rate)
     tl.store(numbers + matrices * RATE, rate)
     norm = tl.sqrt(tl.load(numbers + matrices * OF_UPDATE))
     sigma_weight = tl.load(numbers + matrices * SIGMA)
@@ -209,7 +246,7 @@ def follow(spans, numbers, masks, norms, sums, matrices, LANES: tl.constexpr):
     lower = tl.where(settled, lower, measured)
     age = tl.load(numbers + matrices * AGE)
     tl.store(numbers + matrices * AGE, tl.where(settled, age + 1.0, 0.0))
-    decay = rate * tl.load(numbers + matrices * DECAY)
+    decay = of_decay * tl.load(numbers + matrices * DECAY)
     lower = (1.0 - decay) * lower - rate * norm * _SLACK
     lower = lower * tl.load(numbers + matrices * KEPT)
     lower = tl.where(lower > 0, lower, 0.0)  # neither NaN nor less than 0

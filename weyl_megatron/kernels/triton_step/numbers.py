@@ -38,13 +38,25 @@ LEAST = tl.constexpr(19)
 RATE = tl.constexpr(21)
 STOOD_W = tl.constexpr(22)
 STOOD_U = tl.constexpr(23)
-ROWS = 24
+
+#: Of projection: whether a matrix is projected, and has no more singular values than vectors, which
+#: does not change; the bound of σ₁(α U); the share of the update that is left, the factor on what
+#: vectors do not see, how many singular values were clipped.
+PROJECTS = tl.constexpr(24)
+WHOLE = tl.constexpr(25)
+BOUND = tl.constexpr(26)
+SHARE = tl.constexpr(27)
+UNSEEN = tl.constexpr(28)
+CLIPPED = tl.constexpr(29)
+ROWS = 30
 
 #: Rows of the bytes: what is expected to be settled, has no moments of this step yet, was not
-#: settled after all, waits for its rate; what makes the next iteration of W and of U.
+#: settled after all, waits for its rate; what makes the next iteration of W and of U; what is
+#: projected in this step.
 EXPECTED = tl.constexpr(0)
 FRESH = tl.constexpr(1)
 FAILED = tl.constexpr(2)
 WAITS = tl.constexpr(3)
 MAKING = tl.constexpr(4)
-MASKS = 6
+CLIPS = tl.constexpr(6)
+MASKS = 7

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .numbers import FRESH, GAIN, LEAST, MAKING, MOST, OF_UPDATE, SIGMA
+from .numbers import FRESH, GAIN, LEAST, MAKING, MOST, OF_UPDATE, PROJECTS, SIGMA
 from .tables import BLOCK_SIZE
 
 
@@ -23,7 +23,7 @@ def _at(a, k: tl.constexpr, index):
 
 
 @triton.jit
-def _inverse_factor(gram, least, index, BLOCK: tl.constexpr):
+def inverse_factor(gram, least, index, BLOCK: tl.constexpr):
     """Return L⁻¹ where gram = L Lᵀ has ones on its diagonal; rows that depend on those above them
     are 0.
     """
@@ -44,7 +44,7 @@ def _inverse_factor(gram, least, index, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _product(a, b):
+def product(a, b):
     """AᵀB: so a thread has all that it adds up."""
     return tl.sum(a[:, :, None] * b[:, None, :], axis=0)
 
@@ -63,7 +63,7 @@ def _largest(a, index):
     power = a / tl.where(size > 0, size, 1.0)
     for _ in range(4):
         for _again in tl.static_range(5):  # a trace of 1 becomes 16⁻³¹ at least
-            power = _product(power, power)
+            power = product(power, power)
         power = power * (1.0 / tl.maximum(_trace(power, index), 1e-300))
     return tl.maximum(tl.sum(tl.sum(a * power, axis=1), axis=0), 0.0)
 
@@ -93,11 +93,12 @@ def _block(
     sigma,
     gain,
     factors,
+    grams,
     independent,
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """The next X, σ₁ and the gain of one matrix."""
+    """The next X, σ₁ and the gain of one matrix; Z Zᵀ to ``grams``."""
     x += tl.load(block + 2)
     z += tl.load(block + 3)
     n, width = tl.load(block + 4), tl.load(block + 5)
@@ -117,10 +118,10 @@ def _block(
     lengths_z = tl.sqrt(tl.sum(tl.where(diagonal, gram_z, 0.0), axis=1))
     scale_y = tl.where(lengths_y > 0, 1.0 / tl.where(lengths_y > 0, lengths_y, 1.0), 0.0)
     scale_z = tl.where(lengths_z > 0, 1.0 / tl.where(lengths_z > 0, lengths_z, 1.0), 0.0)
-    to_y = _inverse_factor(gram_y * scale_y[:, None] * scale_y[None, :], independent, index, BLOCK)
+    to_y = inverse_factor(gram_y * scale_y[:, None] * scale_y[None, :], independent, index, BLOCK)
     to_y = to_y * scale_y[None, :]
     of_y = tl.trans(to_y)
-    ratio = _product(of_y, _product(gram_z, of_y))
+    ratio = product(of_y, product(gram_z, of_y))
     value = tl.sqrt(_largest(ratio, index))
     # NaN and infinity are not less than anything
     total = tl.sum(tl.sum(gram_y + gram_z, axis=1), axis=0)
@@ -137,9 +138,10 @@ def _block(
     tl.store(gain, gained)
     retry = tl.where(value == 0, 1e28, 1e-28)
     retry = tl.where(more & is_one, retry, 1.0) / norm
-    to_z = _inverse_factor(gram_z * scale_z[:, None] * scale_z[None, :], 1e-10, index, BLOCK)
+    to_z = inverse_factor(gram_z * scale_z[:, None] * scale_z[None, :], 1e-10, index, BLOCK)
     is_new = tl.sum(tl.where(diagonal, to_z, 0.0), axis=1) > 0
     to_z = to_z * scale_z[None, :] * safe
+    tl.store(grams + index[:, None] * BLOCK + index[None, :], gram_z)
     # Where every thread finds it.
     tl.store(factors + index[:, None] * BLOCK + index[None, :], to_z)
     tl.debug_barrier()
@@ -156,6 +158,15 @@ def _block(
         tl.store(x + at, fresh.to(tl.float32), mask=inside)
 
 
+@triton.jit
+def _copy(source, target, start, size, LANES: tl.constexpr):
+    """Copy numbers from ``start`` on."""
+    lane = start + tl.arange(0, LANES)
+    for begin in range(0, size, LANES):
+        inside = begin + lane < start + size
+        tl.store(target + begin + lane, tl.load(source + begin + lane, mask=inside), mask=inside)
+
+
 @triton.jit(
     do_not_specialize=["number", "rounds_w", "rounds_u", "matrices"],
 )
@@ -166,7 +177,10 @@ def orthonormalize(
     x,
     z,
     left,
+    kept_z,
+    kept_left,
     factors,
+    grams,
     independent,
     settled,
     number,
@@ -178,7 +192,8 @@ def orthonormalize(
     LANES: tl.constexpr,
 ):
     """The next block, σ₁ and gain of one matrix after iteration ``number``, and whether it makes
-    another.
+    another. What projection needs is kept: Z, YᵀY and Y of cut rows, which further iterations of
+    other matrices sum over ranks again, and Z Zᵀ in ``grams``.
     """
     block = blocks + tl.program_id(0) * BLOCK_SIZE
     operand, matrix = tl.load(block), tl.load(block + 1)
@@ -186,6 +201,7 @@ def orthonormalize(
     numbers += matrix
     if tl.load(mask) != 0:
         rounds = tl.where(operand == 0, rounds_w, rounds_u)
+        n, width = tl.load(block + 4), tl.load(block + 5)
         most = tl.load(numbers + matrices * (operand + MOST))
         least = tl.load(numbers + matrices * (operand + LEAST))
         may_follow = (number + 1 < rounds) & (number + 1 < most)
@@ -193,20 +209,27 @@ def orthonormalize(
         gain = numbers + matrices * (operand + GAIN)
         if (operand == 1) & (number == 0):
             if tl.load(masks + matrices * FRESH + matrix) != 0:
-                n, width = tl.load(block + 4), tl.load(block + 5)
                 squares = tl.load(z + tl.load(block + 3) + width * (n + width))
                 tl.store(numbers + matrices * OF_UPDATE, squares.to(tl.float64))
         factors += tl.program_id(0) * BLOCK_U * BLOCK_U
+        grams += (operand * matrices + matrix) * BLOCK_U * BLOCK_U
         if (BLOCK_W != BLOCK_U) & (operand == 0):
-            _block(block, may_follow, x, z, sigma, gain, factors, independent, BLOCK_W, LANES)
+            _block(
+                block, may_follow, x, z, sigma, gain, factors, grams, independent, BLOCK_W, LANES
+            )
         else:
-            _block(block, may_follow, x, z, sigma, gain, factors, independent, BLOCK_U, LANES)
+            _block(
+                block, may_follow, x, z, sigma, gain, factors, grams, independent, BLOCK_U, LANES
+            )
         tl.debug_barrier()
         gained = tl.load(gain)
         goes_on = may_follow & ((number + 1 < least) | (gained > settled) | (gained != gained))
         tl.store(mask, goes_on.to(tl.uint8))
-        # Y of cut rows are added to zeros.
         line = tl.arange(0, LANES)
+        if (operand == 1) & (tl.load(numbers + matrices * PROJECTS) != 0):
+            _copy(z, kept_z, tl.load(block + 3), width * (n + width), LANES)
+            _copy(left, kept_left, tl.load(block + 6), tl.load(block + 7), LANES)
+        # Y of cut rows are added to zeros.
         for start in range(0, tl.load(block + 7), LANES):
             inside = start + line < tl.load(block + 7)
             tl.store(left + tl.load(block + 6) + start + line, 0.0, mask=inside)
