@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -87,11 +87,15 @@ def ways(task: Task) -> list[Way]:
     listed = [
         Way("AdamW", "#c8452d", lambda model: [_adamw(task, _groups(model))]),
         Way("AdamW, warmup", "#6b7280", lambda model: [_adamw(task, _groups(model))], True),
-        Way("AdamW², scaled", "#0f8a78", lambda model: [_adamw2(model)]),
+        Way("AdamW², scaled", "#0f8a78", lambda model: [_adamw2(model, {})]),
     ]
     if "clip" in inspect.signature(AdamW2).parameters:
         listed.append(
-            Way("AdamW², projected", "#5b4bd6", lambda model: [_adamw2(model, clip="project")])
+            Way(
+                "AdamW², projected",
+                "#5b4bd6",
+                lambda model: [_adamw2(model, {"clip": "project", "model": model})],
+            )
         )
     else:
         result("train", way="AdamW², projected", status='not run: AdamW2 has no clip="project"')
@@ -114,7 +118,7 @@ def _adamw(task: Task, groups: Sequence[dict[str, Any]]) -> Optimizer:
     return torch.optim.AdamW(groups, lr=_LR, betas=_BETAS, fused=task.is_gpu)
 
 
-def _adamw2(model: nn.Module, **options: Any) -> Optimizer:
+def _adamw2(model: nn.Module, options: Mapping[str, Any]) -> Optimizer:
     return AdamW2(_groups(model), lr=_LR, betas=_BETAS, tau=0.01, **options)
 
 
