@@ -58,3 +58,49 @@ def test_ranks_that_share_a_matrix_step_in_one_kernel(
         assert all(
             "matrix 'w' got a rank that steps in another kernel than" in each for each in said
         )
+
+
+@pytest.mark.parametrize("other", ["vectors", "clip", "refused"])
+def test_ranks_that_share_a_matrix_project_it_alike(
+    other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where one of them refuses to, the others do not wait for it."""
+    group: Any = Group([0, 1])
+    options: list[dict[str, Any]] = [{"clip": "project", "vectors": 4, "io": []} for _ in range(2)]
+    if other == "vectors":
+        options[1]["vectors"] = 5
+    elif other == "clip":
+        options[1] = {}
+
+    refusing: set[int] = set()  # threads
+    made = matrices.Projector
+
+    def make_projector(*args: Any) -> Any:
+        if threading.get_ident() in refusing:
+            raise ValueError("AdamW2: it is refused.")
+        return made(*args)
+
+    monkeypatch.setattr(matrices, "Projector", make_projector)
+
+    def step(rank: int) -> str:
+        weight = nn.Parameter(torch.ones(20))
+        weight.grad = torch.ones(20)
+        shard = Shard(Parameter("w", (8, 5), None), 20 * rank, 20 * rank + 20, 0)
+        optimizer = AdamW2([weight], lr=0.1, **options[rank])
+        layout = Layout([Buffer(weight, (shard,), (group,))], is_part=True)
+        optimizer.engine = GivenLayout(lambda: layout)
+        if other == "refused" and rank == 0:
+            refusing.add(threading.get_ident())
+        try:
+            optimizer.step()
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    with summing_groups():
+        said = on_ranks(2, [group], step)
+    if other == "refused":
+        assert said[0] == "AdamW2: it is refused."
+        assert "matrix 'w' got a rank that refuses it" in said[1]
+    else:
+        assert all("got other 'clip' or 'vectors' on another rank" in each for each in said)

@@ -99,8 +99,6 @@ class MatrixGroup:
         vectors = self._read_vectors([] if is_adamw else param_groups)
         #: the matrices whose singular values are clipped
         self._projected = [k for k, width in enumerate(vectors) if width]
-        if self._steers_itself:
-            self._check_projected(vectors)
         is_double = all(tensor.dtype == torch.float64 for tensor in tensors)
         everything = [list(range(len(self.names)))]
         on_host = self._device.type == "cpu"
@@ -118,8 +116,14 @@ class MatrixGroup:
         eps = max((torch.finfo(tensor.dtype).eps for tensor in tensors), default=0.0)
         self.certificate = Certificate(self._plan.matrices, eps, self._device)
         self._norm_spans = spans_of(self._plan.matrices, 2)
-        self._step = self._make_step(name, power_iters)
-        self._check_kernels(name)
+        refusal: ValueError | None = None
+        try:
+            if self._steers_itself:
+                self._check_projected(vectors)
+            self._step = self._make_step(name, power_iters)
+        except ValueError as error:  # the other ranks must not wait for this one
+            refusal = error
+        self._check_ranks(name, vectors, refusal)
         limits_on = torch.device("cpu") if self._steers_itself else self._device
         self._schedule = Schedule(self._plan, thresholds, limits_on)
         #: what the parameter groups say of it, as whoever made this read it
@@ -185,19 +189,39 @@ class MatrixGroup:
                 f"what this one has; the kernels for a GPU take 'scale', or {KERNEL}=torch."
             )
 
-    def _check_kernels(self, name: str) -> None:
-        """Raise ValueError on a rank whose kernel is not that of the others. Collective.
+    def _check_ranks(self, name: str, vectors: Sequence[int], refusal: ValueError | None) -> None:
+        """Raise ValueError where a rank has refused a matrix, or steps it in another way than the
+        others. Collective.
 
         Two kernels round differently, as does one that is compiled for two kinds of processors.
         Where a rounding decides whether one more iteration is made, ranks would wait for each other
         for ever.
+
+        Args:
+            name: of the kernel here.
+            vectors: of every matrix that is projected, else 0.
+            refusal: what this rank has refused.
         """
-        identity = f"{name} {self._step.arithmetic}"
-        number = float(zlib.crc32(identity.encode()))
-        pair = torch.tensor([1.0, number], dtype=torch.float64, device=self._device)
-        sums = pair.repeat(len(self.names), 1)  # of a matrix that is not spread: 1 rank
-        all_reduce_spans(sums.view(-1), list(self._norm_spans.values()))
-        for matrix, (ranks, total) in zip(self.names, sums.tolist(), strict=True):
+        arithmetic = "" if refusal else self._step.arithmetic
+        number = float(zlib.crc32(f"{name} {arithmetic}".encode()))
+        own = [[1.0, 0.0 if refusal else number, float(bool(refusal)), width] for width in vectors]
+        sums = torch.tensor(own, dtype=torch.float64, device=self._device)
+        # Of a matrix that is not spread: 1 rank.
+        all_reduce_spans(sums.view(-1), list(spans_of(self._plan.matrices, 4).values()))
+        if refusal is not None:
+            raise refusal
+        rows = zip(self.names, vectors, sums.tolist(), strict=True)
+        for matrix, width, (ranks, total, refusals, widths) in rows:
+            if refusals:
+                raise ValueError(
+                    f"AdamW2: matrix '{matrix}' got a rank that refuses it, and says why; it takes "
+                    "ranks that all step it."
+                )
+            if widths != width * ranks:
+                raise ValueError(
+                    f"AdamW2: matrix '{matrix}' got other 'clip' or 'vectors' on another rank, it "
+                    "takes the same on all."
+                )
             if total != number * ranks:
                 raise ValueError(
                     f"AdamW2: matrix '{matrix}' got a rank that steps in another kernel than "
