@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from examples.compare.beside import within_noise
 from examples.compare.cells import MARK, Comparison, bullets, markdown
 from examples.compare.ladder import BETA2, CONTENDERS, DEPTH, RATES, RUNGS, TASK, Rung
 from examples.compare.methods import METHODS
+from examples.compare.noise import difference
 from examples.compare.train import CONTEXT, TASKS
 
 #: The picture's name in docs/; the page shows it.
@@ -62,6 +63,8 @@ def section(cells: Sequence[Comparison]) -> list[str]:
         f"[![How far above Muon each method ends, by width]({PICTURE})]({PICTURE})",
         f"Best first; {MARK} between two that are within noise of each other:",
         bullets(orders),
+        "Less Muon:",
+        bullets(_gaps(rungs)),
         *(["Not whole yet, and not shown:", bullets(missing)] if missing else []),
     ]
 
@@ -104,6 +107,22 @@ def _order(comparison: Comparison) -> str:
     for before, name in pairwise(names):
         text += f" {MARK if within_noise(comparison, before, name) else '<'} {METHODS[name].title}"
     return f"{comparison.cell.norm}-LN, width {comparison.cell.width}: {text}"
+
+
+def _gaps(rungs: Sequence[Comparison]) -> list[str]:
+    """How far from Muon each method ends, by width."""
+    gaps = []
+    for norm, group in groupby(rungs, key=lambda each: each.cell.norm):
+        alike = list(group)
+        for name in CONTENDERS[:-1]:
+            texts = [
+                f"{difference(entry.scores, muon.scores).text} at width {each.cell.width}"
+                for each in alike
+                if (entry := each.best_entry(name)) and (muon := each.best_entry("muon"))
+            ]
+            if texts:
+                gaps.append(f"{norm}-LN, {METHODS[name].title}: {'; '.join(texts)}")
+    return gaps
 
 
 def _missing(rungs: Sequence[Comparison]) -> list[str]:

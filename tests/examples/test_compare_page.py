@@ -187,6 +187,8 @@ def test_the_page_shows_the_ladder_and_what_is_missing(tmp_path: Path) -> None:
     assert "| Muon | **2.336 ± 0.000** at 0.001 | **2.272 ± 0.000** at 0.001 |  |" in text
     order = "Muon < AdamW², τ = balanced, projected < AdamW², τ = balanced < AdamW, tuned warmup"
     assert f"- pre-LN, width 128: {order}\n" in text
+    gaps = "+0.029 ± 0.001 at width 64; +0.029 ± 0.001 at width 128"
+    assert f"- pre-LN, AdamW², τ = balanced, projected: {gaps}\n" in text
     missing = "- pre-LN, width 256: AdamW², τ = balanced, projected; Muon\n"
     assert f"Not whole yet, and not shown:\n\n{missing}" in text
     assert "1,000 steps of 2,048 tokens, 2 seeds, at the rate" in text
