@@ -65,11 +65,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     demo = commands.add_parser(
         "demo",
-        help="pretrain a small GPT four times and compare",
+        help="pretrain a small GPT five times and compare",
         description=(
             "Pretrains a small GPT on the Python standard library's sources under DeepSpeed "
-            "ZeRO-2: AdamW without and with warmup, AdamW² without warmup at τ = 0.01 and "
-            "τ = balanced. Uses all GPUs, or the CPU and gloo (DS_ACCELERATOR=cpu forces that). "
+            "ZeRO-2: AdamW without and with warmup, AdamW² without warmup at τ = 0.01, at "
+            "τ = balanced and, there, projected. Uses all GPUs, or the CPU and gloo (DS_ACCELERATOR=cpu forces that). "
             "Writes OUT/report.html, OUT/results.json and each run's log.jsonl; exits with 1 if a "
             "claim about the final losses is not met."
         ),

@@ -14,7 +14,13 @@ from weyl_megatron.demo.recipe import RUNS, Run, deepspeed_config, learning_rate
 from weyl_megatron.demo.results import Results, load_results
 
 UNIGRAM = 3.1
-GOOD = {"adamw": 3.15, "adamw-warmup": 2.35, "adamw2": 2.41, "adamw2-auto": 2.33}
+GOOD = {
+    "adamw": 3.15,
+    "adamw-warmup": 2.35,
+    "adamw2": 2.41,
+    "adamw2-auto": 2.33,
+    "adamw2-project": 2.27,
+}
 STEPS = 12
 SHAPE = GPTConfig(layers=2, heads=2, width=8)
 

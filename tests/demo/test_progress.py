@@ -38,7 +38,7 @@ def test_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     progress.update()
     first, last = stream.getvalue().splitlines()
     assert (
-        first == "AdamW², τ = 0.01      step  50/100  loss 2.500  clipped  2/39 matrices  0:35 left"
+        first == "AdamW², τ = 0.01      step  50/100  loss 2.500  clipped  2/39 matrices  0:45 left"
     )
     assert last == "AdamW², τ = 0.01      validation loss 2.250  in 10 s"
 

@@ -7,6 +7,7 @@ import pytest
 
 from tests.demo.synthetic import UNIGRAM, synthetic_results
 from weyl_megatron.demo.launch import verdict
+from weyl_megatron.demo.recipe import RUNS
 from weyl_megatron.demo.results import claims, load_results, summary, table
 
 
@@ -49,7 +50,7 @@ def test_the_summary_is_json_with_every_run(tmp_path: Path) -> None:
     written = json.loads(
         json.dumps(summary(synthetic_results(tmp_path, adamw=float("nan"))), allow_nan=False)
     )
-    assert list(written["runs"]) == ["adamw", "adamw-warmup", "adamw2", "adamw2-auto"]
+    assert list(written["runs"]) == [run.name for run in RUNS]
     assert written["runs"]["adamw"]["validation_loss"] is None
     assert written["runs"]["adamw2"]["clipped_share"] == pytest.approx(1 / 15)
     assert [claim["holds"] for claim in written["claims"]] == [True, True, True]

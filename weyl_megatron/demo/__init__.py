@@ -1,4 +1,4 @@
-"""`weyl-megatron demo`: one small GPT, four ways to start it, a report.
+"""`weyl-megatron demo`: one small GPT, five ways to start it, a report.
 
 Read it in this order: `data` (the text), `model` (the GPT), `recipe` (the runs as DeepSpeed
 configurations), `train` (the worker, which is what a user would write), `launch` (what the command

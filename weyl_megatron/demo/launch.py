@@ -36,7 +36,7 @@ class Devices:
 
 
 def run_demo(out: Path, steps: int, seed: int, processes: int | None) -> int:
-    """Trains the four runs and reports; returns 0 if the claims hold of the numbers, else 1."""
+    """Trains the five runs and reports; returns 0 if the claims hold of the numbers, else 1."""
     if importlib.util.find_spec("deepspeed") is None:
         raise RuntimeError(
             "the demo takes DeepSpeed, got none installed: pip install 'weyl-megatron[demo]'"

@@ -1,4 +1,4 @@
-"""The runs: four DeepSpeed configurations that differ in optimizer and schedule alone."""
+"""The runs: five DeepSpeed configurations that differ in optimizer and schedule alone."""
 
 from __future__ import annotations
 
@@ -40,8 +40,13 @@ ADAMW2 = Run("adamw2", "AdamW², τ = 0.01", {"type": "AdamW2", "params": _param
 ADAMW2_AUTO = Run(
     "adamw2-auto", "AdamW², τ = balanced", {"type": "AdamW2", "params": _params(tau="balanced")}
 )
+ADAMW2_PROJECT = Run(
+    "adamw2-project",
+    "AdamW², projected",
+    {"type": "AdamW2", "params": _params(tau="balanced", clip="project")},
+)
 
-RUNS = (ADAMW_ALONE, ADAMW_WARMUP, ADAMW2, ADAMW2_AUTO)
+RUNS = (ADAMW_ALONE, ADAMW_WARMUP, ADAMW2, ADAMW2_AUTO, ADAMW2_PROJECT)
 
 
 def warmup_steps(steps: int) -> int:

@@ -14,7 +14,16 @@ from typing import Any
 from ..report.charts import Axis, Chart, Line, Rule, depth_color
 from ..report.curves import banded, rate_curves, run_color, trend
 from ..report.page import card, cell, figure, grid, legend, page, row, section, table, tile
-from .recipe import ADAMW2, ADAMW2_AUTO, ADAMW_ALONE, ADAMW_WARMUP, PEAK_LR, RUNS, warmup_steps
+from .recipe import (
+    ADAMW2,
+    ADAMW2_AUTO,
+    ADAMW2_PROJECT,
+    ADAMW_ALONE,
+    ADAMW_WARMUP,
+    PEAK_LR,
+    RUNS,
+    warmup_steps,
+)
 from .results import Results, RunResult, cells, claims
 
 COLORS = {
@@ -22,6 +31,7 @@ COLORS = {
     ADAMW_WARMUP.name: run_color(3),
     ADAMW2.name: run_color(1),
     ADAMW2_AUTO.name: run_color(2),
+    ADAMW2_PROJECT.name: run_color(4),
 }
 
 #: What a chart of rates is called, by the kind of matrix; in the order of the page.
@@ -40,7 +50,7 @@ KINDS = {
 _POINTS = 1000  # of a loss's curve
 
 _LOSS = (
-    "Training loss of the four runs, smoothed, the single steps faint behind. The numbers above "
+    "Training loss of the five runs, smoothed, the single steps faint behind. The numbers above "
     "are mean losses on held-out files after the last step. The unigram entropy is the least loss "
     "of a model that knows how often each byte occurs and ignores its context."
 )
@@ -104,7 +114,8 @@ def takeaway(results: Results) -> str:
         f"Without warmup, AdamW ends at {alone:.2f} nats per byte, where a model that ignores all "
         f"context can get to {results.unigram_entropy:.2f}. AdamW², without warmup too, trains the "
         f"same model on the same batches to {results.loss(ADAMW2):.2f} with τ = 0.01 and to "
-        f"{results.loss(ADAMW2_AUTO):.2f} with τ = balanced. AdamW with a warmup over "
+        f"{results.loss(ADAMW2_AUTO):.2f} with τ = balanced, and with singular values clipped "
+        f"(projected) to {results.loss(ADAMW2_PROJECT):.2f}. AdamW with a warmup over "
         f"{warmup_steps(steps)} of its {steps} steps ends at {warmup:.2f}."
     )
 
@@ -154,7 +165,7 @@ def loss_lines(result: RunResult, steps: int) -> list[Line]:
 
 
 def rates(results: Results) -> str:
-    """The rate of every matrix of both runs of AdamW²."""
+    """The rate of every matrix of the runs of AdamW² that scale updates."""
     layers = results.setting["model"]["layers"]
     colors = ((layer_name(layer), depth_color(layer, layers)) for layer in range(layers))
     return (
