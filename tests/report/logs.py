@@ -83,6 +83,8 @@ def values(
         for kind in ("attn.q", "mlp.fc"):
             name = f"h.{block}.{kind}.weight"
             logged |= {f"clip/{name}/lr": 0.002 * (1 + block), f"clip/{name}/clipped": 1.0}
+            clipped = {"directions": 3.0 + 4 * block, "share": 0.2 + 0.4 * block, "unseen": 0.5}
+            logged |= {f"clip/{name}/{key}": value for key, value in clipped.items()}
         logged[f"clip_share_block/{block}"] = 0.75
     return logged | {"clip/wte.weight/lr": 0.01, "clip_share/attn.q": 1.0, "clip_share/mlp.fc": 0.5}
 

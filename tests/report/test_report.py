@@ -30,8 +30,8 @@ from tests.report.logs import (
 )
 from weyl_megatron.report.runs import read_run
 
-PANELS = ["summary", "loss", "rates", "clipped", "terms", "energy", "entropy", "modes", "maps"]
-PANELS += ["similarity", "gradients", "sharpness", "warnings"]
+PANELS = ["summary", "loss", "rates", "clipped", "projected", "terms", "energy", "entropy"]
+PANELS += ["modes", "maps", "similarity", "gradients", "sharpness", "warnings"]
 
 
 def test_every_panel_is_drawn(html: str) -> None:
@@ -80,6 +80,48 @@ def test_rates_stand_beside_the_schedule(html: str) -> None:
     assert re.findall(r'class="title"[^>]*>([^<]*)<', rates) == ["attn.q", "mlp.fc", "wte"] * 2
     names = re.findall(r'data-name="([^"]*)"', rates)
     assert names.count("schedule") == 6 and names.count("block 1") == 4 and names.count("α") == 2
+
+
+def test_what_was_projected_is_the_mean_of_a_kind_and_of_a_block(tmp_path: Path) -> None:
+    """Of the runs that have it; a number that was not finite is not in the mean."""
+    log = [start("scaled"), step(10, **{"clip/h.0.fc.weight/lr": 0.1, "clip_share/fc": 1.0})]
+    plain = write_log(tmp_path / "plain", log)
+    html = html_of(plain)
+    assert "projected" not in panels(html) and 'data-missing="projected"' in html
+    log = [start("clipped")]
+    for at in (10, 20):
+        numbers = {"h.0.fc": at, "h.1.fc": at + 4, "h.1.proj": 2 * at, "head": None}
+        tags = {f"clip/{name}.weight/directions": value for name, value in numbers.items()}
+        tags |= {f"clip/{name}.weight/unseen": 0.5 for name in numbers}
+        log.append(step(at, **tags, **{"clip_share/fc": 1.0, "clip_share/wte": 0.0}))
+    html = html_of(plain, write_log(tmp_path / "clipped", log))
+    panel = html[html.index('data-panel="projected"') :].split("</section>")[0]
+    parsed(f"<section {panel}</section>")
+    assert re.findall("<h3>([^<]*)", panel) == ["clipped"]
+    charts = panel.split("<svg class")[1:]
+    titles = ["directions clipped, by kind", "factor on the unseen part, by kind"]
+    titles += [title.replace("kind", "block") for title in titles]
+    assert re.findall(r'class="title"[^>]*>([^<]*)<', panel) == titles
+    drawn = [drawn_values(chart) for chart in charts]
+    assert drawn[0] == {"fc": [12, 22], "proj": [20, 40]}
+    assert drawn[2] == {"block 0": [10, 20], "block 1": [17, 32]}
+    assert drawn[1] == {name: [0.5, 0.5] for name in ("fc", "proj", "head")}
+    # A kind has the colour that it has in the panel of shares.
+    shares = html[html.index('data-panel="clipped"') : html.index('data-panel="projected"')]
+    (color,) = set(re.findall(r'--run:([^"]*)">fc<', shares + panel))
+    assert color in charts[0]
+
+
+def drawn_values(chart: str) -> dict[str, list[Any]]:
+    """The numbers of a chart's curves, by their names, as far as pixels tell them."""
+    low, high = map(float, re.findall(r'data-y="([^,]*),([^,]*)', chart)[0])
+    top, base = map(float, re.findall(r'data-box="[^,]*,[^,]*,([^,]*),([^"]*)"', chart)[0])
+    drawn = {}
+    for name, points in re.findall(r'data-name="([^"]*)" points="([^"]*)"', chart):
+        heights = (float(point.split(",")[1]) for point in points.split())
+        values = [low + (base - y) / (base - top) * (high - low) for y in heights]
+        drawn[name] = [pytest.approx(value, abs=0.01 * (high - low)) for value in values]
+    return drawn
 
 
 def test_entropy_is_the_mean_of_a_blocks_heads_at_its_steps(html: str) -> None:
@@ -143,7 +185,7 @@ def test_extreme_numbers_are_drawn_in_finite_places(tmp_path: Path, number: floa
         step(30, **first),
     ]
     html = html_of(write_log(tmp_path / "a", log))
-    assert len(panels(html)) == 11
+    assert len(panels(html)) == 12
     places = re.findall(r'(?:points|x[12]?|y[12]?|c[xy])="([^"]*)"', html)
     assert len(places) > 500 and not [each for each in places if re.search("nan|inf", each)]
 

@@ -156,18 +156,27 @@ def trend(name: str, points: Points, color: str, reach: int, most: int = POINTS)
     return [*behind, *curve(name, smoothed, color, 2.25, most=most)]
 
 
+def by_step(series: Iterable[Points]) -> dict[int, list[float]]:
+    """The numbers of several series, by their steps in ascending order."""
+    numbers: dict[int, list[float]] = {}
+    for points in series:
+        for step, value in points:
+            numbers.setdefault(step, []).extend([] if value is None else [value])
+    return dict(sorted(numbers.items()))
+
+
+def means(numbers: Mapping[int, Sequence[float]]) -> Points:
+    """The mean of every step; a gap where it has no number."""
+    return [
+        (step, sum(values) / len(values) if values else None) for step, values in numbers.items()
+    ]
+
+
 def banded(name: str, heads: Iterable[Points], color: str) -> list[Line]:
     """The mean of several heads, and their range as a band."""
-    of_step: dict[int, list[float]] = {}
-    for points in heads:
-        for step, value in points:
-            of_step.setdefault(step, []).extend([] if value is None else [value])
-    means: Points = [
-        (step, sum(values) / len(values) if values else None)
-        for step, values in sorted(of_step.items())
-    ]
+    of_step = by_step(heads)
     lines = []
-    for stretch in stretches(means):
+    for stretch in stretches(means(of_step)):
         mean_of = dict(stretch)
         steps = evenly(list(mean_of), POINTS)
         band = ([min(of_step[step]) for step in steps], [max(of_step[step]) for step in steps])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from itertools import chain
@@ -11,21 +11,24 @@ from typing import Any
 
 from .charts import Axis, Chart, Line, Rule
 from .curves import (
+    Place,
     Range,
     Shown,
     axis,
     banded,
     block_name,
+    by_step,
     curve,
     curves,
     cut,
     head_name,
+    means,
     rate_curves,
     trend,
 )
 from .maps import MODES, heats
 from .page import cell, figure, grid, legend, row, table
-from .runs import Points, Run
+from .runs import Points, Run, matrix_place
 
 _SMOOTHED_FROM = 100  # points of a loss
 _WARNINGS = 200  # rows of the table
@@ -49,6 +52,11 @@ _TERMS = {
     "grad_x": "‖∂L/∂x‖",
 }
 _GRADIENTS = {f"grad_{role}": f"‖∂L/∂W_{role}‖" for role in "qkv"}
+_PROJECTED = {
+    "directions": "directions clipped",
+    "share": "share of ‖U‖_F left",
+    "unseen": "factor on the unseen part",
+}
 _ENERGY = {"sec": "SEC", "effective_rank": "effective rank"}
 _SHARPNESS = {
     "sharpness": "λ₁ of the Hessian",
@@ -171,9 +179,7 @@ def rates(shown: Shown) -> str:
 def clipped(shown: Shown) -> str:
     """For each run the share of clipped matrices, by kind and by block."""
     runs = [each for each in shown.runs if each.shares() or each.block_shares()]
-    kinds = list(dict.fromkeys(kind for each in runs for kind in each.shares()))
-    hues = {kind: 360 * at / len(kinds) for at, kind in enumerate(kinds)}
-    colors = {kind: f"hsl({hue:.0f} 60% 52%)" for kind, hue in hues.items()}
+    colors = _kind_colors(kind for each in runs for kind in each.shares())
     y = Range("share of clipped matrices", 0, 1.02)
     parts = []
     for each in runs:
@@ -183,6 +189,60 @@ def clipped(shown: Shown) -> str:
         charts = (shown.chart(title, y, lines, 530, 190) for title, lines in drawn if lines)
         parts.append(f"<h3>{escape(each.title)}</h3>{grid(2, map(figure, charts))}")
     return legend(colors.items()) + shown.block_legend() + "".join(parts) if parts else ""
+
+
+def _kind_colors(kinds: Iterable[str]) -> dict[str, str]:
+    """The colours of kinds of matrices."""
+    distinct = list(dict.fromkeys(kinds))
+    hues = {kind: 360 * at / len(distinct) for at, kind in enumerate(distinct)}
+    return {kind: f"hsl({hue:.0f} 60% 52%)" for kind, hue in hues.items()}
+
+
+def projected(shown: Shown) -> str:
+    """For each run with projected matrices a row by kind and a row by block."""
+    runs = [each for each in shown.runs if each.matrices("directions")]
+    kinds = list(
+        dict.fromkeys(_kind(name) for each in runs for name in each.matrices("directions"))
+    )
+    # The colours of the panel of shares, which has the kinds that are not projected, too.
+    colors = _kind_colors(chain((kind for each in shown.runs for kind in each.shares()), kinds))
+    directions = [points for each in runs for points in each.matrices("directions").values()]
+    most = max((value for points in directions for _, value in points if value), default=0)
+    ranges = {key: Range("", 0, 1.02) for key in _PROJECTED}
+    ranges["directions"] = Range("", 0, 1.06 * max(most, 1))
+    parts = []
+    for each in runs:
+        drawn = []
+        for key, title in _PROJECTED.items():
+            lines = curves(_means(each.matrices(key), _kind), str, colors.__getitem__)
+            drawn.append((f"{title}, by kind", ranges[key], lines))
+        for key, title in _PROJECTED.items():
+            lines = curves(_means(each.matrices(key), _block), block_name, shown.block_color)
+            drawn.append((f"{title}, by block", ranges[key], lines))
+        charts = (shown.chart(title, y, lines, 347, 180) for title, y, lines in drawn if lines)
+        parts.append(f"<h3>{escape(each.title)}</h3>{grid(3, map(figure, charts))}")
+    legends = legend((kind, colors[kind]) for kind in kinds) + shown.block_legend()
+    return legends + "".join(parts) if parts else ""
+
+
+def _kind(matrix: str) -> str:
+    return matrix_place(matrix)[0]
+
+
+def _block(matrix: str) -> int | None:
+    return matrix_place(matrix)[1]
+
+
+def _means(
+    series: Mapping[str, Points], place_of: Callable[[str], Place | None]
+) -> dict[Place, Points]:
+    """The mean over the matrices of each place; those that have none are left out."""
+    members: dict[Place, list[Points]] = {}
+    for matrix, points in series.items():
+        place = place_of(matrix)
+        if place is not None:
+            members.setdefault(place, []).append(points)
+    return {place: means(by_step(some)) for place, some in members.items()}
 
 
 def terms(shown: Shown) -> str:

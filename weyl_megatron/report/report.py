@@ -131,7 +131,8 @@ _PANELS = (
         "rates",
         "The rate of every matrix",
         "α = min(schedule, τ σ₁(W) / σ₁(U)). A curve below the dashed schedule is a matrix that is "
-        "being clipped; where they meet, the step is AdamW's. All charts have the same range.",
+        "being clipped; where they meet, the step is AdamW's. Where singular values are clipped, α "
+        "is the schedule times the share of ‖U‖_F that is left. All charts have the same range.",
         "clip/…/lr: an AdamW² optimizer",
         panels.rates,
     ),
@@ -141,6 +142,16 @@ _PANELS = (
         "The share of those of a kind, and of those in a block.",
         "clip_share/…: an AdamW² optimizer",
         panels.clipped,
+    ),
+    _Panel(
+        "projected",
+        "Clipped singular values",
+        'Of matrices with clip="project": how many singular values of the update were clipped, '
+        "of those that the vectors see; the share of its Frobenius norm that is left; and what "
+        "multiplied the part that they do not see. Means over the matrices of a kind, then over "
+        "those in a block; where an update keeps the rule they are 0, 1 and 1.",
+        'clip/…/directions: an AdamW² optimizer with clip="project"',
+        panels.projected,
     ),
     _Panel(
         "terms",

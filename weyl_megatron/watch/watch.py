@@ -26,6 +26,10 @@ from .warning import Warnings
 
 _LOGGER = logging.getLogger("weyl_megatron")
 
+#: Of `MatrixStats`, what is told of every matrix, and beside it of a projected one.
+_CLIP = ("lr", "sigma_weight", "sigma_update", "clipped")
+_PROJECTED = ("directions", "share", "unseen")
+
 
 class Watch:
     """Measures a model's blocks every ``every`` steps.
@@ -239,7 +243,7 @@ class Watch:
                             values[f"block/{block.number}/grad_{role}"] = norms[name]
         shares: dict[str, list[bool]] = {}
         for name, entry in stats.items():
-            for key in ("lr", "sigma_weight", "sigma_update", "clipped"):
+            for key in _CLIP if entry.directions is None else (*_CLIP, *_PROJECTED):
                 values[f"clip/{name}/{key}"] = float(getattr(entry, key))
             kind, number = _place(name)
             shares.setdefault(f"clip_share/{kind}", []).append(entry.clipped)
