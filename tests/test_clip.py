@@ -204,7 +204,9 @@ def test_forgotten_vectors_are_found_again() -> None:
     assert projected(run.step()) == projected(before)
 
 
-def test_kernels_that_do_not_have_it_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_have_no_room_for_so_many_vectors_refuse(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("weyl_megatron.matrices.pick", lambda *_, **__: "triton")
-    with pytest.raises(ValueError, match="clip got 'project', which the kernels for a GPU do not"):
-        Run(clip="project").step()
+    with pytest.raises(ValueError, match="vectors got 17, the kernels for a GPU take at most 16"):
+        Run(clip="project", vectors=17).step()

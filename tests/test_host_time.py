@@ -27,7 +27,7 @@ class NoMatrices:
     """A matrix group that does nothing."""
 
     def __init__(
-        self, buffers: Sequence[Buffer], *_: object, is_adamw: bool, is_amsgrad: bool
+        self, buffers: Sequence[Buffer], *_: object, is_adamw: bool, is_amsgrad: bool, **__: object
     ) -> None:
         self.tensors = [buffer.tensor for buffer in buffers]
         self.is_adamw, self.is_amsgrad = is_adamw, is_amsgrad

@@ -57,9 +57,10 @@ def enable(
     imported, and again for other options.
 
     Args:
-        tau, power_iters, floor_std, clip_vectors, io, overrides, nonfinite, nonfinite_limit, clip,
-            vectors: as in :class:`weyl_megatron.AdamW2`. Patterns match the names that parameters
-            have in the whole model, such as ``decoder.layers.7.mlp.linear_fc2.weight``.
+        tau, power_iters, floor_std, clip_vectors, io, overrides, nonfinite, nonfinite_limit: as in
+            :class:`weyl_megatron.AdamW2`. Patterns match the names that parameters have in the
+            whole model, such as ``decoder.layers.7.mlp.linear_fc2.weight``.
+        clip, vectors: likewise.
         split_fused: treat q, k and v of linear_qkv, k and v of linear_kv, gate and up of a gated
             linear_fc1 as matrices of their own; False: as one.
 
