@@ -70,8 +70,8 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
             "Pretrains a small GPT on the Python standard library's sources under DeepSpeed "
             "ZeRO-2: AdamW without and with warmup, AdamW² without warmup at τ = 0.01, at "
             "τ = balanced and, there, projected. Uses all GPUs, or the CPU and gloo "
-            "(DS_ACCELERATOR=cpu forces that). Writes OUT/report.html, OUT/results.json and each run's log.jsonl; exits with 1 if a "
-            "claim about the final losses is not met."
+            "(DS_ACCELERATOR=cpu forces that). Writes OUT/report.html, OUT/results.json and each "
+            "run's log.jsonl; exits with 1 if a claim about the final losses is not met."
         ),
     )
     demo.add_argument(
