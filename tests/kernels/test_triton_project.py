@@ -82,5 +82,6 @@ def test_what_the_kernels_do_not_project_is_refused(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match="vectors got 17, the kernels for a GPU take at most 16"):
         Run(torch.float32, vectors=17).step()
     copied = Layout({"a": (13, 27), "b": (5, 9), "bias": (57,)}, tied=(6, 10), cuts=(0.43,))
-    with pytest.raises(Exception, match="of which another rank measures"):
+    # Whichever rank is first: the one that has the copy, or another that hears of it.
+    with pytest.raises(ValueError, match="of which another rank measures|a rank that refuses it"):
         on_every_rank(copied, "triton", steps, **PROJECT, vectors=3)

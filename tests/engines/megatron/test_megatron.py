@@ -186,6 +186,10 @@ def test_ten_steps_follow_one_process(
         # float32's 6e-8.
         assert max(distances(result["weights"], expected["weights"]).values()) < 1e-5
         tolerance = 1e-5
+        if "clip" in case.get("options", {}):
+            # A rate tells what is left of an update, which hangs on singular values that are not
+            # found as far as σ₁ is: roundings of ten steps moved two of 70 by 5e-5.
+            tolerance = 5e-4
     else:
         # The low precision moves the run; another order of sums in it may move it as far as it
         # moved the reference.
