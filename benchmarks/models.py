@@ -83,3 +83,8 @@ MODELS = {
     "gpt-774m": Shape("gpt", 36, 1280, 5120),
     "vit-g-1011m": Shape("vit", 40, 1408, 6144, vocabulary=1000, context=257),
 }
+
+
+def is_of_a_block(name: str) -> bool:
+    """Whether a parameter of these models is of a block, its matrices hidden ones."""
+    return name[:2] in ("h.", "bl")

@@ -46,7 +46,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models import MODELS, Shape
+from benchmarks.models import MODELS, Shape, is_of_a_block
 from benchmarks.peers import Naive, peers
 from weyl_megatron import AdamW2
 from weyl_megatron.kernels.choice import pick_name
@@ -60,6 +60,13 @@ STD = 0.02
 #: the models are in a state: τ σ₁(W) / σ₁(U) is about 0.01 · 0.02, and ‖U‖_F / σ₁(U) is 10 and
 #: more.
 RATES = {"inactive": 1e-7, "undecided": 7e-5, "clipped": 1e-2}
+#: With clip="project": the rate and the vectors.
+PROJECTED = {
+    "AdamW², inactive, would project": (RATES["inactive"], 8),
+    "AdamW², projected, 4 vectors": (RATES["clipped"], 4),
+    "AdamW², projected, 8 vectors": (RATES["clipped"], 8),
+    "AdamW², projected, 16 vectors": (RATES["clipped"], 16),
+}
 
 
 class Row(NamedTuple):
@@ -162,6 +169,12 @@ def measure(name: str, shape: Shape, options: argparse.Namespace) -> tuple[list[
     }
     # Of 4 iterations two are made in any case.
     makers[TWICE] = partial(make_adamw2, weights, lr=RATES["clipped"], power_iters=4)
+    # Embeddings, positions and the head are scaled.
+    io = [n for n, _ in named if not is_of_a_block(n)]
+    for label, (rate, vectors) in PROJECTED.items():
+        makers[label] = partial(
+            make_adamw2, weights, lr=rate, clip="project", vectors=vectors, io=io
+        )
     makers |= peers(weights, device, not options.no_deepspeed)
     makers["naive"] = lambda: Naive(weights(), lr=RATES["clipped"], tau=TAU)
     makers[COPY] = lambda: Copy(count, device)
@@ -178,9 +191,9 @@ def measure(name: str, shape: Shape, options: argparse.Namespace) -> tuple[list[
             measured[state].ratio / measured[peer].ratio,
             28 * count / measured[state].seconds,
         )
-        for state in [*RATES, "naive"]
+        for state in [*RATES, *PROJECTED, "naive"]
         for peer in measured
-        if peer not in (*RATES, "naive", COPY, TWICE)
+        if peer not in (*RATES, *PROJECTED, "naive", COPY, TWICE)
     ]
     memory = memory_beyond_adamw(name, blocks, options.device)
     training = training_step(shape, blocks, options.tokens, device)
@@ -298,6 +311,8 @@ def check_states(optimizers: dict[str, AdamW2]) -> None:
             "clipped": all(entry.clipped for entry in entries),
             TWICE: all(entry.clipped for entry in entries),
         }
+        for label, (rate, _) in PROJECTED.items():
+            is_so[label] = is_so["clipped" if rate == RATES["clipped"] else "inactive"]
         if not is_so[state]:
             raise RuntimeError(f"not every matrix is {state}: {optimizer.stats()}")
 

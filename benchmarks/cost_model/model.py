@@ -7,11 +7,11 @@ from functools import cache
 from math import prod
 from typing import NamedTuple
 
-from benchmarks.models import MODELS
+from benchmarks.models import MODELS, is_of_a_block
 
 from .bounds import Launch, Time, time_of
 from .gpus import GPUS, LOWER, UPPER, Assumed, Gpu
-from .step import COPIES, PASSES, STEP, Active, Step, is_of_a_block
+from .step import COPIES, PASSES, STEP, Active, Step
 
 #: What is counted, by the names of docs/step_time.md where it has one. τ is 0.01, at which W makes
 #: one iteration, and U one or two.

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.compile_kernels import NOTHING
-from benchmarks.models import MODELS, Named, Shape
+from benchmarks.models import MODELS, Named, Shape, is_of_a_block
 from weyl_megatron.device_step import _STALE_ITERS
 from weyl_megatron.kernels import triton_kernel, units
 from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Plan, Shard, plan_of
@@ -96,11 +96,6 @@ def tables(model: str, gpu: Gpu, width: int) -> Tables:
     bands = [triton_kernel._ROWS[b][operand] for operand, b in enumerate((4, width))]
     of_products = units.products(resident, bands, (4, width), kinds, programs, triton_kernel._COLS)
     return Tables(MODELS[model], plan, of_passes, of_products, is_hidden)
-
-
-def is_of_a_block(name: str) -> bool:
-    """Whether a matrix of the benchmarks' models is a hidden one."""
-    return name[:2] in ("h.", "bl")
 
 
 def _plan(named: Sequence[Named]) -> Plan:

@@ -45,7 +45,8 @@ def test_one_command_writes_every_state_beside_every_peer(
     monkeypatch.setattr(sys, "argv", ["step_time", *options, *files])
     step_time.main()
     rows = json.loads((tmp_path / "x.json").read_text())
-    assert {row["state"] for row in rows} == {"inactive", "undecided", "clipped", "naive"}
+    states = {"inactive", "undecided", "clipped", "naive", *step_time.PROJECTED}
+    assert {row["state"] for row in rows} == states
     peers = {row["peer"] for row in rows}
     assert "torch.optim.AdamW(fused)" in peers
     assert "torch.optim.Muon" in peers or not hasattr(torch.optim, "Muon")
@@ -124,7 +125,8 @@ def test_what_one_model_took_is_written_before_the_next_begins(
         step_time.main()
     rows = json.loads((tmp_path / "x.json").read_text())
     assert {row["shape"] for row in rows} == {"tiny"}
-    assert {row["state"] for row in rows} == {"inactive", "undecided", "clipped", "naive"}
+    states = {"inactive", "undecided", "clipped", "naive", *step_time.PROJECTED}
+    assert {row["state"] for row in rows} == states
     assert "| AdamW², naive |" in (tmp_path / "x.md").read_text()
 
 
