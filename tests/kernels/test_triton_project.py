@@ -83,5 +83,5 @@ def test_what_the_kernels_do_not_project_is_refused(monkeypatch: pytest.MonkeyPa
         Run(torch.float32, vectors=17).step()
     copied = Layout({"a": (13, 27), "b": (5, 9), "bias": (57,)}, tied=(6, 10), cuts=(0.43,))
     # Whichever rank is first: the one that has the copy, or another that hears of it.
-    with pytest.raises(ValueError, match="of which another rank measures|a rank that refuses it"):
+    with pytest.raises(ValueError, match=r"of which another rank measures|a rank that refuses it"):
         on_every_rank(copied, "triton", steps, **PROJECT, vectors=3)
