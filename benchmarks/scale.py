@@ -246,7 +246,7 @@ def count_step(buffers: list[Buffer], cut: list[Tensor], square: float) -> Count
     with (
         patch.object(dist, "all_reduce", lambda tensor, **_: sent.append(tensor.nbytes)),
         patch.object(blocks, "_cut_rows", lambda *_: cut),
-        patch.object(matrices.MatrixGroup, "_check_kernels", lambda *_: None),
+        patch.object(matrices.MatrixGroup, "_check_ranks", lambda *_: None),
         patch.object(matrices, "pick", lambda tensors, **_: KERNELS[tensors[0].device.type]),
         patch.object(matrices, "make", lambda *_: NoArithmetic(square)),
         patch.object(JITFunction, "run", lambda *_, **__: None),
