@@ -25,6 +25,7 @@ from benchmarks.gpu.plot import Curve, draw
 from benchmarks.gpu.text import read_text
 from benchmarks.gpu.timing import beside, counts, gpu_of
 from benchmarks.gpu.train import _steps, schedule
+from benchmarks.step_time import PROJECTED
 from tests.processes import ROOT
 
 
@@ -339,9 +340,10 @@ def test_a_cpu_tries_all_that_it_can(tmp_path: Path) -> None:
     contenders = {each["contender"] for each in parts["profile"]["results"]}
     assert contenders == {"inactive", "undecided", "clipped", "torch.optim.AdamW(fused)"}
     (step,) = parts["step124"]["results"]
-    assert set(step["ms"]) == {"inactive", "undecided", "clipped", "naive"}
+    assert set(step["ms"]) == {"inactive", "undecided", "clipped", "naive", *PROJECTED}
     trained = [each for each in parts["train"]["results"] if each.get("status") == "run"]
-    assert {"AdamW", "AdamW, warmup", "AdamW², scaled"} <= {each["way"] for each in trained}
+    ways = {"AdamW", "AdamW, warmup", "AdamW², scaled", "AdamW², projected"}
+    assert ways <= {each["way"] for each in trained}
     assert len({each["steps"] for each in trained}) == 1
     for name in ("log.txt", "step_time.md", "train.jsonl", "train.svg"):
         assert (tmp_path / name).stat().st_size > 0
