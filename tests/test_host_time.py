@@ -27,10 +27,16 @@ class NoMatrices:
     """A matrix group that does nothing."""
 
     def __init__(
-        self, buffers: Sequence[Buffer], *_: object, is_adamw: bool, is_amsgrad: bool, **__: object
+        self,
+        buffers: Sequence[Buffer],
+        *_: object,
+        is_adamw: bool,
+        is_amsgrad: bool,
+        param_groups: object,
+        clips: object,
     ) -> None:
         self.tensors = [buffer.tensor for buffer in buffers]
-        self.is_adamw, self.is_amsgrad = is_adamw, is_amsgrad
+        self.is_adamw, self.is_amsgrad, self.clips = is_adamw, is_amsgrad, clips
 
     def begin(self, *_: object) -> None:
         pass

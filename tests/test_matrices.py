@@ -14,6 +14,20 @@ from weyl_megatron.kernels import make
 from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
 
 
+def what_a_rank_says(rank: int, group: Any, **options: Any) -> str:
+    """Step a rank's half of a matrix; return what it is refused with."""
+    weight = nn.Parameter(torch.ones(20))
+    weight.grad = torch.ones(20)
+    shard = Shard(Parameter("w", (8, 5), None), 20 * rank, 20 * rank + 20, 0)
+    optimizer = AdamW2([weight], lr=0.1, **options)
+    optimizer.engine = GivenLayout(lambda: Layout([Buffer(weight, (shard,), (group,))]))
+    try:
+        optimizer.step()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize(
     "kernels",
     [("cpu", "cpu"), ("cpu", "torch"), ("torch", "cpu"), ("cpu", "narrow"), ("narrow", "narrow")],
@@ -38,20 +52,8 @@ def test_ranks_that_share_a_matrix_step_in_one_kernel(
     monkeypatch.setattr(matrices, "pick", pick_other)
     monkeypatch.setattr(matrices, "make", make_other)
 
-    def step(rank: int) -> str:
-        weight = nn.Parameter(torch.ones(20))
-        weight.grad = torch.ones(20)
-        shard = Shard(Parameter("w", (8, 5), None), 20 * rank, 20 * rank + 20, 0)
-        optimizer = AdamW2([weight], lr=0.1)
-        optimizer.engine = GivenLayout(lambda: Layout([Buffer(weight, (shard,), (group,))]))
-        try:
-            optimizer.step()
-        except ValueError as error:
-            return str(error)
-        return ""
-
     with summing_groups():
-        said = on_ranks(2, [group], step)
+        said = on_ranks(2, [group], lambda rank: what_a_rank_says(rank, group))
     if kernels[0] == kernels[1]:
         assert said == ["", ""]
     else:
@@ -83,19 +85,9 @@ def test_ranks_that_share_a_matrix_project_it_alike(
     monkeypatch.setattr(matrices, "Projector", make_projector)
 
     def step(rank: int) -> str:
-        weight = nn.Parameter(torch.ones(20))
-        weight.grad = torch.ones(20)
-        shard = Shard(Parameter("w", (8, 5), None), 20 * rank, 20 * rank + 20, 0)
-        optimizer = AdamW2([weight], lr=0.1, **options[rank])
-        layout = Layout([Buffer(weight, (shard,), (group,))], is_part=True)
-        optimizer.engine = GivenLayout(lambda: layout)
         if other == "refused" and rank == 0:
             refusing.add(threading.get_ident())
-        try:
-            optimizer.step()
-        except ValueError as error:
-            return str(error)
-        return ""
+        return what_a_rank_says(rank, group, **options[rank])
 
     with summing_groups():
         said = on_ranks(2, [group], step)

@@ -72,6 +72,7 @@ class MatrixGroup:
         is_adamw: whether every τ is infinite.
         is_amsgrad: whether any of them divides by the largest V so far.
         param_groups: of each buffer.
+        clips: what those say of it, each once, see :func:`.settings.clip_of`.
 
     Raises:
         ValueError: ranks that share a matrix step it in different kernels; or a kernel does not
@@ -87,10 +88,11 @@ class MatrixGroup:
         is_adamw: bool = False,
         is_amsgrad: bool = False,
         param_groups: Sequence[Mapping[str, Any]] = (),
+        clips: Sequence[tuple[str, int]] = (),
     ) -> None:
         tensors = [buffer.tensor for buffer in buffers]
         self.tensors, self._thresholds, self._iters = tensors, thresholds, power_iters
-        self.is_amsgrad, self.is_adamw = is_amsgrad, is_adamw
+        self.is_amsgrad, self.is_adamw, self.clips = is_amsgrad, is_adamw, clips
         self._plan = plan_of(buffers, thresholds.grid)
         self.names = [matrix.name for matrix in self._plan.matrices]
         self._device = tensors[0].device
@@ -126,8 +128,6 @@ class MatrixGroup:
         self._check_ranks(name, vectors, refusal)
         limits_on = torch.device("cpu") if self._steers_itself else self._device
         self._schedule = Schedule(self._plan, thresholds, limits_on)
-        #: what the parameter groups say of it, as whoever made this read it
-        self.clips: list[tuple[str, int]] = []
         self._cold = True  # nothing is known of the vectors
         self._has_stepped = False
 

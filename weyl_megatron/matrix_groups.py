@@ -76,8 +76,8 @@ class MatrixGroups:
                 is_adamw=adamw,
                 is_amsgrad=amsgrad,
                 param_groups=members.param_groups,
+                clips=clips,
             )
-            group.clips = clips
         if self._saved.is_pending:
             self._saved.give(group, steps_done(group.tensors))
         return group

@@ -14,6 +14,7 @@ from benchmarks.compile_kernels import NOTHING
 from benchmarks.models import MODELS, Named, Shape, is_of_a_block
 from weyl_megatron.device_step import _STALE_ITERS
 from weyl_megatron.kernels import triton_kernel, units
+from weyl_megatron.kernels.triton_step import project
 from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Plan, Shard, plan_of
 from weyl_megatron.settings import check_settings
 from weyl_megatron.spectral import blocks
@@ -265,7 +266,7 @@ class Step:
     def _clip(self, is_active: bool) -> Launch:
         """Return the launch that decides how matrices are projected, a program for each block."""
         kernel = self._kernels["clip"]
-        values = (("turns", 8 * (kernel.constants["BLOCK"] - 1)),)
+        values = (("turns", project._SWEEPS.value * (kernel.constants["BLOCK"] - 1)),)
 
         def work(row: tuple[int, ...]) -> Work:
             is_projected = is_active and row[0] == 1 and self._tables.is_hidden[row[1]]

@@ -121,21 +121,12 @@ def _table(cells: Sequence[Comparison]) -> list[str]:
     """A row a cell that has both, with the difference and its standard error."""
     rows = []
     for each in (each for each in cells if _are_both_in(each, PROJECTED, MUON)):
-        texts = [_at_its_best(each, name) for name in (SCALED, PROJECTED, MUON)]
+        texts = [each.at_best(name, lambda entry: entry.text) for name in (SCALED, PROJECTED, MUON)]
         rates = [str(len(each.good_rates(name))) for name in (SCALED, PROJECTED, MUON)]
         rows.append([each.cell.title, *texts, _difference(each), " / ".join(rates)])
     head = [METHODS[name].title for name in (SCALED, PROJECTED, MUON)]
     columns = ["Loss or accuracy", *head, "projected less Muon", "rates that train, in this order"]
     return [markdown(columns, rows)] if rows else []
-
-
-def _at_its_best(comparison: Comparison, method: str) -> str:
-    if method not in comparison.methods:
-        return ""
-    rate = comparison.best_rate(method)
-    if rate is None:
-        return "diverged"
-    return f"{comparison.entries[method, rate].text} at {rate:g}"
 
 
 def _difference(comparison: Comparison) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -122,6 +122,15 @@ class Comparison:
         """What a method ends with at its best rate."""
         rate = self.best_rate(method)
         return None if rate is None else self.entries[method, rate]
+
+    def at_best(self, method: str, tell: Callable[[Entry], str]) -> str:
+        """What ``tell`` says of a method at its best rate, and the rate; nothing where it was not
+        run.
+        """
+        if method not in self.methods:
+            return ""
+        rate = self.best_rate(method)
+        return "diverged" if rate is None else f"{tell(self.entries[method, rate])} at {rate:g}"
 
     def best(self) -> float:
         """The best mean of any method at any rate."""

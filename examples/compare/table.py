@@ -121,10 +121,7 @@ def _summaries(cells: Sequence[Comparison], text: Callable[[Comparison, str], st
 
 
 def _best_text(comparison: Comparison, method: str) -> str:
-    rate = comparison.best_rate(method)
-    if rate is None:
-        return "diverged"
-    return f"{comparison.mark(comparison.entries[method, rate])} at {rate:g}"
+    return comparison.at_best(method, comparison.mark)
 
 
 def _range_text(comparison: Comparison, method: str) -> str:

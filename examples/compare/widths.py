@@ -88,14 +88,9 @@ def _what_was_run() -> list[str]:
 
 
 def _text(comparison: Comparison, method: str) -> str:
-    if method not in comparison.methods:
-        return ""
-    rate = comparison.best_rate(method)
-    if rate is None:
-        return "diverged"
-    entry = comparison.entries[method, rate]
-    share = f" ({entry.shares})" if METHODS[method].warmup is None else ""
-    return f"{comparison.mark(entry)} at {rate:g}{share}"
+    entry = comparison.best_entry(method) if METHODS[method].warmup is None else None
+    share = f" ({entry.shares})" if entry is not None else ""
+    return comparison.at_best(method, comparison.mark) + share
 
 
 def _order(comparison: Comparison) -> str:

@@ -42,6 +42,49 @@ def reads_wide(
 
 
 @triton.jit
+def lines_of(strip, left, lines, BLOCK: tl.constexpr):
+    """Where Y of a strip's rows begin, and how far apart they are."""
+    slot, apart = tl.load(strip + 12), tl.load(strip + 13)
+    y = left + slot
+    if slot < 0:
+        y, apart = lines + tl.load(strip + 11), tl.full((), BLOCK, tl.int64)
+    return y, apart
+
+
+@triton.jit
+def places(piece, strip, pointers, z, WIDE: tl.constexpr, STATE: tl.constexpr):
+    """Where W, M and V of a strip and Z of a piece begin; the strip's columns and the distance
+    between its rows; the matrix's columns, the first of them that the piece has, and the first that
+    the strip has.
+    """
+    aligned: tl.constexpr = 16 if WIDE else 0
+    buffer, offset = tl.load(strip), tl.load(strip + 1)
+    cols, stride, shift = tl.load(strip + 3), tl.load(strip + 4), tl.load(strip + 10)
+    n, start = tl.load(piece + 3), tl.load(piece + 5)
+    z += tl.load(piece + 2)
+    base = address(pointers, buffer, 0, offset, STATE, aligned)
+    first = address(pointers, buffer, 2, offset, STATE, aligned)
+    second = address(pointers, buffer, 3, offset, STATE, aligned)
+    if WIDE:  # which the caller has seen
+        cols = cols // 8 * 8
+        stride = stride // 4 * 4
+        n = n // 4 * 4
+        start = start // 4 * 4
+        shift = shift // 4 * 4
+        z = tl.multiple_of(z, 16)
+    return base, first, second, z, cols, stride, n, start, shift
+
+
+@triton.jit
+def nothing(z, n, col, cols, vectors):
+    """Zeros for columns of all vectors. Nothing is read: so Triton gives every thread the columns
+    that it loads.
+    """
+    never = (col < cols)[None, :] & (vectors < 0)[:, None]
+    return tl.load(z + vectors[:, None] * n + col[None, :], mask=never, other=0.0)
+
+
+@triton.jit
 def _rows(
     piece,
     strip,
@@ -60,26 +103,14 @@ def _rows(
     """What a strip's rows add to columns of Z, ROWS at a time: a thread has its own columns, of all
     vectors.
     """
-    aligned: tl.constexpr = 16 if WIDE else 0
-    buffer, offset, count = tl.load(strip), tl.load(strip + 1), tl.load(strip + 2)
-    cols, stride, width = tl.load(strip + 3), tl.load(strip + 4), tl.load(strip + 13)
-    start, n = tl.load(piece + 5), tl.load(piece + 3)
+    base, first, second, z, cols, stride, n, start, shift = places(
+        piece, strip, pointers, z, WIDE, STATE
+    )
+    count, width = tl.load(strip + 2), tl.load(strip + 13)
     of_root, of_one = tl.load(hyper + 3), tl.load(hyper + 4)
-    z += tl.load(piece + 2)
-    base = address(pointers, buffer, 0, offset, STATE, aligned)
-    first = address(pointers, buffer, 2, offset, STATE, aligned)
-    second = address(pointers, buffer, 3, offset, STATE, aligned)
-    if WIDE:  # which the caller has seen
-        cols = cols // 8 * 8
-        stride = stride // 4 * 4
-        start = start // 4 * 4
-        n = n // 4 * 4
-        z = tl.multiple_of(z, 16)
     col, vectors = start + tl.arange(0, COLS), tl.arange(0, BLOCK)
-    # Nothing is read: so Triton gives every thread four columns of all vectors.
-    never = (col < cols)[None, :] & (vectors < 0)[:, None]
-    total = tl.load(z + vectors[:, None] * n + col[None, :], mask=never, other=0.0)
-    col -= tl.load(strip + 10) if not WIDE else tl.load(strip + 10) // 4 * 4
+    total = nothing(z, n, col, cols, vectors)
+    col -= shift
     inside = (col >= 0) & (col < cols)
     whole = count // ROWS * ROWS
     for begin in range(0, whole, ROWS):
@@ -112,10 +143,8 @@ def _strip(
     strip = strips + tl.load(piece + 6) * UNIT_SIZE
     total = tl.zeros((BLOCK, COLS), dtype=tl.float32)
     if tl.load(piece + 7) != 0:
-        buffer, slot, apart = tl.load(strip), tl.load(strip + 12), tl.load(strip + 13)
-        y = left + slot
-        if slot < 0:
-            y, apart = lines + tl.load(strip + 11), tl.full((), BLOCK, tl.int64)
+        buffer = tl.load(strip)
+        y, apart = lines_of(strip, left, lines, BLOCK)
         if (OPERAND == 0) | (tl.load(pointers + buffer * 4 + 2) != 0):
             hyper = hypers + buffer * HYPER_SIZE
             if reads_wide(strip, piece, pointers, apart, OPERAND, BLOCK, STATE):

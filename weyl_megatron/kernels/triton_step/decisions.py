@@ -14,7 +14,6 @@ from .numbers import (
     AGE,
     BOUND,
     CAN_UNDO,
-    CLIPPED,
     CLIPS,
     DECAY,
     EXPECTED,
@@ -39,7 +38,6 @@ from .numbers import (
     STOOD_W,
     SURE,
     TAU,
-    UNSEEN,
     WAITS,
 )
 
@@ -191,9 +189,6 @@ def decide_rates(numbers, masks, matrices, LANES: tl.constexpr):
     projects = tl.load(numbers + matrices * PROJECTS, mask=inside, other=0.0) != 0
     clips = waits & projects & (rate < lr)
     tl.store(masks + matrices * CLIPS, clips.to(tl.uint8), mask=inside)
-    tl.store(numbers + matrices * SHARE, 1.0 + 0.0 * rate, mask=inside)
-    tl.store(numbers + matrices * UNSEEN, 1.0 + 0.0 * rate, mask=inside)
-    tl.store(numbers + matrices * CLIPPED, 0.0 * rate, mask=inside)
 
 
 @triton.jit(do_not_specialize=["matrices"])

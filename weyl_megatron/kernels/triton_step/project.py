@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from ... import rule
-from .adamw import address, direction
-from .collect import line, reads_wide
+from .adamw import direction
+from .collect import line, lines_of, nothing, places, reads_wide
 from .numbers import (
     BOUND,
     CLIPPED,
@@ -146,27 +146,13 @@ def _rows(
     """Move columns of a strip's rows, ROWS at a time; return Σ w² after it. A thread has its own
     columns, and C = M Z of those in registers.
     """
-    aligned: tl.constexpr = 16 if WIDE else 0
-    buffer, offset, count = tl.load(strip), tl.load(strip + 1), tl.load(strip + 2)
-    cols, stride, width = tl.load(strip + 3), tl.load(strip + 4), tl.load(strip + 13)
-    start, n = tl.load(piece + 5), tl.load(piece + 3)
+    base, first, second, z, cols, stride, n, start, shift = places(
+        piece, strip, pointers, z, WIDE, STATE
+    )
+    count, width = tl.load(strip + 2), tl.load(strip + 13)
     of_root, of_one = tl.load(hyper + 3), tl.load(hyper + 4)
-    z += tl.load(piece + 2)
-    base = address(pointers, buffer, 0, offset, STATE, aligned)
-    first = address(pointers, buffer, 2, offset, STATE, aligned)
-    second = address(pointers, buffer, 3, offset, STATE, aligned)
-    shift = tl.load(strip + 10)
-    if WIDE:  # which the caller has seen
-        cols = cols // 8 * 8
-        stride = stride // 4 * 4
-        start = start // 4 * 4
-        shift = shift // 4 * 4
-        n = n // 4 * 4
-        z = tl.multiple_of(z, 16)
     col, vectors = start + tl.arange(0, COLS), tl.arange(0, BLOCK)
-    # Nothing is read: so Triton gives every thread the columns that it loads, of all vectors.
-    never = (col < cols)[None, :] & (vectors < 0)[:, None]
-    change = tl.load(z + vectors[:, None] * n + col[None, :], mask=never, other=0.0)
+    change = nothing(z, n, col, cols, vectors)
     squares = tl.sum(change, axis=0)
     for k in range(0, width):
         of_z = tl.load(z + k * n + col, mask=col < n, other=0.0)
@@ -221,10 +207,8 @@ def project(
         squares = 0.0
         if tl.load(piece + 7) != 0:
             strip = strips + tl.load(piece + 6) * UNIT_SIZE
-            buffer, slot, apart = tl.load(strip), tl.load(strip + 12), tl.load(strip + 13)
-            y = left + slot
-            if slot < 0:
-                y, apart = lines + tl.load(strip + 11), tl.full((), BLOCK, tl.int64)
+            buffer = tl.load(strip)
+            y, apart = lines_of(strip, left, lines, BLOCK)
             if tl.load(pointers + buffer * 4 + 2) != 0:
                 hyper = hypers + buffer * HYPER_SIZE
                 factor = factors + matrix * BLOCK * BLOCK
