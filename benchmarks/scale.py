@@ -53,7 +53,9 @@ from weyl_megatron import tensors as stepped_tensors
 from weyl_megatron.engines.deepspeed import layout as zero
 from weyl_megatron.engines.given import GivenLayout
 from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
-from weyl_megatron.layouts.grid import Sharding, interleaved
+from weyl_megatron.layouts.buffers import Spread as OverGroup
+from weyl_megatron.layouts.fused import interleaved
+from weyl_megatron.layouts.tensor_parallel import Sharding, band_of
 from weyl_megatron.settings import check_settings
 from weyl_megatron.spectral import blocks
 from weyl_megatron.spectral.tiles import tiles_of_range
@@ -76,19 +78,18 @@ class Groups(NamedTuple):
 
 def parameter_of(weight: Weight, spread: Spread, rank: int, groups: Groups) -> Parameter:
     """Return a parameter as tensor-parallel rank ``rank`` has it."""
-    shape, sharding, tied, fused, start = list(weight.shape), None, None, None, 0
+    shape, sharding, tied, fused = list(weight.shape), None, (), None
     if spread.tp > 1:
         assert groups.tensor is not None
         sharding = Sharding(groups.tensor, None, (), rank)
         if weight.dim is not None:
             shape[weight.dim] //= spread.tp
-            start = rank * shape[weight.dim]
             sharding = Sharding(groups.tensor, weight.dim, (shape[weight.dim],) * spread.tp, rank)
     if weight.is_tied and groups.embedding is not None:
-        tied = Sharding(groups.embedding, None, (), dist.get_rank(groups.embedding))
+        tied = (OverGroup(groups.embedding, dist.get_rank(groups.embedding), is_copied=True),)
     if weight.head:
-        fused = interleaved([weight.head] * 3, "qkv", weight.shape[0], start, start + shape[0])
-    return Parameter(weight.name, tuple(shape), sharding, tied, fused)
+        fused = interleaved([weight.head] * 3, "qkv", weight.shape[0])
+    return band_of(weight.name, shape, sharding, spreads=tied, fused=fused)
 
 
 def buffers_of(
@@ -100,7 +101,7 @@ def buffers_of(
     """Return what a rank steps, as the layouts' own code reads it; ``tensor_of`` makes a tensor of
     that length.
     """
-    lengths = [prod(parameter.shape) for parameter in parameters]
+    lengths = [prod(parameter.local_shape) for parameter in parameters]
     if stage == "ddp":
         return [
             Buffer(tensor_of(n), (Shard(p, 0, n, 0),))

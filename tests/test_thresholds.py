@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from weyl_megatron.layouts.buffers import Layout, Parameter
-from weyl_megatron.layouts.grid import Kind, Sharding
+from weyl_megatron.layouts.kinds import Kind
 from weyl_megatron.settings import check_settings
 from weyl_megatron.thresholds import Thresholds
 
@@ -77,18 +77,6 @@ def test_what_was_guessed_is_said_of_few_and_counted() -> None:
         and "conv4" not in sentence
         and "stem" not in sentence
     )
-
-
-@pytest.mark.parametrize("parameter", [CONVOLUTION, GUESSED])
-def test_a_tensor_parallel_convolution_is_refused(parameter: Parameter) -> None:
-    sharding = Sharding(None, 0, (6, 6), 0)  # type: ignore[arg-type]
-    settings = check_settings(tau=0.01, overrides=(), **OPTIONS)
-    with pytest.raises(
-        ValueError, match=rf"'{parameter.name}': a tensor-parallel parameter of shape \(6, 4, 3\)"
-    ):
-        Thresholds(
-            settings, Layout([], parameters=[parameter._replace(sharding=sharding)]), auto=False
-        )
 
 
 def test_biases_beside_adapters_are_no_reason_to_ask_for_embeddings() -> None:

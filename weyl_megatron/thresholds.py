@@ -10,17 +10,16 @@ import torch.distributed as dist
 
 from .layouts.adapters import low_rank_pairs
 from .layouts.buffers import Layout, Parameter
-from .layouts.grid import (
+from .layouts.fused import (
     Fused,
-    Grid,
-    Kind,
     explicit_fused,
-    grid_of,
-    guessed_form,
     known_fused,
     looks_fused,
+    stacked_in_bands,
     stacked_parts,
 )
+from .layouts.grid import Grid, grid_of
+from .layouts.kinds import Kind, guessed_form
 from .layouts.modules import kind_by_name
 from .rule import (
     ADAPTER_TAU,
@@ -100,7 +99,7 @@ class Thresholds:
         # Ranks that have other parameters would see other pairs.
         sees_all = not layout.kinds and not self._is_part
         self._pairs = _pairs_by_shape(layout) if sees_all else {}
-        self._paired = {p.name: p.whole_shape for p in parameters if p.name in self._pairs}
+        self._paired = {p.name: p.shape for p in parameters if p.name in self._pairs}
         known = {name: _Known(None, kind) for name, kind in (layout.kinds or {}).items()}
         known |= {
             parameter.name: _Known(self._count(parameter), parameter.kind)
@@ -186,16 +185,9 @@ class Thresholds:
         fused = self._fused(parameter, kind, split)
         if split == 1 and kind is not None:
             kind = kind._replace(groups=1)
-        try:
-            grid = grid_of(
-                parameter.shape,
-                sharding=parameter.sharding,
-                fused=fused,
-                kind=kind,
-                order=parameter.order,
-            )
-        except ValueError as error:
-            raise ValueError(f"AdamW2: parameter '{parameter.name}': {error}.") from None
+        grid = grid_of(
+            parameter.shape, box=parameter.box, fused=fused, kind=kind, order=parameter.order
+        )
         if not any(matrix.rows * matrix.cols for matrix in grid.matrices):
             return None
         self._note(parameter, is_split_explicit=split is not None)
@@ -203,17 +195,26 @@ class Thresholds:
 
     def _fused(self, parameter: Parameter, kind: Kind | None, split: object) -> Fused | None:
         """Return the parts of a parameter's matrices; ``split`` is what overrides say of them."""
-        shape = parameter.whole_shape
+        shape, bands = parameter.shape, parameter.bands
         if split == 1:
             return None
         if split is not None:
-            return explicit_fused(parameter.name, shape, split, kind, parameter.order)
-        parts = None if kind is None else stacked_parts(kind, shape)
-        return parameter.fused or parts or known_fused(parameter.name, shape)
+            fused = explicit_fused(parameter.name, shape, split, kind, parameter.order)
+        else:
+            if parameter.fused is not None:
+                return parameter.fused
+            parts = None if kind is None else stacked_parts(kind, shape)
+            known = parts or known_fused(parameter.name, shape)
+            if known is None:
+                return None
+            fused = known
+        if bands is not None and len(shape) == 2 and bands.dim == fused.axis:
+            return stacked_in_bands(fused, bands.extents)
+        return fused
 
     def _note(self, parameter: Parameter, *, is_split_explicit: bool) -> None:
         """Remember what was guessed of a parameter."""
-        shape = parameter.whole_shape
+        shape = parameter.shape
         is_known = parameter.kind is not None or is_split_explicit
         if _PLACE.search(parameter.name) and looks_fused(shape) and not is_known:
             self._unsplit[parameter.name] = shape
@@ -301,7 +302,7 @@ class Thresholds:
 def _pairs_by_shape(layout: Layout) -> dict[str, str]:
     """Return the factors among whole parameters of which nothing is known but shapes."""
     parameters = [shard.parameter for buffer in layout.buffers for shard in buffer.shards]
-    trained = {p.name: p.whole_shape for p in parameters if not p.is_frozen}
+    trained = {p.name: p.shape for p in parameters if not p.is_frozen}
     is_partly_frozen = any(p.is_frozen and len(p.shape) > 1 for p in parameters)
     io = {name for name in trained if is_io_name(name)}
     known = io | {name for name, shape in trained.items() if kind_by_name(name, shape) is not None}

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from weyl_megatron.layouts.buffers import Parameter
-from weyl_megatron.layouts.grid import Fused, Sharding, guessed_form, interleaved
+from weyl_megatron.layouts.fused import Fused, interleaved
+from weyl_megatron.layouts.kinds import guessed_form
+from weyl_megatron.layouts.tensor_parallel import Sharding, band_of
 
 
 @dataclass(frozen=True)
@@ -78,20 +80,15 @@ class Weight:
         """
         fused: Fused | None = None
         labels = [str(part) for part in range(len(self.pattern))]
+        if self.pattern:
+            fused = interleaved(self.pattern, labels, self.shape[0])
         if group is None or self.dim is None:
-            if self.pattern:
-                fused = interleaved(self.pattern, labels, self.shape[0], 0, self.shape[0])
             sharding = None if group is None else Sharding(group, None, (), tp)
-            return Parameter(self.name, self.shape, sharding, None, fused)
+            return band_of(self.name, self.shape, sharding, fused=fused)
         sizes = tuple(stop - start for start, stop in pairwise(self.cuts))
         shape = list(self.shape)
         shape[self.dim] = sizes[tp]
-        if self.pattern:
-            start, stop = (0, self.shape[0]) if self.dim == 1 else self.cuts[tp : tp + 2]
-            fused = interleaved(self.pattern, labels, self.shape[0], start, stop)
-            if self.dim == 1:
-                fused = fused._replace(is_band=False)
-        return Parameter(self.name, tuple(shape), Sharding(group, self.dim, sizes, tp), None, fused)
+        return band_of(self.name, shape, Sharding(group, self.dim, sizes, tp), fused=fused)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from tests.faults.threads import Group, on_ranks, summing_groups
 from weyl_megatron import AdamW2, MatrixStats
 from weyl_megatron.engines.given import GivenLayout
 from weyl_megatron.kernels.choice import VARIABLE
-from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
-from weyl_megatron.layouts.grid import Sharding
+from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard, Spread
 
 T = TypeVar("T")
 
@@ -81,8 +80,8 @@ class Rank:
         groups = (group,) if case.cuts else ()
         buffers = [Buffer(self.params[0], case.shards(rank), groups)]
         if case.tied is not None:
-            sharding = Sharding(group, None, (), rank) if case.cuts else None
-            buffers.append(self._beside("tied", case.tied, sharding))
+            copies = (Spread(group, rank, is_copied=True),) if case.cuts else ()
+            buffers.append(self._beside("tied", case.tied, copies))
         if case.still is not None:
             buffers.append(self._beside("still", case.still))
         self.optimizer = AdamW2(
@@ -91,12 +90,10 @@ class Rank:
         self.optimizer.engine = GivenLayout(lambda: Layout(buffers))
         self.grads = self._gradients()
 
-    def _beside(
-        self, name: str, shape: tuple[int, ...], sharding: Sharding | None = None
-    ) -> Buffer:
+    def _beside(self, name: str, shape: tuple[int, ...], copies: tuple[Spread, ...] = ()) -> Buffer:
         tensor = nn.Parameter(torch.randn(shape, generator=self.generator) * 0.05)
         self.params.append(tensor)
-        parameter = Parameter(name, shape, sharding)
+        parameter = Parameter(name, shape, spreads=copies)
         return Buffer(tensor, (Shard(parameter, 0, tensor.numel(), 0),))
 
     def _gradients(self) -> list[Tensor]:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import pairwise, product
 from math import prod
 from typing import Any
 
@@ -10,18 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weyl_megatron.layouts.buffers import Parameter
-from weyl_megatron.layouts.grid import (
+from weyl_megatron.layouts.fused import (
     Fused,
-    Grid,
-    Kind,
-    Sharding,
     explicit_fused,
-    grid_of,
     interleaved,
     known_fused,
     plain_name,
     stacked,
+    stacked_in_bands,
 )
+from weyl_megatron.layouts.grid import Box, Grid, grid_of
+from weyl_megatron.layouts.kinds import Kind
 
 
 def rebuild(grid: Grid, weight: torch.Tensor) -> list[torch.Tensor]:
@@ -70,26 +69,73 @@ def test_a_grouped_query_weight_of_that_name_is_left_whole() -> None:
     assert known_fused("h.0.attn.qkv.weight", (8, 4)) is None
 
 
-@pytest.mark.parametrize(
-    ("dim", "fused"), [(0, None), (1, None), (1, stacked(0, (2, 4), ("0", "1")))]
-)
-def test_tensor_parallel_bands_of_uneven_size_make_up_the_matrix(
-    dim: int, fused: Fused | None
-) -> None:
+def boxes_along(shape: tuple[int, ...], dim: int, sizes: tuple[int, ...]) -> list[Box]:
+    boxes = []
+    for rank, size in enumerate(sizes):
+        starts, extents = [0] * len(shape), list(shape)
+        starts[dim], extents[dim] = sum(sizes[:rank]), size
+        boxes.append(Box(tuple(starts), tuple(extents)))
+    return boxes
+
+
+def held(weight: torch.Tensor, box: Box) -> torch.Tensor:
+    return weight[tuple(slice(s, s + e) for s, e in zip(*box, strict=True))]
+
+
+@pytest.mark.parametrize("fused", [None, stacked(0, (2, 4), ("0", "1"))])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_bands_of_uneven_size_make_up_the_matrices(dim: int, fused: Fused | None) -> None:
     weight = torch.randn(6, 5)
-    sizes = (4, 2) if dim == 0 else (2, 3)
     total: list[Any] = [0.0, 0.0]
-    for rank, band in enumerate(weight.split(sizes, dim)):
-        grid = grid_of(band.shape, sharding=Sharding(None, dim, sizes, rank), fused=fused)  # type: ignore[arg-type]
-        for number, matrix in enumerate(rebuild(grid, band)):
+    for box in boxes_along((6, 5), dim, (5, 0, 1) if dim == 0 else (2, 3)):
+        grid = grid_of((6, 5), box=box, fused=fused)
+        for number, matrix in enumerate(rebuild(grid, held(weight, box).contiguous())):
             total[number] = total[number] + matrix
     expected = [weight] if fused is None else weight.split(fused.sizes, 0)
     assert all(torch.equal(t, e) for t, e in zip(total, expected, strict=False))
 
 
-def test_a_tensor_parallel_stack_of_experts_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"shape \(2, 3, 4\) is not understood"):
-        grid_of((2, 3, 4), sharding=Sharding(None, 1, (3, 3), 0))  # type: ignore[arg-type]
+@given(shape=st.lists(st.integers(1, 5), min_size=1, max_size=4), data=st.data())
+def test_boxes_of_a_weight_make_up_the_matrices_of_the_whole(
+    shape: list[int], data: st.DataObject
+) -> None:
+    """Cut along any dimensions, anywhere, lying in memory in any order; some boxes are empty."""
+    form = data.draw(st.sampled_from(["experts", "convolution", None]))
+    groups = data.draw(st.sampled_from([g for g in range(1, shape[0] + 1) if shape[0] % g == 0]))
+    kind = None if form is None else Kind(form, groups=groups if form == "convolution" else 1)
+    order = data.draw(st.permutations(range(len(shape))))
+    weight = torch.arange(1.0, prod(shape) + 1).view(shape)
+    axis = data.draw(st.sampled_from([None, 0, 1])) if len(shape) == 2 else None
+    fused = None
+    if axis is not None:
+        size = data.draw(st.integers(0, shape[axis]))
+        fused = stacked(axis, (size, shape[axis] - size), ("0", "1"))
+    edges = [[0, *sorted(data.draw(st.lists(st.integers(0, n), max_size=2))), n] for n in shape]
+    known: dict[str, Any] = {"fused": fused, "kind": kind, "order": order}
+    expected = rebuild(grid_of(shape, **known), weight.permute(order).contiguous())
+    total = [torch.zeros_like(matrix) for matrix in expected]
+    for ranges in product(*(list(pairwise(each)) for each in edges)):
+        starts, stops = zip(*ranges, strict=True)
+        extents = tuple(stop - start for start, stop in ranges)
+        box = Box(starts, extents)
+        assert all(stop >= start for start, stop in zip(starts, stops, strict=True))
+        grid = grid_of(shape, box=box, **known)
+        assert [m[1:] for m in grid.matrices] == [tuple(matrix.shape) for matrix in expected]
+        if prod(extents):
+            local = held(weight, box).permute(order).contiguous()
+            for whole, part in zip(total, rebuild(grid, local), strict=True):
+                whole += part
+    assert all(map(torch.equal, total, expected))
+
+
+def test_the_box_of_a_grouped_convolution_may_begin_within_a_group() -> None:
+    weight, kind = torch.randn(12, 2, 3), Kind("convolution", groups=3)
+    total = [torch.zeros(4, 6)] * 3
+    for box in boxes_along((12, 2, 3), 0, (5, 4, 3)):
+        grid = grid_of((12, 2, 3), box=box, kind=kind)
+        local = held(weight, box)
+        total = [a + b for a, b in zip(total, rebuild(grid, local), strict=True)]
+    assert all(map(torch.equal, total, weight.flatten(1).chunk(3)))
 
 
 def test_told_parts_that_do_not_divide_name_the_parameter() -> None:
@@ -106,11 +152,21 @@ def test_gains_biases_and_class_tokens_are_vectors(shape: tuple[int, ...], is_ve
     assert Parameter("p", shape).is_vector is is_vector
 
 
-def test_a_stack_that_tensor_parallelism_cuts_along_itself_is_kept_whole() -> None:
-    grid = grid_of(
-        (6, 5), sharding=Sharding(None, 0, (6, 6), 1), fused=stacked(0, (2, 2, 2), ("q", "k", "v"))
-    )  # type: ignore[arg-type]
-    assert [(matrix.rows, matrix.cols) for matrix in grid.matrices] == [(12, 5)]
+def test_every_rank_of_tensor_parallelism_stacks_its_shares_of_the_parts() -> None:
+    parts = torch.randn(4, 5), torch.randn(2, 5)
+    weight = torch.cat([parts[0][:2], parts[1][:1], parts[0][2:], parts[1][2 - 1 :]])
+    fused = stacked_in_bands(stacked(0, (4, 2), ("0", "1")), (3, 3))
+    assert fused is not None
+    total = [torch.zeros(4, 5), torch.zeros(2, 5)]
+    for box in boxes_along((6, 5), 0, (3, 3)):
+        found = rebuild(grid_of((6, 5), box=box, fused=fused), held(weight, box))
+        total = [a + b for a, b in zip(total, found, strict=True)]
+    assert all(map(torch.equal, total, parts))
+
+
+def test_parts_that_ranks_cannot_share_out_evenly_are_not_told_apart() -> None:
+    assert stacked_in_bands(stacked(0, (3, 3), ("0", "1")), (3, 3)) is None
+    assert stacked_in_bands(stacked(0, (4, 2), ("0", "1")), (4, 2)) is None
 
 
 @given(
@@ -125,12 +181,10 @@ def test_bands_of_an_interleaved_weight_make_up_its_matrices(
     rows, labels = sum(pattern) * repeats, [str(part) for part in range(len(pattern))]
     weight = torch.arange(1, rows * 3 + 1.0).view(rows, 3)
     edges = [0, *sorted({min(cut, rows) for cut in cuts} - {0, rows}), rows]
-    sizes = tuple(stop - start for start, stop in pairwise(edges))
     found = [torch.zeros(size * repeats, 3) for size in pattern]
-    for rank, (start, stop) in enumerate(pairwise(edges)):
-        fused = interleaved(pattern, labels, rows, start, stop)
-        sharding = Sharding(None, 0, sizes, rank)  # type: ignore[arg-type]
-        grid = grid_of((stop - start, 3), sharding=sharding, fused=fused)
+    fused = interleaved(pattern, labels, rows)
+    for start, stop in pairwise(edges):
+        grid = grid_of((rows, 3), box=Box((start, 0), (stop - start, 3)), fused=fused)
         for whole, mine in zip(found, rebuild(grid, weight[start:stop]), strict=True):
             whole += mine
     for part, matrix in enumerate(found):
@@ -163,21 +217,6 @@ def test_a_parametrized_weight_is_fused_as_the_plain_one_is() -> None:
 )
 def test_what_computes_a_weight_does_not_change_its_name(name: str, plain: str) -> None:
     assert plain_name(name) == plain
-
-
-@pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize("axis", [0, 1])
-def test_bands_of_a_weight_that_lies_transposed_make_up_its_matrices(dim: int, axis: int) -> None:
-    weight, sizes = torch.randn(6, 4), (4, 2) if dim == 0 else (1, 3)
-    fused = stacked(axis, (2, weight.shape[axis] - 2), ("0", "1"))
-    total: list[Any] = [0.0, 0.0]
-    for rank, band in enumerate(weight.split(sizes, dim)):
-        sharding = Sharding(None, dim, sizes, rank)  # type: ignore[arg-type]
-        grid = grid_of(band.shape, sharding=sharding, fused=fused, order=(1, 0))
-        for number, matrix in enumerate(rebuild(grid, band.T.contiguous())):
-            total[number] = total[number] + matrix
-    expected = [weight] if axis == dim else weight.split(fused.sizes, axis)
-    assert all(torch.equal(found, matrix.T) for found, matrix in zip(total, expected, strict=False))
 
 
 @given(shape=st.lists(st.integers(1, 4), min_size=3, max_size=5), data=st.data())

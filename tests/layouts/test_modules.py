@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 
 from tests.layouts.test_grid import rebuild
 from weyl_megatron.layouts.buffers import Layout, Parameter
-from weyl_megatron.layouts.grid import Kind
+from weyl_megatron.layouts.kinds import Kind
 from weyl_megatron.layouts.modules import SeenModel, kind_by_name, kinds_of
 from weyl_megatron.settings import check_settings
 from weyl_megatron.thresholds import Thresholds

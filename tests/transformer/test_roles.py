@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from weyl_megatron.layouts.grid import Kind
+from weyl_megatron.layouts.kinds import Kind
 from weyl_megatron.transformer.reparam import sigma_reparam
 from weyl_megatron.transformer.roles import io_parameters
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..layouts.buffers import Layout
-from ..layouts.grid import Kind
+from ..layouts.kinds import Kind
 from ..nonfinite import Guard
 from . import unstepped
 

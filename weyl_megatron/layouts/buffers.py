@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ..spectral.blocks import MatrixSpec
 from ..spectral.tiles import Tile, range_rectangles, tiles_of_range
-from .grid import Fused, Grid, Kind, Sharding
+from .fused import Fused
+from .grid import Box, Grid
+from .kinds import Kind
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -50,13 +52,37 @@ def model_names(names: Iterable[str]) -> dict[str, str]:
     return {name: short if counts[short] == 1 else name for name, short in shorter.items()}
 
 
+class Spread(NamedTuple):
+    """A group of ranks over which a parameter is spread: in pieces, or as copies."""
+
+    group: ProcessGroup
+    rank: int  # in it
+    is_copied: bool = False
+
+    @property
+    def is_repeated(self) -> bool:
+        """True of all copies but the first: what they hold counts once."""
+        return self.is_copied and self.rank > 0
+
+
+class Bands(NamedTuple):
+    """The extents of all ranks along a dimension of a parameter, as Megatron's layers share it out:
+    each rank stacks its own shares of a fused weight's parts.
+    """
+
+    dim: int
+    extents: tuple[int, ...]
+
+
 class Parameter(NamedTuple):
-    """A parameter of the model as this rank's tensor-parallel share of it."""
+    """A parameter of the model, and what this rank has of it."""
 
     name: str
-    shape: tuple[int, ...]
-    sharding: Sharding | None = None
-    tied: Sharding | None = None  # the pipeline stages that each keep a copy
+    shape: tuple[int, ...]  # of the whole
+    box: Box | None = None  # None: all of it
+    # the groups that it is spread over, apart from those of buffers
+    spreads: tuple[Spread, ...] = ()
+    bands: Bands | None = None
     fused: Fused | None = None  # what the engine knows of its parts
     kind: Kind | None = None  # what it is to its module, where that is seen
     # its dimensions as they lie in memory, the slowest first; None: in order
@@ -64,17 +90,9 @@ class Parameter(NamedTuple):
     is_frozen: bool = False  # in a parameter group, and not stepped
 
     @property
-    def spreads(self) -> tuple[Sharding, ...]:
-        """How it is spread or repeated over ranks, apart from what the buffers' groups do."""
-        return tuple(spread for spread in (self.sharding, self.tied) if spread is not None)
-
-    @property
-    def whole_shape(self) -> tuple[int, ...]:
-        """Its shape on all ranks of tensor parallelism together."""
-        shape = list(self.shape)
-        if self.sharding is not None and self.sharding.dim is not None:
-            shape[self.sharding.dim] = sum(self.sharding.sizes)
-        return tuple(shape)
+    def local_shape(self) -> tuple[int, ...]:
+        """The shape of what this rank has of it."""
+        return self.shape if self.box is None else self.box.extents
 
     @property
     def is_vector(self) -> bool:
@@ -89,8 +107,8 @@ class Parameter(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """Elements ``[start, stop)`` of a flattened parameter, from ``offset`` on in a buffer; may be
-    empty.
+    """Elements ``[start, stop)`` of what a rank has of a parameter, flattened, which lie from
+    ``offset`` on in a buffer; may be empty.
     """
 
     parameter: Parameter

@@ -20,7 +20,7 @@ from .adapters import (
     peft_parameters,
 )
 from .buffers import model_names
-from .grid import Kind
+from .kinds import Kind
 
 _VECTOR, _MATRIX, _STACK = Kind("vector"), Kind("matrix"), Kind("experts")
 

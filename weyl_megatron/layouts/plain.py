@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .buffers import Buffer, Parameter, Shard
-from .grid import Kind, Sharding
+from .buffers import Buffer, Shard
+from .kinds import Kind
+from .tensor_parallel import Sharding, band_of
 
 #: Of torch's fused AdamW, the only one that says it; who catches that finds it in ours.
 _FUSED_ON_META = (
@@ -32,9 +33,7 @@ def plain_buffer(
         raise kind_of_error(f"AdamW2: parameter '{name}' {reason}.")
     order = None if tensor.is_contiguous() or not is_dense(tensor) else tuple(storage_order(tensor))
     sharding, frozen = shardings.get(id(tensor)), is_frozen(tensor)
-    parameter = Parameter(
-        name, tuple(tensor.shape), sharding, kind=kind, order=order, is_frozen=frozen
-    )
+    parameter = band_of(name, tensor.shape, sharding, kind=kind, order=order, is_frozen=frozen)
     return Buffer(tensor, (Shard(parameter, 0, tensor.numel(), 0),))
 
 

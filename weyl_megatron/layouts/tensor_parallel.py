@@ -3,15 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor
 
-from .grid import Sharding
+from .buffers import Bands, Parameter, Spread
+from .grid import Box
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+class Sharding(NamedTuple):
+    """Tensor parallelism of one parameter: every rank of ``group`` has a band of it."""
+
+    group: ProcessGroup
+    dim: int | None  # that is cut into bands; None: every rank has the whole parameter
+    sizes: tuple[int, ...]  # the local extent along ``dim`` on every rank of the group
+    rank: int
+
+
+def band_of(name: str, shape: Sequence[int], sharding: Sharding | None, **known: Any) -> Parameter:
+    """Return a parameter of which this rank has a band, or all.
+
+    Args:
+        name: of the parameter.
+        shape: of the band.
+        sharding: which it is; None: there is no tensor parallelism.
+        known: other fields of :class:`.Parameter`; ``spreads`` are further ones.
+    """
+    if sharding is None:
+        return Parameter(name, tuple(shape), **known)
+    spread = Spread(sharding.group, sharding.rank, sharding.dim is None)
+    known["spreads"] = (spread, *known.get("spreads", ()))
+    if sharding.dim is None:
+        return Parameter(name, tuple(shape), **known)
+    whole, starts = list(shape), [0] * len(shape)
+    whole[sharding.dim] = sum(sharding.sizes)
+    starts[sharding.dim] = sum(sharding.sizes[: sharding.rank])
+    box, bands = Box(tuple(starts), tuple(shape)), Bands(sharding.dim, sharding.sizes)
+    return Parameter(name, tuple(whole), box, bands=bands, **known)
 
 
 def marked_dim(param: Tensor) -> int | None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..layouts.buffers import Layout, Parameter
-from ..layouts.grid import Kind
+from ..layouts.kinds import Kind
 from ..layouts.modules import kinds_of
 from ..settings import BALANCED, check_settings, read_tau
 from ..spectral import MatrixSpec, PowerIteration, tiles_of_range

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ..layouts.adapters import is_adapter_name
-from ..layouts.grid import Kind
+from ..layouts.kinds import Kind
 from ..layouts.modules import kinds_of
 
 #: Path components that name an embedding, a table of positions, a patch embedding or an output

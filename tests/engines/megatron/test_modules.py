@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from weyl_megatron.engines.megatron.modules import fused_weights, global_names
-from weyl_megatron.layouts.grid import Sharding, grid_of
+from weyl_megatron.layouts.grid import Box, grid_of
+from weyl_megatron.layouts.tensor_parallel import Sharding
 
 
 class Layer(nn.Module):
@@ -110,10 +111,8 @@ def test_a_query_group_may_span_ranks() -> None:
     sharding = Sharding(None, 0, (6, 6, 6, 6), 1)  # type: ignore[arg-type]
     fused = fused_weights([module], {id(weight): sharding})[id(weight)]
     # Rows 6 to 11 of the whole weight: k and v of the first group.
-    assert [(piece.part, piece.begin, piece.size, piece.at) for piece in fused.pieces] == [
-        (1, 0, 3, 0),
-        (2, 3, 3, 0),
-    ]
+    blocks = grid_of((24, 5), box=Box((6, 0), (6, 5)), fused=fused).blocks
+    assert [(b.matrix, b.grid_row, b.rows, b.row) for b in blocks] == [(1, 0, 3, 0), (2, 3, 3, 0)]
 
 
 def test_an_output_gate_is_a_matrix_of_its_own() -> None:
@@ -143,7 +142,8 @@ def test_every_rank_has_its_rows_of_gate_and_of_up() -> None:
     sharding = Sharding(None, 0, (8, 8), 1)  # type: ignore[arg-type]
     fused = fused_weights([module], {id(weight): sharding})[id(weight)]
     assert fused.sizes == (8, 8)
-    assert [tuple(piece) for piece in fused.pieces] == [(0, 0, 4, 4), (1, 4, 4, 4)]
+    blocks = grid_of((16, 5), box=Box((8, 0), (8, 5)), fused=fused).blocks
+    assert [(b.matrix, b.grid_row, b.rows, b.row) for b in blocks] == [(0, 0, 4, 4), (1, 4, 4, 4)]
 
 
 def test_grouped_experts_may_interleave_gate_and_up() -> None:

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from ...layouts.buffers import Buffer, Layout, Parameter, model_name, model_names
-from ...layouts.grid import Sharding
 from ...layouts.modules import kinds_of
 from ...layouts.plain import plain_buffer
-from ...layouts.tensor_parallel import marked_dim, shardings_of
+from ...layouts.tensor_parallel import Sharding, band_of, marked_dim, shardings_of
 from ...nonfinite import Guard, is_finite
 from ..engine import Known
 from .layout import Masters, flat_partition_buffers, master_copy_buffers, zero3_buffers
@@ -104,7 +103,7 @@ def read_layout(engine: Any) -> Layout:
 
     def describe(param: Tensor) -> Parameter:
         name = names.get(id(param), "<a parameter that the engine's model does not have>")
-        return Parameter(name, _shape(param), shardings.get(id(param)), kind=kinds.get(name))
+        return band_of(name, _shape(param), shardings.get(id(param)), kind=kinds.get(name))
 
     masters = _masters.setdefault(engine, Masters())
     buffers = list(_buffers(engine, wrapper, describe, names, shardings, masters))

@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...layouts.buffers import Buffer, Layout, Parameter, Shard
-from ...layouts.grid import Sharding
+from ...layouts.buffers import Buffer, Layout, Parameter, Shard, Spread
 from ...layouts.modules import kinds_of
-from ...layouts.tensor_parallel import shardings_of
+from ...layouts.tensor_parallel import band_of, shardings_of
 from .modules import fused_weights, global_names
 
 if TYPE_CHECKING:
@@ -143,20 +142,24 @@ def _parameters(
     described = {}
     for number, p in params.items():
         tied = _tied(p, groups.embedding)
-        name, kind = names[number] if tied is None else _TIED_NAME, kinds.get(names[number])
-        described[number] = Parameter(
-            name, tuple(p.shape), shardings.get(number), tied, fused.get(number), kind
+        described[number] = band_of(
+            _TIED_NAME if tied else names[number],
+            p.shape,
+            shardings.get(number),
+            spreads=tied,
+            fused=fused.get(number),
+            kind=kinds.get(names[number]),
         )
     return described
 
 
-def _tied(param: Tensor, group: ProcessGroup | None) -> Sharding | None:
+def _tied(param: Tensor, group: ProcessGroup | None) -> tuple[Spread, ...]:
     """Return the pipeline stages that each keep a copy of ``param``: it is measured on the first,
     for all of them.
     """
     if group is None or not getattr(param, "shared_embedding", False):
-        return None
-    return Sharding(group, None, (), dist.get_rank(group))
+        return ()
+    return (Spread(group, dist.get_rank(group), is_copied=True),)
 
 
 def _gather(facts: Any, groups: Groups) -> list[Any]:

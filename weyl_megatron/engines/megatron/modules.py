@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...layouts.buffers import model_names
-from ...layouts.grid import Fused, Sharding, interleaved
+from ...layouts.fused import Fused, interleaved
+from ...layouts.tensor_parallel import Sharding
 
 
 def global_names(model: Sequence[nn.Module], expert_rank: int) -> dict[int, str]:
@@ -83,16 +84,9 @@ def fused_weights(
             for weight, pattern, labels in _patterns(module):
                 sharding = shardings.get(id(weight))
                 is_cut = sharding is not None and sharding.dim == 0
-                sizes, rank = (
-                    (sharding.sizes, sharding.rank)
-                    if sharding and is_cut
-                    else ((weight.shape[0],), 0)
-                )
-                start = sum(sizes[:rank])
-                if sum(sizes) % sum(pattern) == 0:
-                    fused[id(weight)] = interleaved(
-                        pattern, labels, sum(sizes), start, start + sizes[rank]
-                    )
+                rows = sum(sharding.sizes) if sharding and is_cut else weight.shape[0]
+                if rows % sum(pattern) == 0:
+                    fused[id(weight)] = interleaved(pattern, labels, rows)
     return fused
 
 
