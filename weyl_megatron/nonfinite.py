@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .environment import LOG
 from .layouts.buffers import Buffer
+from .layouts.local import local_gradient
 
 #: Names in a message, of those whose gradients are not finite.
 _NAMED = 3
@@ -104,7 +105,7 @@ def non_finite(buffers: Sequence[Buffer]) -> list[str]:
     """Return the parameters of which this rank has pieces of the gradient that are not finite."""
     names: dict[str, None] = {}
     for buffer in buffers:
-        grad = buffer.tensor.grad
+        grad = local_gradient(buffer.tensor)
         if grad is None or grad.is_sparse or is_finite(grad):
             continue
         flat = grad.reshape(-1) if grad.is_contiguous() else None
@@ -161,7 +162,8 @@ def _agreed(buffers: Sequence[Buffer]) -> bool:
     """Return whether gradients are finite on all ranks that share a matrix. Collective over
     these.
     """
-    grads = [buffer.tensor.grad for buffer in buffers if buffer.tensor.grad is not None]
+    held = [local_gradient(buffer.tensor) for buffer in buffers]
+    grads = [grad for grad in held if grad is not None]
     groups = dict.fromkeys(
         group
         for buffer in buffers

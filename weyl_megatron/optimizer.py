@@ -297,7 +297,7 @@ class AdamW2(torch.optim.AdamW):
                 group.end(settled)
                 for number in turn.members.gaps:
                     if stepped[number] is not None:  # a dense copy was
-                        group.tensors[number].copy_(turn.weights[number])
+                        turn.members.held()[number].copy_(turn.weights[number])
         if self._counts_in_groups():
             for param_group in self.param_groups:
                 param_group["step"] += 1

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .kernels import Hyper
 from .kernels.stepped import Form, check_form, extent_of
+from .layouts.local import local, placements_of
 from .settings import check_harmless
 
 #: The moments in a parameter's state, and what amsgrad adds.
@@ -149,7 +150,7 @@ def fit_moments(
     """
     keys = moment_keys(group)
     for key in keys:
-        moment = state.get(key)
+        moment = local(state.get(key))
         if not isinstance(moment, Tensor):
             raise ValueError(
                 f"AdamW2: the state of parameter '{name}' holds {', '.join(map(str, state))}, it "
@@ -158,6 +159,20 @@ def fit_moments(
         _check(moment, form, f"'{key}'", name)
         if moment.stride() != form.stride:
             state[key] = in_order_of(weight, moment)
+
+
+def check_placements(
+    state: Mapping[str, Any], tensor: Tensor, group: Mapping[str, Any], name: str
+) -> None:
+    """Raise ValueError where a moment is spread over ranks in another way than its parameter."""
+    (expected,) = placements_of([tensor])
+    keys = moment_keys(group)
+    for key, got in zip(keys, placements_of([state.get(key) for key in keys]), strict=True):
+        if got != expected:
+            raise ValueError(
+                f"AdamW2: '{key}' of parameter '{name}' got the placements {got}, it takes its "
+                f"parameter's, {expected}."
+            )
 
 
 def read_step(state: Mapping[str, Any], group: Mapping[str, Any], name: str) -> float:

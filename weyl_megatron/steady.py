@@ -14,7 +14,16 @@ from torch import Tensor
 from .kernels import Hyper, Stepped
 from .kernels.stepped import Form
 from .layouts.buffers import Buffer
-from .state import Counts, check_gradient, fit_moments, hyper_of, in_order_of, read_step
+from .layouts.local import is_on_mesh, local, local_gradient, placements_of
+from .state import (
+    Counts,
+    check_gradient,
+    check_placements,
+    fit_moments,
+    hyper_of,
+    in_order_of,
+    read_step,
+)
 
 #: What was read of several tensors: a list for each thing that is read.
 Columns = list[list[Any]]
@@ -55,12 +64,15 @@ class _Held(NamedTuple):
     exp_avg: list[Tensor]
     exp_avg_sq: list[Tensor]
     largest: list[Tensor]  # the largest V so far, of those whose group has amsgrad
+    are_on_mesh: bool  # whether moments may be DTensors; gradients are local ones
 
     def columns(self) -> Columns | None:
         """Return the form and the end of all of them; None where one is missing or sparse."""
-        tensors = [*self.grads, *self.exp_avg, *self.exp_avg_sq, *self.largest]
+        moments = [*self.exp_avg, *self.exp_avg_sq, *self.largest]
+        tensors = [*self.grads, *map(local, moments)] if self.are_on_mesh else self.grads + moments
         try:
-            return [*forms_of(tensors), *ends_of(tensors)]
+            spread = placements_of(moments) if self.are_on_mesh else []
+            return [*forms_of(tensors), *ends_of(tensors), spread]
         except (AttributeError, TypeError, RuntimeError):
             return None  # what is no tensor, or has no strides, is looked at by itself
 
@@ -100,6 +112,11 @@ class Members:
         self.ends: Columns | None = None  # of the weights, as they were checked last
         self._passed: _Passed | None = None
         self._counts: Counts | None = None
+        self._are_on_mesh = any(map(is_on_mesh, self.tensors))
+
+    def held(self) -> list[Tensor]:
+        """Return what this rank holds of every tensor."""
+        return list(map(local, self.tensors)) if self._are_on_mesh else list(self.tensors)
 
     def gather(
         self, weights: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]], allocate: Allocate
@@ -115,12 +132,16 @@ class Members:
         Raises:
             ValueError: a gradient or moment is not as its weight, or without memory, or missing.
         """
-        given = [tensor.grad for tensor in self.tensors]
+        given = (
+            list(map(local_gradient, self.tensors))
+            if self._are_on_mesh
+            else [tensor.grad for tensor in self.tensors]
+        )
         numbers = [number for number, grad in enumerate(given) if grad is not None]
         grads = [grad for grad in given if grad is not None]
         amsgrad = self._places(numbers, "amsgrad")
         states = [state.get(self.tensors[number], {}) for number in numbers]
-        held = _held(grads, states, amsgrad)
+        held = self._held(grads, states, amsgrad)
         seen, passed = (numbers, amsgrad, held.columns()), self._passed
         if passed is None or passed.columns is None or passed[:3] != seen:
             self._passed = None
@@ -128,7 +149,7 @@ class Members:
                 self._checked(number, weights[number], grad, state, allocate)
                 for number, grad in zip(numbers, grads, strict=True)
             ]
-            held = _held(grads, states, amsgrad)
+            held = self._held(grads, states, amsgrad)
             strides = [self.forms[number].stride for number in numbers]
             pairs = enumerate(zip(grads, strides, strict=True))
             reordered = [place for place, (grad, stride) in pairs if grad.stride() != stride]
@@ -141,7 +162,10 @@ class Members:
         largest: list[Tensor | None] = [None] * len(numbers)
         for place, moment in zip(amsgrad, held.largest, strict=True):
             largest[place] = moment
-        with_gradient = map(Stepped, grads, held.exp_avg, held.exp_avg_sq, hypers, largest)
+        moments: Columns = [held.exp_avg, held.exp_avg_sq, largest]
+        if self._are_on_mesh:
+            moments = [list(map(local, column)) for column in moments]
+        with_gradient = map(Stepped, grads, *moments[:2], hypers, moments[2])
         stepped: list[Stepped | None] = [None] * len(given)
         for number, each in zip(numbers, with_gradient, strict=True):
             stepped[number] = each
@@ -166,8 +190,23 @@ class Members:
         form, name = self.forms[number], self.buffers[number].name
         allocate(tensor, group)
         check_gradient(grad, form, name)
+        if self._are_on_mesh:
+            check_placements(state[tensor], tensor, group, name)
         fit_moments(state[tensor], weight, form, group, name)
         return state[tensor]
+
+    def _held(
+        self, grads: list[Tensor], states: Sequence[Mapping[str, Any]], amsgrad: Sequence[int]
+    ) -> _Held:
+        """Return what states hold, None in the places of what they do not."""
+        missing: Any = None
+        return _Held(
+            grads,
+            [state.get("exp_avg", missing) for state in states],
+            [state.get("exp_avg_sq", missing) for state in states],
+            [states[place].get("max_exp_avg_sq", missing) for place in amsgrad],
+            self._are_on_mesh,
+        )
 
     def _places(self, numbers: Sequence[int], flag: str) -> list[int]:
         """Return the places in ``numbers`` of tensors whose parameter group has a flag."""
@@ -200,16 +239,3 @@ class Members:
         keys = list(zip([self._group_of[number] for number in numbers], steps, strict=True))
         hypers = {key: hyper_of(self.groups[key[0]], key[1]) for key in dict.fromkeys(keys)}
         return [hypers[key] for key in keys]
-
-
-def _held(
-    grads: list[Tensor], states: Sequence[Mapping[str, Any]], amsgrad: Sequence[int]
-) -> _Held:
-    """Return what states hold, None in the places of what they do not."""
-    missing: Any = None
-    return _Held(
-        grads,
-        [state.get("exp_avg", missing) for state in states],
-        [state.get("exp_avg_sq", missing) for state in states],
-        [states[place].get("max_exp_avg_sq", missing) for place in amsgrad],
-    )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .kernels.stepped import Form, check_memory, extent_of, form_of
 from .layouts.buffers import Buffer
+from .layouts.local import is_on_mesh, local
 from .layouts.plain import dense, is_dense, is_frozen
 from .state import are_same
 from .steady import Members, ends_of, forms_of
@@ -50,7 +51,9 @@ class SteppedTensors:
         self._are_parameters = are_parameters
         self._buffers = {id(buffer.tensor): buffer for buffer in buffers}
         self._tensors = [buffer.tensor for buffer in self._buffers.values()]
-        self._forms = forms_of(self._tensors)
+        #: whether some of them are DTensors, of which a rank holds a piece
+        self.are_on_mesh = any(map(is_on_mesh, self._tensors))
+        self._forms = forms_of(self._held())
         self._were_frozen = [
             are_parameters and buffer.shards[0].parameter.is_frozen
             for buffer in self._buffers.values()
@@ -65,13 +68,16 @@ class SteppedTensors:
             param_groups: the optimizer's, as they are now.
             share_a_budget: whether a parameter that is frozen or thawed changes the others' τ.
         """
-        if forms_of(self._tensors) != self._forms:
+        if forms_of(self._held()) != self._forms:
             return True
         if not self._are_parameters:
             return False
         if share_a_budget and list(map(is_frozen, self._tensors)) != self._were_frozen:
             return True
         return any(tensor.grad is not None for tensor in self._list(param_groups).others)
+
+    def _held(self) -> list[Tensor]:
+        return list(map(local, self._tensors)) if self.are_on_mesh else self._tensors
 
     def in_groups(self, param_groups: ParamGroups) -> list[Buffer]:
         """Return the buffers whose tensors are in the parameter groups, in the groups' order."""
@@ -104,15 +110,15 @@ class SteppedTensors:
         Raises:
             ValueError: the storage of one ends before its elements do.
         """
-        ends = ends_of(members.tensors)
+        weights = members.held()
+        ends = ends_of(weights)
         if ends != members.ends:  # their forms were compared in this step
-            for buffer in members.buffers:
-                form = form_of(buffer.tensor)
+            for weight, buffer in zip(weights, members.buffers, strict=True):
+                form = form_of(weight)
                 # Of an engine's tensors kernels take all elements in a row.
                 extent = extent_of(form) if self._are_parameters else prod(form.shape)
-                check_memory(buffer.tensor, extent, "the weight", buffer.name)
+                check_memory(weight, extent, "the weight", buffer.name)
             members.ends = ends
-        weights = list(members.tensors)
         for number in members.gaps:
             weights[number] = dense(weights[number])
         return weights
@@ -151,11 +157,12 @@ class SteppedTensors:
 
     def _members_of(self, pairs: Sequence[tuple[Buffer, dict[str, Any]]]) -> Members:
         buffers, groups = [buffer for buffer, _ in pairs], [group for _, group in pairs]
-        forms = [form_of(buffer.tensor) for buffer in buffers]
+        held = [local(buffer.tensor) for buffer in buffers]
+        forms = list(map(form_of, held))
         gaps = []
         # An engine's tensors are taken as they are.
         if self._are_parameters:
-            gaps = [n for n, buffer in enumerate(buffers) if not is_dense(buffer.tensor)]
+            gaps = [number for number, tensor in enumerate(held) if not is_dense(tensor)]
         for number in gaps:
             forms[number] = _contiguous(forms[number])
         return Members(buffers, groups, forms, gaps)

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .buffers import Buffer, Shard
+from .buffers import Buffer, Parameter, Shard, Spread
+from .grid import Box
 from .kinds import Kind
+from .local import is_on_mesh, local
 from .tensor_parallel import Sharding, band_of
 
 #: Of torch's fused AdamW, the only one that says it; who catches that finds it in ours.
@@ -24,8 +26,7 @@ def plain_buffer(
     to its module.
 
     Raises:
-        ValueError: the parameter's storage is not understood (FSDP, DTensor, sparse, complex,
-            overlapping).
+        ValueError: the parameter's storage is not understood (FSDP1, sparse, complex, overlapping).
         RuntimeError: it is on the meta device, as torch's fused AdamW raises.
     """
     if reason := why_foreign(tensor):
@@ -35,6 +36,35 @@ def plain_buffer(
     sharding, frozen = shardings.get(id(tensor)), is_frozen(tensor)
     parameter = band_of(name, tensor.shape, sharding, kind=kind, order=order, is_frozen=frozen)
     return Buffer(tensor, (Shard(parameter, 0, tensor.numel(), 0),))
+
+
+def mesh_buffer(
+    tensor: Tensor, name: str, box: Box, spreads: tuple[Spread, ...], kind: Kind | None = None
+) -> Buffer:
+    """Return the buffer of a DTensor: the box that this rank has of it.
+
+    Args:
+        tensor: the parameter.
+        name: its name.
+        box: where this rank's piece lies.
+        spreads: the groups that it is spread over.
+        kind: what it is to its module.
+
+    Raises:
+        ValueError: the storage of the piece is not understood.
+    """
+    held = local(tensor)
+    if reason := why_foreign(held):
+        raise ValueError(f"AdamW2: parameter '{name}' {reason}.")
+    if not held.is_contiguous():
+        raise ValueError(
+            f"AdamW2: parameter '{name}' is a DTensor whose piece on this rank is not contiguous, "
+            "it takes contiguous ones."
+        )
+    parameter = Parameter(
+        name, tuple(tensor.shape), box, spreads, kind=kind, is_frozen=is_frozen(tensor)
+    )
+    return Buffer(tensor, (Shard(parameter, 0, held.numel(), 0),))
 
 
 def is_frozen(tensor: Tensor) -> bool:
@@ -68,14 +98,11 @@ def storage_order(tensor: Tensor) -> list[int]:
 
 def why_foreign(tensor: Tensor) -> str | None:
     """Return why a parameter cannot be stepped as it is, as the end of a sentence; None: it can."""
+    if is_on_mesh(tensor):
+        return why_foreign(local(tensor))
     kinds = {base.__name__ for base in type(tensor).__mro__}
     if "FlatParameter" in kinds or getattr(tensor, "_fsdp_flattened", False):
         return "is flattened by FSDP1, whose layout AdamW2 does not understand"
-    if "DTensor" in kinds:
-        return (
-            "is a DTensor (FSDP2 or torch tensor parallelism), whose layout AdamW2 does not "
-            "understand"
-        )
     if tensor.is_complex() or tensor.layout != torch.strided or not tensor.is_floating_point():
         return f"is {tensor.dtype}, {tensor.layout}; it takes dense real floats"
     if tensor.is_meta:

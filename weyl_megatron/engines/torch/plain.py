@@ -1,12 +1,17 @@
-"""Parameters as a model has them: plain torch and DDP, every parameter whole on every rank."""
+"""Parameters as a model has them: whole on every rank (plain torch, DDP), or DTensors (FSDP2, HSDP,
+tensor parallelism).
+"""
 
 from __future__ import annotations
 
 from ...layouts.buffers import Layout
-from ...layouts.plain import plain_buffer, why_foreign
+from ...layouts.local import is_on_mesh
+from ...layouts.plain import mesh_buffer, plain_buffer, why_foreign
 from ...layouts.tensor_parallel import shardings_of
 from ...nonfinite import Guard
 from ..engine import Known, register
+from .dtensor import placed
+from .replaced import refuse_replaced
 
 
 class PlainTorch:
@@ -27,9 +32,15 @@ class PlainTorch:
             if tensor.grad is not None or why_foreign(tensor) is None
         ]
         named = [(names[id(tensor)], tensor) for tensor in tensors]
-        shardings = shardings_of(named, known.tp_group)
+        whole = [(name, tensor) for name, tensor in named if not is_on_mesh(tensor)]
+        refuse_replaced(whole, tensors)
+        shardings = shardings_of(whole, known.tp_group)
+        places = placed(named)
         buffers = [
-            plain_buffer(tensor, name, shardings, known.kinds.get(name)) for name, tensor in named
+            mesh_buffer(tensor, name, *places[id(tensor)], known.kinds.get(name))
+            if id(tensor) in places
+            else plain_buffer(tensor, name, shardings, known.kinds.get(name))
+            for name, tensor in named
         ]
         return Layout(buffers, known.kinds)
 

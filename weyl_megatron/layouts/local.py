@@ -1,0 +1,48 @@
+"""What this rank holds of a tensor that torch spreads over a mesh of ranks (DTensor).
+
+A plain tensor is held whole. Local tensors are asked for anew in every step: engines exchange them
+behind a parameter that stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def is_on_mesh(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor; ``torch.distributed.tensor`` need not be imported."""
+    return hasattr(type(tensor), "to_local")
+
+
+def local(tensor: Any) -> Any:
+    """Return what this rank holds of a tensor; whatever is no DTensor comes back as it is.
+
+    Without gradients this is the DTensor's own memory.
+    """
+    if not is_on_mesh(tensor):
+        return tensor
+    held = tensor.to_local()
+    return held.wait() if hasattr(held, "wait") else held  # of a collective under way
+
+
+def local_gradient(tensor: Tensor) -> Tensor | None:
+    """Return the gradient of what this rank holds of a tensor; None: there is none.
+
+    Collective where it is spread in another way than its parameter, as tensor parallelism leaves an
+    embedding's.
+    """
+    grad: Any = tensor.grad
+    if grad is not None and is_on_mesh(tensor) and is_on_mesh(grad):
+        parameter: Any = tensor
+        if grad.placements != parameter.placements:
+            grad = grad.redistribute(placements=parameter.placements)
+    held: Tensor | None = local(grad)
+    return held
+
+
+def placements_of(tensors: Sequence[Any]) -> list[Any]:
+    """Return how each tensor is spread; None: it is a plain one."""
+    return [getattr(tensor, "placements", None) for tensor in tensors]
