@@ -15,11 +15,12 @@ from .environment import DOCTOR, KERNEL
 from .host_step import HostStep
 from .kernels import VECTORS_ON_GPU, Stepped, make, make_triton, pick
 from .layouts.buffers import Buffer, plan_of
+from .layouts.local import local
 from .limits import Schedule
 from .projection import Projector
 from .spectral import PowerIteration
 from .spectral.blocks import can_fit, fitted
-from .spectral.certificate import Certificate
+from .spectral.certificate import SAME, Certificate
 from .spectral.collectives import all_reduce_spans
 from .spectral.power import BLOCK, COLD_ITERS, rows_of
 from .thresholds import Thresholds
@@ -54,6 +55,8 @@ class SavedMatrix(NamedTuple):
     step: float  #: how many had been made
     blocks: list[Tensor]  #: the vectors, of W and of U
     bounds: list[Tensor]  #: the certificate's numbers
+    #: whether these are of the whole matrix, and not of what the rank has that saved it
+    is_global: bool = False
 
 
 class MatrixGroup:
@@ -246,16 +249,21 @@ class MatrixGroup:
             weights, stepped, groups, limits, cold=self._cold, has_fast=self._schedule.has_fast
         )
 
-    def gradient_norms(self, stepped: Sequence[Stepped | None]) -> dict[str, float]:
-        """Return ‖G‖_F of every matrix, by its name. Collective."""
+    def _squares(self, tensors: Sequence[Tensor | None]) -> Tensor:
+        """Return Σ of squares of every matrix, of what this rank has of it, ``(matrices,)``."""
         squares = torch.zeros(len(self._plan.matrices), dtype=torch.float64, device=self._device)
         for tile in self._plan.tiles:
-            state = stepped[tile.buffer]
-            if state is not None and tile.rows:
-                rows = rows_of(state.grad, tile, 0, tile.rows)
+            tensor = tensors[tile.buffer]
+            if tensor is not None and tile.rows:
+                rows = rows_of(tensor, tile, 0, tile.rows)
                 dtype = torch.promote_types(rows.dtype, torch.float32)
                 norm = torch.linalg.vector_norm(rows, dtype=dtype)
                 squares[tile.matrix] += norm.double().square()
+        return squares
+
+    def gradient_norms(self, stepped: Sequence[Stepped | None]) -> dict[str, float]:
+        """Return ‖G‖_F of every matrix, by its name. Collective."""
+        squares = self._squares([None if state is None else state.grad for state in stepped])
         all_reduce_spans(squares, list(spans_of(self._plan.matrices, 1).values()))
         return dict(zip(self.names, squares.sqrt().tolist(), strict=True))
 
@@ -320,6 +328,33 @@ class MatrixGroup:
             "bounds": self.certificate.saved(),
         }
 
+    def saved_by_tensor(self, step: float) -> dict[int, list[SavedMatrix]]:
+        """Return what the next step takes from the last ones, whole matrices, by the ``id`` of the
+        tensor that has them. Collective.
+
+        Args:
+            step: how many were made; of vectors that no step has made it is -1.
+        """
+        bounds = [column.clone() for column in self.certificate.saved()]
+        all_reduce_spans(bounds[-1], list(spans_of(self._plan.matrices, 1).values()))
+        step = -1.0 if self._cold else step
+        by_tensor: dict[int, list[SavedMatrix]] = {}
+        for k, blocks in enumerate(self._power.blocks.kept()):
+            matrix = SavedMatrix(step, blocks, [column[k] for column in bounds], is_global=True)
+            by_tensor.setdefault(id(self.tensors[self._plan.buffer_of[k]]), []).append(matrix)
+        return by_tensor
+
+    def matrix_tensors(self) -> list[Tensor]:
+        """Return the tensors that have matrices."""
+        return [self.tensors[number] for number in dict.fromkeys(self._plan.buffer_of)]
+
+    def names_by_parameter(self) -> dict[str, list[str]]:
+        """Return the names of the matrices of every parameter."""
+        names: dict[str, list[str]] = {}
+        for parameter, name in zip(self._plan.parameters, self.names, strict=True):
+            names.setdefault(parameter.name, []).append(name)
+        return names
+
     def restore(self, saved: Mapping[str, SavedMatrix]) -> None:
         """Take back what was saved of these matrices, by name; in groups that may have been others,
         cut otherwise.
@@ -336,8 +371,22 @@ class MatrixGroup:
             for block, saved_block in zip(blocks, record.blocks, strict=True):
                 is_filled[k] |= saved_block.numel() < block.numel()
                 block.copy_(fitted(saved_block, block.numel(), self._plan.matrices[k]))
-        bounds = zip(*(record.bounds for record in records), strict=True)
-        self.certificate.restore([torch.stack(column) for column in bounds])
+        columns = zip(*(record.bounds for record in records), strict=True)
+        bounds = [torch.stack(column) for column in columns]
+        if all(record.is_global for record in records):
+            bounds = self._of_this_rank(bounds)
+        self.certificate.restore(bounds)
         # Directions that are new have to be found, as after so many steps without an iteration.
         self.certificate.age[is_filled.to(self._device)] = COLD_ITERS
         self._cold = False
+
+    def _of_this_rank(self, bounds: list[Tensor]) -> list[Tensor]:
+        """Return the certificate's numbers of what this rank has, of those of whole matrices;
+        nothing is trusted of matrices that are others now. Collective.
+        """
+        lower, norm, age, squares = (column.to(self._device) for column in bounds)
+        own = self._squares([local(tensor).detach() for tensor in self.tensors])
+        total = own.clone()
+        all_reduce_spans(total, list(spans_of(self._plan.matrices, 1).values()))
+        are_same = (total - squares).abs() <= SAME * squares
+        return [torch.where(are_same, lower, 0), norm, age, own]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .matrices import MatrixGroup, MatrixStats
 from .names import ParameterNames
+from .packed import pack, unpack
 from .saved import SavedVectors
 from .settings import Settings, clip_of
 from .steady import Gathered, Members
@@ -124,6 +125,30 @@ class MatrixGroups:
         listed = [saved.get("param_names", ()) for saved in saved_groups]
         saved_names.restore(param_groups, listed)
         self._saved.match(names.listed(), saved_names.listed())
+
+    def take_packed(self, packed: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take what a state dict had in the states of parameters, by the parameter's name."""
+        if packed:
+            self._saved.take_packed({name: unpack(each) for name, each in packed.items()})
+            for group in self:
+                group.forget()
+
+    def packed(
+        self, steps_done: StepsDone, names: Mapping[int, str]
+    ) -> dict[int, dict[str, Tensor]]:
+        """Return, for the states of parameters, what the next step takes from the last ones.
+        Collective over the groups of the matrices.
+
+        Args:
+            steps_done: see above.
+            names: of the parameters, by ``id``.
+        """
+        matrices = {number: self._saved.packed(name) for number, name in names.items()}
+        for group in self:
+            if not group.is_adamw:
+                for number, of_tensor in group.saved_by_tensor(steps_done(group.tensors)).items():
+                    matrices[number] = matrices.get(number) or of_tensor
+        return {number: pack(each) for number, each in matrices.items() if each}
 
     def records(self, steps_done: StepsDone) -> list[dict[str, Any]]:
         """Return, for a state dict, what the next step takes from the last ones."""

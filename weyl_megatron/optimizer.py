@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from . import packed
 from .engines import engine as engines
 from .environment import LOG
 from .layouts.modules import SeenModel
@@ -15,22 +16,20 @@ from .matrices import MatrixStats
 from .matrix_groups import MatrixGroups, Turn, is_adamw
 from .names import ParameterNames, take_names
 from .nonfinite import Guard
-from .saved import KEY
+from .saved import write
 from .settings import (
     BALANCED,
     check_adamw,
     check_group,
     check_settings,
-    clips_of,
+    options_of,
     project_any,
     read_group,
-    read_tau,
-    restore_clips,
+    restore_options,
 )
 from .state import (
     check_loaded,
-    check_saved_group,
-    check_sizes,
+    check_saved_groups,
     counts_on_host,
     new_state,
     steps_done,
@@ -224,14 +223,16 @@ class AdamW2(torch.optim.AdamW):
             group.setdefault("tau", self._settings.tau)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's, whose first parameter group also has the power vectors: a run resumes
-        exactly.
+        """Return torch's with the power vectors, so that a run resumes exactly: in the first
+        parameter group, or for ``torch.distributed.checkpoint`` in the states (docs/fsdp2.md).
         """
         state = super().state_dict()
-        if vectors := self._matrix_groups.records(self._steps_done):
-            for group, written in zip(self.param_groups, state["param_groups"], strict=True):
-                if group is self.param_groups[0]:  # it may be there twice, and is written alike
-                    written[KEY] = vectors
+        packed.take_out(state["state"])
+        if packed.is_asking():
+            of_tensors = self._matrix_groups.packed(self._steps_done, self._names.known())
+            packed.write(state, self.param_groups, self.state, of_tensors)
+        elif vectors := self._matrix_groups.records(self._steps_done):
+            write(vectors, self.param_groups, state["param_groups"])
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -239,23 +240,18 @@ class AdamW2(torch.optim.AdamW):
         measures afresh.
         """
         saved_groups = state_dict["param_groups"]
-        if not self._optimizer_load_state_dict_pre_hooks:  # they may mend the sizes
-            held = [len(group["params"]) for group in self.param_groups]
-            check_sizes(held, [len(group["params"]) for group in saved_groups])
-        for saved in saved_groups:
-            check_saved_group(saved)
-        taus = [group["tau"] for group in self.param_groups]
-        clips = clips_of(self.param_groups)
+        has_hooks = bool(self._optimizer_load_state_dict_pre_hooks)  # they may mend the sizes
+        check_saved_groups(self.param_groups, saved_groups, are_sizes_known=not has_hooks)
+        options = options_of(self.param_groups)
         were_named = ["param_names" in group for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        restore_clips(self.param_groups, clips)  # those of a checkpoint are of another run
-        for group, saved, tau in zip(self.param_groups, saved_groups, taus, strict=True):
-            # The checkpoint of an AdamW has none.
-            group["tau"] = read_tau("a parameter group's tau", saved.get("tau", tau))
-            group |= {"foreach": None, "fused": None, "capturable": False}
+        states = dict(state_dict["state"])
+        vectors = packed.by_name(packed.take_out(states), saved_groups, self._names.listed())
+        super().load_state_dict({**state_dict, "state": states})
+        restore_options(self.param_groups, options, saved_groups)
         counts_on_host(self.state)
         self._matrix_groups.match(self._names, were_named, self.param_groups, saved_groups)
         self._matrix_groups.take(self.param_groups)
+        self._matrix_groups.take_packed(vectors)
 
     def forget(self) -> None:
         """Have the next step measure afresh, with the iterations of a first step; call it on every
@@ -347,7 +343,13 @@ class AdamW2(torch.optim.AdamW):
         return steps_done(self.state, tensors)
 
     def _is_construction_call(self) -> bool:
-        """Whether an engine calls ``step`` as it is built; only the state is made then."""
+        """Whether an engine calls ``step`` as it is built, or a checkpoint as it is read; only the
+        state is made then.
+        """
+        if packed.is_initializing():
+            for turn in self._turns(self._laid_out()):
+                packed.reserve(self.state[tensor] for tensor in turn.group.matrix_tensors())
+            return True
         if self._tensors is not None or self._engine is None or not self._engine.is_constructing():
             return False
         self.allocate_state()

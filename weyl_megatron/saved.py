@@ -23,6 +23,8 @@ class SavedVectors:
     def __init__(self) -> None:
         self._pending: dict[str, SavedMatrix] = {}
         self._written: dict[str, str] = {}  # the parameter's name in files, where it is not ours
+        # of whole parameters, whose matrices' names are not known yet
+        self._packed: dict[str, list[SavedMatrix]] = {}
 
     def match(self, names: Sequence[Sequence[str]], saved: Sequence[Sequence[str]]) -> None:
         """Read, and write, each parameter of ``names`` by the name at its place in the saved
@@ -63,17 +65,31 @@ class SavedVectors:
                 self._pending[_renamed(name, known)] = SavedMatrix(record["step"], *of_matrix)
         return bool(records)
 
+    def take_packed(self, packed: Mapping[str, list[SavedMatrix]]) -> None:
+        """Take the matrices of parameters, by the parameter's name, in the parameter's order."""
+        self.clear()
+        self._packed = dict(packed)
+
+    def packed(self, name: str) -> list[SavedMatrix]:
+        """Return what :meth:`take_packed` took of a parameter and no step has used yet."""
+        return self._packed.get(name, [])
+
     @property
     def is_pending(self) -> bool:
         """Whether anything waits for its matrix."""
-        return bool(self._pending)
+        return bool(self._pending or self._packed)
 
     def clear(self) -> None:
         """Drop what was taken."""
         self._pending.clear()
+        self._packed.clear()
 
     def give(self, group: MatrixGroup, steps: float) -> None:
         """Give a group, ``steps`` steps of which are done, what was saved of its matrices."""
+        for parameter, matrices in group.names_by_parameter().items():
+            packed = self._packed.pop(parameter, [])
+            if len(packed) == len(matrices):
+                self._pending |= zip(matrices, packed, strict=True)
         names = [name for name in group.names if name in self._pending]
         saved = {name: self._pending.pop(name) for name in names}
         # Another optimizer, which does not know them, may have passed the vectors on in its own
@@ -102,6 +118,23 @@ class SavedVectors:
         for record in records:
             record["matrices"] = [_renamed(name, self._written) for name in record["matrices"]]
         return records
+
+
+def write(
+    vectors: list[dict[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+    written: Sequence[MutableMapping[str, Any]],
+) -> None:
+    """Put what :meth:`SavedVectors.records` returned into a state dict's parameter groups.
+
+    Args:
+        vectors: the records.
+        groups: the optimizer's.
+        written: the state dict's.
+    """
+    for group, each in zip(groups, written, strict=True):
+        if group is groups[0]:  # it may be there twice, and is written alike
+            each[KEY] = vectors
 
 
 def _renamed(matrix: str, names: Mapping[str, str]) -> str:

@@ -185,19 +185,31 @@ def project_any(settings: Settings, groups: Sequence[Mapping[str, Any]]) -> bool
     return any(clip_of(group, settings)[0] == PROJECT for group in groups)
 
 
-def clips_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return what every parameter group has of its own of ``clip`` and ``vectors``."""
-    return [{key: group[key] for key in ("clip", "vectors") if key in group} for group in groups]
+def options_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what every parameter group has of its own of ``tau``, ``clip`` and ``vectors``."""
+    keys = "tau", "clip", "vectors"
+    return [{key: group[key] for key in keys if key in group} for group in groups]
 
 
-def restore_clips(
-    groups: Sequence[MutableMapping[str, Any]], clips: Sequence[Mapping[str, Any]]
+def restore_options(
+    groups: Sequence[MutableMapping[str, Any]],
+    options: Sequence[Mapping[str, Any]],
+    saved: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Give every parameter group what :func:`clips_of` returned, and nothing else of it."""
-    for group, clip in zip(groups, clips, strict=True):
+    """Give every parameter group, as it was loaded, its own ``clip`` and ``vectors``, as those of a
+    checkpoint are of another run, and τ where the checkpoint, of an AdamW, has none.
+
+    Args:
+        groups: the optimizer's.
+        options: what :func:`options_of` returned of them before.
+        saved: the groups of the state dict.
+    """
+    for group, own, loaded in zip(groups, options, saved, strict=True):
         group.pop("clip", None)
         group.pop("vectors", None)
-        group.update(clip)
+        group.update(own)
+        group["tau"] = read_tau("a parameter group's tau", loaded.get("tau", own["tau"]))
+        group.update({"foreach": None, "fused": None, "capturable": False})
 
 
 def read_group(group: Mapping[str, Any], settings: Settings) -> dict[str, Any]:

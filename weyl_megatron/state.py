@@ -242,24 +242,26 @@ def counts_on_host(state: Mapping[Tensor, Any]) -> None:
             entry["step"] = entry["step"].detach().to("cpu", copy=True)
 
 
-def check_saved_group(group: Mapping[str, Any]) -> None:
-    """Raise ValueError where a saved parameter group has a flag that asks for what is not done."""
-    moot = "capturable", "decoupled_weight_decay"  # torch's AdamW passes over them, too
-    check_harmless({key: value for key, value in group.items() if key not in moot})
-
-
-def check_sizes(held: Sequence[int], saved: Sequence[int]) -> None:
-    """Raise ValueError where a state dict has other parameter groups than the optimizer.
+def check_saved_groups(
+    held: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]], *, are_sizes_known: bool
+) -> None:
+    """Raise ValueError where a state dict's parameter groups cannot be the optimizer's, or have a
+    flag that asks for what is not done.
 
     Args:
-        held: how many parameters each of the optimizer's groups has.
-        saved: how many each of the state dict's groups has.
+        held: the optimizer's.
+        saved: the state dict's.
+        are_sizes_known: whether nothing will change these before they are loaded.
     """
-    if held != saved:
+    own, others = ([len(group["params"]) for group in groups] for groups in (held, saved))
+    if are_sizes_known and own != others:
         raise ValueError(
-            f"AdamW2: load_state_dict got parameter groups of {saved} parameters, it takes {held}, "
+            f"AdamW2: load_state_dict got parameter groups of {others} parameters, it takes {own}, "
             "as many as the optimizer has."
         )
+    moot = "capturable", "decoupled_weight_decay"  # torch's AdamW passes over them, too
+    for group in saved:
+        check_harmless({key: value for key, value in group.items() if key not in moot})
 
 
 def _check(tensor: Tensor, form: Form, what: str, name: str) -> None:

@@ -36,7 +36,7 @@ _LEAST_LIMIT = 1e-6
 
 #: Weights whose sum of squares is not, up to summation order, what the last step left have been
 #: changed by others.
-_SAME = 1e-5
+SAME = 1e-5
 
 
 class Certificate:
@@ -108,7 +108,7 @@ class Certificate:
         other weights.
         """
         # False also where they overflow.
-        are_same = (squares - self._squares).abs() <= _SAME * self._squares
+        are_same = (squares - self._squares).abs() <= SAME * self._squares
         # Where they are NaN, nothing is known of the weights, nor trusted but τ = ∞.
         return ~(are_same | self._squares.isnan())
 

@@ -1,0 +1,140 @@
+"""The power vectors in the state of their parameters, for ``torch.distributed.checkpoint``.
+
+It knows parameters by their names and drops, or repeats for every parameter, what else is in their
+groups, so that a run could not go on exactly at another number of ranks. Of every parameter that
+has matrices its state then has two plain tensors more, alike on all ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .matrices import SavedMatrix
+
+#: The keys in a state: the blocks of all matrices; and the step, how many matrices these are, the
+#: lengths of their blocks, and the certificate's numbers.
+KEYS = ("adamw2_vectors", "adamw2_bounds")
+
+_MODULE = "torch.distributed.checkpoint.state_dict"
+
+#: Frames between torch's function and ours: hooks, schedulers and wrappers of step.
+_DEEPEST = 16
+
+
+def is_asking(function: str | None = None) -> bool:
+    """Whether ``torch.distributed.checkpoint`` is calling, on all ranks that share a matrix.
+
+    Args:
+        function: of its module, by name; None: any.
+    """
+    frame = sys._getframe(1)
+    for _ in range(_DEEPEST):
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+        if frame.f_globals.get("__name__") == _MODULE:
+            return function is None or frame.f_code.co_name == function
+    return False
+
+
+def is_initializing() -> bool:
+    """Whether ``torch.distributed.checkpoint`` calls ``step``, with gradients of zero, to have the
+    state made.
+    """
+    return _MODULE in sys.modules and is_asking("_init_optim_state")
+
+
+def pack(matrices: Sequence[SavedMatrix]) -> dict[str, Tensor]:
+    """Return what a parameter's state has of its matrices."""
+    blocks = [block.flatten() for matrix in matrices for block in matrix.blocks]
+    bounds = [bound.double() for matrix in matrices for bound in matrix.bounds]
+    header = [matrices[0].step, len(matrices), *(block.numel() for block in blocks)]
+    numbers = torch.tensor(header, dtype=torch.float64, device=bounds[0].device)
+    return dict(
+        zip(KEYS, (torch.cat(blocks), torch.cat([numbers, torch.stack(bounds)])), strict=True)
+    )
+
+
+def unpack(packed: Mapping[str, Tensor]) -> list[SavedMatrix]:
+    """Return the matrices that :func:`pack` packed; none where it is not that."""
+    vectors, numbers = (packed[key].detach() for key in KEYS)
+    if numbers.numel() < 2:
+        return []
+    step, count = float(numbers[0]), int(numbers[1])
+    if count < 1 or (numbers.numel() - 2) % count:
+        return []
+    lengths = [int(length) for length in numbers[2 : 2 + 2 * count].tolist()]
+    bounds = numbers[2 + 2 * count :]
+    if sum(lengths) != vectors.numel() or bounds.numel() % count:
+        return []
+    blocks = torch.split(vectors, lengths)
+    each = bounds.view(count, -1)
+    return [
+        SavedMatrix(step, list(blocks[2 * k : 2 * k + 2]), list(each[k].unbind()), is_global=True)
+        for k in range(count)
+    ]
+
+
+def write(
+    state_dict: MutableMapping[str, Any],
+    param_groups: Sequence[Mapping[str, Any]],
+    state: MutableMapping[Tensor, Any],
+    packed: Mapping[int, Mapping[str, Tensor]],
+) -> None:
+    """Put what :func:`pack` packed into a state dict.
+
+    The optimizer's own state gets empty tensors under these keys: torch asks it for its keys.
+
+    Args:
+        state_dict: of the optimizer.
+        param_groups, state: the optimizer's.
+        packed: by ``id`` of the parameter.
+    """
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    tensors = [tensor for group in param_groups for tensor in group["params"]]
+    for key, tensor in zip(keys, tensors, strict=True):
+        entry = state_dict["state"].get(key)
+        if entry is not None and id(tensor) in packed:
+            state_dict["state"][key] = {**entry, **packed[id(tensor)]}
+            reserve([state[tensor]])
+
+
+def reserve(states: Iterable[MutableMapping[str, Any]]) -> None:
+    """Give the states of parameters the keys."""
+    for state in states:
+        for key in KEYS:
+            state.setdefault(key, torch.empty(0))
+
+
+def take_out(state: MutableMapping[Any, Any]) -> dict[Any, dict[str, Tensor]]:
+    """Take what :func:`pack` packed out of the states of a state dict, whose entries are replaced;
+    return it by the keys of these.
+    """
+    taken = {}
+    for key, entry in state.items():
+        if isinstance(entry, Mapping) and all(name in entry for name in KEYS):
+            taken[key] = {name: entry[name] for name in KEYS}
+            state[key] = {name: value for name, value in entry.items() if name not in KEYS}
+    return taken
+
+
+def by_name(
+    taken: Mapping[Any, dict[str, Tensor]],
+    saved_groups: Sequence[Mapping[str, Any]],
+    names: Sequence[Sequence[str]],
+) -> dict[str, dict[str, Tensor]]:
+    """Return what :func:`take_out` took by the names of the parameters at the same places.
+
+    Args:
+        taken: by the keys of the state dict.
+        saved_groups: its parameter groups.
+        names: of the optimizer's parameters, per group.
+    """
+    keys = (key for group in saved_groups for key in group["params"])
+    listed = (name for group in names for name in group)
+    return {name: taken[key] for key, name in zip(keys, listed, strict=False) if key in taken}
