@@ -21,6 +21,7 @@ from torch.distributed.tensor import (
     Shard,
     distribute_tensor,
 )
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from tests import tolerances
 from tests.engines.torch.mesh_worker import batch
@@ -97,6 +98,31 @@ def gradients_elsewhere() -> None:
     assert torch.allclose(weight.full_tensor(), alone, rtol=1e-5)
 
 
+def packed() -> None:
+    """Hugging Face's packed plans: each rank has its shares of gate and of up, stacked."""
+    mesh = init_device_mesh("cpu", (2,))
+    for shape, dim, name in (((12, 5), 0, "mlp.gate_up_proj.weight"), ((3, 8, 5), 1, "experts")):
+        whole, grad = torch.randn(shape), torch.randn(shape)
+        dist.broadcast(whole, 0)
+        dist.broadcast(grad, 0)
+        overrides = [{"match": "experts", "fused": 2, "kind": "experts"}] if dim else []
+        alone = nn.Parameter(whole.clone())
+        placements = [_StridedShard(dim - len(shape), split_factor=2)]
+        weight = nn.Parameter(distribute_tensor(whole.clone(), mesh, placements))
+        optimizers = [
+            AdamW2([(name, param)], lr=0.1, overrides=overrides) for param in (alone, weight)
+        ]
+        alone.grad, weight.grad = grad.clone(), distribute_tensor(grad, mesh, placements)
+        for optimizer in optimizers:
+            optimizer.step()
+        entries, expected = (optimizer.stats() for optimizer in reversed(optimizers))
+        assert list(entries) == list(expected) and len(expected) == 2 + 4 * dim, entries
+        for key, entry in expected.items():
+            assert abs(entries[key].sigma_update / entry.sigma_update - 1) < 1e-4, key
+            assert entry.clipped
+        assert torch.allclose(weight.full_tensor(), alone, rtol=1e-4)
+
+
 def nan_on_one_rank() -> None:
     for mode in ("skip", "raise"):
         net = Net()
@@ -155,6 +181,7 @@ def main() -> None:
         pieces_that_do_not_add_up()
         moments_elsewhere()
         gradients_elsewhere()
+        packed()
         nan_on_one_rank()
         print("all said", flush=True)
     shutdown()
