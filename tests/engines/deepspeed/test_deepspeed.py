@@ -424,7 +424,9 @@ def test_what_deepspeed_says_of_another_optimizer_under_offload_is_left_to_it(
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_the_pipeline_engine_follows_the_reference_and_refuses_auto(ranks: int) -> None:
+def test_the_pipeline_engine_follows_the_reference_projected_too_and_refuses_auto(
+    ranks: int,
+) -> None:
     output = run_ranks("deepspeed", Path(__file__).with_name("pipeline_worker.py"), ranks)
     assert (
         "pipeline follows; AdamW2: tau got 'balanced', but a pipeline stage or a rank of experts "
