@@ -312,6 +312,18 @@ def test_what_is_not_understood_is_refused_in_one_sentence_that_names_it(
         "unknown key": "unknown key 'tua' got 0.01",
         "max_grad_norm": "'max_grad_norm' is not supported",  # DeepSpeed's own sentence comes first
         "adam_w_mode": "adam_w_mode got False, it takes True",
+        "clip": "built: ValueError: AdamW2: clip got 'svd', it takes 'scale' or 'project'.",
+        "clip null": "built: ValueError: AdamW2: clip got None, it takes 'scale' or 'project'.",
+        "vectors": (
+            "built: ValueError: AdamW2: vectors got 2.5, it takes a whole number from 1 to 64."
+        ),
+        "vectors a string": "AdamW2: vectors got '8', it takes a whole number from 1 to 64.",
+        "vectors for nothing": (
+            "AdamW2: vectors got 8 beside clip 'scale', it takes clip 'project'."
+        ),
+        "vectors of an override": (
+            "AdamW2: overrides' vectors got 65, it takes a whole number from 1 to 64."
+        ),
         "moved weights": (
             "stepped: ValueError: AdamW2: DeepSpeed ZeRO's partition does not hold the weights of"
         ),
