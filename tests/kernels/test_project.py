@@ -91,8 +91,8 @@ def test_wide_blocks_are_made_as_in_plain_torch(width: int, rank: int) -> None:
             each.iterate()
             each.kernel.orthonormalize(1, 0, case.mask, case.mask, each.sigma, each.gain)
     fused, plain = copies
-    # Of vectors that see nothing new, rounding decides which are left out: measured, 0.4 % of σ₁.
-    rounding = 1e-4 if rank == 64 else 5e-3
+    # Of 64 directions four iterations see some, of which roundings move with the next block.
+    rounding = 1e-4 if rank == 64 else 1e-5
     assert torch.allclose(fused.sigma[:2], plain.sigma[:2], rtol=rounding)
     assert torch.allclose(fused.gain[:2], plain.gain[:2], rtol=0, atol=rounding)
     for k in (0, 1):

@@ -271,7 +271,8 @@ def counted(layers: int) -> Counter[str]:
 def test_calls_for_three_matrices_are_those_for_twelve(path: str) -> None:
     few, many = counted(1), counted(4)
     assert {name: few[name] for name in LINALG} == {name: many[name] for name in LINALG}
-    assert few["_linalg_eigh"] == 2 * 3, "for blocks of 3 and of 4 vectors, three each"
+    # For blocks of 3 and of 4 vectors, three each; without a look at values a basis takes none.
+    assert few["_linalg_eigh"] == 2 * (3 if path == "host" else 2)
     if path == "device":
         views = "view", "as_strided", "select", "slice", "unbind", "t", "detach", "alias"
         for calls in (few, many):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 #: How far from parallel, relative to rounding, vectors of Y must be to count as directions of their
 #: own. In float32 that is 1 % of a squared length: the Gram matrices carry errors of about 1e-6,
-#: and this gate leaves 1e-4 of them.
+#: which a direction of its own then has 100 times.
 INDEPENDENT = 1e5
 
 #: An iteration that gained no more than this share of σ₁ is the last, once as many are made as a
@@ -89,11 +89,42 @@ def basis_of(gram_y: Tensor, eps: float) -> Tensor:
         gram_y: Yᵀ Y, finite, ``(..., b, b)``, float64.
         eps: the rounding of what it was made of.
     """
+    gate = INDEPENDENT * eps
+    if not is_seen(gram_y):
+        return _by_pivots(gram_y, gate)
+    # Where all directions count every basis is as good, and this takes fewer calls.
     scale = gram_y.diagonal(dim1=-2, dim2=-1).rsqrt().nan_to_num(0, 0, 0)[..., None]
     values, vectors = torch.linalg.eigh(gram_y * scale * scale.mT)
-    lengths = torch.where(values > INDEPENDENT * eps, values, inf).rsqrt()
-    basis: Tensor = vectors * scale * lengths[..., None, :]
+    is_kept = values > gate
+    basis: Tensor = vectors * scale * torch.where(is_kept, values, inf).rsqrt()[..., None, :]
+    is_short = ~is_kept.all(-1)
+    if bool(is_short.any()):
+        basis[is_short] = _by_pivots(gram_y[is_short], gate)
     return basis
+
+
+def _by_pivots(gram_y: Tensor, gate: float) -> Tensor:
+    """See :func:`basis_of`: Gram and Schmidt's way, next the vector of which the most is left.
+
+    One is left out where its squared rest is below ``gate`` of its squared length. Of a W of low
+    rank some vectors are rounding in all their length, and still almost parallel to the others: no
+    vector that is longer may be mixed with them, or σ₁ comes out low by their share.
+    """
+    count = gram_y.shape[-1]
+    axes = torch.eye(count, device=gram_y.device, dtype=gram_y.dtype).expand_as(gram_y)
+    rests = torch.cat([gram_y, axes], -1)  # their inner products, and what they are made of
+    squares = rests.diagonal(dim1=-2, dim2=-1)
+    least = gate * squares
+    basis = []
+    for _ in range(count):
+        longest, at = squares.max(-1, keepdim=True)
+        is_new = longest > least.gather(-1, at)
+        row = rests.take_along_dim(at[..., None], -2)[..., 0, :]
+        row = row * torch.where(is_new, longest, inf).rsqrt()
+        basis.append(row[..., count:])
+        squares.scatter_(-1, at, -inf)  # never again
+        rests -= row[..., :count, None] * row[..., None, :]
+    return torch.stack(basis, -1)
 
 
 def gain(gram_y: Tensor, length: Tensor, sigma: Tensor) -> Tensor:

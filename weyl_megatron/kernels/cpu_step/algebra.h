@@ -13,25 +13,45 @@
 
 namespace {
 
-// spectral/ritz.py: largest_ratio. The first argument is destroyed.
-double largest_ratio(int b, double *gram_y, const double *gram_z, double independent) {
-    double scale[MOST], vectors[MOST * MOST], basis[MOST][MOST], inner[MOST * MOST],
-        unused[MOST * MOST];
-    for (int i = 0; i < b * b; i++)
-        if (!std::isfinite(gram_y[i]) || !std::isfinite(gram_z[i])) return NAN;
-    for (int i = 0; i < b; i++)
-        scale[i] = gram_y[i * b + i] > 0 ? 1 / std::sqrt(gram_y[i * b + i]) : 0;
-    for (int i = 0; i < b; i++)
-        for (int j = 0; j < b; j++) gram_y[i * b + j] *= scale[i] * scale[j];
-    eigen(b, gram_y, vectors);
+// spectral/ritz.py: basis_of, by pivots. Returns of how many combinations it is, which are the rows
+// of basis; gram_y is destroyed.
+int basis_of(int b, double *gram_y, double independent, double (*basis)[MOST]) {
+    double least[MOST], part[MOST], made_of[MOST][MOST];
+    bool is_taken[MOST] = {};
     int kept = 0;
-    for (int k = 0; k < b; k++) {
-        const double value = gram_y[k * b + k];
-        if (!(value > independent)) continue;
+    for (int i = 0; i < b; i++) {
+        least[i] = independent * gram_y[i * b + i];
+        for (int j = 0; j < b; j++) made_of[i][j] = i == j;
+    }
+    for (int count = 0; count < b; count++) {
+        int p = -1;
         for (int i = 0; i < b; i++)
-            basis[kept][i] = scale[i] * vectors[i * b + k] / std::sqrt(value);
+            if (!is_taken[i] && (p < 0 || gram_y[i * b + i] > gram_y[p * b + p])) p = i;
+        is_taken[p] = true;
+        const double square = gram_y[p * b + p], scale = 1 / std::sqrt(square);
+        if (!(square > least[p])) continue;
+        for (int i = 0; i < b; i++) {
+            basis[kept][i] = made_of[p][i] * scale;
+            part[i] = gram_y[p * b + i] * scale;
+        }
+        for (int i = 0; i < b; i++) {
+            if (is_taken[i]) continue;
+            for (int j = 0; j < b; j++) {
+                gram_y[i * b + j] -= part[i] * part[j];
+                made_of[i][j] -= part[i] * basis[kept][j];
+            }
+        }
         kept++;
     }
+    return kept;
+}
+
+// spectral/ritz.py: largest_ratio. The first argument is destroyed.
+double largest_ratio(int b, double *gram_y, const double *gram_z, double independent) {
+    double basis[MOST][MOST], inner[MOST * MOST], unused[MOST * MOST];
+    for (int i = 0; i < b * b; i++)
+        if (!std::isfinite(gram_y[i]) || !std::isfinite(gram_z[i])) return NAN;
+    const int kept = basis_of(b, gram_y, independent, basis);
     if (!kept) return 0;
     for (int p = 0; p < kept; p++)
         for (int q = 0; q < kept; q++) {
@@ -170,10 +190,10 @@ void next_block(int b, int64_t n, float *z, float *x, const double *gram, double
 void orthonormalize(const Shape &shape, float *x, float *z, double independent, bool more,
                     double &sigma, double &gain) {
     const int b = int(shape.width);
-    double gram_y[MOST * MOST], scaled_y[MOST * MOST], gram_z[MOST * MOST];
-    for (int p = 0; p < b * b; p++) scaled_y[p] = gram_y[p] = z[shape.gram + p];
+    double gram_y[MOST * MOST], rest_y[MOST * MOST], gram_z[MOST * MOST];
+    for (int p = 0; p < b * b; p++) rest_y[p] = gram_y[p] = z[shape.gram + p];
     gram_of(b, z + shape.z, shape.n, gram_z);
-    sigma = largest_ratio(b, scaled_y, gram_z, independent);
+    sigma = largest_ratio(b, rest_y, gram_z, independent);
     gain = gain_of(b, shape.n, gram_y, x + shape.x, sigma);
     next_block(b, shape.n, z + shape.z, x + shape.x, gram_z, sigma, more);
 }
