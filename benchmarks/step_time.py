@@ -3,7 +3,8 @@
     python -m benchmarks.step_time                      the CPU, 2 to 4 minutes on 2 cores
     python -m benchmarks.step_time --device cuda        a GPU, whole models
 
---no-deepspeed takes a minute less. The files are written after each model.
+--no-deepspeed takes a minute less, --only projected leaves all out but what clips singular values.
+The files are written after each model.
 
 The contenders step in turns, so that a busy neighbour slows all of them, and medians are compared.
 They share the gradients; every AdamW² and each peer that it is compared with has weights and
@@ -119,6 +120,12 @@ def main() -> None:
         "--no-deepspeed", action="store_true", help="leave DeepSpeed's Adam out, which it compiles"
     )
     parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="PART",
+        help="of the contenders, beside fused AdamW, those with one of these parts in their names",
+    )
+    parser.add_argument(
         "--contenders",
         type=int,
         metavar="N",
@@ -178,6 +185,7 @@ def measure(name: str, shape: Shape, options: argparse.Namespace) -> tuple[list[
     makers |= peers(weights, device, not options.no_deepspeed)
     makers["naive"] = lambda: Naive(weights(), lr=RATES["clipped"], tau=TAU)
     makers[COPY] = lambda: Copy(count, device)
+    makers = {name: make for name, make in makers.items() if is_wanted(name, options.only)}
 
     measured = race_in_heats(makers, options.contenders, options.rounds, device)
     copied = 8 * count / measured[COPY].seconds
@@ -192,6 +200,7 @@ def measure(name: str, shape: Shape, options: argparse.Namespace) -> tuple[list[
             28 * count / measured[state].seconds,
         )
         for state in [*RATES, *PROJECTED, "naive"]
+        if state in measured
         for peer in measured
         if peer not in (*RATES, *PROJECTED, "naive", COPY, TWICE)
     ]
@@ -218,6 +227,11 @@ def measure(name: str, shape: Shape, options: argparse.Namespace) -> tuple[list[
                 f"{time_ / (time_ + training):.1%} |"
             )
     return rows, "\n".join(lines)
+
+
+def is_wanted(name: str, parts: Sequence[str] | None) -> bool:
+    """Whether a contender takes part."""
+    return parts is None or name in (BASE, COPY) or any(part in name for part in parts)
 
 
 def make_adamw2(weights: Callable[[], dict[str, nn.Parameter]], **options: Any) -> AdamW2:

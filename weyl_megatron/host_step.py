@@ -135,7 +135,7 @@ class HostStep:
             if any(chosen[k] for k in batch)
         ]
         if hasattr(self._kernel, "step_alone"):
-            alone = [number for number in batches if self._is_stepped_alone(number)]
+            alone = [number for number in batches if not self._is_spread[number]]
             self._kernel.step_alone(
                 alone,
                 self._tables.of_batch,
@@ -146,14 +146,10 @@ class HostStep:
                 self._needs_move,
                 (self._limits.lr, self._limits.tau, self._limits.floor),
                 self._sums,
+                None if self._projector is None else self._projector.clipping,
             )
-            batches = [number for number in batches if not self._is_stepped_alone(number)]
+            batches = [number for number in batches if self._is_spread[number]]
         yield from batches
-
-    def _is_stepped_alone(self, batch: int) -> bool:
-        """Whether a kernel that can takes a batch through all lines by itself."""
-        is_projected = self._projector is not None and self._projector.has(batch)
-        return not (self._is_spread[batch] or is_projected)
 
     def _iterations_of(self, chosen: Tensor) -> Iterations:
         """Return which of the chosen matrices make which iterations: a slow W half of U's.
@@ -234,8 +230,8 @@ class HostStep:
         """Return the columns of ``MatrixStats`` after a step."""
         if self._projector is None:
             return self._measured
-        projector = self._projector
-        return (*self._measured, projector.clipped, projector.share, projector.unseen)
+        clipping = self._projector.clipping
+        return (*self._measured, clipping.clipped, clipping.share, clipping.unseen)
 
     def forget(self) -> None:
         """Nothing to forget: all that is kept is the certificate's."""

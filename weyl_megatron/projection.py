@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .batches import tables_of_seen
-from .kernels import Kernel
+from .kernels import Clipping, Kernel
 from .layouts.buffers import Plan
 from .rule import decay_rates, project
 from .spectral import PowerIteration, ritz
@@ -48,18 +48,26 @@ class Projector:
         self.is_projected = is_projected.to(device)
         widths = blocks.operands[operand].widths
         is_whole = [w == min(m.rows, m.cols) for w, m in zip(widths, plan.matrices, strict=True)]
-        self._is_whole = torch.tensor(is_whole, dtype=torch.bool, device=device)
         self._stacks = [self._alike(batch) for batch in blocks.batches]
-        self._none = torch.zeros(count, dtype=torch.float64, device=device)
+        rate, decay, unseen, share = torch.zeros(4, count, dtype=torch.float64, device=device)
+        #: what becomes of each matrix in a step
+        self.clipping = Clipping(
+            self._seen,
+            self._tables,
+            self.is_projected,
+            torch.tensor(is_whole, dtype=torch.bool, device=device),
+            rate,
+            decay,
+            unseen,
+            share,
+            torch.zeros(count, dtype=torch.int64, device=device),
+            torch.zeros_like(self.is_projected),
+        )
         self.begin()
 
     def begin(self) -> None:
         """Forget what the last step did."""
-        #: the matrices whose update was projected in this step
-        self.is_active = torch.zeros_like(self.is_projected)
-        self._rate, self._decay = self._none.clone(), self._none.clone()
-        self.unseen, self.share = self._none + 1, self._none + 1
-        self.clipped = torch.zeros_like(self._none, dtype=torch.int64)
+        self.clipping.clear()
 
     def has(self, batch: int) -> bool:
         """Whether any matrix of a batch is projected."""
@@ -82,16 +90,25 @@ class Projector:
             lr, bound: α and the bound of σ₁(α U) of every matrix.
             sums: see :class:`.Kernel`.
         """
+        clipping = self.clipping
         is_active = is_over & self.is_projected
-        chosen = is_active.tolist()
-        for alike in self._stacks[batch]:
-            some = [[k for k in numbers if chosen[k]] for numbers in alike]
-            if any(some):
-                self._form([numbers for numbers in some if numbers], lr, bound, sums[:, 0].sqrt())
+        if hasattr(self._kernel, "clip"):
+            self._kernel.clip(batch, is_active.byte(), lr, bound, sums, clipping)
+        else:
+            chosen = is_active.tolist()
+            for alike in self._stacks[batch]:
+                some = [[k for k in numbers if chosen[k]] for numbers in alike]
+                if any(some):
+                    given = [numbers for numbers in some if numbers]
+                    self._form(given, lr, bound, sums[:, 0].sqrt())
         self._kernel.project(
-            self._tables[batch], is_active.byte(), (self._rate, self._decay), sums, self._seen
+            self._tables[batch],
+            is_active.byte(),
+            (clipping.rate, clipping.decay),
+            sums,
+            self._seen,
         )
-        self.is_active = self.is_active | is_active
+        clipping.is_active.logical_or_(is_active)
         return is_active
 
     def _form(self, alike: list[list[int]], lr: Tensor, bound: Tensor, norm: Tensor) -> None:
@@ -102,11 +119,11 @@ class Projector:
         gram_z = torch.cat([ritz.gram(z) for z in of_z])
         at = torch.tensor([k for numbers in alike for k in numbers]).to(lr.device)
         eps = torch.finfo(self._seen.z.dtype).eps
-        grams = gram_y, gram_z
-        clip = project(grams, lr[at], bound[at], norm[at], self._is_whole[at], eps)
-        self._rate[at], self._decay[at] = clip.rate, decay_rates(lr[at], clip)
-        self.unseen[at], self.share[at] = clip.rate / lr[at], clip.share
-        self.clipped[at] = clip.clipped
+        grams, to = (gram_y, gram_z), self.clipping
+        clip = project(grams, lr[at], bound[at], norm[at], to.is_whole[at], eps)
+        to.rate[at], to.decay[at] = clip.rate, decay_rates(lr[at], clip)
+        to.unseen[at], to.share[at] = clip.rate / lr[at], clip.share
+        to.clipped[at] = clip.clipped
         first = 0
         for members, z in zip(images, of_z, strict=True):
             factors = clip.factor[first : first + len(z)]
@@ -121,8 +138,9 @@ class Projector:
             rates: α_W of those that were scaled.
             lr: α.
         """
-        of_update = torch.where(self.is_active, self.share * lr, rates)
-        return of_update, torch.where(self.is_active, self._decay, rates)
+        clipping = self.clipping
+        of_update = torch.where(clipping.is_active, clipping.share * lr, rates)
+        return of_update, torch.where(clipping.is_active, clipping.decay, rates)
 
     def _alike(self, batch: Sequence[int]) -> list[list[list[int]]]:
         """Return the projected matrices of a batch: those of the same ranks and width in one list,

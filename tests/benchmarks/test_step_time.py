@@ -22,6 +22,14 @@ def test_models_have_the_parameters_of_the_paper() -> None:
     assert millions == {"gpt2-124m": 124, "gpt-774m": 774, "vit-g-1011m": 1013}
 
 
+def test_some_of_the_contenders_are_timed_beside_adamw() -> None:
+    names = [*step_time.RATES, *step_time.PROJECTED, "naive", step_time.BASE, step_time.COPY]
+    assert all(step_time.is_wanted(name, None) for name in names)
+    wanted = [name for name in names if step_time.is_wanted(name, ["8 vectors", "undecided"])]
+    projected = "AdamW², projected, 8 vectors"
+    assert wanted == ["undecided", projected, step_time.BASE, step_time.COPY]
+
+
 @pytest.mark.parametrize("kind", ["gpt", "vit"])
 def test_one_command_writes_every_state_beside_every_peer(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

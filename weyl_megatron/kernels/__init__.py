@@ -6,6 +6,16 @@ once, by :func:`pick`; ``environment.DOCTOR`` says which and why.
 """
 
 from .choice import VECTORS_ON_GPU, Kernel, make, make_triton, pick
+from .clipping import Clipping
 from .stepped import Hyper, Stepped
 
-__all__ = ["VECTORS_ON_GPU", "Hyper", "Kernel", "Stepped", "make", "make_triton", "pick"]
+__all__ = [
+    "VECTORS_ON_GPU",
+    "Clipping",
+    "Hyper",
+    "Kernel",
+    "Stepped",
+    "make",
+    "make_triton",
+    "pick",
+]

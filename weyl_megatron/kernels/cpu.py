@@ -30,7 +30,9 @@ from ..spectral.iterations import Iterations
 from ..spectral.power import BLOCK
 from ..spectral.ritz import INDEPENDENT
 from ..spectral.seen import Seen
-from .stepped import Hyper, Stepped
+from .clipping import Clipping
+from .cpu_structs import HYPER_BYTES, Structs, columns_of, hyper_bytes
+from .stepped import Stepped
 
 #: What the compiler is given; it includes the headers in the folder of the same name.
 _SOURCE = Path(__file__).with_name("cpu_step.cpp")
@@ -50,9 +52,6 @@ _FLAGS = (
 #: The compiler takes the flags in this, too, for a library of its own; `make asan` sets it.
 FLAGS = CXXFLAGS
 
-#: Rows of ``_hyper``: the struct Hyper, ten floats and two doubles.
-_HYPER_BYTES = 56
-
 #: ``ritz.INDEPENDENT`` of the Gram matrices that the kernel makes.
 _INDEPENDENT = INDEPENDENT * torch.finfo(torch.float32).eps
 
@@ -70,8 +69,7 @@ class CpuKernel:
         self._blocks, self._library = blocks, library()
         self.arithmetic = arithmetic()
         self._batches = [torch.tensor(batch, dtype=torch.int64) for batch in blocks.batches]
-        self._structs: dict[int, Tensor] = {}
-        self._kept_alive: list[list[Tensor | int]] = []  # what their addresses point to
+        self._structs = Structs(blocks)
         self._count = len(blocks.matrices)
         self._buffers = self._hypers = torch.empty(0)
         self._alive: object = None
@@ -84,13 +82,13 @@ class CpuKernel:
         for weight, state in zip(weights, read, strict=True):
             if state is None:
                 addresses += [weight.data_ptr(), 0, 0, 0]
-                hypers += bytes(_HYPER_BYTES)
+                hypers += bytes(HYPER_BYTES)
                 continue
             tensors = weight, state.grad, state.exp_avg, state.exp_avg_sq
             addresses += [tensor.data_ptr() for tensor in tensors]
             row = rows.get(id(state.hyper))
             if row is None:
-                row = rows[id(state.hyper)] = _hyper(state.hyper)
+                row = rows[id(state.hyper)] = hyper_bytes(state.hyper)
             hypers += row
             torch.autograd.graph.increment_version(weight)  # it is changed behind autograd's back
         self._buffers = torch.tensor(addresses, dtype=torch.int64)
@@ -102,25 +100,49 @@ class CpuKernel:
 
     def step(self, table: Table, mask: Tensor, sums: Tensor) -> None:
         state = self._buffers, self._hypers
-        self._call("step", *_table(table), mask, self._count, *state, sums)
+        self._call("step", *columns_of(table), mask, self._count, *state, sums)
 
     def moments(self, table: Table, mask: Tensor, sums: Tensor) -> None:
         state, blocks = (self._buffers, self._hypers), self._blocks
         arena = blocks.x, blocks.z, blocks.left
-        self._call("moments", *_table(table), mask, self._count, *state, *arena, sums)
+        self._call("moments", *columns_of(table), mask, self._count, *state, *arena, sums)
 
     def undo(self, table: Table, mask: Tensor) -> None:
-        self._call("undo", *_table(table), mask, self._buffers, self._hypers)
+        self._call("undo", *columns_of(table), mask, self._buffers, self._hypers)
 
     def move(self, table: Table, mask: Tensor, rates: Tensor, sums: Tensor) -> None:
         state = self._buffers, self._hypers
-        self._call("move", *_table(table), mask, self._count, *state, rates, sums)
+        self._call("move", *columns_of(table), mask, self._count, *state, rates, sums)
 
     def project(
         self, table: Table, mask: Tensor, rates: Sequence[Tensor], sums: Tensor, seen: Seen
     ) -> None:
         state, arena = (self._buffers, self._hypers), (seen.x, seen.z, seen.left)
-        self._call("project", *_table(table), mask, self._count, *state, *arena, *rates, sums)
+        known = 0, 0  # of no row is Y known
+        self._call(
+            "project", *columns_of(table), mask, self._count, *state, *arena, *rates, sums, *known
+        )
+
+    def clip(
+        self,
+        batch: int,
+        mask: Tensor,
+        lr: Tensor,
+        bound: Tensor,
+        sums: Tensor,
+        clipping: Clipping,
+    ) -> None:
+        """Make C of a batch's matrices in ``mask``, and what ``clipping`` says of them.
+
+        Args:
+            batch: its number.
+            mask: the matrices.
+            lr, bound: α and the bound of σ₁(α U) of every matrix.
+            sums: see :class:`.Kernel`.
+            clipping: what the vectors saw of them, and the results.
+        """
+        numbers, struct = self._batches[batch], self._structs.of_clipping(clipping)
+        self._call("clip", numbers, len(numbers), mask, lr, bound, sums, struct)
 
     def multiply(self, operand: int, table: Table, mask: Tensor) -> None:
         self._multiply(operand, table, mask, is_back=0)
@@ -149,6 +171,7 @@ class CpuKernel:
         moved: Tensor,
         limits: Sequence[Tensor],
         sums: Tensor,
+        clipping: Clipping | None = None,
     ) -> None:
         """Do lines 3 to 14 of the algorithm for batches of matrices that no other rank has pieces
         of.
@@ -163,11 +186,13 @@ class CpuKernel:
             moved: the matrices whose weights wait for their rates.
             limits: the scheduled rate, τ and the floor under σ₁(W) of every matrix.
             sums: see :class:`.Kernel`.
+            clipping: of the matrices that are projected.
         """
-        for batch in batches:
-            if batch not in self._structs:
-                self._structs[batch] = self._struct(batch, tables[batch], sigma, gain)
-        addresses = torch.tensor([self._structs[batch].data_ptr() for batch in batches])
+        structs = [
+            self._structs.of_batch(batch, tables[batch], (sigma, gain), clipping)
+            for batch in batches
+        ]
+        addresses = torch.tensor([struct.data_ptr() for struct in structs])
         self._call(
             "step_alone",
             addresses,
@@ -184,22 +209,7 @@ class CpuKernel:
             sums,
             _INDEPENDENT,
             iterations.settled,
-        )
-
-    def _struct(self, batch: int, table: Table, sigma: Tensor, gain: Tensor) -> Tensor:
-        """Return the struct Batch of cpu_step/tables.h."""
-        blocks, members = self._blocks, self._batches[batch]
-        fields: list[Tensor | int] = []
-        for number, operand in enumerate(blocks.operands):
-            kept, working = operand.kept[batch], operand.working[batch]
-            fields += [*_table(operand.whole[batch]), *_table(operand.cut[batch])]
-            fields += [operand.shape, kept, int(kept.dtype == torch.float32), working, len(kept)]
-            fields += [sigma[number], gain[number]]
-        fields += [*_table(table), members, len(members), blocks.x, blocks.z, blocks.left]
-        fields += [blocks.z_sizes[batch], blocks.left_sizes[batch]]
-        self._kept_alive.append(fields)
-        return torch.tensor(
-            [each.data_ptr() if isinstance(each, Tensor) else each for each in fields]
+            0 if clipping is None else self._structs.of_clipping(clipping),
         )
 
     def _multiply(self, operand: int, table: Table, mask: Tensor, is_back: int) -> None:
@@ -207,7 +217,7 @@ class CpuKernel:
             state, blocks = (self._buffers, self._hypers), self._blocks
             arena = blocks.x, blocks.z, blocks.left
             self._call(
-                "multiply", operand, is_back, *_table(table), mask, self._count, *state, *arena
+                "multiply", operand, is_back, *columns_of(table), mask, self._count, *state, *arena
             )
 
     def _call(self, name: str, *arguments: Tensor | float) -> None:
@@ -227,24 +237,6 @@ def call(library: ctypes.CDLL, name: str, *arguments: Tensor | float) -> None:
         for each in arguments
     ]
     getattr(library, f"weyl_{name}")(*given, ctypes.c_int64(torch.get_num_threads()))
-
-
-def _table(table: Table) -> tuple[Tensor, int]:
-    return table.columns, len(table.tiles)
-
-
-def _hyper(hyper: Hyper) -> bytes:
-    """Return the struct Hyper of cpu_step/tables.h."""
-    lr, beta1, beta2, eps, weight_decay, correction1, correction2 = hyper.numbers()
-    root = correction2**0.5
-    moments = 1 - beta1, beta2, 1 - beta2, root, eps
-    scheduled = 1 - lr * weight_decay, -(lr / correction1)
-    inverse = 1 / float(torch.tensor(root, dtype=torch.float32))  # of the root that it is given
-    direction = correction1 / root, inverse, eps * correction1
-    floats = [*moments, *scheduled, *direction]
-    return bytes((ctypes.c_float * 10)(*floats)) + bytes(
-        (ctypes.c_double * 2)(weight_decay, correction1)
-    )
 
 
 @functools.cache

@@ -16,6 +16,7 @@
 
 #include "cpu_step/adamw.h"
 #include "cpu_step/algebra.h"
+#include "cpu_step/clip.h"
 #include "cpu_step/measure.h"
 #include "cpu_step/products.h"
 #include "cpu_step/project.h"
@@ -93,10 +94,11 @@ void weyl_move(const Tile *tiles, int64_t count, const uint8_t *moved, int64_t m
 }
 
 // As weyl_move, of matrices whose singular values are clipped; z holds their C. `counts` of a tile
-// is whether it is measured here.
+// is whether it is measured here. Y of tiles may be known: `lines`, or null, says where in y.
 void weyl_project(const Tile *tiles, int64_t count, const uint8_t *moved, int64_t matrices,
                   const Buffer *buffers, const Hyper *hypers, const float *x, float *z, float *left,
-                  const double *rates, const double *decays, double *sums, int threads) {
+                  const double *rates, const double *decays, double *sums, const int64_t *lines,
+                  float *y, int threads) {
     const Arena arena{x, z, left};
     const Shares shares(tiles, count, moved, false, threads);
     Sums partial(matrices, shares.threads);
@@ -106,11 +108,23 @@ void weyl_project(const Tile *tiles, int64_t count, const uint8_t *moved, int64_
         const Hyper &hyper = hypers[tile.buffer];
         if (!buffer.exp_avg) return;
         const float decay = float(1 - decays[tile.matrix] * hyper.weight_decay);
-        const double after = project_tile(tile, row, stop, buffer, hyper, arena,
+        float *line = Lines{lines, y}.of(&tile - tiles, row, tile.width);
+        const double after = project_tile(tile, row, stop, buffer, hyper, arena, line,
                                           float(rates[tile.matrix]), decay, rooms[thread]);
         if (tile.counts) partial.of(tile, thread)[2] += after;
     });
     partial.add_to(sums);
+}
+
+// C of the active ones of some matrices, from what the vectors saw, and what is said of it.
+void weyl_clip(const int64_t *members, int64_t count, const uint8_t *active, const double *lr,
+               const double *bound, const double *sums, const Clipping *clipping, int threads) {
+    const int busy = int(std::min<int64_t>(threads, std::max<int64_t>(1, count)));
+#pragma omp parallel for num_threads(busy) schedule(static, 1)
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t k = members[i];
+        if (active[k]) clip_seen(*clipping, k, lr[k], bound[k], std::sqrt(sums[3 * k]));
+    }
 }
 
 void weyl_multiply(int operand, int is_back, const Tile *tiles, int64_t count,
@@ -118,8 +132,8 @@ void weyl_multiply(int operand, int is_back, const Tile *tiles, int64_t count,
                    const Hyper *hypers, const float *x, float *z, float *left, int threads) {
     const Arena arena{x, z, left};
     const auto function = operand ? multiply<UPDATES> : multiply<WEIGHTS>;
-    function(is_back != 0, tiles, count, active, matrices, buffers, hypers, arena, nullptr,
-             threads);
+    function(is_back != 0, tiles, count, active, matrices, buffers, hypers, arena, nullptr, threads,
+             {});
 }
 
 void weyl_orthonormalize(const Shape *shapes, const int64_t *batch, int64_t count,
@@ -135,28 +149,44 @@ void weyl_orthonormalize(const Shape *shapes, const int64_t *batch, int64_t coun
 
 // Lines 3 to 14 of the algorithm for batches that no other rank has pieces of, each while its
 // numbers are in the cache. `begun` are the matrices whose moments are not updated yet, `moved`
-// those whose weights wait for their rates.
+// those whose weights wait for their rates; `clipping` is null where nothing is projected.
 void weyl_step_alone(const Batch *const *batches, int64_t count, const int64_t *most,
                      const int64_t *least, const uint8_t *begun, const uint8_t *moved,
                      int64_t matrices, const Buffer *buffers, const Hyper *hypers, const double *lr,
                      const double *tau, const double *floor, double *rates, double *sums,
-                     double independent, double settled, int threads) {
+                     double independent, double settled, const Clipping *clipping, int threads) {
     const Iterations iterations{most, least, begun, matrices, settled};
+    std::vector<uint8_t> scaled(moved, moved + matrices), projected(matrices);
+    std::vector<double> bounds(matrices);
+    std::vector<float> y;
     for (int64_t i = 0; i < count; i++) {
         const Batch *batch = batches[i];
-        measure(batch, iterations, buffers, hypers, sums, independent, threads);
+        if (int64_t(y.size()) < batch->line_size) y.resize(batch->line_size);
+        measure(batch, iterations, buffers, hypers, sums, independent, threads, clipping, y.data());
+        bool has_projected = false;
         for (int64_t m = 0; m < batch->count; m++) {
             const int64_t k = batch->members[m];
             // As matrices.py: rates. A σ₁(W) that is not a number counts for the floor.
-            const double weight = std::fmax(batch->operands[0].sigma[k], floor[k]);
+            bounds[k] = tau[k] * std::fmax(batch->operands[0].sigma[k], floor[k]);
             double update = batch->operands[1].sigma[k];
             if (!(update > 0)) update = std::sqrt(sums[3 * k]);
-            const double bound =
-                update == 0 || std::isinf(tau[k]) ? INFINITY : tau[k] * weight / update;
+            const double bound = update == 0 || std::isinf(tau[k]) ? INFINITY : bounds[k] / update;
             rates[k] = std::isnan(bound) ? NAN : std::min(lr[k], bound);
+            const bool is_over = moved[k] && rates[k] < lr[k];
+            if (!is_over || !clipping || !clipping->is_projected[k]) continue;
+            projected[k] = clipping->is_active[k] = 1;
+            scaled[k] = 0;
+            has_projected = true;
         }
-        weyl_move(batch->tiles, batch->tile_count, moved, matrices, buffers, hypers, rates, sums,
-                  threads);
+        if (has_projected) {
+            weyl_clip(batch->members, batch->count, projected.data(), lr, bounds.data(), sums,
+                      clipping, threads);
+            weyl_project(batch->seen, batch->seen_count, projected.data(), matrices, buffers,
+                         hypers, clipping->x, clipping->z, clipping->left, clipping->rate,
+                         clipping->decay, sums, batch->lines_of_seen, y.data(), threads);
+        }
+        weyl_move(batch->tiles, batch->tile_count, scaled.data(), matrices, buffers, hypers, rates,
+                  sums, threads);
     }
 }
 

@@ -46,13 +46,8 @@ int basis_of(int b, double *gram_y, double independent, double (*basis)[MOST]) {
     return kept;
 }
 
-// spectral/ritz.py: largest_ratio. The first argument is destroyed.
-double largest_ratio(int b, double *gram_y, const double *gram_z, double independent) {
-    double basis[MOST][MOST], inner[MOST * MOST], unused[MOST * MOST];
-    for (int i = 0; i < b * b; i++)
-        if (!std::isfinite(gram_y[i]) || !std::isfinite(gram_z[i])) return NAN;
-    const int kept = basis_of(b, gram_y, independent, basis);
-    if (!kept) return 0;
+// Z Zᵀ of `kept` directions of a basis, (kept, kept).
+void inner_of(int b, int kept, const double (*basis)[MOST], const double *gram_z, double *inner) {
     for (int p = 0; p < kept; p++)
         for (int q = 0; q < kept; q++) {
             double total = 0;
@@ -60,6 +55,21 @@ double largest_ratio(int b, double *gram_y, const double *gram_z, double indepen
                 for (int j = 0; j < b; j++) total += basis[p][i] * gram_z[i * b + j] * basis[q][j];
             inner[p * kept + q] = total;
         }
+}
+
+bool are_finite(int b, const double *gram_y, const double *gram_z) {
+    for (int i = 0; i < b * b; i++)
+        if (!std::isfinite(gram_y[i]) || !std::isfinite(gram_z[i])) return false;
+    return true;
+}
+
+// spectral/ritz.py: largest_ratio. The first argument is destroyed.
+double largest_ratio(int b, double *gram_y, const double *gram_z, double independent) {
+    double basis[MOST][MOST], inner[MOST * MOST], unused[MOST * MOST];
+    if (!are_finite(b, gram_y, gram_z)) return NAN;
+    const int kept = basis_of(b, gram_y, independent, basis);
+    if (!kept) return 0;
+    inner_of(b, kept, basis, gram_z, inner);
     eigen(kept, inner, unused);
     double largest = 0;
     for (int p = 0; p < kept; p++) largest = std::max(largest, inner[p * kept + p]);

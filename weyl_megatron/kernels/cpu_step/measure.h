@@ -68,10 +68,22 @@ struct Iterations {
     }
 };
 
+// spectral/seen.py: keep, of one matrix of a batch.
+void keep_seen(const Clipping &clipping, const Batch &batch, int64_t k) {
+    const Shape &from = batch.operands[1].shapes[k], &to = clipping.shapes[k];
+    const int64_t *lefts = clipping.lefts + 3 * k, length = from.width * from.n;
+    std::copy_n(batch.x + from.x, length, clipping.x + to.x);
+    std::copy_n(batch.z + from.z, length, clipping.z + to.z);
+    std::copy_n(batch.z + from.gram, from.width * from.width, clipping.z + to.gram);
+    std::copy_n(batch.left + lefts[0], lefts[2], clipping.left + lefts[1]);
+}
+
 // PowerIteration.measure for a batch of matrices that no other rank has pieces of. Of those whose
-// first products with U are begun here the moments are updated, too.
+// first products with U are begun here the moments are updated, too. Of those that are projected it
+// is kept what the vectors saw, in `clipping`, and Y, in `y`; null: there are none.
 void measure(const Batch *batch, const Iterations &iterations, const Buffer *buffers,
-             const Hyper *hypers, double *sums, double independent, int threads) {
+             const Hyper *hypers, double *sums, double independent, int threads,
+             const Clipping *clipping, float *y) {
     const Arena arena{batch->x, batch->z, batch->left};
     const int64_t matrices = iterations.matrices, rounds = iterations.count(*batch);
     for (const Operand &operand : batch->operands) load(operand);
@@ -87,18 +99,19 @@ void measure(const Batch *batch, const Iterations &iterations, const Buffer *buf
         std::fill(batch->left, batch->left + batch->left_size, 0.f);
         if (number == 0)
             multiply<MOMENTS>(false, batch->tiles, batch->tile_count, iterations.begun, matrices,
-                              buffers, hypers, arena, sums, threads);
+                              buffers, hypers, arena, sums, threads, {batch->lines, y});
         for (int o = 1; o >= 0; o--) {
             const Operand &operand = batch->operands[o];
             const auto product = o ? multiply<UPDATES> : multiply<WEIGHTS>;
             const auto run = [&](bool is_back, const Tile *tiles, int64_t count,
-                                 const uint8_t *chosen) {
+                                 const uint8_t *chosen, const int64_t *lines) {
                 product(is_back, tiles, count, chosen, matrices, buffers, hypers, arena, nullptr,
-                        threads);
+                        threads, {lines, y});
             };
-            run(false, operand.cut, operand.cut_count, beginning[o].data());
-            run(false, operand.whole, operand.whole_count, beginning[o].data());
-            run(true, operand.cut, operand.cut_count, making[o].data());
+            run(false, operand.cut, operand.cut_count, beginning[o].data(), nullptr);
+            run(false, operand.whole, operand.whole_count, beginning[o].data(),
+                o ? batch->lines_of_whole : nullptr);
+            run(true, operand.cut, operand.cut_count, making[o].data(), nullptr);
         }
         // Each matrix of each operand is one thread's.
         const int busy = int(std::min<int64_t>(threads, 2 * batch->count));
@@ -106,6 +119,8 @@ void measure(const Batch *batch, const Iterations &iterations, const Buffer *buf
         for (int64_t i = 0; i < 2 * batch->count; i++) {
             const int64_t k = batch->members[i / 2], o = i % 2;
             const Operand &operand = batch->operands[o];
+            if (o && making[o][k] && clipping && clipping->is_projected[k])
+                keep_seen(*clipping, *batch, k);
             if (making[o][k])
                 orthonormalize(operand.shapes[k], batch->x, batch->z, independent,
                                iterations.may_follow(o, k, number), operand.sigma[k],

@@ -91,23 +91,25 @@ std::vector<int64_t> extents(const Tile *tiles, int64_t count, const Shares &sha
 }
 
 // The products of all active tiles with W or U; with MOMENTS, U is that of moments updated in the
-// same pass.
+// same pass. Y is kept in `lines`.
 template <Source source>
 void multiply(bool is_back, const Tile *tiles, int64_t count, const uint8_t *active,
               int64_t matrices, const Buffer *buffers, const Hyper *hypers, const Arena &arena,
-              double *sums, int threads) {
+              double *sums, int threads, const Lines &lines = {}) {
     const Shares shares(tiles, count, active, false, threads);
     if (!shares.total) return;
     const std::vector<int64_t> ends = extents(tiles, count, shares, matrices);
     Targets targets(arena, shares.threads);
     Sums partial(source == MOMENTS ? matrices : 0, shares.threads);
-    int64_t widest = 0;
+    int64_t longest = 0;
     for (int64_t i = 0; i < count; i++)
-        if (shares.begin[i] >= 0) widest = std::max(widest, (tiles[i].cols + 15) / 16 * 16);
+        if (shares.begin[i] >= 0) {
+            longest = std::max(longest, band_of(tiles[i].cols) * Room::stride_of(tiles[i].cols));
+        }
 #pragma omp parallel for num_threads(shares.threads) schedule(static, 1)
     for (int thread = 0; thread < shares.threads; thread++) {
         Room room;
-        room.resize(source == WEIGHTS ? 0 : ROWS * widest);
+        room.resize(source == WEIGHTS ? 0 : longest);
         Adding adding(targets, thread);
         const int64_t low = shares.edge(thread), high = shares.edge(thread + 1);
         for (int64_t i = 0; i < count; i++) {
@@ -120,23 +122,25 @@ void multiply(bool is_back, const Tile *tiles, int64_t count, const uint8_t *act
             if (tile.width)
                 adding.turn_to(tile,
                                ends[2 * tile.matrix] >= low && ends[2 * tile.matrix + 1] <= high);
-            for (int64_t done = 0; done < stop - start; done += ROWS) {
-                const int rows = int(std::min<int64_t>(ROWS, stop - start - done));
+            const int64_t band = band_of(tile.cols);
+            for (int64_t done = 0; done < stop - start; done += band) {
+                const int rows = int(std::min<int64_t>(band, stop - start - done));
                 // U is formed again from the end on: what the pass before read last may still be in
                 // the cache.
                 const bool is_backwards = source == UPDATES;
                 const int64_t row = is_backwards ? stop - done - rows : start + done;
-                const bool is_there = done + 3 * ROWS <= stop - start;
-                const int64_t ahead = !is_there ? 0 : (is_backwards ? -2 : 2) * ROWS * tile.stride;
-                Row each[ROWS];
+                const bool is_there = done + 2 * band <= stop - start;
+                const int64_t ahead = !is_there ? 0 : (is_backwards ? -1 : 1) * band * tile.stride;
+                Row each[BAND];
                 for (int r = 0; r < rows; r++) {
                     const int64_t at = tile.offset + (row + r) * tile.stride;
                     each[r] = {buffer.weight + at, buffer.grad + at, buffer.exp_avg + at,
-                               buffer.exp_avg_sq + at, room.at + r * widest};
+                               buffer.exp_avg_sq + at, room.at + r * Room::stride_of(tile.cols)};
                 }
-                const float squares =
-                    multiply_rows<source>(is_back, tile, row, rows, hypers[tile.buffer], each,
-                                          arena, adding.target, adding.sum, ahead);
+                const double squares =
+                    multiply_band<source>(is_back, tile, row, rows, hypers[tile.buffer], each,
+                                          arena, adding.target, adding.sum, ahead,
+                                          lines.of(i, row, tile.width));
                 if (source == MOMENTS && tile.width) partial.of(tile, thread)[0] += squares;
             }
         }

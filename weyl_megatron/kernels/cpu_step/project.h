@@ -1,9 +1,11 @@
-// The move of matrices whose singular values are clipped: W ← W − α_d λ W − (rate · U + Y C), row by
-// row, with y = u Xᵀ and C = M Z (rule.py: project).
+// The move of matrices whose singular values are clipped: W ← W − α_d λ W − (rate · U + Y C), with
+// Y = U Xᵀ and C = M Z (rule.py: project).
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "adamw.h"
 #include "rows.h"
@@ -12,104 +14,112 @@
 
 namespace {
 
-// u_r[c] ← scale · u_r[c] + Σ_j y[r][j] C_j[c] of R rows and B vectors.
-template <int R, int B>
-void spread(float *const *rows, float scale, const float *c, int64_t n, int64_t cols,
-            const float (*y)[MOST]) {
-    vec ys[R][B];
+// What moves rows: W ← W · decay − (rate · U + Y C).
+struct Move {
+    const Hyper &hyper;
+    float rate, decay;
+    const float *c;  // of the tile's first column
+    int64_t n;
+    int width;
+};
+
+// Columns [c, c + C registers) of R rows; Σ w² after the move is added to `after`.
+template <int R, int C>
+inline void move_columns(const Move &move, const Row *rows, float *const *w, int64_t c,
+                         const float (*y)[MOST], vec *after) {
+    vec changes[R][C];
     for (int r = 0; r < R; r++)
-        for (int j = 0; j < B; j++) ys[r][j] = splat(y[r][j]);
-    int64_t i = 0;
-    for (; i + LANES <= cols; i += LANES) {
-        vec cs[B];
-        for (int j = 0; j < B; j++) cs[j] = load(c + j * n + i);
+        for (int i = 0; i < C; i++) {
+            const int64_t at = c + i * LANES;
+            const vec u = direction(move.hyper, load(rows[r].m + at), load(rows[r].v + at));
+            changes[r][i] = u * splat(move.rate);
+        }
+    for (int j = 0; j < move.width; j++) {
+        vec cs[C];
+        for (int i = 0; i < C; i++) cs[i] = load(move.c + j * move.n + c + i * LANES);
         for (int r = 0; r < R; r++) {
-            vec u = load(rows[r] + i) * splat(scale);
-            for (int j = 0; j < B; j++) u = fma(cs[j], ys[r][j], u);
-            store(rows[r] + i, u);
+            const vec a = splat(y[r][j]);
+            for (int i = 0; i < C; i++) changes[r][i] = fma(cs[i], a, changes[r][i]);
         }
     }
-    for (; i < cols; i++)
-        for (int r = 0; r < R; r++) {
-            float u = rows[r][i] * scale;
-            for (int j = 0; j < B; j++) u += y[r][j] * c[j * n + i];
-            rows[r][i] = u;
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < C; i++) {
+            float *at = w[r] + c + i * LANES;
+            const vec next = load(at) * splat(move.decay) - changes[r][i];
+            store(at, next);
+            after[i] = fma(next, next, after[i]);
         }
 }
 
-// W ← W · decay − change; returns Σ w² after it.
-float subtract(float *__restrict w, const float *__restrict change, float decay, int64_t count) {
+// Columns [c, stop) of R rows; returns Σ w² after the move.
+template <int R>
+float move_rows(const Move &move, const Row *rows, float *const *w, int64_t c, int64_t stop,
+                const float (*y)[MOST]) {
+    vec squares[COLUMNS];
+    for (vec &each : squares) each = splat(0.f);
+    for (; c + COLUMNS * LANES <= stop; c += COLUMNS * LANES)
+        move_columns<R, COLUMNS>(move, rows, w, c, y, squares);
+    for (; c + LANES <= stop; c += LANES) move_columns<R, 1>(move, rows, w, c, y, squares);
     float after = 0;
-#pragma omp simd reduction(+ : after)
-    for (int64_t c = 0; c < count; c++) {
-        const float next = w[c] * decay - change[c];
-        w[c] = next;
-        after += next * next;
-    }
+    for (const vec &each : squares) after += sum(each);
+    for (; c < stop; c++)
+        for (int r = 0; r < R; r++) {
+            float change = direction(move.hyper, rows[r].m[c], rows[r].v[c]) * move.rate;
+            for (int j = 0; j < move.width; j++) change += y[r][j] * move.c[j * move.n + c];
+            w[r][c] = w[r][c] * move.decay - change;
+            after += w[r][c] * w[r][c];
+        }
     return after;
 }
 
-// R rows of a tile from `row` on, whose U are put into rows[r].u; `weights` are the same rows of W.
-// Returns Σ w² after the move.
-template <int R>
-double project_rows(const Tile &tile, int64_t row, const Hyper &hyper, const Row *rows,
-                    float *const *weights, const Arena &arena, float rate, float decay) {
-    constexpr int64_t LONGEST = 4096;  // numbers that are summed in float
+// A band of a tile from `row` on, whose Y are in `left` or in `line`, or else made anew, with U in
+// rows[r].u; `weights` are the same rows of W. Returns Σ w² after the move.
+double project_band(const Tile &tile, int64_t row, int count, const Hyper &hyper, const Row *rows,
+                    float *const *weights, const Arena &arena, const float *line, float rate,
+                    float decay) {
+    constexpr int64_t LONGEST = 4096;  // columns that are summed in float
     const int width = int(tile.width);
-    float y[R][MOST], *formed[R];
-    Row again[R] = {};
-    for (int r = 0; r < R; r++) again[r].w = formed[r] = rows[r].u;
-    if (tile.left >= 0) {
-        forward<UPDATES, R, 0>(hyper, rows, nullptr, 0, tile.cols, y, 0);
-        const float *left = arena.left + tile.left + row * width;
-        for (int r = 0; r < R; r++)
-            for (int j = 0; j < width; j++) y[r][j] = left[r * width + j];
-    } else {
-        const float *x = arena.x + tile.x;
-        some(width, [&](auto few) {
-            forward<UPDATES, R, few()>(hyper, rows, x, tile.n, tile.cols, y, 0);
-        });
-        for (int j = FEW; j < width; j += FEW)
-            some(width - j, [&](auto few) {
-                forward<WEIGHTS, R, few()>(hyper, again, x + j * tile.n, tile.n, tile.cols,
-                                           from(y, j), 0);
-            });
-    }
-    for (int j = 0; j < width; j += FEW)
-        some(width - j, [&](auto few) {
-            spread<R, few()>(formed, j ? 1.f : rate, arena.z + tile.z + j * tile.n, tile.n,
-                             tile.cols, from(y, j));
-        });
+    float y[BAND][MOST];
+    const float *known = tile.left < 0 ? line : arena.left + tile.left + row * width;
+    if (known)
+        for (int r = 0; r < count; r++)
+            std::copy(known + r * width, known + (r + 1) * width, y[r]);
+    else
+        forward_band<UPDATES>(hyper, rows, count, width, arena.x + tile.x, tile.n, tile.cols, y, 0);
+    const Move move{hyper, rate, decay, arena.z + tile.z, tile.n, width};
     double after = 0;
-    for (int r = 0; r < R; r++)
+    int r = 0;
+    const auto move_some = [&](auto some) {
         for (int64_t c = 0; c < tile.cols; c += LONGEST)
-            after += subtract(weights[r] + c, formed[r] + c, decay,
-                              std::min(LONGEST, tile.cols - c));
+            after += move_rows<some()>(move, rows + r, weights + r, c,
+                                       std::min(c + LONGEST, tile.cols), y + r);
+        r += some();
+    };
+    while (r + FEW <= count) move_some(std::integral_constant<int, FEW>());
+    while (r < count) move_some(std::integral_constant<int, 1>());
     return after;
 }
 
 // What `share` gives a thread: rows of one tile.
 double project_tile(const Tile &tile, int64_t row, int64_t stop, const Buffer &buffer,
-                    const Hyper &hyper, const Arena &arena, float rate, float decay, Room &room) {
-    const int64_t widest = (tile.cols + 15) / 16 * 16;
-    room.resize(ROWS * widest);
+                    const Hyper &hyper, const Arena &arena, float *line, float rate, float decay,
+                    Room &room) {
+    const int64_t stride = Room::stride_of(tile.cols), band = band_of(tile.cols);
+    room.resize(band * stride);
     double after = 0;
-    for (; row < stop; row += ROWS) {
-        const int count = int(std::min<int64_t>(ROWS, stop - row));
-        Row each[ROWS];
-        float *weights[ROWS];
+    const int64_t first = row;
+    for (; row < stop; row += band) {
+        const int count = int(std::min<int64_t>(band, stop - row));
+        Row each[BAND];
+        float *weights[BAND];
         for (int r = 0; r < count; r++) {
             const int64_t at = tile.offset + (row + r) * tile.stride;
             weights[r] = buffer.weight + at;
             each[r] = {weights[r], buffer.grad + at, buffer.exp_avg + at, buffer.exp_avg_sq + at,
-                       room.at + r * widest};
+                       room.at + r * stride};
         }
-        if (count == ROWS)
-            after += project_rows<ROWS>(tile, row, hyper, each, weights, arena, rate, decay);
-        else
-            for (int r = 0; r < count; r++)
-                after += project_rows<1>(tile, row + r, hyper, each + r, weights + r, arena, rate,
-                                         decay);
+        after += project_band(tile, row, count, hyper, each, weights, arena,
+                              line ? line + (row - first) * tile.width : nullptr, rate, decay);
     }
     return after;
 }

@@ -6,8 +6,9 @@
 
 namespace {
 
-// Vectors per matrix at most: settings.MOST_VECTORS; and those that are worked on at once.
-constexpr int MOST = 64, FEW = 4;
+// Vectors per matrix at most: settings.MOST_VECTORS; and those that are worked on at once: while
+// rows are formed, and else. Rows that are multiplied together, at most.
+constexpr int MOST = 64, MANY = 8, FEW = 4, BAND = 16;
 
 struct Tile {  // COLUMNS of spectral/blocks.py
     int64_t buffer, offset, rows, cols, stride, matrix, x, z, n, width, gram, left, counts;
@@ -46,6 +47,27 @@ struct Operand {  // of a batch, made by cpu.py
     int64_t length;
     double *sigma, *gain;
 };
+// Where Y of a table's tiles is kept, of each its first row or -1.
+struct Lines {
+    const int64_t *at;  // null: of none
+    float *y;
+    float *of(int64_t tile, int64_t row, int64_t width) const {
+        return at && at[tile] >= 0 ? y + at[tile] + row * width : nullptr;
+    }
+};
+
+// What of updates whose singular values are clipped is kept from their last iteration on, and what
+// becomes of them; of all matrices, made by cpu_structs.py.
+struct Clipping {
+    const uint8_t *is_projected, *is_whole;
+    const Shape *shapes;
+    const int64_t *lefts;  // of each: where its Y of cut rows are in a batch and here, how many
+    float *x, *z, *left;
+    double *rate, *decay, *unseen, *share;
+    int64_t *clipped;
+    uint8_t *is_active;
+    const double *constants;
+};
 struct Batch {
     Operand operands[2];
     const Tile *tiles;  // all of the batch's
@@ -54,6 +76,10 @@ struct Batch {
     int64_t count;
     float *x, *z, *left;
     int64_t z_size, left_size;
+    const Tile *seen;  // those that are projected, with the places of Clipping
+    int64_t seen_count, line_size;
+    // Of `tiles`, `seen` and the update's `whole`.
+    const int64_t *lines, *lines_of_seen, *lines_of_whole;
 };
 
 }  // namespace

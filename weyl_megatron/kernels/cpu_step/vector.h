@@ -1,7 +1,7 @@
 // A vector register of floats, as wide as the machine has them: loads, stores and arithmetic.
 //
-// LANES is the floats in one. ROWS is how many rows of a matrix are multiplied at a time: as many
-// as the registers hold the sums of.
+// LANES is the floats in one. The registers hold the Y of ROWS rows with FEW vectors, and FEW times
+// COLUMNS of Z.
 
 #pragma once
 
@@ -18,7 +18,7 @@ namespace {
 
 #if defined(__AVX512F__)
 typedef __m512 vec;
-constexpr int LANES = 16, ROWS = 4;
+constexpr int LANES = 16, ROWS = 4, COLUMNS = 6;
 inline vec load(const float *p) { return _mm512_loadu_ps(p); }
 inline void store(float *p, vec a) { _mm512_storeu_ps(p, a); }
 inline vec splat(float a) { return _mm512_set1_ps(a); }
@@ -34,7 +34,7 @@ inline vec quotient(vec a, vec b) {
 }
 #elif defined(__AVX2__) && defined(__FMA__)
 typedef __m256 vec;
-constexpr int LANES = 8, ROWS = 2;
+constexpr int LANES = 8, ROWS = 2, COLUMNS = 3;
 inline vec load(const float *p) { return _mm256_loadu_ps(p); }
 inline void store(float *p, vec a) { _mm256_storeu_ps(p, a); }
 inline vec splat(float a) { return _mm256_set1_ps(a); }
@@ -48,7 +48,7 @@ inline float sum(vec a) {
 }
 #else
 typedef float vec __attribute__((vector_size(16)));
-constexpr int LANES = 4, ROWS = 2;
+constexpr int LANES = 4, ROWS = 2, COLUMNS = 3;
 inline vec load(const float *p) {
     vec a;
     std::memcpy(&a, p, sizeof a);
@@ -70,6 +70,8 @@ class Room {
 
   public:
     float *at = nullptr;
+    // Rows at strides of many lines, an even number, would all lie in few of the cache's sets.
+    static int64_t stride_of(int64_t cols) { return ((cols + 15) / 16 | 1) * 16; }
     void resize(int64_t count) {
         floats.assign(count + 16, 0.f);
         at = floats.data() +
