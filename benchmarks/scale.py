@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from triton.runtime.jit import JITFunction
 
+from benchmarks.scale_mesh import MESHES, mesh_buffers, mesh_pieces
 from benchmarks.scale_models import DEFAULTS, MODELS, Model, Spread, Weight
 from weyl_megatron import AdamW2, matrices, state
 from weyl_megatron import tensors as stepped_tensors
@@ -98,9 +99,9 @@ def buffers_of(
     group: ProcessGroup | None,
     tensor_of: Callable[[int], Tensor],
 ) -> list[Buffer]:
-    """Return what a rank steps, as the layouts' own code reads it; ``tensor_of`` makes a tensor of
-    that length.
-    """
+    """Return what a rank steps, as the layouts' own code reads it; ``tensor_of(length)`` makes it."""
+    if stage in MESHES:
+        return mesh_buffers(parameters, stage, tensor_of)
     lengths = [prod(parameter.local_shape) for parameter in parameters]
     if stage == "ddp":
         return [
@@ -138,9 +139,9 @@ def buffers_of(
 
 
 def pieces_of(weights: Sequence[Weight], spread: Spread) -> Pieces:
-    """Return what all data-parallel ranks hold of every parameter; the tests compare it with what
-    the layouts read.
-    """
+    """Return what data-parallel ranks hold of every parameter, which the tests compare."""
+    if spread.zero in MESHES:
+        return mesh_pieces([weight.shape for weight in weights], spread)
     lengths = [prod(w.shape) // (1 if w.dim is None else spread.tp) for w in weights]
     pieces: Pieces = []
     at = 0
@@ -373,7 +374,7 @@ def main() -> None:
     )
     for flag in ("--tp", "--pp", "--dp"):
         parser.add_argument(flag, type=int, default=1)
-    parser.add_argument("--zero", choices=("1", "3", "ddp"), default="1")
+    parser.add_argument("--zero", choices=("1", "3", "ddp", *MESHES), default="1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
     args = parser.parse_args()
     spread = Spread(args.tp, args.pp, args.dp, args.zero)
