@@ -27,13 +27,7 @@ from .settings import (
     read_group,
     restore_options,
 )
-from .state import (
-    check_loaded,
-    check_saved_groups,
-    counts_on_host,
-    new_state,
-    steps_done,
-)
+from .state import check_loaded, check_saved_groups, counts_on_host, new_state, steps_done
 from .tensors import SteppedTensors, on_device, refuse_capture
 from .thresholds import Thresholds
 
