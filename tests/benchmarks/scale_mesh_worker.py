@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from benchmarks.scale import OPTIONS
+from benchmarks.scale_count import CLIPS, OPTIONS, vectors_of
 from tests.benchmarks.scale_worker import MODEL, RATES
 from weyl_megatron import AdamW2
 from weyl_megatron.engines.shutdown import shutdown
@@ -38,10 +38,11 @@ def sharded(mesh: DeviceMesh) -> list[tuple[str, nn.Parameter]]:
     return list(zip(names, holder.parameters(), strict=True))
 
 
-def count(mesh: DeviceMesh, state: str) -> list[int]:
+def count(mesh: DeviceMesh, state: str, clip: str) -> list[int]:
     """Return collectives, bytes and bytes of vectors of the second of two steps."""
     named = sharded(mesh)
-    optimizer = AdamW2(named, lr=RATES[state], **OPTIONS)
+    io = [name for name, _ in named if name.startswith("embedding")]
+    optimizer = AdamW2(named, lr=RATES[state], clip=clip, io=io, **OPTIONS)
     sent: list[int] = []
     all_reduce = dist.all_reduce
 
@@ -71,10 +72,7 @@ def count(mesh: DeviceMesh, state: str) -> list[int]:
             optimizer.step()
     assert {entry.certified for entry in optimizer.stats().values()} == {state == "certified"}
     (matrix_group,) = optimizer._matrix_groups
-    parts = matrix_group._power.blocks
-    kept = [block for operand in parts.operands for block in operand.kept]
-    vectors = sum(each.nbytes for each in [parts.x, parts.z, parts.left, *kept])
-    return [len(sent), sum(sent), vectors]
+    return [len(sent), sum(sent), vectors_of(matrix_group)]
 
 
 def main() -> None:
@@ -85,7 +83,8 @@ def main() -> None:
         "hsdp2": init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "dp")),
     }
     counts = {
-        name: {state: count(mesh, state) for state in RATES} for name, mesh in meshes.items()
+        name: {clip: {state: count(mesh, state, clip) for state in RATES} for clip in CLIPS}
+        for name, mesh in meshes.items()
     }
     if dist.get_rank() == 0:
         (Path(sys.argv[1]) / "counts.json").write_text(json.dumps(counts))

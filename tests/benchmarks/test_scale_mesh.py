@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.scale import STATES
+from benchmarks.scale_count import STATES
 from benchmarks.scale_models import Spread
 from tests.benchmarks.scale_worker import MODEL
 from tests.benchmarks.test_scale import counts
@@ -15,14 +15,12 @@ from tests.processes import run_ranks
 def test_stand_ins_count_what_real_dtensors_count(tmp_path: Path) -> None:
     run_ranks("torch", Path(__file__).parent / "scale_mesh_worker.py", 4, str(tmp_path))
     real = json.loads((tmp_path / "counts.json").read_text())
-    for zero, states in real.items():
-        planned = counts(MODEL, Spread(dp=4, zero=zero))
-        for state, counted in states.items():
-            row = planned[state]
-            assert [row[key] for key in ("collectives", "bytes", "vectors")] == counted, (
-                zero,
-                state,
-            )
+    for zero, clips in real.items():
+        for clip, states in clips.items():
+            planned = counts(MODEL, Spread(dp=4, zero=zero), clip)
+            for state, counted in states.items():
+                row = [planned[state][key] for key in ("collectives", "bytes", "vectors")]
+                assert row == counted, (zero, clip, state)
 
 
 @pytest.mark.parametrize("zero", ["fsdp", "hsdp2"])

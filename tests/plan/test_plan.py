@@ -363,7 +363,7 @@ def test_parameters_that_are_spread_over_ranks_are_refused(tmp_path: Path) -> No
         path = tmp_path / "piece.pt"
         torch.save({"layer.weight": weight}, path)
         for named in ([("layer.weight", weight)], load(str(path)).named):
-            with pytest.raises(ValueError, match="'layer.weight' is spread over ranks .* takes wh"):
+            with pytest.raises(ValueError, match=r"'layer.weight' is spread over ranks .* takes w"):
                 plan(named, LR)
     finally:
         dist.destroy_process_group()

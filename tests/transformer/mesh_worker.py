@@ -1,5 +1,5 @@
-"""torchrun worker: trains examples/collapse's GPT with σReparam and scaled residuals under FSDP2 and
-HSDP; writes losses, σ₁ and parameters, and what is refused.
+"""torchrun worker: trains examples/collapse's GPT with σReparam and scaled residuals under FSDP2
+and HSDP; writes losses, σ₁ and parameters, and what is refused.
 
 Usage: mesh_worker.py OUT_DIR. One process trains the models whole; the global batch is the same at
 any number of processes.

@@ -119,7 +119,7 @@ def part_of_ranks(model: GPT) -> None:
 
 
 def sharpness_of(model: GPT, *, is_between: bool) -> float:
-    """Sharpness of parameters that are DTensors, or plain and whole between forward and backward."""
+    """Sharpness of DTensors, or of what is plain and whole between forward and backward."""
     tokens = batch(0)
     if is_between:
         model(tokens[:, :-1])

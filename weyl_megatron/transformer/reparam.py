@@ -134,9 +134,9 @@ def sigma_reparam(
 
     Raises:
         ValueError: nothing matches; a layer is converted already, tied to another, zero, on the
-            meta device, partitioned by ZeRO-3 or spread by torch (call it before ``fully_shard``); a Megatron layer fuses the accumulation of
-            gradients, which needs a parameter; a layer computes with weights of its own (torch's
-            MultiheadAttention, Transformer Engine).
+            meta device, partitioned by ZeRO-3 or spread by torch (call it before ``fully_shard``);
+            a Megatron layer fuses the accumulation of gradients, which needs a parameter; a layer
+            computes with weights of its own (torch's MultiheadAttention, Transformer Engine).
     """
     if gamma not in ("one", "sigma"):
         raise ValueError(f"sigma_reparam: gamma got {gamma!r}, it takes 'one' or 'sigma'.")

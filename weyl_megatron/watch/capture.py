@@ -1,9 +1,9 @@
 """What one forward and backward pass shows of a model's blocks, where the engine has it anyway.
 
 Weights are read while their layer computes: under ZeRO-3 and FSDP2 that is when they are whole, and
-nothing is gathered for it. Queries and keys are caught on their way into ``scaled_dot_product_attention``
-(or Megatron's core attention), behind norms and rotations. Kernels that never form the attention
-map are no obstacle: it is formed again for a few queries.
+nothing is gathered for it. Queries and keys are caught on their way into
+``scaled_dot_product_attention`` (or Megatron's core attention), behind norms and rotations. Kernels
+that never form the attention map are no obstacle: it is formed again for a few queries.
 """
 
 from __future__ import annotations
