@@ -265,7 +265,7 @@ def rows_of(name: str, model: Model, spread: Spread) -> list[dict[str, Any]]:
             # Tied weights are measured in the first stage.
             tied = tied or {w.name: cut[w.name] for w in weights if w.is_tied}
             parameters = [parameter_of(weight, spread, spread.tp - 1, groups) for weight in weights]
-            size = 4 * sum(prod(parameter.shape) for parameter in parameters)
+            size = 4 * sum(prod(parameter.local_shape) for parameter in parameters)
             rows, io = [each for w in weights for each in cut[w.name]], io_of(weights)
             for state, clip in most:
                 tensor_of, square = STATES[state]
