@@ -51,7 +51,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.scale_count import CLIPS, OPTIONS, STATES, count_step
-from benchmarks.scale_mesh import MESHES, mesh_buffers, mesh_pieces
+from benchmarks.scale_mesh import MESHES, is_refused, mesh_buffers, mesh_pieces
 from benchmarks.scale_models import DEFAULTS, MODELS, Model, Spread, Weight
 from weyl_megatron.engines.deepspeed import layout as zero
 from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
@@ -253,7 +253,9 @@ def rows_of(name: str, model: Model, spread: Spread) -> list[dict[str, Any]]:
             f"{name} takes --tp that divides heads and tokens, --pp that divides its "
             f"{model.layers} layers"
         )
-    most = {(state, clip): Cell(0, 0, 0, 0.0) for state in STATES for clip in CLIPS}
+    cells = [(state, clip) for state in STATES for clip in CLIPS]
+    taken = [cell for cell in cells if not is_refused(spread.zero, *cell)]
+    most = dict.fromkeys(taken, Cell(0, 0, 0, 0.0))
     gathered: tuple[int, int] = (0, 0)
     tied: dict[str, list[Tensor]] = {}
     for stage in sorted({0, min(1, spread.pp - 1), spread.pp - 1}):  # those between are alike
@@ -280,7 +282,7 @@ def rows_of(name: str, model: Model, spread: Spread) -> list[dict[str, Any]]:
             **place,
             "state": state,
             **most[state, SCALE]._asdict(),
-            PROJECT: most[state, PROJECT]._asdict(),
+            PROJECT: most[state, PROJECT]._asdict() if (state, PROJECT) in most else None,
             **muon,
         }
         for state in STATES
@@ -311,7 +313,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
 
 
-def _cells(cell: Mapping[str, Any]) -> list[str]:
+def _cells(cell: Mapping[str, Any] | None) -> list[str]:
+    if cell is None:
+        return ["refused", "", "", ""]
     sizes = [_size(cell[key]) for key in ("bytes", "vectors")]
     return [str(cell["collectives"]), *sizes, f"{cell['share']:.2%}"]
 

@@ -23,9 +23,15 @@ from benchmarks.scale_models import Spread
 from weyl_megatron.engines.torch.dtensor import placed
 from weyl_megatron.layouts import plain
 from weyl_megatron.layouts.buffers import Buffer, Parameter
+from weyl_megatron.settings import PROJECT
 
 #: FSDP2, and HSDP in shards on so many ranks.
 MESHES = ("fsdp", "hsdp2", "hsdp8")
+
+
+def is_refused(spread: str, state: str, clip: str) -> bool:
+    """Whether AdamW2 refuses it: Triton's kernels do not project HSDP's copies."""
+    return spread.startswith("hsdp") and clip == PROJECT and "GPU" in state
 
 
 def _shards(spread: str, ranks: int) -> int:
