@@ -51,6 +51,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.scale_count import CLIPS, OPTIONS, STATES, count_step
+from benchmarks.scale_mesh import MESHES, is_refused, mesh_buffers, mesh_pieces
 from benchmarks.scale_models import DEFAULTS, MODELS, Model, Spread, Weight
 from weyl_megatron.engines.deepspeed import layout as zero
 from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
@@ -108,6 +109,8 @@ def buffers_of(
     """Return what a rank steps, as the layouts' own code reads it; ``tensor_of`` makes a tensor of
     that length.
     """
+    if stage in MESHES:
+        return mesh_buffers(parameters, stage, tensor_of)
     lengths = [prod(parameter.local_shape) for parameter in parameters]
     if stage == "ddp":
         return [
@@ -148,6 +151,8 @@ def pieces_of(weights: Sequence[Weight], spread: Spread) -> Pieces:
     """Return what all data-parallel ranks hold of every parameter; the tests compare it with what
     the layouts read.
     """
+    if spread.zero in MESHES:
+        return mesh_pieces([weight.shape for weight in weights], spread)
     lengths = [prod(w.shape) // (1 if w.dim is None else spread.tp) for w in weights]
     pieces: Pieces = []
     at = 0
@@ -248,7 +253,9 @@ def rows_of(name: str, model: Model, spread: Spread) -> list[dict[str, Any]]:
             f"{name} takes --tp that divides heads and tokens, --pp that divides its "
             f"{model.layers} layers"
         )
-    most = {(state, clip): Cell(0, 0, 0, 0.0) for state in STATES for clip in CLIPS}
+    cells = [(state, clip) for state in STATES for clip in CLIPS]
+    taken = [cell for cell in cells if not is_refused(spread.zero, *cell)]
+    most = dict.fromkeys(taken, Cell(0, 0, 0, 0.0))
     gathered: tuple[int, int] = (0, 0)
     tied: dict[str, list[Tensor]] = {}
     for stage in sorted({0, min(1, spread.pp - 1), spread.pp - 1}):  # those between are alike
@@ -275,7 +282,7 @@ def rows_of(name: str, model: Model, spread: Spread) -> list[dict[str, Any]]:
             **place,
             "state": state,
             **most[state, SCALE]._asdict(),
-            PROJECT: most[state, PROJECT]._asdict(),
+            PROJECT: most[state, PROJECT]._asdict() if (state, PROJECT) in most else None,
             **muon,
         }
         for state in STATES
@@ -306,7 +313,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
 
 
-def _cells(cell: Mapping[str, Any]) -> list[str]:
+def _cells(cell: Mapping[str, Any] | None) -> list[str]:
+    if cell is None:
+        return ["refused", "", "", ""]
     sizes = [_size(cell[key]) for key in ("bytes", "vectors")]
     return [str(cell["collectives"]), *sizes, f"{cell['share']:.2%}"]
 
@@ -324,7 +333,7 @@ def main() -> None:
     )
     for flag in ("--tp", "--pp", "--dp"):
         parser.add_argument(flag, type=int, default=1)
-    parser.add_argument("--zero", choices=("1", "3", "ddp"), default="1")
+    parser.add_argument("--zero", choices=("1", "3", "ddp", *MESHES), default="1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
     args = parser.parse_args()
     torch.set_num_threads(1)  # others would wait for each other: tensors are small

@@ -100,7 +100,8 @@ class Spread(NamedTuple):
     tp: int = 1
     pp: int = 1
     dp: int = 1
-    zero: str = "1"  # 1 (and 2), 3, or ddp: replicated
+    # 1 (and 2), 3; ddp: replicated; fsdp: FSDP2; hsdp8: HSDP, in shards on 8 ranks
+    zero: str = "1"
 
 
 #: The table that the command prints if no model is asked for.
@@ -115,6 +116,9 @@ DEFAULTS = [
     ("gpt-1.3b", Spread(dp=4096)),
     ("gpt-1.3b", Spread(dp=256, zero="3")),
     ("gpt-1.3b", Spread(dp=4096, zero="3")),
+    ("gpt-1.3b", Spread(dp=256, zero="fsdp")),
+    ("gpt-1.3b", Spread(dp=4096, zero="fsdp")),
+    ("gpt-1.3b", Spread(dp=256, zero="hsdp8")),
     ("gpt-1.3b", Spread(tp=2, dp=8, zero="ddp")),
     ("gpt-1.3b", Spread(tp=2, dp=64)),
     ("gpt-1.3b", Spread(tp=8, pp=2, dp=64)),

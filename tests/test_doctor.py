@@ -42,6 +42,7 @@ def test_it_names_versions_and_the_kernel_that_will_run(capsys: pytest.CaptureFi
     assert all(lines[name][0].isdigit() for name in ("torch", "weyl-megatron", "Python"))
     assert lines["NCCL"][0].isdigit() or lines["NCCL"] == "not in this build of torch"
     assert lines["kernel, cpu"] == "cpu"
+    assert lines["FSDP2, HSDP, TP"].startswith("ready (make AdamW2 after fully_shard and")
     assert lines["DeepSpeed adapter"] == 'ready ("type": "AdamW2")'
     assert lines["to mend"] == "nothing"
 

@@ -51,7 +51,8 @@ def examine() -> list[Line]:
     lines = [Line("weyl-megatron", _version("weyl-megatron") or "not installed")]
     lines += [Line("Python", platform.python_version()), _package("torch"), _nccl(), _gpus()]
     lines += [_package(name) for name in ("deepspeed", "megatron-core", *_OPTIONAL)]
-    lines += [_deepspeed_adapter(), _deepspeed_device(), _megatron_adapter(), _kernel("cpu", "cpu")]
+    lines += [_meshes(), _deepspeed_adapter(), _deepspeed_device(), _megatron_adapter()]
+    lines.append(_kernel("cpu", "cpu"))
     if torch.cuda.is_available():
         lines.append(_kernel("cuda", "triton"))
     elif _version("triton"):  # where there will be a GPU
@@ -93,6 +94,13 @@ def _gpus() -> Line:
         return Line("GPUs", f"none: this torch is built without CUDA; {mend}")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     return Line("GPUs", "none" if hidden is None else f"none; CUDA_VISIBLE_DEVICES is {hidden!r}")
+
+
+def _meshes() -> Line:
+    label = "FSDP2, HSDP, TP"
+    if not torch.distributed.is_available():
+        return Line(label, "not ready: this torch is built without torch.distributed")
+    return Line(label, "ready (make AdamW2 after fully_shard and parallelize_module)")
 
 
 def _deepspeed_adapter() -> Line:

@@ -9,13 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.processes import ROOT
 from weyl_megatron import AdamW2
 from weyl_megatron.demo.data import load_corpus, sequences, training_offsets
 from weyl_megatron.demo.model import GPT, GPTConfig
 from weyl_megatron.plan.forecast import kind_of
+from weyl_megatron.plan.models import load
 from weyl_megatron.plan.plan import Row, plan, run, suggest
 from weyl_megatron.rule import balanced_floor
 
@@ -348,3 +353,17 @@ def test_a_hub_that_cannot_be_reached_is_told_in_a_sentence(
         ValueError, match="the Hugging Face hub cannot be reached; it takes a folder"
     ):
         run(arguments("someone/some-model"))
+
+
+def test_parameters_that_are_spread_over_ranks_are_refused(tmp_path: Path) -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        weight = distribute_tensor(torch.randn(8, 4), mesh, [Shard(0)])
+        path = tmp_path / "piece.pt"
+        torch.save({"layer.weight": weight}, path)
+        for named in ([("layer.weight", weight)], load(str(path)).named):
+            with pytest.raises(ValueError, match=r"'layer.weight' is spread over ranks .* takes w"):
+                plan(named, LR)
+    finally:
+        dist.destroy_process_group()

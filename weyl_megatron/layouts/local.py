@@ -9,12 +9,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_on_mesh(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor; ``torch.distributed.tensor`` need not be imported."""
     return hasattr(type(tensor), "to_local")
+
+
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on a module, or on one in it.
+
+    Their classes tell, not their parameters: these are plain and whole while a module computes,
+    and the root's until backward ends.
+    """
+    kinds = {kind for inner in module.modules() for kind in type(inner).__mro__}
+    return any(kind.__name__ == "FSDPModule" for kind in kinds)
 
 
 def local(tensor: Any) -> Any:

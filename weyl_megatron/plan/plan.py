@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..layouts.buffers import Layout, Parameter
 from ..layouts.kinds import Kind
+from ..layouts.local import is_on_mesh
 from ..layouts.modules import kinds_of
 from ..settings import BALANCED, check_settings, read_tau
 from ..spectral import MatrixSpec, PowerIteration, tiles_of_range
@@ -147,6 +148,11 @@ def _measured(named: Iterable[tuple[str, Tensor]], owned: Mapping[str, Kind]) ->
     """
     matrices = []
     for name, tensor in named:
+        if is_on_mesh(tensor):
+            raise ValueError(
+                f"plan: parameter '{name}' is spread over ranks (a DTensor), it takes whole ones: "
+                "plan before fully_shard and parallelize_module."
+            )
         parameter = Parameter(name, tuple(tensor.shape), kind=owned.get(name))
         grid = None
         if tensor.is_floating_point() and tensor.numel():

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..layouts.local import is_fully_sharded, is_on_mesh
 from ..spectral.blocks import start_block
 from ..spectral.step import SharedByGroup, SumOverGroup, power_step
 from .blocks import find_blocks
@@ -133,9 +134,9 @@ def sigma_reparam(
 
     Raises:
         ValueError: nothing matches; a layer is converted already, tied to another, zero, on the
-            meta device or partitioned by ZeRO-3; a Megatron layer fuses the accumulation of
-            gradients, which needs a parameter; a layer computes with weights of its own (torch's
-            MultiheadAttention, Transformer Engine).
+            meta device, partitioned by ZeRO-3 or spread by torch (call it before ``fully_shard``);
+            a Megatron layer fuses the accumulation of gradients, which needs a parameter; a layer
+            computes with weights of its own (torch's MultiheadAttention, Transformer Engine).
     """
     if gamma not in ("one", "sigma"):
         raise ValueError(f"sigma_reparam: gamma got {gamma!r}, it takes 'one' or 'sigma'.")
@@ -178,13 +179,20 @@ def fold(model: nn.Module) -> list[str]:
     For inference, or to go on without. The state dict is that of the plain model then.
 
     Raises:
-        ValueError: nothing is converted, or the model belongs to a ZeRO-3 engine, which gives W
-            back its own numbers.
+        ValueError: nothing is converted, or the model belongs to a ZeRO-3 engine or to FSDP2, which
+            give W back its own numbers.
     """
     folded = list(_converted(model))
     if not folded:
         raise ValueError(f"fold: {type(model).__name__} has no layer that sigma_reparam converted.")
+    is_sharded = is_fully_sharded(model)
     for name, layer, parametrization in folded:
+        if is_sharded or is_on_mesh(layer.parametrizations.weight.original):
+            raise ValueError(
+                f"fold: '{name}' is spread over ranks, it takes a whole model: load what "
+                "get_model_state_dict with full_state_dict=True returns into another one, and fold "
+                "that."
+            )
         if hasattr(layer.parametrizations.weight.original, "ds_id"):
             raise ValueError(
                 f"fold: '{name}' belongs to a ZeRO-3 engine, it takes a model without one: convert "
@@ -206,6 +214,8 @@ def sigmas(model: nn.Module) -> dict[str, float]:
     tracked = {}
     for name, layer, parametrization in _converted(model):
         original = layer.parametrizations.weight.original
+        if is_on_mesh(original):
+            original = original.full_tensor()
         if _is_partitioned(original):
             raise ValueError(
                 f"sigmas: '{name}' is partitioned by ZeRO-3, it takes "
@@ -279,6 +289,7 @@ def _refuse_own_weights(name: str, layer: Any) -> None:
 
 
 def _check(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+    is_sharded = is_fully_sharded(model)
     owners: dict[int, list[str]] = {}
     for path, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(path)
@@ -293,6 +304,11 @@ def _check(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
             raise ValueError(
                 f"sigma_reparam: '{name}' has no weight of its own; leave it out with "
                 f"exclude=('{name}',)."
+            )
+        if is_sharded or is_on_mesh(weight):
+            raise ValueError(
+                f"sigma_reparam: '{name}' is spread over ranks already, it takes a whole layer: "
+                "convert before fully_shard."
             )
         if weight.is_meta:
             raise ValueError(

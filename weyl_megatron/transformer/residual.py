@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..layouts.local import is_fully_sharded, is_on_mesh
 from .blocks import Block, find_blocks
 
 #: The parameter (1,) that ``mode="learned"`` adds to the last layer of every branch.
@@ -42,7 +43,7 @@ def scale_residuals(
     the block has its norm before or behind the sum makes no difference, nor do dropout or
     LayerScale between the layer and the sum.
 
-    Call it before the model's optimizer, ``deepspeed.initialize`` or a DDP is made;
+    Call it before the model's optimizer, ``deepspeed.initialize``, ``fully_shard`` or a DDP;
     ``mode="forward"`` can come later.
 
     Args:
@@ -72,7 +73,7 @@ def scale_residuals(
     blocks = find_blocks(model, names)
     last = {id(branch.layer): branch for block in blocks for branch in _branches(block)}
     for branch in last.values():
-        _check(branch, mode)
+        _check(branch, mode, is_fully_sharded(model))
     factor = 1 / math.sqrt(depth or _depth(blocks))
     if mode == "init":
         # A tied weight is multiplied once.
@@ -141,7 +142,7 @@ def _branches(block: Block) -> Iterator[_Branch]:
         yield _Branch(f"{block.name}'s {what} layer", layer, owner, returns, is_shared_out)
 
 
-def _check(branch: _Branch, mode: str) -> None:
+def _check(branch: _Branch, mode: str, is_sharded: bool) -> None:
     if getattr(branch.layer, _MARK, False):
         raise ValueError(f"residual: {branch.name} got a second scaling, it takes one.")
     if mode == "init" and parametrize.is_parametrized(branch.weights, "weight"):
@@ -150,6 +151,11 @@ def _check(branch: _Branch, mode: str) -> None:
             "takes 'forward' or 'learned' then, or a scaling before the conversion."
         )
     weight = next(branch.tensors())
+    if mode != "forward" and (is_sharded or is_on_mesh(weight)):
+        raise ValueError(
+            f"residual: mode got {mode!r}, but {branch.name} is spread over ranks already "
+            "(fully_shard, parallelize_module); it takes 'forward' then, or a scaling before."
+        )
     if mode != "forward" and (hasattr(weight, "ds_id") or weight.is_meta):
         where = "on the meta device" if weight.is_meta else "partitioned by ZeRO-3 already"
         raise ValueError(

@@ -1,9 +1,9 @@
 """What one forward and backward pass shows of a model's blocks, where the engine has it anyway.
 
-Weights are read while their layer computes: under ZeRO-3 that is when they are whole, and nothing
-is gathered for it. Queries and keys are caught on their way into ``scaled_dot_product_attention``
-(or Megatron's core attention), behind norms and rotations. Kernels that never form the attention
-map are no obstacle: it is formed again for a few queries.
+Weights are read while their layer computes: under ZeRO-3 and FSDP2 that is when they are whole, and
+nothing is gathered for it. Queries and keys are caught on their way into
+``scaled_dot_product_attention`` (or Megatron's core attention), behind norms and rotations. Kernels
+that never form the attention map are no obstacle: it is formed again for a few queries.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..layouts.local import is_fully_sharded, is_on_mesh
 from ..transformer.blocks import Block
 from . import spectra
 from .attention import (
@@ -31,7 +32,7 @@ from .attention import (
     stable_rank,
     visible,
 )
-from .ranks import MEAN, NORM, ONCE, Reading
+from .ranks import MEAN, NORM, ONCE, Reading, refuse_band
 
 _LOGGER = logging.getLogger("weyl_megatron")
 
@@ -84,6 +85,7 @@ class Capture:
         self._handles: list[Any] = []
         self._mode = _AttentionCalls(self._attended)
         self._is_on = False
+        self._is_lent = False  # whether weights go back before a block's hooks are called
 
     def arm(self) -> None:
         """Look at the next training pass of ``root``, forward and backward."""
@@ -103,6 +105,7 @@ class Capture:
     def _begin(self, *_: Any) -> None:
         if not self.root.training or not torch.is_grad_enabled():
             return  # an evaluation between two steps
+        self._is_lent = is_fully_sharded(self.root)
         for block in self.blocks:
             hook = block.module.register_forward_pre_hook
             self._handles.append(hook(self._entered(block), with_kwargs=True))
@@ -166,7 +169,10 @@ class Capture:
             for role, weight in block.weights.items():
                 if weight.owner is owner:
                     matrix = weight.read()
-                    self._weights[role] = matrix.clone() if weight.is_lent else matrix
+                    if is_on_mesh(matrix):
+                        refuse_band(f"{block.name}, {role}", matrix)
+                    is_lent = self._is_lent or weight.is_lent
+                    self._weights[role] = matrix.clone() if is_lent else matrix
             for which, norm in enumerate(block.norms):
                 if norm is owner and self.is_first:
                     for kind, name in (("weight", "gain"), ("bias", "bias")):

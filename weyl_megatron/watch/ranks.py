@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import nn
 
+from ..layouts.local import is_fully_sharded, is_on_mesh
+
 #: How the readings of several ranks become one: they are the same on all, their mean, or the root
 #: of the sum of their squares.
 ONCE, MEAN, NORM = "once", "mean", "norm"
@@ -43,6 +45,38 @@ class Ranks:
             return
         group = getattr(engine, "data_parallel_group", None)
         self.data_parallel, self.data_rank = dist.get_world_size(group), dist.get_rank(group)
+
+
+def refuse_bands(chunks: Sequence[nn.Module]) -> None:
+    """Raise ValueError where torch spreads a parameter in another way than FSDP2 and HSDP do.
+
+    These have every parameter whole while its layer computes, and every rank has tokens of its own.
+    """
+    for chunk in chunks:
+        is_sharded = is_fully_sharded(chunk)
+        for name, parameter in chunk.named_parameters():
+            if is_on_mesh(parameter):
+                refuse_band(name, parameter, is_whole_in_forward=is_sharded)
+
+
+def refuse_band(name: str, parameter: Any, *, is_whole_in_forward: bool = False) -> None:
+    """Raise ValueError where a DTensor is not whole on every rank while its layer computes.
+
+    Args:
+        name: the parameter's.
+        parameter: the DTensor.
+        is_whole_in_forward: whether ``fully_shard`` was called on its module.
+    """
+    mesh, outer = parameter.device_mesh, parameter.placements[:-1]
+    # FSDP2's mesh has one dimension, HSDP's one of copies more.
+    is_data_parallel = not outer or (len(outer) == 1 and outer[0].is_replicate())
+    if is_whole_in_forward and is_data_parallel and mesh.size() == dist.get_world_size():
+        return
+    raise ValueError(
+        f"watch: parameter '{name}' got the placements {parameter.placements} on a mesh of shape "
+        f"{tuple(mesh.shape)}, it takes those of FSDP2 and HSDP over all ranks: under tensor "
+        "parallelism no rank has a layer's weights whole."
+    )
 
 
 def gather(item: Any) -> list[Any] | None:

@@ -21,6 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+_PARTITIONED = (
+    "sharpness: parameter {number} is partitioned, it takes whole parameters (torch, DDP, ZeRO 0 "
+    "to 2)."
+)
+
 __all__ = ["adam_preconditioner", "adam_threshold", "sharpness"]
 
 
@@ -135,10 +140,7 @@ def _check(parameters: Sequence[Tensor], iterations: int, tol: float) -> None:
         is_away = hasattr(parameter, "ds_id") and parameter.numel() == 0
         kinds = {base.__name__ for base in type(parameter).__mro__}
         if is_away or kinds & {"DTensor", "FlatParameter"}:
-            raise ValueError(
-                f"sharpness: parameter {number} is partitioned, it takes whole parameters (torch, "
-                "DDP, ZeRO 0 to 2)."
-            )
+            raise ValueError(_PARTITIONED.format(number=number))
         if not parameter.requires_grad or not parameter.is_floating_point():
             raise ValueError(
                 f"sharpness: parameter {number} is {parameter.dtype} with "
@@ -184,6 +186,10 @@ def _hessian(
                 f"sharpness: loss returned the shape {tuple(value.shape)}, it takes a scalar."
             )
         first = torch.autograd.grad(value.sum(), parameters, create_graph=True, allow_unused=True)
+    # FSDP2's parameters, whole from a forward pass on, are freed by the backward pass.
+    for number, parameter in enumerate(parameters):
+        if parameter.numel() and not parameter.untyped_storage().nbytes():
+            raise ValueError(_PARTITIONED.format(number=number))
     # The gradient of what the loss does not depend on, or depends on linearly alone, has no second
     # derivative.
     curved = {n: g for n, g in enumerate(first) if g is not None and g.requires_grad}

@@ -1,6 +1,6 @@
 """Watch a training run: measure its blocks every so many steps.
 
-Under plain torch, DeepSpeed and Megatron.
+Under plain torch, FSDP2, DeepSpeed and Megatron.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..layouts.buffers import model_name
+from ..layouts.local import is_on_mesh
 from ..optimizer import AdamW2, MatrixStats
 from ..transformer.blocks import Block, find_blocks
 from .attention import classify_numbers
 from .capture import Capture, Map
-from .ranks import MEAN, NORM, ONCE, Ranks, Reading, gather, joined
+from .ranks import MEAN, NORM, ONCE, Ranks, Reading, gather, joined, refuse_bands
 from .sinks import JsonLines, Sink, engine_sinks
 from .warning import Warnings
 
@@ -60,7 +61,8 @@ class Watch:
             :func:`weyl_megatron.transformer.blocks.find_blocks`.
 
     Raises:
-        ValueError: the model's attention is not recognised, or a setting is impossible.
+        ValueError: the model's attention is not recognised, torch's tensor parallelism spreads it,
+            or a setting is impossible.
 
     Example::
 
@@ -100,6 +102,7 @@ class Watch:
             self._optimizer = getattr(engine, "basic_optimizer", None)
         self._chunks: list[nn.Module] = [engine.module] if engine is not None else _chunks(model)
         self._every = every
+        refuse_bands(self._chunks)
         counted = int(getattr(engine, "global_steps", 0))
         self._step = counted if steps_done is None else steps_done
         self._before = self._step - counted  # steps that the engine does not count
@@ -188,14 +191,14 @@ class Watch:
                 self._hook = optimizer.register_step_pre_hook(lambda *_: self._read_gradients())
 
     def _read_gradients(self) -> None:
-        """Norms of the gradients of W_q, W_k and W_v, which plain torch has whole."""
+        """Norms of the gradients of W_q, W_k and W_v, which plain torch has whole, FSDP2 not."""
         if not self._is_due():
             return
         for block in self._blocks:
             for role in ("q", "k", "v"):
                 weight = block.weights.get(role)
                 gradient = None if weight is None else getattr(weight.owner, weight.attribute).grad
-                if weight is not None and gradient is not None:
+                if weight is not None and gradient is not None and not is_on_mesh(gradient):
                     norm = float(weight.cut(gradient.float()).norm())
                     self._grads[f"block/{block.number}/grad_{role}"] = norm
 
