@@ -225,16 +225,14 @@ def check(case: Case, out: Path) -> None:
 
 
 def check_adamw(out: Path) -> None:
-    """At τ = ∞ AdamW2 goes on from what AdamW saved as AdamW does; of files in shards torch asks for
-    the vectors, too.
+    """At τ = ∞ AdamW2 goes on from what AdamW saved as AdamW does; in files in shards torch misses
+    the vectors.
     """
     case = Case("accelerate", "gpt2", FULL, {"tau": inf})
     expected, _ = run(case, out, is_adamw=True)
     distance = farthest(run(case, out, resumes=True)[0], expected)
     if dist.get_rank() == 0:
-        print(
-            f"AdamW2 at τ = ∞ from AdamW's full checkpoint: {distance:.1e} from AdamW", flush=True
-        )
+        print(f"AdamW2 at τ = ∞ on AdamW's full checkpoint: {distance:.1e} from it", flush=True)
     assert distance <= 1e-6
     case, out = Case("accelerate", "gpt2"), out / "shards"
     run(case, out, is_adamw=True)
