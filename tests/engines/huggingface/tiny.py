@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -54,9 +53,18 @@ VIT = ViTConfig(
 )
 
 
-def make(kind: str) -> PreTrainedModel:
+def make(kind: str) -> Any:
+    """Return a "gpt2", a "vit", or a "lora" of PEFT on the first."""
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2) if kind == "gpt2" else ViTForImageClassification(VIT)
+    if kind == "vit":
+        return ViTForImageClassification(VIT)
+    net = GPT2LMHeadModel(GPT2)
+    if kind == "gpt2":
+        return net
+    import peft
+
+    config = peft.LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    return peft.get_peft_model(net, config)
 
 
 def samples(kind: str) -> list[dict[str, Tensor]]:
@@ -66,7 +74,7 @@ def samples(kind: str) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     count = STEPS * ACCUMULATION * WORLD * MICRO
     draw = torch.randint(3, (count,), generator=generator)
-    if kind == "gpt2":  # arithmetic sequences
+    if kind != "vit":  # arithmetic sequences
         start = torch.randint(VOCAB, (count, 1), generator=generator)
         rows = (start + (draw[:, None] + 1) * torch.arange(LENGTH)) % VOCAB
         labels = rows.clone()
@@ -108,10 +116,14 @@ def decays(name: str) -> bool:
 
 @tolerances.every_iteration()
 def one_process(
-    kind: str, rates: Sequence[float], groups: bool, tau: float | str = TAU
+    kind: str,
+    rates: Sequence[float],
+    groups: bool,
+    tau: float | str | None = TAU,
+    **options: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Train in one process with AdamW2 on whole parameters; return the weights and the last step's
-    statistics.
+    """Train in one process with AdamW2 on whole parameters, or with AdamW where τ is None; return
+    the weights and the last step's statistics.
     """
     model = make(kind)
     named = list(model.named_parameters())
@@ -119,7 +131,12 @@ def one_process(
     if groups:
         parts = [{"params": [(n, p) for n, p in named if decays(n)]}]
         parts += [{"params": [(n, p) for n, p in named if not decays(n)], "weight_decay": 0.0}]
-    optimizer = AdamW2(parts, lr=LR, betas=BETAS, eps=EPS, weight_decay=DECAY, tau=tau)
+    options |= {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": DECAY}
+    optimizer: Any
+    if tau is None:
+        optimizer = torch.optim.AdamW(parts, **options)
+    else:
+        optimizer = AdamW2(parts, **options, tau=tau)
     rows = samples(kind)
     a_step = len(rows) // STEPS
     for step, rate in enumerate(rates):
@@ -129,4 +146,5 @@ def one_process(
         model(**collate(rows[step * a_step : (step + 1) * a_step])).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
-    return {name: p.detach() for name, p in named}, optimizer.stats()
+    stats = {} if tau is None else optimizer.stats()
+    return {name: p.detach() for name, p in named}, stats
