@@ -33,7 +33,10 @@ def drawn(number: int, step: int) -> Tensor:
 
 
 def spread(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
-    return distribute_tensor(tensor, mesh, placements)
+    made = distribute_tensor(tensor, mesh, placements)
+    if made.to_local().is_contiguous():
+        return made
+    return from_local(tensor, mesh, placements)  # torch 2.5 leaves a view of the whole
 
 
 def from_local(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:

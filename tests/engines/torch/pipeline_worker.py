@@ -7,6 +7,7 @@ process trains the whole model; on 2 ranks two stages, on 4 each of them sharded
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ from weyl_megatron.engines.shutdown import shutdown
 
 STEPS, ROWS, TOKENS, STAGES, MICROBATCHES = 10, 8, 6, 2, 4
 TOLERANCE = 1e-5  # relative, of weights after 10 steps: sums in another order, in float32
+#: torch 2.5 adds up the gradients of microbatches, from 2.6 on it takes their mean.
+SCALES = "scale_grads" in inspect.signature(ScheduleGPipe).parameters
+
 WIDTH, LAYERS = 11, 3  # the stages have other numbers of matrices
 
 
@@ -141,6 +145,10 @@ def run(case: Case, mesh: DeviceMesh, make: Callable[..., torch.optim.Optimizer]
             schedule.step(piece)
         else:
             schedule.step(target=piece)
+        if not SCALES:
+            for param in model.parameters():
+                if param.grad is not None:
+                    param.grad /= MICROBATCHES
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
