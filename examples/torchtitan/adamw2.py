@@ -7,8 +7,8 @@ One line of a configuration changes: ``optimizer=default_adamw(lr=8e-4)`` become
 ``optimizer=adamw2(lr=8e-4, tau="balanced")``. Written for torchtitan 0.3.0, whose container of
 optimizers looks up classes in a fixed list; docs/torchtitan.md says what was run.
 
-A rank that has several stages of a pipeline has an AdamW2 for each, and they would not see each
-other's matrices: with ``tau="balanced"`` a pipeline takes one stage to a rank (1F1B, GPipe).
+Under a pipeline torchtitan makes an AdamW2 for every stage, and none knows how many matrices the
+others have: τ takes a number there (docs/pipelining.md).
 """
 
 from __future__ import annotations

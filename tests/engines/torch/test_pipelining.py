@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.fsdp
 
 from tests.processes import run_ranks
 from weyl_megatron import AdamW2
@@ -15,6 +16,9 @@ WORKER = Path(__file__).parent / "pipeline_worker.py"
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_stages_train_as_one_process_does(ranks: int) -> None:
+    """On 4 ranks FSDP2 shards each stage."""
+    if ranks > 2 and not hasattr(torch.distributed.fsdp, "fully_shard"):
+        pytest.skip("FSDP2 of torch 2.5 needs CUDA")
     assert "all agree" in run_ranks("torch", WORKER, ranks)
 
 
