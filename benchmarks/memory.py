@@ -1,8 +1,9 @@
 """How much memory AdamW² takes beyond AdamW's, at its peak, as a share of the parameters' bytes.
 
-    python -m benchmarks.memory MODEL BLOCKS DEVICE     as gpt2-124m 0 cpu
+    python -m benchmarks.memory MODEL BLOCKS DEVICE [CLIP]     as gpt2-124m 0 cpu
 
-MODEL is one of benchmarks/models.py, BLOCKS how many of its blocks (0: all).
+MODEL is one of benchmarks/models.py, BLOCKS how many of its blocks (0: all), CLIP "scale" (the
+default) or "project", at the default number of vectors.
 
 The process holds weights, gradients and both moments and nothing else that grows; then it steps in
 every state, and what the kernel (or CUDA) says was its most is what the steps took.
@@ -18,23 +19,25 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.models import MODELS
+from benchmarks.models import MODELS, is_of_a_block
 from weyl_megatron import AdamW2
+from weyl_megatron.settings import SCALE
 
 
-def main(name: str, blocks: str, device: str) -> None:
+def main(name: str, blocks: str, device: str, clip: str = SCALE) -> None:
     named = MODELS[name].parameters(int(blocks) or None)
     # What is loaded and allocated once, at any size.
     warm = nn.Parameter(torch.randn(256, 512, device=device))
     warm.grad = torch.randn_like(warm)
-    for lr in (1e-2, 1e-9):
-        optimizer = AdamW2([("w", warm)], lr=lr)
+    for lr in (1.0, 1e-9):
+        optimizer = AdamW2([("w", warm)], lr=lr, clip=clip, io=[])
         for _ in range(3):
             optimizer.step()
     weights = {n: nn.Parameter(torch.randn(size, device=device) * 0.02) for n, size in named}
     for parameter in weights.values():
         parameter.grad = torch.randn_like(parameter)
-    optimizer = AdamW2(weights.items(), lr=1e-2)
+    io = [n for n in weights if not is_of_a_block(n)]
+    optimizer = AdamW2(weights.items(), lr=1e-2, clip=clip, io=io)
     optimizer.allocate_state()
     for state in optimizer.state.values():
         for key in ("exp_avg", "exp_avg_sq"):

@@ -19,8 +19,12 @@ not see which are settled, so both states send the same, "either (GPU)": a step 
 which nobody can look into.
 
 Bytes are what one rank hands over; a ring sends, and receives, nearly twice as much. Vectors are
-the kept blocks and x, z and left. Every rank of a pipeline stage has the same of both; shown is the
-stage that has most.
+the kept blocks and x, z and left, and what of them is kept for projection; a share is of the
+parameters of the stage, at 4 bytes each, the tensor-parallel part of them and all data-parallel
+ones. Every rank of a pipeline stage has the same of all; shown is the stage that has most.
+
+All this with clip="scale", the paper's, and with "project" at the default number of vectors, hidden
+matrices projected.
 
 Muon's gather, beside it: hidden 2-D matrices (no embeddings, no head) that no rank holds whole,
 4·m·n bytes each, own piece included, a fused weight as one. "holders": every rank gathers those
@@ -33,7 +37,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -43,31 +47,34 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from triton.runtime.jit import JITFunction
 
+from benchmarks.scale_count import CLIPS, OPTIONS, STATES, count_step
 from benchmarks.scale_models import DEFAULTS, MODELS, Model, Spread, Weight
-from weyl_megatron import AdamW2, matrices, state
-from weyl_megatron import tensors as stepped_tensors
 from weyl_megatron.engines.deepspeed import layout as zero
-from weyl_megatron.engines.given import GivenLayout
 from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
 from weyl_megatron.layouts.buffers import Spread as OverGroup
 from weyl_megatron.layouts.fused import interleaved
 from weyl_megatron.layouts.tensor_parallel import Sharding, band_of
-from weyl_megatron.settings import check_settings
-from weyl_megatron.spectral import blocks
+from weyl_megatron.settings import PROJECT, SCALE, check_settings
 from weyl_megatron.spectral.tiles import tiles_of_range
 from weyl_megatron.thresholds import Thresholds
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-OPTIONS: dict[str, Any] = {"tau": 0.01, "power_iters": 2, "floor_std": 1e-3, "clip_vectors": False}
-
 #: Per parameter (rank, start, stop) of what data-parallel ranks hold of it.
 Pieces = list[list[tuple[int, int, int]]]
+
+
+class Cell(NamedTuple):
+    """What is shown of a state and a clip."""
+
+    collectives: int
+    bytes: int
+    vectors: int
+    share: float  # of the vectors, of the parameters
 
 
 class Groups(NamedTuple):
@@ -203,68 +210,6 @@ def muon_gather(weights: Sequence[Weight], spread: Spread, pieces: Pieces) -> tu
     return max(holders), max(*sizes, sum(sizes) // (spread.tp * spread.dp))
 
 
-class NoArithmetic:
-    """A kernel that computes nothing and says that each Σ u² is ``square`` and each iteration
-    gains: the most.
-    """
-
-    name = "none"
-
-    def __init__(self, square: float) -> None:
-        self._square = square
-
-    def _say(self, *arguments: Any) -> None:
-        arguments[-1][:, 0] = self._square
-
-    def orthonormalize(self, *arguments: Any) -> None:
-        arguments[-1].fill_(float("inf"))
-
-    def _nothing(self, *_: Any) -> None: ...
-
-    step = moments = _say
-    bind = release = undo = move = multiply = multiply_back = _nothing
-
-
-class Counted(NamedTuple):
-    collectives: int
-    bytes: int
-    vectors: int  # bytes
-
-
-def count_step(buffers: list[Buffer], cut: list[Tensor], square: float) -> Counted:
-    """Step twice; count what the second step hands to ``all_reduce``."""
-    optimizer = AdamW2([buffer.tensor for buffer in buffers], **OPTIONS)
-    optimizer.engine = GivenLayout(lambda: Layout(buffers))
-    for buffer in buffers:
-        tensor = buffer.tensor
-        tensor.grad = tensor.detach()
-        optimizer.state[tensor] = {
-            "step": torch.tensor(0.0),
-            "exp_avg": tensor,
-            "exp_avg_sq": tensor,
-        }
-    sent: list[int] = []
-    with (
-        patch.object(dist, "all_reduce", lambda tensor, **_: sent.append(tensor.nbytes)),
-        patch.object(blocks, "_cut_rows", lambda *_: cut),
-        patch.object(matrices.MatrixGroup, "_check_ranks", lambda *_: None),
-        patch.object(matrices, "pick", lambda tensors, **_: KERNELS[tensors[0].device.type]),
-        patch.object(matrices, "make", lambda *_: NoArithmetic(square)),
-        patch.object(JITFunction, "run", lambda *_, **__: None),
-        # The tensors have one element each in memory.
-        patch.object(state, "check_form", lambda *_: None),
-        patch.object(stepped_tensors, "check_memory", lambda *_: None),
-    ):
-        optimizer.step()
-        sent.clear()
-        optimizer.step()
-    (stepped,) = optimizer._matrix_groups
-    parts = stepped._power.blocks
-    kept = [block for operand in parts.operands for block in operand.kept]  # none where resident
-    vectors = [parts.x, parts.z, parts.left, *kept]
-    return Counted(len(sent), sum(sent), sum(each.nbytes for each in vectors))
-
-
 @contextmanager
 def fake_rank(spread: Spread, stage: int) -> Iterator[Groups]:
     """Be the last tensor-parallel rank of the middle data-parallel one in a pipeline stage, in
@@ -281,20 +226,6 @@ def fake_rank(spread: Spread, stage: int) -> Iterator[Groups]:
         yield Groups(tensor, data, dist.new_group(copies) if pp > 1 and rank in copies else None)
     finally:
         dist.destroy_process_group()
-
-
-def on_cpu(length: int) -> Tensor:
-    return nn.Parameter(torch.empty(1).expand(length))  # of that length, without the memory
-
-
-def on_device(length: int) -> Tensor:
-    return nn.Parameter(torch.empty(length, device="meta"))
-
-
-#: Who steps what: a GPU steers its own step, by kernels that are not launched here.
-KERNELS = {"cpu": "torch", "meta": "triton"}
-
-STATES = {"certified": (on_cpu, 0.0), "measured": (on_cpu, 1e30), "either (GPU)": (on_device, 1e30)}
 
 
 def rows_of(name: str, model: Model, spread: Spread) -> list[dict[str, Any]]:
@@ -317,7 +248,7 @@ def rows_of(name: str, model: Model, spread: Spread) -> list[dict[str, Any]]:
             f"{name} takes --tp that divides heads and tokens, --pp that divides its "
             f"{model.layers} layers"
         )
-    most = dict.fromkeys(STATES, Counted(0, 0, 0))
+    most = {(state, clip): Cell(0, 0, 0, 0.0) for state in STATES for clip in CLIPS}
     gathered: tuple[int, int] = (0, 0)
     tied: dict[str, list[Tensor]] = {}
     for stage in sorted({0, min(1, spread.pp - 1), spread.pp - 1}):  # those between are alike
@@ -329,35 +260,55 @@ def rows_of(name: str, model: Model, spread: Spread) -> list[dict[str, Any]]:
             # Tied weights are measured in the first stage.
             tied = tied or {w.name: cut[w.name] for w in weights if w.is_tied}
             parameters = [parameter_of(weight, spread, spread.tp - 1, groups) for weight in weights]
-            for state, (tensor_of, square) in STATES.items():
+            size = 4 * sum(prod(parameter.local_shape) for parameter in parameters)
+            rows, io = [each for w in weights for each in cut[w.name]], io_of(weights)
+            for state, clip in most:
+                tensor_of, square = STATES[state]
                 buffers = buffers_of(parameters, spread.zero, groups.data, tensor_of)
-                counted = count_step(
-                    buffers, [rows for weight in weights for rows in cut[weight.name]], square
-                )
-                most[state] = Counted(*map(max, most[state], counted))
+                counted = count_step(buffers, rows, square, clip, io)
+                cell = Cell(*counted, counted.vectors / size)
+                most[state, clip] = Cell(*map(max, most[state, clip], cell))
     place = {"model": name, **spread._asdict(), "ranks": prod(spread[:3])}
     muon = {"muon_holders": gathered[0], "muon_owners": gathered[1]}
     return [
-        {**place, "state": state, **counted._asdict(), **muon} for state, counted in most.items()
+        {
+            **place,
+            "state": state,
+            **most[state, SCALE]._asdict(),
+            PROJECT: most[state, PROJECT]._asdict(),
+            **muon,
+        }
+        for state in STATES
     ]
+
+
+def io_of(weights: Sequence[Weight]) -> list[str]:
+    """Return the names of embeddings, positions and the head, which are scaled."""
+    return [w.name for w in weights if not w.is_hidden and len(w.shape) > 1]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the rows as aligned lines."""
-    cells = [["model", "tp × pp × dp", "ZeRO", "ranks", "state", "collectives", "bytes", "vectors"]]
-    cells[0] += ["Muon: holders", "owners"]
+    what = ["collectives", "bytes", "vectors", "share"]
+    cells = [["model", "tp × pp × dp", "ZeRO", "ranks", "state", *what]]
+    cells[0] += ["project: collectives", *what[1:], "Muon: holders", "owners"]
     for row in rows:
         place = f"{row['tp']} × {row['pp']} × {row['dp']}"
-        sizes = [_size(row[key]) for key in ("bytes", "vectors", "muon_holders", "muon_owners")]
-        counts = [str(row[key]) for key in ("zero", "ranks", "state", "collectives")]
-        cells.append([row["model"], place, *counts, *sizes])
+        muon = [_size(row[key]) for key in ("muon_holders", "muon_owners")]
+        counts = [str(row[key]) for key in ("zero", "ranks", "state")]
+        cells.append([row["model"], place, *counts, *_cells(row), *_cells(row[PROJECT]), *muon])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    sides = "<><><>>>>>"
+    sides = "<><><>>>>>>>>>>"
     lines = [
         "  ".join(f"{c:{s}{w}}" for c, s, w in zip(line, sides, widths, strict=True))
         for line in cells
     ]
     return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
+
+
+def _cells(cell: Mapping[str, Any]) -> list[str]:
+    sizes = [_size(cell[key]) for key in ("bytes", "vectors")]
+    return [str(cell["collectives"]), *sizes, f"{cell['share']:.2%}"]
 
 
 def _size(count: int) -> str:
@@ -376,6 +327,7 @@ def main() -> None:
     parser.add_argument("--zero", choices=("1", "3", "ddp"), default="1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # others would wait for each other: tensors are small
     spread = Spread(args.tp, args.pp, args.dp, args.zero)
     if args.model is None and spread != Spread():
         parser.error("--tp, --pp, --dp and --zero take a --model beside them")
@@ -385,9 +337,10 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     print(
-        "Per rank and step: collectives, the bytes that they are handed, and the memory of the\n"
-        "power vectors; then what Muon would gather of the hidden matrices that are cut, at 4\n"
-        "bytes an element (--help tells how).\n"
+        "Per rank and step: collectives, the bytes that they are handed, the memory of the power\n"
+        "vectors and its share of the parameters'; the same with clip='project'; then what Muon\n"
+        "would gather of the hidden matrices that are cut, at 4 bytes an element (--help tells\n"
+        "how).\n"
     )
     print(table(rows))
     if args.json is not None:

@@ -105,6 +105,7 @@ class Spread(NamedTuple):
 
 #: The table that the command prints if no model is asked for.
 DEFAULTS = [
+    ("gpt2-124m", Spread()),
     ("gpt2-124m", Spread(dp=2)),
     ("gpt2-124m", Spread(dp=8)),
     ("gpt2-124m", Spread(dp=64)),

@@ -74,10 +74,28 @@ def test_hidden_matrices_are_projected_and_others_scaled() -> None:
 
 
 def test_vectors_are_scaled_which_of_one_singular_value_is_the_same() -> None:
-    run, twin = (Run(clip=clip, clip_vectors=True) for clip in ("project", "scale"))
-    assert projected(run.step()) == {"up", "down"} and "gain" in run.optimizer.stats()
-    twin.step()
-    assert torch.equal(run.params["gain"], twin.params["gain"])
+    said = [{"match": "gain", "clip": "project"}]
+    run, explicit, twin, alone = (
+        Run(weight_decay=0.1, **options)
+        for options in (
+            {"clip": "project", "clip_vectors": True},
+            {"clip": "project", "clip_vectors": True, "overrides": said},
+            {"clip": "scale", "clip_vectors": True},
+            {"clip": "project"},
+        )
+    )
+    for each in (run, explicit):
+        assert projected(each.step()) == {"up", "down"}
+        entry = each.optimizer.stats()["gain"]
+        assert entry.clipped and entry.lr < 0.05 and entry.directions is None
+    for other in (twin, alone):
+        other.step()
+    assert "gain" not in alone.optimizer.stats()
+    # λ w, too, is multiplied by its rate, and not by α, as a projected matrix's is.
+    for each in (run, explicit):
+        assert torch.equal(each.params["gain"], twin.params["gain"])
+    for name in ("up", "down"):  # in other stacks, whose roundings are others
+        torch.testing.assert_close(run.params[name], alone.params[name])
 
 
 def test_overrides_and_parameter_groups_say_what_is_projected() -> None:
@@ -87,6 +105,9 @@ def test_overrides_and_parameter_groups_say_what_is_projected() -> None:
     ]
     run = Run(clip="project", overrides=overrides)
     assert projected(run.step()) == {"down", "head"} and run.widths()["head"] == [4, 3]
+    run = Run({"up": {"vectors": 12}}, clip="project", overrides=[{"match": "down", "vectors": 3}])
+    assert projected(run.step()) == {"up", "down"}
+    assert (run.widths()["up"], run.widths()["down"]) == ([4, 12], [4, 3])
     run = Run({"up": {"clip": "project", "vectors": 12}})
     assert projected(run.step()) == {"up"} and run.widths()["up"] == [4, 12]
     assert run.optimizer.param_groups[1]["clip"] == "project"

@@ -36,6 +36,7 @@ ROOMS = (
     "device_step",
     "matrices",
     "saved",
+    "packed",
     "matrix_groups",
     "tensors",
     "engines",

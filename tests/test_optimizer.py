@@ -459,11 +459,11 @@ def test_tensor_parallel_marks_without_a_group_are_refused() -> None:
         AdamW2([("w", weight)]).step()
 
 
-def test_ddp_trains_as_one_process_and_fsdp_is_refused() -> None:
+def test_ddp_trains_as_one_process_and_fsdp1_is_refused() -> None:
     """Two real processes, see ddp_worker.py."""
     output = run_ranks("torch", Path(__file__).with_name("ddp_worker.py"), 2)
     assert "ddp follows one process" in output
-    assert "fsdp1 refused" in output and "fsdp2 refused" in output
+    assert "fsdp1 refused" in output
 
 
 def test_names_lose_what_wrappers_put_in_front() -> None:

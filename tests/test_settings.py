@@ -42,6 +42,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"overrides": [{"match": "*", "fused": 0}]}, r"overrides' fused got 0"),
     ({"clip": "svd"}, r"clip got 'svd', it takes 'scale' or 'project'"),
     ({"clip": True}, r"clip got True, it takes"),
+    ({"clip": None}, r"clip got None, it takes"),
     (
         {"clip": "project", "vectors": 0},
         r"vectors got 0, it takes a whole number from 1 to 64",
@@ -90,17 +91,61 @@ def test_a_parameter_group_s_tau_is_checked_too() -> None:
         AdamW2([{"params": [torch.nn.Parameter(torch.ones(2, 2))], "tau": 0}])
 
 
+#: What is said of clip and vectors wherever they are given; what is no number of vectors.
+WORDS = "svd", True, None
+NO_NUMBERS = 0, 65, 2.5, True, "8", -1, float("nan")
+CLIPS: list[tuple[dict[str, Any], str]] = [
+    *(({"clip": word}, f"clip got {word!r}, it takes 'scale' or 'project'.") for word in WORDS),
+    *(
+        (
+            {"clip": "project", "vectors": number},
+            f"vectors got {number!r}, it takes a whole number from 1 to 64.",
+        )
+        for number in NO_NUMBERS
+    ),
+    ({"vectors": "8"}, "vectors got '8', it takes a whole number from 1 to 64."),
+    ({"vectors": 8}, "vectors got 8 beside clip 'scale', it takes clip 'project'."),
+    (
+        {"clip": "scale", "vectors": 8},
+        "vectors got 8 beside clip 'scale', it takes clip 'project'.",
+    ),
+]
+#: Only an argument has None for a default.
+OWN = [*CLIPS, ({"clip": "project", "vectors": None}, "vectors got None, it takes a whole number")]
+PLACES: dict[str, Any] = {
+    "": lambda given: AdamW2([torch.nn.Parameter(torch.ones(2, 2))], **given),
+    "a parameter group's ": lambda given: AdamW2(
+        [{"params": [torch.nn.Parameter(torch.ones(2, 2))], **given}]
+    ),
+    "overrides' ": lambda given: AdamW2(
+        [torch.nn.Parameter(torch.ones(2, 2))], overrides=[{"match": "*", **given}]
+    ),
+}
+
+
 @pytest.mark.parametrize(
-    ("own", "message"),
-    [
-        ({"clip": "none"}, "a parameter group's clip got 'none', it takes 'scale' or 'project'"),
-        ({"vectors": 8}, "a parameter group's vectors got 8 beside clip 'scale'"),
-        ({"clip": "project", "vectors": 0}, "a parameter group's vectors got 0, it takes a whole"),
-    ],
+    ("place", "given", "message"),
+    [(place, given, message) for place in PLACES for given, message in (OWN if place else CLIPS)],
 )
-def test_a_parameter_group_s_clip_is_checked_too(own: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        AdamW2([{"params": [torch.nn.Parameter(torch.ones(2, 2))], **own}])
+def test_a_clip_is_checked_wherever_it_is_given(
+    place: str, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        PLACES[place](given)
+    assert str(error.value).startswith(f"AdamW2: {place}{message}")
+
+
+@pytest.mark.parametrize("given", [given for given, _ in CLIPS[:-2]])
+def test_a_clip_that_a_parameter_group_comes_to_have_is_checked_in_the_step(
+    given: dict[str, Any],
+) -> None:
+    parameter = torch.nn.Parameter(torch.ones(2, 2))
+    parameter.grad = torch.ones(2, 2)
+    optimizer = AdamW2([parameter], clip="project", io=[])
+    optimizer.param_groups[0].update(given)
+    with pytest.raises(ValueError, match=r"AdamW2: a parameter group's \w+ got .*, it takes"):
+        optimizer.step()
+    assert torch.equal(parameter, torch.ones(2, 2))
 
 
 def test_an_override_that_matches_nothing_is_refused_at_the_first_step() -> None:

@@ -132,7 +132,8 @@ def check_settings(
             f"AdamW2: nonfinite_limit got {nonfinite_limit!r}, it takes a whole number from 1 on, "
             "or None."
         )
-    check_clip(clip, vectors, clip)
+    given = {"clip": clip} if vectors is None else {"clip": clip, "vectors": vectors}
+    check_clip(given, clip)
     return Settings(
         tau=tau,
         power_iters=power_iters,
@@ -147,27 +148,26 @@ def check_settings(
     )
 
 
-def check_clip(clip: Any, vectors: Any, applies: Any, holder: str = "") -> None:
+def check_clip(given: Mapping[str, Any], applies: Any, holder: str = "") -> None:
     """Check what is done to an update that is too large, where it is given.
 
     Args:
-        clip, vectors: what was given; None: nothing.
+        given: what may have ``clip`` and ``vectors``, and other keys.
         applies: the clip that holds beside ``vectors``.
         holder: what says so, for sentences.
 
     Raises:
         ValueError: one of them is impossible, or there are vectors for nothing.
     """
-    if clip is not None and clip not in (SCALE, PROJECT):
+    clip, vectors = given.get("clip", SCALE), given.get("vectors", 1)
+    if clip not in (SCALE, PROJECT):
         raise ValueError(f"AdamW2: {holder}clip got {clip!r}, it takes '{SCALE}' or '{PROJECT}'.")
-    if vectors is None:
-        return
     if type(vectors) is not int or not 1 <= vectors <= MOST_VECTORS:
         raise ValueError(
             f"AdamW2: {holder}vectors got {vectors!r}, it takes a whole number from 1 to "
             f"{MOST_VECTORS}."
         )
-    if applies != PROJECT:
+    if "vectors" in given and applies != PROJECT:
         raise ValueError(
             f"AdamW2: {holder}vectors got {vectors!r} beside clip '{applies}', it takes clip "
             f"'{PROJECT}'."
@@ -219,7 +219,7 @@ def read_group(group: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
         ValueError: one of them is impossible.
     """
     holder, (clip, _) = "a parameter group's ", clip_of(group, settings)
-    check_clip(clip, group.get("vectors"), clip, holder)
+    check_clip(group, clip, holder)
     check_harmless(group)
     return {**group, "tau": read_tau(f"{holder}tau", group.get("tau", settings.tau))}
 
@@ -247,7 +247,7 @@ def check_group(group: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"AdamW2: a parameter group's {key} got {group[key]!r}, it takes numbers."
             )
-    check_clip(group.get("clip"), group.get("vectors"), PROJECT, "a parameter group's ")
+    check_clip(group, PROJECT, "a parameter group's ")
 
 
 def check_adamw(
@@ -335,8 +335,7 @@ def _check_overrides(overrides: Any, clip: str) -> tuple[Mapping[str, Any], ...]
             )
         for key, value in override.items():
             _check_override(key, value)
-        of_override, vectors = override.get("clip"), override.get("vectors")
-        check_clip(of_override, vectors, override.get("clip", clip), "overrides' ")
+        check_clip(override, override.get("clip", clip), "overrides' ")
     return tuple(
         {key: read_tau(key, value) if key == "tau" else value for key, value in override.items()}
         for override in overrides

@@ -19,7 +19,7 @@ from .layouts.fused import (
     stacked_parts,
 )
 from .layouts.grid import Grid, grid_of
-from .layouts.kinds import Kind, guessed_form
+from .layouts.kinds import Kind, guessed_form, matrix_axis
 from .layouts.modules import kind_by_name
 from .rule import (
     ADAPTER_TAU,
@@ -216,7 +216,7 @@ class Thresholds:
             if known is None:
                 return None
             fused = known
-        if bands is not None and len(shape) == 2 and bands.dim == fused.axis:
+        if bands is not None and fused.axis == matrix_axis(shape, kind, bands.dim):
             return stacked_in_bands(fused, bands.extents)
         return fused
 

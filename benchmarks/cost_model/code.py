@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import functools
+import inspect
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -83,6 +86,27 @@ def _kernel(launch: Launch) -> Kernel:
         disassembled(made.asm["cubin"]),
         warps,
         programs_of(launch.arch, registers, shared, warps),
+    )
+
+
+def constant(function: triton.JITFunction[Any], name: str, **values: Any) -> int:
+    """Return what a function of the kernels assigns to a constant of its own.
+
+    Args:
+        function: the one in whose source it is.
+        name: the constant's.
+        values: what the names on the right of it stand for.
+
+    Raises:
+        ValueError: the function has no such constant.
+    """
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function.fn)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name and node.value:
+            # The expression is a line of the kernels' own source.
+            return int(eval(ast.unparse(node.value), {}, values))
+    raise ValueError(
+        f"cost_model: {function.fn.__name__} got '{name}' for a constant, which it does not have."
     )
 
 

@@ -14,14 +14,14 @@ from benchmarks.compile_kernels import NOTHING
 from benchmarks.models import MODELS, Named, Shape, is_of_a_block
 from weyl_megatron.device_step import _STALE_ITERS
 from weyl_megatron.kernels import triton_kernel, units
-from weyl_megatron.kernels.triton_step import project
+from weyl_megatron.kernels.triton_step import orthonormalize, project
 from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Plan, Shard, plan_of
 from weyl_megatron.settings import check_settings
 from weyl_megatron.spectral import blocks
 from weyl_megatron.thresholds import Thresholds
 
 from .bounds import Launch, Work
-from .code import Kernel, Usage, executed, exits, kernels
+from .code import Kernel, Usage, constant, executed, exits, kernels
 from .gpus import Gpu
 
 #: As in AdamW2's defaults, and in docs/step_time.md.
@@ -313,7 +313,7 @@ class Step:
                 "row": row,
                 "n": n,
                 "width": width,
-                "AT_ONCE": 64 if block == 4 else 4096 // block**2,
+                "AT_ONCE": constant(orthonormalize._gram_of_rows, "AT_ONCE", BLOCK=block),
                 # What is kept for projection.
                 "size": width * (n + width) if operand and self._width > 4 else 0,
             }

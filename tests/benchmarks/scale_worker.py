@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,12 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from benchmarks.scale import OPTIONS, Counted, Groups, buffers_of, parameter_of, pieces_of
+from benchmarks.scale import Groups, buffers_of, io_of, parameter_of, pieces_of
+from benchmarks.scale_count import CLIPS, OPTIONS, Counted, vectors_of
 from benchmarks.scale_models import Spread, gpt
 from weyl_megatron import AdamW2
 from weyl_megatron.engines.given import GivenLayout
 from weyl_megatron.engines.shutdown import shutdown
 from weyl_megatron.layouts.buffers import Buffer, Layout
+from weyl_megatron.settings import PROJECT
 
 MODEL = gpt(2, 24, 2, tokens=50, context=8)
 
@@ -34,9 +37,12 @@ SPREADS = [
 RATES = {"certified": 1e-7, "measured": 1.0}
 
 
-def count(buffers: list[Buffer], state: str) -> tuple[Counted, list[list[int]]]:
+def count(
+    buffers: list[Buffer], state: str, clip: str, io: list[str]
+) -> tuple[Counted, list[list[int]]]:
     """Count the second of two real steps; return also the rows that the ranks found to be cut."""
-    optimizer = AdamW2([buffer.tensor for buffer in buffers], lr=RATES[state], **OPTIONS)
+    tensors = [buffer.tensor for buffer in buffers]
+    optimizer = AdamW2(tensors, lr=RATES[state], clip=clip, io=io, **OPTIONS)
     optimizer.engine = GivenLayout(lambda: Layout(buffers))
     sent: list[int] = []
     all_reduce = dist.all_reduce
@@ -51,13 +57,16 @@ def count(buffers: list[Buffer], state: str) -> tuple[Counted, list[list[int]]]:
         sent.clear()
         with patch.object(dist, "all_reduce", counted):
             optimizer.step()
-    assert {entry.certified for entry in optimizer.stats().values()} == {state == "certified"}
+    stats = optimizer.stats()
+    assert {entry.certified for entry in stats.values()} == {state == "certified"}
+    if clip == PROJECT:
+        hidden = {name for name in stats if name.startswith("layers.")}
+        projected = {name: entry.directions for name, entry in stats.items()}
+        assert {name for name, directions in projected.items() if directions is not None} == hidden
+        assert all(projected[name] for name in hidden) == (state == "measured") or not hidden
     (matrix_group,) = optimizer._matrix_groups
-    parts = matrix_group._power.blocks
-    kept = [block for operand in parts.operands for block in operand.kept]
-    vectors = sum(each.nbytes for each in [parts.x, parts.z, parts.left, *kept])
-    cut = [rows.tolist() for rows in parts.cut]
-    return Counted(len(sent), sum(sent), vectors), cut
+    cut = [rows.tolist() for rows in matrix_group._power.blocks.cut]
+    return Counted(len(sent), sum(sent), vectors_of(matrix_group)), cut
 
 
 def groups_of(spread: Spread) -> Groups:
@@ -87,7 +96,7 @@ def main() -> None:
         weights = MODEL.stage(stage, spread.pp)
         parameters = [parameter_of(weight, spread, place % spread.tp, groups) for weight in weights]
         counts = {}
-        for state in RATES:
+        for clip, state in product(CLIPS, RATES):
             torch.manual_seed(rank)
             buffers = buffers_of(
                 parameters,
@@ -95,7 +104,7 @@ def main() -> None:
                 groups.data,
                 lambda length: nn.Parameter(torch.randn(length)),
             )
-            counts[state], cut = count(buffers, state)
+            counts[f"{clip} {state}"], cut = count(buffers, state, clip, io_of(weights))
         held = [
             (shard.start, shard.stop)
             for buffer in buffers

@@ -17,8 +17,9 @@ from benchmarks import sass
 from benchmarks.cost_model import __main__ as command
 from benchmarks.cost_model import adamw, estimate, muon, table
 from benchmarks.cost_model.bounds import Launch, Work, makespan, time_of
-from benchmarks.cost_model.code import Kernel, Usage, executed, waits_for_loads
+from benchmarks.cost_model.code import Kernel, Usage, constant, executed, waits_for_loads
 from benchmarks.cost_model.gpus import GPUS, LOWER, UPPER, Gpu
+from weyl_megatron.kernels.triton_step import orthonormalize
 
 ROOT = Path(__file__).parents[2]
 
@@ -140,6 +141,15 @@ def test_what_is_not_executed_and_is_nowhere_is_said() -> None:
 def test_a_loop_that_the_model_does_not_know_is_said() -> None:
     with pytest.raises(ValueError, match=r"made got a loop .for start in range.* no trips"):
         executed(made("for start in range(0, rest):"), {}, without="(?!)")
+
+
+@pytest.mark.parametrize("block", [4, 8, 16])
+def test_a_constant_is_read_where_the_kernel_has_it(block: int) -> None:
+    at_once = constant(orthonormalize._gram_of_rows, "AT_ONCE", BLOCK=block)
+    # As many products at once as a program has registers for.
+    assert block * block * at_once in (1024, 4096)
+    with pytest.raises(ValueError, match="_gram_of_rows got 'TWICE' for a constant"):
+        constant(orthonormalize._gram_of_rows, "TWICE", BLOCK=block)
 
 
 KEPT: dict[str, Any] = {

@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 
-from benchmarks.scale import STATES, cut_rows, fake_rank, main, pieces_of, rows_of
-from benchmarks.scale_models import Model, Spread, Weight
+from benchmarks.scale import cut_rows, fake_rank, main, pieces_of, rows_of
+from benchmarks.scale_count import CLIPS, STATES
+from benchmarks.scale_models import MODELS, Model, Spread, Weight
 from tests.benchmarks.scale_worker import MODEL, SPREADS
 from tests.processes import torchrun
+from weyl_megatron.settings import PROJECT, SCALE
 
 
-def counts(model: Model, spread: Spread) -> dict[str, dict[str, Any]]:
-    return {row["state"]: row for row in rows_of("model", model, spread)}
+def counts(model: Model, spread: Spread, clip: str = SCALE) -> dict[str, dict[str, Any]]:
+    rows = rows_of("model", model, spread)
+    return {row["state"]: row[PROJECT] if clip == PROJECT else row for row in rows}
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +28,17 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in folder.iterdir()]
 
 
+@pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("number", range(len(SPREADS)), ids=map(str, SPREADS))
-def test_stand_ins_count_what_real_processes_count(real: list[dict[str, Any]], number: int) -> None:
+def test_stand_ins_count_what_real_processes_count(
+    real: list[dict[str, Any]], number: int, clip: str
+) -> None:
     ranks = [rank for rank in real if rank["spread"] == number]
     assert len(ranks) == SPREADS[number].tp * SPREADS[number].pp * SPREADS[number].dp
-    planned = counts(MODEL, SPREADS[number])
+    planned = counts(MODEL, SPREADS[number], clip)
     for state in ("certified", "measured"):
-        most = [max(column) for column in zip(*(rank[state] for rank in ranks), strict=True)]
+        counted = (rank[f"{clip} {state}"] for rank in ranks)
+        most = [max(column) for column in zip(*counted, strict=True)]
         assert [planned[state][key] for key in ("collectives", "bytes", "vectors")] == most
 
 
@@ -49,11 +56,12 @@ def test_the_union_of_all_ranks_is_what_ranks_tell_each_other(
     assert any(planned) or spread == Spread(dp=2, zero="3")  # which happens to cut between rows
 
 
+@pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize(
     "spread", [Spread(dp=8), Spread(tp=2, dp=4, zero="3"), Spread(tp=2, zero="ddp")]
 )
-def test_collectives_do_not_depend_on_the_number_of_layers(spread: Spread) -> None:
-    few, many = (counts(MODEL._replace(layers=layers), spread) for layers in (2, 10))
+def test_collectives_do_not_depend_on_the_number_of_layers(spread: Spread, clip: str) -> None:
+    few, many = (counts(MODEL._replace(layers=layers), spread, clip) for layers in (2, 10))
     for state in STATES:
         assert few[state]["collectives"] == many[state]["collectives"] > 0
         assert 3 < many[state]["bytes"] / few[state]["bytes"] < 5  # but for embeddings
@@ -92,6 +100,39 @@ def test_bytes_by_hand() -> None:
     assert {(row["muon_holders"], row["muon_owners"]) for row in found.values()} == {
         (4 * 5 * 8, 4 * 5 * 8)
     }
+
+
+@pytest.mark.parametrize("spread", SPREADS, ids=map(str, SPREADS))
+def test_projection_sends_as_many_collectives_of_wider_blocks(spread: Spread) -> None:
+    scaled, projected = (counts(MODEL, spread, clip) for clip in CLIPS)
+    for state in STATES:
+        assert projected[state]["collectives"] == scaled[state]["collectives"]
+        assert projected[state]["vectors"] > scaled[state]["vectors"]
+        if state == "certified":
+            assert projected[state]["bytes"] == scaled[state]["bytes"]
+        else:  # of W four vectors, of U eight in place of four
+            assert 1 < projected[state]["bytes"] / scaled[state]["bytes"] < 2
+
+
+def test_what_projection_sends_and_keeps_by_hand() -> None:
+    """As above, with 8 vectors of U: A (4, 5) has 4 at most, and B (5, 8) has 5."""
+    matrices = Weight("a", (4, 5), is_hidden=True), Weight("b", (5, 8), is_hidden=True)
+    projected = counts(Model(matrices, (), 0, ()), Spread(dp=2), PROJECT)["measured"]
+    piggybacks, left = 2 * 4, (4 * 4, 4 * 5)
+    z = 4 * (4 * 5 + 16 + 4 * 8 + 16), 4 * (4 * 5 + 16 + 5 * 8 + 25)
+    twice = left[1] + z[1]  # of U alone
+    assert projected["collectives"] == 4
+    assert projected["bytes"] == piggybacks + sum(left) + sum(z) + twice
+    kept = x = 4 * (4 * 5 + 4 * 8) + 4 * (4 * 5 + 5 * 8)
+    seen = 4 * (4 * 5 + 5 * 8) + z[1] + left[1]
+    assert projected["vectors"] == kept + x + sum(z) + sum(left) + piggybacks + seen
+    assert projected["share"] == projected["vectors"] / (4 * (4 * 5 + 5 * 8))
+
+
+def test_the_vectors_of_a_process_alone_are_less_than_a_percent_of_the_parameters() -> None:
+    rows = {row["state"]: row for row in rows_of("gpt2-124m", MODELS["gpt2-124m"], Spread())}
+    assert 0 < rows["measured"]["share"] < rows["measured"][PROJECT]["share"] < 0.01
+    assert rows["measured"][PROJECT]["collectives"] == 0
 
 
 def test_more_ranks_cut_more_rows_and_change_nothing_else() -> None:

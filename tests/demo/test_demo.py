@@ -97,6 +97,14 @@ def test_all_runs_start_alike(demo: Demo, results: dict[str, Any]) -> None:
     assert len({json.loads(log[1])["loss"] for log in logs}) == 1
 
 
+def test_the_projected_run_alone_says_what_it_clipped(demo: Demo, results: dict[str, Any]) -> None:
+    for name in results["runs"]:
+        lines = (demo.out / name / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        details = [each for each in map(json.loads, lines) if "alpha" in each]
+        told = {key for each in details for key in ("directions", "share", "unseen") if key in each}
+        assert details and len(told) == (3 if name == "adamw2-project" else 0)
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
 def test_the_report_works_in_a_browser(demo: Demo, results: dict[str, Any], tmp_path: Path) -> None:
     report = (demo.out / "report.html").read_text(encoding="utf-8")

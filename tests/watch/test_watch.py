@@ -354,17 +354,28 @@ def read(folder: Path, case: str) -> dict[str, float]:
     return found
 
 
+@pytest.mark.parametrize("clip", ["", "project"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_under_zero_the_numbers_are_those_of_one_process(stage: int, zero: Path) -> None:
-    one, two = read(zero, "0"), read(zero, str(stage))
+def test_under_zero_the_numbers_are_those_of_one_process(stage: int, clip: str, zero: Path) -> None:
+    one, two = read(zero, f"0{clip}"), read(zero, f"{stage}{clip}")
     assert one.keys() == two.keys() and len(one) > 150
-    steps = (zero / f"run{stage}" / "block_0_sigma_qk.csv").read_text().splitlines()[1:]
+    steps = (zero / f"run{stage}{clip}" / "block_0_sigma_qk.csv").read_text().splitlines()[1:]
     assert [float(line.split(",")[1]) for line in steps][-1] == pytest.approx(
         two["block/0/sigma_qk"]
     )
     for tag, value in one.items():
         # Two steps of Adam on float32 sums in another order.
         assert two[tag] == pytest.approx(value, rel=1e-4, abs=1e-7), tag
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_under_zero_what_was_clipped_of_projected_matrices_is_told(stage: int, zero: Path) -> None:
+    scaled, values = read(zero, str(stage)), read(zero, f"{stage}project")
+    for key in ("directions", "share", "unseen"):
+        told = {tag: value for tag, value in values.items() if tag.endswith(f"/{key}")}
+        assert len(told) == 3 * 6  # the matrices of three blocks, and neither embeddings nor head
+        assert all(tag.startswith("clip/blocks.") and tag not in scaled for tag in told)
+        assert all(0 < value <= (4 if key == "directions" else 1) for value in told.values())
 
 
 def test_micro_batches_are_no_steps(zero: Path) -> None:

@@ -1,5 +1,5 @@
-"""torchrun worker: watches two steps of examples/collapse's GPT under DeepSpeed; writes the second
-measurement.
+"""torchrun worker: watches two steps of examples/collapse's GPT under DeepSpeed, scaled and
+projected; writes the second measurement of each.
 
 Usage: zero_worker.py OUT_DIR STAGE… The global batch is the same at any number of processes.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -19,15 +21,15 @@ from weyl_megatron.engines.shutdown import shutdown
 from weyl_megatron.watch.watch import Watch
 
 
-def measured(stage: int, folder: Path) -> dict[str, float]:
+def measured(stage: int, folder: Path, label: str, **options: Any) -> dict[str, float]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(3)
     model = GPT(GPTConfig(norm="pre", vocabulary=50, context=16, layers=3, heads=2, width=24))
     config = {
         "train_micro_batch_size_per_gpu": 8 // ranks,
-        "optimizer": {"type": "AdamW2", "params": {"lr": 0.02, "eps": 1e-4}},
+        "optimizer": {"type": "AdamW2", "params": {"lr": 0.02, "eps": 1e-4, **options}},
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-        "csv_monitor": {"enabled": True, "output_path": str(folder), "job_name": f"run{stage}"},
+        "csv_monitor": {"enabled": True, "output_path": str(folder), "job_name": f"run{label}"},
     }
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=list(model.parameters()), config=config
@@ -73,10 +75,12 @@ def accumulated() -> list[int]:
 def main() -> None:
     folder = Path(sys.argv[1])
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    for stage in sys.argv[2:]:
-        values = measured(int(stage), folder)
+    cases: dict[str, dict[str, Any]] = {"": {}, "project": {"clip": "project", "vectors": 4}}
+    for stage, (suffix, options) in product(sys.argv[2:], cases.items()):
+        label = f"{stage}{suffix}"
+        values = measured(int(stage), folder, label, **options)
         if dist.get_rank() == 0:
-            (folder / f"{stage}.json").write_text(json.dumps(values))
+            (folder / f"{label}.json").write_text(json.dumps(values))
     if dist.get_world_size() == 1:
         (folder / "accumulated.json").write_text(json.dumps(accumulated()))
     shutdown()

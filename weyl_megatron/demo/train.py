@@ -117,6 +117,7 @@ class Log:
             record["matrices"] = len(stats)
         if step == 1 or step % self.every == 0:
             record["alpha"] = {name: float(f"{matrix.lr:.5g}") for name, matrix in stats.items()}
+            record |= projected(stats)
             tokens = batches.validation[0][:: VALIDATION_WINDOWS // ENTROPY_WINDOWS]
             entropy = engine.module.attention_entropy(tokens)
             record["entropy"] = [[round(head, 5) for head in layer] for layer in entropy.tolist()]
@@ -140,6 +141,20 @@ def matrix_stats(engine: Any) -> Mapping[str, Any]:
     """What the last step did to each matrix; nothing where the optimizer does not say."""
     stats: Mapping[str, Any] = getattr(engine.basic_optimizer, "stats", dict)()
     return stats
+
+
+def projected(stats: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Of the matrices that are projected: how many singular values of the update were clipped, and
+    what was left of it and of what the vectors do not see; nothing where none are.
+    """
+    matrices = {name: each for name, each in stats.items() if each.directions is not None}
+    if not matrices:
+        return {}
+    return {
+        "directions": {name: each.directions for name, each in matrices.items()},
+        "share": {name: float(f"{each.share:.5g}") for name, each in matrices.items()},
+        "unseen": {name: float(f"{each.unseen:.5g}") for name, each in matrices.items()},
+    }
 
 
 def load_batches(corpus: data.Corpus, steps: int, seed: int, device: torch.device) -> Batches:

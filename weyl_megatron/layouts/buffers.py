@@ -66,8 +66,8 @@ class Spread(NamedTuple):
 
 
 class Bands(NamedTuple):
-    """The extents of all ranks along a dimension of a parameter, as Megatron's layers share it out:
-    each rank stacks its own shares of a fused weight's parts.
+    """The extents of all ranks along a dimension of a parameter, where each rank stacks its own
+    shares of a fused weight's parts, as layers that are made tensor-parallel do.
     """
 
     dim: int

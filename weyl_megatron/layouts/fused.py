@@ -68,8 +68,8 @@ def interleaved(pattern: Sequence[int], labels: Sequence[str], rows: int, axis: 
 
 
 def stacked_in_bands(fused: Fused, bands: Sequence[int]) -> Fused | None:
-    """Return the split of a weight of which every rank stacks its shares of the parts, as Megatron
-    does; None where the parts cannot be shared out evenly.
+    """Return the split of a weight of which every rank stacks its shares of the parts; None where
+    these cannot be shared out evenly.
 
     Args:
         fused: the sizes of the parts, of the whole weight.

@@ -39,3 +39,13 @@ def form_of(shape: Sequence[int], kind: Kind | None) -> str:
     if len(shape) < 3:
         return "matrix"
     return guessed_form(shape) if kind is None or kind.form == "vector" else kind.form
+
+
+def matrix_axis(shape: Sequence[int], kind: Kind | None, dim: int) -> int | None:
+    """Return the axis of a weight's matrices that a dimension of it lies along; None: of experts it
+    is their number.
+    """
+    if form_of(shape, kind) == "experts":
+        axis = dim - len(shape) + 2
+        return axis if axis >= 0 else None
+    return min(dim, 1)

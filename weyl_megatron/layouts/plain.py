@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .buffers import Buffer, Parameter, Shard, Spread
+from .buffers import Bands, Buffer, Parameter, Shard, Spread
 from .grid import Box
 from .kinds import Kind
 from .local import is_on_mesh, local
@@ -39,7 +39,12 @@ def plain_buffer(
 
 
 def mesh_buffer(
-    tensor: Tensor, name: str, box: Box, spreads: tuple[Spread, ...], kind: Kind | None = None
+    tensor: Tensor,
+    name: str,
+    box: Box,
+    spreads: tuple[Spread, ...],
+    bands: Bands | None = None,
+    kind: Kind | None = None,
 ) -> Buffer:
     """Return the buffer of a DTensor: the box that this rank has of it.
 
@@ -48,6 +53,7 @@ def mesh_buffer(
         name: its name.
         box: where this rank's piece lies.
         spreads: the groups that it is spread over.
+        bands: where each rank has its shares of a fused weight's parts.
         kind: what it is to its module.
 
     Raises:
@@ -62,7 +68,7 @@ def mesh_buffer(
             "it takes contiguous ones."
         )
     parameter = Parameter(
-        name, tuple(tensor.shape), box, spreads, kind=kind, is_frozen=is_frozen(tensor)
+        name, tuple(tensor.shape), box, spreads, bands, kind=kind, is_frozen=is_frozen(tensor)
     )
     return Buffer(tensor, (Shard(parameter, 0, held.numel(), 0),))
 

@@ -107,6 +107,13 @@ class Operand:
         """Take the buffers that all operands share."""
         self._x, self._z, self._left = x, z, left
 
+    def sizes(self, number: int) -> tuple[int, int, int]:
+        """Return how many elements a matrix's X has, its Z with the Yᵀ Y behind it, and its Y of
+        cut rows.
+        """
+        b, cols = self.widths[number], self.matrices[number].cols
+        return b * cols, b * (cols + b), b * len(self._cut[number])
+
     def block(self, number: int) -> Tensor:
         """Return X of a matrix of the batch that is measured, ``(b, cols)``."""
         b, cols, at = self.widths[number], self.matrices[number].cols, self.x_at[number]
@@ -259,7 +266,7 @@ class Blocks:
         blocks: list[list[Tensor]] = [[] for _ in self.matrices]
         for operand in self.operands:
             for batch, kept in zip(self.batches, operand.kept, strict=True):
-                sizes = [operand.widths[k] * self.matrices[k].cols for k in batch]
+                sizes = [operand.sizes(k)[0] for k in batch]
                 for k, block in zip(batch, torch.split(kept, sizes), strict=True):
                     blocks[k].append(block)
         return blocks
@@ -271,8 +278,7 @@ class Blocks:
         if self._resident:
             return
         sizes = [
-            [b * matrix.cols for b, matrix in zip(each.widths, self.matrices, strict=True)]
-            for each in self.operands
+            [operand.sizes(k)[0] for k in range(len(self.matrices))] for operand in self.operands
         ]
         has_many = self.x.dtype == torch.float32 and sum(map(sum, sizes)) > _FEW
         for batch in self.batches:
@@ -292,7 +298,7 @@ class Blocks:
         for operand in self.operands:
             for k in batch:
                 operand.x_at[k] = x
-                x = self._aligned(x + operand.widths[k] * self.matrices[k].cols)
+                x = self._aligned(x + operand.sizes(k)[0])
         z_spans: list[dict[int, Span]] = [{} for _ in self.operands]
         left_spans: list[dict[int, Span]] = [{} for _ in self.operands]
         piggyback_spans: dict[int, Span] = {}
@@ -304,10 +310,10 @@ class Blocks:
                 left += self.piggybacks
             for number, operand in enumerate(self.operands):
                 for k in members:
-                    b, cols = operand.widths[k], self.matrices[k].cols
+                    _, of_z, of_left = operand.sizes(k)
                     operand.z_at[k] = z
-                    z = self._aligned(z + b * cols + b * b + self._resident)
-                    operand.left_at[k], left = left, left + b * len(self.cut[k])
+                    z = self._aligned(z + of_z + self._resident)
+                    operand.left_at[k], left = left, left + of_left
                     z_spans[number][k] = Span(groups, operand.z_at[k], z)
                     left_spans[number][k] = Span(groups, operand.left_at[k], left)
         self.z_spans.append(z_spans)

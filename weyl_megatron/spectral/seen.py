@@ -47,10 +47,10 @@ class Seen:
         operand, x, z, left = self.operand, 0, 0, 0
         for k in batch:
             if k in self.matrices:
-                b, cols = operand.widths[k], operand.matrices[k].cols
-                operand.x_at[k], x = x, x + b * cols
-                operand.z_at[k], z = z, z + b * (cols + b)
-                operand.left_at[k], left = left, left + b * len(self._blocks.cut[k])
+                of_x, of_z, of_left = operand.sizes(k)
+                operand.x_at[k], x = x, x + of_x
+                operand.z_at[k], z = z, z + of_z
+                operand.left_at[k], left = left, left + of_left
         return x, z, left
 
     def keep(self, batch: int, mask: Tensor) -> None:
@@ -79,8 +79,8 @@ class Seen:
 
     def left_of(self, number: int) -> Tensor:
         """Return Y of a matrix's cut rows, flat."""
-        first, b = self.operand.left_at[number], self.operand.widths[number]
-        return self.left[first : first + b * len(self._blocks.cut[number])]
+        first = self.operand.left_at[number]
+        return self.left[first : first + self.operand.sizes(number)[2]]
 
     def check_cut(self, tile: Tile) -> None:
         """Raise ValueError where a tile has a part of a row whose products nobody sums."""

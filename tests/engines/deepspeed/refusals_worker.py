@@ -22,6 +22,14 @@ CASES: dict[str, dict[str, Any]] = {
     "unknown key": {"optimizer": {"tua": 0.01}},
     "max_grad_norm": {"optimizer": {"max_grad_norm": 1.0}},
     "adam_w_mode": {"optimizer": {"adam_w_mode": False}},
+    "clip": {"optimizer": {"clip": "svd"}},
+    "clip null": {"optimizer": {"clip": None}},
+    "vectors": {"optimizer": {"clip": "project", "vectors": 2.5}},
+    "vectors a string": {"optimizer": {"clip": "project", "vectors": "8"}},
+    "vectors for nothing": {"optimizer": {"vectors": 8}},
+    "vectors of an override": {
+        "optimizer": {"overrides": [{"match": "up*", "clip": "project", "vectors": 65}]}
+    },
     "moved weights": {"zero": {"stage": 2}, "move": True},
     "unknown wrapper": {"zero": {"stage": 2}, "rename": True},
     "another layout": {"zero": {"stage": 2}, "turn": True},

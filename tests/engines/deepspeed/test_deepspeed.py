@@ -312,6 +312,18 @@ def test_what_is_not_understood_is_refused_in_one_sentence_that_names_it(
         "unknown key": "unknown key 'tua' got 0.01",
         "max_grad_norm": "'max_grad_norm' is not supported",  # DeepSpeed's own sentence comes first
         "adam_w_mode": "adam_w_mode got False, it takes True",
+        "clip": "built: ValueError: AdamW2: clip got 'svd', it takes 'scale' or 'project'.",
+        "clip null": "built: ValueError: AdamW2: clip got None, it takes 'scale' or 'project'.",
+        "vectors": (
+            "built: ValueError: AdamW2: vectors got 2.5, it takes a whole number from 1 to 64."
+        ),
+        "vectors a string": "AdamW2: vectors got '8', it takes a whole number from 1 to 64.",
+        "vectors for nothing": (
+            "AdamW2: vectors got 8 beside clip 'scale', it takes clip 'project'."
+        ),
+        "vectors of an override": (
+            "AdamW2: overrides' vectors got 65, it takes a whole number from 1 to 64."
+        ),
         "moved weights": (
             "stepped: ValueError: AdamW2: DeepSpeed ZeRO's partition does not hold the weights of"
         ),
@@ -424,7 +436,9 @@ def test_what_deepspeed_says_of_another_optimizer_under_offload_is_left_to_it(
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_the_pipeline_engine_follows_the_reference_and_refuses_auto(ranks: int) -> None:
+def test_the_pipeline_engine_follows_the_reference_projected_too_and_refuses_auto(
+    ranks: int,
+) -> None:
     output = run_ranks("deepspeed", Path(__file__).with_name("pipeline_worker.py"), ranks)
     assert (
         "pipeline follows; AdamW2: tau got 'balanced', but a pipeline stage or a rank of experts "

@@ -136,6 +136,26 @@ def test_other_optimizers_get_nothing_of_ours() -> None:
             "--adamw2-floor-std -0.1",
             "--adamw2-floor-std got -0.1, it takes a number from 0 (no floor) on.",
         ),
+        (
+            "--adamw2-nonfinite wait",
+            "--adamw2-nonfinite got 'wait', it takes 'skip', 'raise', 'off' or None.",
+        ),
+        ("--adamw2-clip svd", "--adamw2-clip got 'svd', it takes 'scale' or 'project'."),
+        *(
+            (
+                f"--adamw2-clip project --adamw2-vectors {word}",
+                f"--adamw2-vectors got {read}, it takes a whole number from 1 to 64.",
+            )
+            for word, read in {"0": "0", "65": "65", "2.5": "2.5", "True": "'True'"}.items()
+        ),
+        (
+            "--adamw2-vectors 8",
+            "--adamw2-vectors got 8 beside clip 'scale', it takes clip 'project'.",
+        ),
+        (
+            '--adamw2-overrides [{"match":"*","clip":"project","vectors":"8"}]',
+            "--adamw2-overrides' vectors got '8', it takes a whole number from 1 to 64.",
+        ),
         ("--adamw2-overrides [{", "--adamw2-overrides got '[{', it takes a JSON list like [{"),
         (
             "--adamw2-overrides [1]",

@@ -51,7 +51,8 @@ def _json(text: str) -> Any:
         return text
 
 
-#: How argparse takes the flag of each option of ``enable``.
+#: How argparse takes the flag of each option of ``enable``; its ``choices`` would answer another
+#: word with all of Megatron's flags.
 _FLAGS: dict[str, dict[str, Any]] = {
     "tau": {
         "type": _number,
@@ -76,7 +77,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "help": 'A list like [{"match": "*.word_embeddings.weight", "tau": 0.1}].',
     },
     "nonfinite": {
-        "choices": ["skip", "raise", "off"],
+        "metavar": "{skip,raise,off}",
         "help": (
             "What becomes of a step with a gradient that is not finite; by default it is skipped."
         ),
@@ -87,7 +88,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "help": "Stop after N skipped steps in a row.",
     },
     "clip": {
-        "choices": [SCALE, PROJECT],
+        "metavar": f"{{{SCALE},{PROJECT}}}",
         "help": "What becomes of an update that is too large: all or its singular values shrink.",
     },
     "vectors": {

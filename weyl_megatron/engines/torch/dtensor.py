@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from ...layouts.buffers import Spread
+from ...layouts.buffers import Bands, Spread
 from ...layouts.grid import Box
 from ...layouts.local import is_on_mesh, local
 
@@ -26,6 +26,7 @@ class Placed(NamedTuple):
 
     box: Box
     spreads: tuple[Spread, ...]
+    bands: Bands | None
 
 
 class _Cut(NamedTuple):
@@ -34,6 +35,7 @@ class _Cut(NamedTuple):
     parameter: int  # its number
     dim: int
     mesh_dims: tuple[int, ...]
+    is_packed: bool  # every rank has its share of each of several parts
 
 
 class _Groups:
@@ -62,9 +64,15 @@ def placed(named: Sequence[tuple[str, Tensor]]) -> dict[int, Placed]:
     extents = [list(local(tensor).shape) for _, tensor in named]
     starts = [[0] * tensor.dim() for _, tensor in named]
     totals = [list(each) for each in extents]
+    bands: dict[int, Bands] = {}
     levels = max((len(cut.mesh_dims) for each in cuts for cut in each), default=0)
     for level in range(levels):
-        _add_level(named, [cut for each in cuts for cut in each], level, groups, starts, totals)
+        of_level = [cut for each in cuts for cut in each if level < len(cut.mesh_dims)]
+        for cut, place, pieces in _pieces(named, of_level, level, groups, totals):
+            starts[cut.parameter][cut.dim] += sum(pieces[:place])
+            totals[cut.parameter][cut.dim] = sum(pieces)
+            if cut.is_packed:
+                bands[cut.parameter] = Bands(cut.dim, tuple(pieces))
     for (name, tensor), total in zip(named, totals, strict=True):
         if tuple(total) != tuple(tensor.shape):
             raise ValueError(
@@ -75,6 +83,7 @@ def placed(named: Sequence[tuple[str, Tensor]]) -> dict[int, Placed]:
         id(tensor): Placed(
             Box(tuple(starts[number]), tuple(extents[number])),
             tuple(_spreads(tensor, groups)) if cuts[number] else (),
+            bands.get(number),
         )
         for number, (_, tensor) in enumerate(named)
     }
@@ -93,61 +102,62 @@ def _cuts(name: str, tensor: Any, number: int) -> list[_Cut]:
             "that this rank is in."
         )
     orders: dict[int, list[int]] = {}  # by dimension of the tensor, the outermost first
+    packed: list[int] = []
     for mesh_dim in reversed(range(mesh.ndim)):
         placement = placements[mesh_dim]
         if placement.is_replicate() or mesh.size(mesh_dim) == 1:
             continue
         dim = getattr(placement, "dim", None)
-        if dim is None:
+        if placement.is_partial() or dim is None:
             raise ValueError(
                 f"AdamW2: parameter '{name}' is a DTensor with the placement {placement}, it takes "
                 "Shard and Replicate."
             )
-        order = orders.setdefault(dim, [])
+        order = orders.setdefault(dim % tensor.dim(), [])
         # FSDP2 cuts what tensor parallelism, to its right, has cut into so many bands.
         bands, at = getattr(placement, "split_factor", 1), 0
         while bands > 1 and at < len(order):
             bands, at = bands // mesh.size(order[at]), at + 1
-        if bands != 1:
-            raise ValueError(
-                f"AdamW2: parameter '{name}' is a DTensor with the placements {placements} on a "
-                f"mesh of shape {tuple(mesh.shape)}, whose order AdamW2 does not understand."
-            )
+        packed += [dim % tensor.dim()] if bands != 1 else []
         order.insert(at, mesh_dim)
-    return [_Cut(number, dim, tuple(reversed(order))) for dim, order in orders.items()]
+    if any(len(orders[dim]) > 1 for dim in packed):
+        raise ValueError(
+            f"AdamW2: parameter '{name}' is a DTensor with the placements {placements} on a mesh "
+            f"of shape {tuple(mesh.shape)}, whose order AdamW2 does not understand."
+        )
+    return [
+        _Cut(number, dim, tuple(reversed(order)), dim in packed) for dim, order in orders.items()
+    ]
 
 
-def _add_level(
+def _pieces(
     named: Sequence[tuple[str, Any]],
     cuts: Sequence[_Cut],
     level: int,
     groups: _Groups,
-    starts: list[list[int]],
-    totals: list[list[int]],
-) -> None:
-    """Add up what the ranks of a mesh dimension have, of every dimension that it cuts.
+    totals: Sequence[Sequence[int]],
+) -> Iterator[tuple[_Cut, int, list[int]]]:
+    """Yield, of every dimension that is cut, this rank's place in a mesh dimension, and the extents
+    of what the ranks there have, in order.
 
     Args:
         named: the parameters.
-        cuts: all of them.
+        cuts: those that have a mesh dimension at this level.
         level: 0 for the innermost mesh dimension of each.
         groups: of their meshes.
-        starts: of this rank's pieces, per dimension, within what was added up so far.
-        totals: the extents of that.
+        totals: what this rank and those at the levels before have together, per dimension.
     """
     by_group: dict[ProcessGroup, list[tuple[_Cut, int]]] = {}
     for cut in cuts:
-        if level < len(cut.mesh_dims):
-            mesh, mesh_dim = named[cut.parameter][1].device_mesh, cut.mesh_dims[level]
-            place = mesh.get_coordinate()[mesh_dim]
-            by_group.setdefault(groups.of(mesh, mesh_dim), []).append((cut, place))
+        mesh, mesh_dim = named[cut.parameter][1].device_mesh, cut.mesh_dims[level]
+        place = mesh.get_coordinate()[mesh_dim]
+        by_group.setdefault(groups.of(mesh, mesh_dim), []).append((cut, place))
     for group, members in by_group.items():
         own = [(place, totals[cut.parameter][cut.dim]) for cut, place in members]
         by_rank: list[list[tuple[int, int]]] = [[] for _ in range(dist.get_world_size(group))]
         dist.all_gather_object(by_rank, own, group=group)
         for (cut, place), pieces in zip(members, zip(*by_rank, strict=True), strict=True):
-            starts[cut.parameter][cut.dim] += sum(size for at, size in pieces if at < place)
-            totals[cut.parameter][cut.dim] = sum(size for _, size in pieces)
+            yield cut, place, [extent for _, extent in sorted(pieces)]
 
 
 def _spreads(tensor: Any, groups: _Groups) -> Iterator[Spread]:

@@ -1,0 +1,191 @@
+"""torchrun worker, 2 ranks: what is wrong with spread parameters is said; or, with the argument
+"depth", collectives are counted.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+)
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from tests import tolerances
+from tests.engines.torch.mesh_worker import batch
+from tests.engines.torch.meshes import PROJECT, Net, fsdp, tp
+from weyl_megatron import AdamW2
+from weyl_megatron.engines.shutdown import shutdown
+
+
+def backward(net: Any) -> None:
+    net(batch(dist.get_rank(), 2)).square().mean().backward()
+
+
+def said(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except (ValueError, FloatingPointError) as error:
+        return str(error)
+    return "nothing"
+
+
+def made_too_early() -> None:
+    for spread in (fsdp, tp):
+        net = Net()
+        optimizer = AdamW2(net.named_parameters(), io=["wte*"])
+        spread(net, 2)
+        backward(net)
+        sentence = said(optimizer.step)
+        assert "make AdamW2 after them" in sentence, sentence
+
+
+def partial() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    weight = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Partial()]))
+    optimizer = AdamW2([("w", weight)])
+    weight.grad = torch.zeros_like(weight)
+    assert "takes Shard and Replicate" in said(optimizer.step), said(optimizer.step)
+
+
+def pieces_that_do_not_add_up() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    local = torch.ones(3, 4)
+    held = DTensor.from_local(local, mesh, [Shard(0)], shape=torch.Size((5, 4)), stride=(4, 1))
+    weight = nn.Parameter(held)
+    optimizer = AdamW2([("w", weight)])
+    weight.grad = torch.zeros_like(weight)
+    assert "add up to (6, 4)" in said(optimizer.step), said(optimizer.step)
+
+
+def moments_elsewhere() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    weight = nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)]))
+    optimizer = AdamW2([("w", weight)])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    moment = torch.zeros(2, 4)  # of another placement and the same local shape
+    state = optimizer.state[weight]
+    state["exp_avg"] = DTensor.from_local(moment, mesh, [Replicate()])
+    assert "placements" in said(optimizer.step), said(optimizer.step)
+
+
+def gradients_elsewhere() -> None:
+    """A gradient that is spread otherwise is the parameter's, as torch leaves an embedding's."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole, grad = torch.randn(6, 4), torch.randn(6, 4)
+    dist.broadcast(whole, 0)
+    dist.broadcast(grad, 0)
+    alone = nn.Parameter(whole.clone())
+    weight = nn.Parameter(distribute_tensor(whole.clone(), mesh, [Shard(0)]))
+    optimizers = [AdamW2([("w", alone)]), AdamW2([("w", weight)])]
+    alone.grad = grad.clone()
+    weight.grad = distribute_tensor(grad, mesh, [Replicate()])
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.allclose(weight.full_tensor(), alone, rtol=1e-5)
+
+
+def packed() -> None:
+    """Hugging Face's packed plans: each rank has its shares of gate and of up, stacked."""
+    mesh = init_device_mesh("cpu", (2,))
+    for shape, dim, name in (((12, 5), 0, "mlp.gate_up_proj.weight"), ((3, 8, 5), 1, "experts")):
+        whole, grad = torch.randn(shape), torch.randn(shape)
+        dist.broadcast(whole, 0)
+        dist.broadcast(grad, 0)
+        overrides = [{"match": "experts", "fused": 2, "kind": "experts"}] if dim else []
+        alone = nn.Parameter(whole.clone())
+        placements = [_StridedShard(dim - len(shape), split_factor=2)]
+        weight = nn.Parameter(distribute_tensor(whole.clone(), mesh, placements))
+        optimizers = [
+            AdamW2([(name, param)], lr=0.1, overrides=overrides) for param in (alone, weight)
+        ]
+        alone.grad, weight.grad = grad.clone(), distribute_tensor(grad, mesh, placements)
+        for optimizer in optimizers:
+            optimizer.step()
+        entries, expected = (optimizer.stats() for optimizer in reversed(optimizers))
+        assert list(entries) == list(expected) and len(expected) == 2 + 4 * dim, entries
+        for key, entry in expected.items():
+            assert abs(entries[key].sigma_update / entry.sigma_update - 1) < 1e-4, key
+            assert entry.clipped
+        assert torch.allclose(weight.full_tensor(), alone, rtol=1e-4)
+
+
+def nan_on_one_rank() -> None:
+    for mode in ("skip", "raise"):
+        net = Net()
+        fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+        optimizer = AdamW2(net.named_parameters(), io=["wte*"], nonfinite=mode)
+        before = [param.to_local().clone() for param in net.parameters()]
+        backward(net)
+        if dist.get_rank() == 1:
+            net.h[0].down.weight.grad.to_local()[0, 0] = float("nan")
+        sentence = said(optimizer.step)
+        assert (mode == "raise") == ("is not finite" in sentence), sentence
+        after = [param.to_local() for param in net.parameters()]
+        assert all(map(torch.equal, before, after))
+        assert optimizer.skipped_steps == (1 if mode == "skip" else 0)
+        optimizer.zero_grad()
+        backward(net)
+        optimizer.step()
+        counts = {float(entry["step"]) for entry in optimizer.state.values()}
+        assert counts == {1.0}, counts
+
+
+def collectives(depth: int, options: dict[str, Any]) -> int:
+    net = Net(depth)
+    fsdp(net, 2)
+    optimizer = AdamW2(net.named_parameters(), lr=1.0, io=["wte*"], **options)
+    count = 0
+    reduce = dist.all_reduce
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return reduce(*args, **kwargs)
+
+    for _ in range(2):
+        backward(net)
+        count = 0
+        dist.all_reduce = counting
+        optimizer.step()
+        dist.all_reduce = reduce
+        optimizer.zero_grad()
+    return count
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    if sys.argv[1:] == ["depth"]:
+        with tolerances.every_iteration():
+            counts = {collectives(depth, options) for depth in (1, 4) for options in ({}, PROJECT)}
+        assert len(counts) == 1 and min(counts) > 0, counts
+        print("as many collectives", counts, flush=True)
+    else:
+        made_too_early()
+        partial()
+        pieces_that_do_not_add_up()
+        moments_elsewhere()
+        gradients_elsewhere()
+        packed()
+        nan_on_one_rank()
+        print("all said", flush=True)
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()
