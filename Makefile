@@ -80,7 +80,17 @@ MATRIX := 0.16.9+2.5.0 0.18.9+2.9.1
 MEGATRON := 0.14.0+2.6.0 0.18.2+2.9.1 0.19.2+2.9.1
 PYTHON312 ?= python3.12
 
-test-matrix: test $(MATRIX:%=matrix-%) $(MEGATRON:%=megatron-%)
+# What torch itself spreads: meshes, pipelines, experts. 2.5 has FSDP2 for CUDA alone, and that is passed over.
+TORCHES := 2.5.1 2.6.0 2.8.0
+
+test-matrix: test $(MATRIX:%=matrix-%) $(MEGATRON:%=megatron-%) $(TORCHES:%=meshes-%)
+
+meshes-%:
+	test -x .venv-meshes-$*/bin/python || $(PYTHON) -m venv .venv-meshes-$*
+	.venv-meshes-$*/bin/python -m pip install --quiet --disable-pip-version-check pytest hypothesis pyyaml \
+		"numpy<2.4" "setuptools<81" torch==$* -e .
+	OMP_NUM_THREADS=1 .venv-meshes-$*/bin/python -m pytest -q tests/engines/torch/test_pipelining.py \
+		tests/engines/torch/test_experts.py tests/engines/torch/test_mesh.py
 
 matrix-%:
 	$(MAKE) VENV=.venv-$* DEEPSPEED=$(firstword $(subst +, ,$*)) TORCH=$(lastword $(subst +, ,$*)) matrix-run

@@ -92,6 +92,8 @@ class AdamW2(torch.optim.AdamW):
             which clips the singular values of hidden matrices' updates, as far as ``vectors``
             (1 to 64, by default 8) see them (docs/projection.md).
         tp_group: the process group of tensor-parallel parameters where no engine tells it.
+        budget_group: the process group of ranks that have other parameters, as pipeline stages,
+            to share the budget of ``tau="balanced"`` with them (docs/pipelining.md).
         model: the module that the parameters belong to, where no engine shows it: it tells
             convolutions, experts and embeddings, and gives names to parameters that have none. It
             is looked at now, and not kept.
@@ -133,6 +135,7 @@ class AdamW2(torch.optim.AdamW):
         clip: str = "scale",
         vectors: int | None = None,
         tp_group: ProcessGroup | None = None,
+        budget_group: ProcessGroup | None = None,
         model: nn.Module | None = None,
         **others: Any,
     ) -> None:
@@ -152,7 +155,7 @@ class AdamW2(torch.optim.AdamW):
         )
         taus = [self._settings.tau, *(override.get("tau") for override in self._settings.overrides)]
         self._shares_budget = BALANCED in taus  # a τ hangs on how many matrices there are
-        self._tp_group, self._model = tp_group, SeenModel(model)
+        self._groups, self._model = engines.user_groups(tp_group, budget_group), SeenModel(model)
         self._start(MatrixGroups())
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
         self._model.check_knows(name for group in self._names.listed() for name in group)
@@ -193,7 +196,7 @@ class AdamW2(torch.optim.AdamW):
     def __getstate__(self) -> dict[str, Any]:
         saved = self._matrix_groups.copied(self._steps_done)
         names = self._names.listed()
-        own = self._settings, self._shares_budget, self._tp_group, names, saved, self._model.kinds
+        own = self._settings, self._shares_budget, self._groups, names, saved, self._model.kinds
         return {**super().__getstate__(), "adamw2": own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -209,7 +212,7 @@ class AdamW2(torch.optim.AdamW):
         if own is None:
             self.forget()
         else:
-            self._settings, self._shares_budget, self._tp_group, names, saved, kinds = own
+            self._settings, self._shares_budget, self._groups, names, saved, kinds = own
             self._model = SeenModel(kinds=kinds)
             self._start(MatrixGroups(saved))
             self._names.restore(self.param_groups, names)
@@ -363,7 +366,7 @@ class AdamW2(torch.optim.AdamW):
             self.param_groups,
             lambda: self._names.resolve(self.param_groups),
             self._model.kinds,
-            self._tp_group,
+            *self._groups,
         )
         engine = engines.find(known) if self._engine is None else self._engine
         layout = engine.read_layout(known)

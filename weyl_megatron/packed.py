@@ -20,25 +20,31 @@ from .matrices import SavedMatrix
 #: lengths of their blocks, and the certificate's numbers.
 KEYS = ("adamw2_vectors", "adamw2_bounds")
 
-_MODULE = "torch.distributed.checkpoint.state_dict"
+#: What keeps a state dict by parameters' names, and its function that calls ``step`` to have the
+#: state made: torch, and torchtitan from 0.3 on.
+_MODULES = {
+    "torch.distributed.checkpoint.state_dict": "_init_optim_state",
+    "torchtitan.components.optimizer.utils": "init_optim_state",
+}
 
 #: Frames between torch's function and ours: hooks, schedulers and wrappers of step.
 _DEEPEST = 16
 
 
-def is_asking(function: str | None = None) -> bool:
+def is_asking(*, is_initializing: bool = False) -> bool:
     """Whether ``torch.distributed.checkpoint`` is calling, on all ranks that share a matrix.
 
     Args:
-        function: of its module, by name; None: any.
+        is_initializing: the function that has the state made, and no other.
     """
     frame = sys._getframe(1)
     for _ in range(_DEEPEST):
         if frame.f_back is None:
             return False
         frame = frame.f_back
-        if frame.f_globals.get("__name__") == _MODULE:
-            return function is None or frame.f_code.co_name == function
+        function = _MODULES.get(frame.f_globals.get("__name__", ""))
+        if function is not None:
+            return not is_initializing or frame.f_code.co_name == function
     return False
 
 
@@ -46,7 +52,7 @@ def is_initializing() -> bool:
     """Whether ``torch.distributed.checkpoint`` calls ``step``, with gradients of zero, to have the
     state made.
     """
-    return _MODULE in sys.modules and is_asking("_init_optim_state")
+    return not _MODULES.keys().isdisjoint(sys.modules) and is_asking(is_initializing=True)
 
 
 def pack(matrices: Sequence[SavedMatrix]) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ _HARMLESS: dict[str, tuple[Any, ...] | None] = {
 
 _OPTIONS = (
     "lr, betas, eps, weight_decay, amsgrad, maximize, tau, power_iters, floor_std, clip_vectors, "
-    "io, overrides, nonfinite, nonfinite_limit, clip, vectors, tp_group, model"
+    "io, overrides, nonfinite, nonfinite_limit, clip, vectors, tp_group, budget_group, model"
 )
 _OVERRIDES = {"match", "tau", "exempt", "fused", "kind", "clip", "vectors"}
 _KINDS = ("convolution", "experts")

@@ -54,6 +54,7 @@ class _Known(NamedTuple):
 
     matrices: int | None  # how many, where it is stepped
     kind: Kind | None
+    is_frozen: bool = False
 
 
 class Thresholds:
@@ -102,12 +103,19 @@ class Thresholds:
         self._paired = {p.name: p.shape for p in parameters if p.name in self._pairs}
         known = {name: _Known(None, kind) for name, kind in (layout.kinds or {}).items()}
         known |= {
-            parameter.name: _Known(self._count(parameter), parameter.kind)
+            parameter.name: _Known(self._count(parameter), parameter.kind, parameter.is_frozen)
             for parameter in parameters
         }
         if layout.gather is not None and (auto or projects or settings.overrides):
             ranks = layout.gather(known)
             known = {name: entry for of_rank in ranks for name, entry in of_rank.items()}
+            # A rank may see modules whose parameters another one steps.
+            known |= {
+                name: entry
+                for of_rank in ranks
+                for name, entry in of_rank.items()
+                if entry.matrices is not None
+            }
         stepped = ((name, entry.matrices) for name, entry in known.items())
         counts = {name: matrices for name, matrices in stepped if matrices is not None}
         if not layout.is_part:  # else a pattern may be meant for parameters that other ranks have
@@ -119,7 +127,7 @@ class Thresholds:
             option = f"tau got '{BALANCED}'" if auto else f"clip got '{PROJECT}'"
             is_part = layout.is_part and not auto
             self._io = io_parameters(counts, kinds, settings.io, option, is_part=is_part)
-            frozen = {parameter.name for parameter in parameters if parameter.is_frozen}
+            frozen = {name for name, entry in known.items() if entry.is_frozen}
             self._hidden = sum(
                 count for name, count in counts.items() if name not in self._io | frozen
             )

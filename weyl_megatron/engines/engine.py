@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -35,12 +36,14 @@ class Known:
         names: returns the name of every parameter in them, by ``id``.
         kinds: what parameters are to their modules, by name, where a model was shown.
         tp_group: the user's process group of tensor-parallel parameters.
+        budget_group: the user's process group of ranks that have other parameters.
     """
 
     param_groups: Sequence[Mapping[str, Any]]
     names: Callable[[], Mapping[int, str]]
     kinds: Mapping[str, Kind]
     tp_group: ProcessGroup | None
+    budget_group: ProcessGroup | None = None
 
     def tensors(self) -> list[Tensor]:
         """Return what is in the parameter groups."""
@@ -69,6 +72,21 @@ class Engine(Protocol):
 
     def give_norm(self, guard: Guard) -> None:
         """Let ``guard`` read the norm of all gradients, where the engine has it before it steps."""
+
+
+def user_groups(tp_group: Any, budget_group: Any) -> tuple[Any, Any]:
+    """Return the process groups that the user gave, for :class:`Known`.
+
+    Raises:
+        ValueError: what is to share a budget is no process group, or one without this rank.
+    """
+    is_group = dist.is_available() and isinstance(budget_group, dist.ProcessGroup)
+    if budget_group is not None and not is_group:
+        raise ValueError(
+            f"AdamW2: budget_group got {budget_group!r}, it takes a process group that this rank "
+            "is in."
+        )
+    return tp_group, budget_group
 
 
 _finders: list[Callable[[Known], Engine | None]] = []

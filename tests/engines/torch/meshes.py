@@ -10,13 +10,25 @@ import torch
 from torch import Tensor, nn
 from torch.distributed._composable import replicate
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
     parallelize_module,
 )
+
+try:
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    HAS_FSDP2 = True
+except ImportError:  # torch 2.5, whose FSDP2 needs CUDA
+    from torch.distributed._composable.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        fully_shard,
+    )
+
+    HAS_FSDP2 = False
 
 VOCABULARY = 37
 
@@ -186,6 +198,11 @@ CASES: dict[int, Sequence[Case]] = {
         ),
     ),
 }
+
+
+def runs(case: Case) -> bool:
+    """Whether this torch spreads a model so on the CPU."""
+    return HAS_FSDP2 or case.spread in (tp, replicated)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ tensor parallelism).
 
 from __future__ import annotations
 
+import functools
+
 from ...layouts.buffers import Layout
 from ...layouts.local import is_on_mesh
 from ...layouts.plain import mesh_buffer, plain_buffer, why_foreign
@@ -12,6 +14,7 @@ from ...nonfinite import Guard
 from ..engine import Known, register
 from .dtensor import placed
 from .replaced import refuse_replaced
+from .stages import gathered
 
 
 class PlainTorch:
@@ -42,7 +45,10 @@ class PlainTorch:
             else plain_buffer(tensor, name, shardings, known.kinds.get(name))
             for name, tensor in named
         ]
-        return Layout(buffers, known.kinds)
+        if known.budget_group is None:
+            return Layout(buffers, known.kinds)
+        gather = functools.partial(gathered, group=known.budget_group)
+        return Layout(buffers, known.kinds, gather=gather)
 
     def give_norm(self, guard: Guard) -> None:
         """Torch takes no norm on its own."""
