@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
+from itertools import accumulate
 from math import prod
 from typing import Any
 from unittest.mock import patch
@@ -38,6 +40,7 @@ def _shards(spread: str, ranks: int) -> int:
     return int(spread[4:] or ranks)
 
 
+@cache
 def _extents(size: int, ranks: int) -> list[int]:
     """Return what each rank has of a dimension, as fully_shard cuts it."""
     chunks = torch.empty(size, device="meta").chunk(ranks)
@@ -60,7 +63,7 @@ def mesh_pieces(
     pieces = []
     for shape in shapes:
         extents, line = _extents(shape[0], shards), prod(shape[1:])
-        stops = [sum(extents[: rank + 1]) * line for rank in range(shards)]
+        stops = [rows * line for rows in accumulate(extents)]
         ranges = [(stop - n * line, stop) for stop, n in zip(stops, extents, strict=True)]
         held = [(rank, *ranges[rank % shards]) for rank in range(spread.dp)]
         pieces.append([piece for piece in held if piece[1] < piece[2]])

@@ -117,7 +117,6 @@ DEFAULTS = [
     ("gpt-1.3b", Spread(dp=256, zero="3")),
     ("gpt-1.3b", Spread(dp=4096, zero="3")),
     ("gpt-1.3b", Spread(dp=256, zero="fsdp")),
-    ("gpt-1.3b", Spread(dp=4096, zero="fsdp")),
     ("gpt-1.3b", Spread(dp=256, zero="hsdp8")),
     ("gpt-1.3b", Spread(tp=2, dp=8, zero="ddp")),
     ("gpt-1.3b", Spread(tp=2, dp=64)),
