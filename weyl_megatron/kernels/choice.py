@@ -51,7 +51,8 @@ class Kernel(Products, Protocol):
     after the step, over this rank's tiles.
 
     A kernel that may round in other ways on other machines has a number ``arithmetic``, which is
-    another one there. One that takes matrices through a whole step by itself has ``step_alone``.
+    another one there. One that takes matrices through a whole step by itself has ``step_alone``;
+    one that forms M of those that are projected has ``clip``.
     """
 
     name: str
