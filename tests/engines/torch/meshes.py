@@ -19,16 +19,16 @@ from torch.distributed.tensor.parallel import (
 
 try:
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-
-    HAS_FSDP2 = True
-except ImportError:  # torch 2.5, whose FSDP2 needs CUDA
+except ImportError:  # torch 2.5
     from torch.distributed._composable.fsdp import (
         CPUOffloadPolicy,
         MixedPrecisionPolicy,
         fully_shard,
     )
 
-    HAS_FSDP2 = False
+#: Whether FSDP2 of this torch runs without a GPU: that of 2.5 asks for CUDA, that of 2.6 for a
+#: stream that records events.
+HAS_FSDP2 = hasattr(torch.cpu.Stream, "record_event")
 
 VOCABULARY = 37
 

@@ -15,7 +15,7 @@ WORKER = Path(__file__).with_name("mesh_worker.py")
 CHECKPOINTS = Path(__file__).with_name("mesh_checkpoint_worker.py")
 FAULTS = Path(__file__).with_name("mesh_faults_worker.py")
 
-needs_fsdp2 = pytest.mark.skipif(not HAS_FSDP2, reason="FSDP2 of torch 2.5 needs CUDA")
+needs_fsdp2 = pytest.mark.skipif(not HAS_FSDP2, reason="FSDP2 of this torch needs a GPU")
 
 
 @pytest.mark.parametrize(
