@@ -50,7 +50,8 @@ class Clipper:
         y = update @ right
         z, gram = self.seen.operand.image(number)
         z.copy_(y.T @ update)
-        gram.copy_(y.T @ y)
+        square = y.T @ y  # whose halves may round differently
+        gram.copy_((square + square.T) / 2)
 
     def check(self, norms: list[float], bound: float = BOUND, atol: float = 1e-9) -> Projected:
         """Clip all, and compare with rule.py; return what that says."""
