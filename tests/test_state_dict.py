@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from tests.test_optimizer import train
 from weyl_megatron import AdamW2
@@ -192,3 +196,35 @@ def test_the_step_may_be_counted_in_the_groups_as_fused_adam_does() -> None:
         runs.append([p.detach().clone() for p in net.parameters()])
     assert optimizer.param_groups[0]["step"] == 6
     assert all(map(torch.equal, *runs))
+
+
+class Gaps(nn.Module):
+    """A weight between whose columns lies what is not its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 10, generator=torch.manual_seed(0))[:, ::2])
+
+    def train_on(self, optimizer: AdamW2, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+            (x @ self.weight).square().mean().backward()
+            optimizer.step()
+
+
+def test_a_weight_with_gaps_goes_on_exactly_from_torch_s_distributed_checkpoint() -> None:
+    """It is settled when it is saved: what tells that the weights are the same is read off it."""
+    nets = Gaps(), Gaps()
+    optimizers = [AdamW2(net.named_parameters(), lr=1e-4) for net in nets]
+    nets[0].train_on(optimizers[0], range(6))
+    assert optimizers[0].stats()["weight"].certified
+    state = copy.deepcopy(get_optimizer_state_dict(nets[0], optimizers[0]))
+    assert set(state["state"]["weight"]) > {"adamw2_vectors", "adamw2_bounds"}
+    nets[1].load_state_dict(nets[0].state_dict())
+    set_optimizer_state_dict(nets[1], optimizers[1], state)
+    for net, optimizer in zip(nets, optimizers, strict=True):
+        net.train_on(optimizer, range(6, 8))
+    assert torch.equal(nets[0].weight, nets[1].weight)
+    assert optimizers[0].stats() == optimizers[1].stats()
+    assert not any("adamw2" in key for key in optimizers[0].state_dict()["state"][0])

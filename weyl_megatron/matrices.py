@@ -16,6 +16,7 @@ from .host_step import HostStep
 from .kernels import VECTORS_ON_GPU, Stepped, make, make_triton, pick
 from .layouts.buffers import Buffer, plan_of
 from .layouts.local import local
+from .layouts.plain import dense
 from .limits import Schedule
 from .projection import Projector
 from .spectral import PowerIteration
@@ -385,7 +386,7 @@ class MatrixGroup:
         nothing is trusted of matrices that are others now. Collective.
         """
         lower, norm, age, squares = (column.to(self._device) for column in bounds)
-        own = self._squares([local(tensor).detach() for tensor in self.tensors])
+        own = self._squares([dense(local(tensor)).detach() for tensor in self.tensors])
         total = own.clone()
         all_reduce_spans(total, list(spans_of(self._plan.matrices, 1).values()))
         are_same = (total - squares).abs() <= SAME * squares
