@@ -21,7 +21,7 @@ from .limits import Schedule
 from .projection import Projector
 from .spectral import PowerIteration
 from .spectral.blocks import can_fit, fitted
-from .spectral.certificate import SAME, Certificate
+from .spectral.certificate import Certificate, are_same
 from .spectral.collectives import all_reduce_spans
 from .spectral.power import BLOCK, COLD_ITERS, rows_of
 from .thresholds import Thresholds
@@ -389,5 +389,4 @@ class MatrixGroup:
         own = self._squares([dense(local(tensor)).detach() for tensor in self.tensors])
         total = own.clone()
         all_reduce_spans(total, list(spans_of(self._plan.matrices, 1).values()))
-        are_same = (total - squares).abs() <= SAME * squares
-        return [torch.where(are_same, lower, 0), norm, age, own]
+        return [torch.where(are_same(total, squares), lower, 0), norm, age, own]

@@ -206,17 +206,15 @@ class Thresholds:
         shape, bands = parameter.shape, parameter.bands
         if split == 1:
             return None
+        fused: Fused | None
         if split is not None:
             fused = explicit_fused(parameter.name, shape, split, kind, parameter.order)
+        elif parameter.fused is not None:
+            return parameter.fused
         else:
-            if parameter.fused is not None:
-                return parameter.fused
             parts = None if kind is None else stacked_parts(kind, shape)
-            known = parts or known_fused(parameter.name, shape)
-            if known is None:
-                return None
-            fused = known
-        if bands is not None and fused.axis == matrix_axis(shape, kind, bands.dim):
+            fused = parts or known_fused(parameter.name, shape)
+        if fused and bands and fused.axis == matrix_axis(shape, kind, bands.dim):
             return stacked_in_bands(fused, bands.extents)
         return fused
 

@@ -13,21 +13,12 @@ from torch import Tensor
 from tests.spectral.low_rank import SHAPES, low_rank, signs
 from tests.spectral.test_power import flat, whole
 from weyl_megatron.reference import exact_sigma
-from weyl_megatron.spectral import power, ritz
+from weyl_megatron.spectral import ritz
 
 #: Ten times what was measured: sums of 60 products in float32.
 BELOW, ABOVE = 2e-5, 1e-5
 
 EPS = torch.finfo(torch.float32).eps
-
-
-@pytest.fixture(params=["host", "device"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """On a device no value is looked at."""
-    if request.param == "device":
-        monkeypatch.setattr(ritz, "is_seen", lambda tensor: False)
-        monkeypatch.setattr(power, "is_seen", lambda tensor: False)
-    return str(request.param)
 
 
 @pytest.mark.parametrize("width", [4, 8, 16])

@@ -26,15 +26,6 @@ SHAPES = [(40, 50), (1, 50), (50, 1), (2, 3), (40, 50), (3, 50), (17, 50), (40, 
 SCALES = [1.0, 1e-30, 1e30, 0.0, inf, nan]
 
 
-@pytest.fixture(params=["host", "device"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """On a device no value is looked at."""
-    if request.param == "device":
-        monkeypatch.setattr(ritz, "is_seen", lambda tensor: False)
-        monkeypatch.setattr(power, "is_seen", lambda tensor: False)
-    return str(request.param)
-
-
 class Case:
     """Whole matrices, whose products are made in one pass, and the results of an iteration."""
 

@@ -36,7 +36,14 @@ _LEAST_LIMIT = 1e-6
 
 #: Weights whose sum of squares is not, up to summation order, what the last step left have been
 #: changed by others.
-SAME = 1e-5
+_SAME = 1e-5
+
+
+def are_same(squares: Tensor, known: Tensor) -> Tensor:
+    """Return of which weights Σ w² shows that they are those of which it was ``known``; False also
+    where it overflows.
+    """
+    return (squares - known).abs() <= _SAME * known
 
 
 class Certificate:
@@ -107,10 +114,8 @@ class Certificate:
         """Return the matrices of whose pieces on this rank ``squares``, Σ w² before the step, shows
         other weights.
         """
-        # False also where they overflow.
-        are_same = (squares - self._squares).abs() <= SAME * self._squares
         # Where they are NaN, nothing is known of the weights, nor trusted but τ = ∞.
-        return ~(are_same | self._squares.isnan())
+        return ~(are_same(squares, self._squares) | self._squares.isnan())
 
     def measured(self, mask: Tensor, sigma_weight: Tensor) -> None:
         """Take the estimates of σ₁(W), before the step, of the matrices that were measured."""
