@@ -269,21 +269,27 @@ def compiled(launch: Launch) -> Row:
         faults.append(f"{programs} programs an SM, not {least}")
     moves = None
     if mover:
-        of_state, of_grad = (_bits(launch.named().get(name)) for name in ("STATE", "GRAD"))
+        constants = launch.named()
+        of_state, of_grad, *of_moments = (
+            _bits(constants.get(name)) for name in ("STATE", "GRAD", "OF_M", "OF_V")
+        )
         if code.has_calls or TELLS_CALLS:
-            faults += loop_faults(mover, code, of_state, of_grad)
+            faults += loop_faults(mover, code, of_state, of_grad, of_moments)
             moves = dict(sorted(_moves(sass.matching(code.loops, mover.aligned)).items()))
     taken = registers, spilled, shared, warps, programs, seconds
     return Row(launch.name, launch.arch, *taken, None, moves, faults)
 
 
-def loop_faults(mover: Mover, code: sass.Code, of_state: int, of_grad: int) -> list[str]:
+def loop_faults(
+    mover: Mover, code: sass.Code, of_state: int, of_grad: int, of_moments: Sequence[int] = ()
+) -> list[str]:
     """Return what is wrong with the loops of a kernel that moves bytes.
 
     Args:
         mover: which loops they are.
         code: of the kernel.
-        of_state, of_grad: bits of an element of M and of a gradient.
+        of_state, of_grad: bits of an element of W and of a gradient.
+        of_moments: of M and of V; none: as of W.
     """
     faults: list[str] = []
     for loop in sass.matching(code.loops, mover.columns):
@@ -294,7 +300,8 @@ def loop_faults(mover: Mover, code: sass.Code, of_state: int, of_grad: int) -> l
     if len(aligned) < mover.loops:
         faults.append(f"{len(aligned)} loops over aligned columns, not {mover.loops}")
     elements = mover.elements or 128 // of_state
-    wide, least = (min(128, elements * bits) for bits in (of_state, of_grad))
+    wide, least = (min(128, elements * bits) for bits in (of_state, min([of_grad, *of_moments])))
+    narrower = any(bits < of_state for bits in of_moments)
     for loop in aligned:
         moves = [
             each
@@ -305,10 +312,11 @@ def loop_faults(mover: Mover, code: sass.Code, of_state: int, of_grad: int) -> l
         narrow = [one for one in moves if one.bits < wide]
         # W, M and V, or G, M and V: of what is loaded, gradients are a third at most.
         loads = sum(one.kind == "LDG" for one in moves)
-        are_gradients = 3 * len(narrow) <= loads and all(
-            one.kind == "LDG" and one.bits >= least for one in narrow
+        are_small = narrower or (
+            3 * len(narrow) <= loads and all(one.kind == "LDG" for one in narrow)
         )
-        if not are_gradients:
+        are_small = are_small and all(one.bits >= least for one in narrow)
+        if not are_small:
             opcodes = ", ".join(sorted({one.opcode for one in narrow}))
             faults.append(f"{opcodes} in '{loop.source[-1].text}'")
     return list(dict.fromkeys(faults))

@@ -28,20 +28,28 @@ from weyl_megatron.engines.given import GivenLayout
 from weyl_megatron.kernels import triton_step
 from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
 
-#: Dtypes of weights and moments, and of gradients.
-Dtypes = tuple[torch.dtype, torch.dtype]
 
-FLOAT = torch.float32, torch.float32
+class Dtypes(NamedTuple):
+    """Dtypes of weights and gradients, and of M and V where these are others than the weights'."""
+
+    weight: torch.dtype
+    grad: torch.dtype
+    state: tuple[torch.dtype, torch.dtype] | None = None
+
+
+FLOAT = Dtypes(torch.float32, torch.float32)
 
 #: What the kernels take. Gradients of other dtypes than the weights' a torch before 2.10 has not.
 ALL_DTYPES: tuple[Dtypes, ...] = (
     FLOAT,
     *(
-        [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
+        [Dtypes(torch.float32, torch.bfloat16), Dtypes(torch.float32, torch.float16)]
         if hasattr(Tensor, "grad_dtype")
         else []
     ),
-    (torch.bfloat16, torch.bfloat16),
+    Dtypes(torch.bfloat16, torch.bfloat16),
+    Dtypes(torch.float32, torch.float32, (torch.bfloat16, torch.bfloat16)),
+    Dtypes(torch.float32, torch.float32, (torch.bfloat16, torch.float32)),
 )
 
 #: Vectors of W, beside any number of U.
@@ -107,7 +115,7 @@ def launches(arch: int, width: int = 4, dtypes: Sequence[Dtypes] = (FLOAT,)) -> 
     Args:
         arch: as 90.
         width: vectors of U, whose singular values are clipped; 4: or the rate. W has 4.
-        dtypes: of weights and gradients.
+        dtypes: of weights, gradients and moments.
     """
     noted: dict[str, Launch] = {}
     clip: dict[str, Any] = {"clip": "project", "vectors": width, "io": []}
@@ -262,9 +270,9 @@ def _steps(optimizer: AdamW2, parameters: list[nn.Parameter], dtypes: Dtypes) ->
     """Make steps, the first from cold vectors; what is launched depends on no number of theirs."""
     for _ in range(3):
         for parameter in parameters:
-            if dtypes[0] != dtypes[1]:
-                parameter.grad_dtype = dtypes[1]
-            parameter.grad = torch.randn_like(parameter).to(dtypes[1])
+            if dtypes.weight != dtypes.grad:
+                parameter.grad_dtype = dtypes.grad
+            parameter.grad = torch.randn_like(parameter).to(dtypes.grad)
         optimizer.step()
 
 
@@ -274,11 +282,12 @@ def _whole(
     """Return an optimizer of matrices that lie whole in their tensors, and of a vector."""
     shapes = [(width + 9 + number, width + 7) for number in range(count)]
     named = [
-        (f"w{number}", nn.Parameter(torch.randn(shape, dtype=dtypes[0])))
+        (f"w{number}", nn.Parameter(torch.randn(shape, dtype=dtypes.weight)))
         for number, shape in enumerate(shapes)
     ]
-    named.append(("bias", nn.Parameter(torch.randn(5, dtype=dtypes[0]))))
-    return AdamW2(named, tau=0.01, **options), [parameter for _, parameter in named]
+    named.append(("bias", nn.Parameter(torch.randn(5, dtype=dtypes.weight))))
+    optimizer = AdamW2(named, tau=0.01, **_kept_in(dtypes), **options)
+    return optimizer, [parameter for _, parameter in named]
 
 
 def _cut(width: int, dtypes: Dtypes, **options: Any) -> tuple[AdamW2, list[nn.Parameter]]:
@@ -287,12 +296,18 @@ def _cut(width: int, dtypes: Dtypes, **options: Any) -> tuple[AdamW2, list[nn.Pa
     size, cut = shape[0] * shape[1], 30
     parameter = Parameter("w", shape)
     lengths = cut, size - cut
-    pieces = [nn.Parameter(torch.randn(length, dtype=dtypes[0])) for length in lengths]
+    pieces = [nn.Parameter(torch.randn(length, dtype=dtypes.weight)) for length in lengths]
     shards = Shard(parameter, 0, cut, 0), Shard(parameter, cut, size, 0)
-    optimizer = AdamW2(zip(("first", "second"), pieces, strict=True), tau=0.01, **options)
+    named = zip(("first", "second"), pieces, strict=True)
+    optimizer = AdamW2(named, tau=0.01, **_kept_in(dtypes), **options)
     buffers = [Buffer(piece, (shard,)) for piece, shard in zip(pieces, shards, strict=True)]
     optimizer.engine = GivenLayout(lambda: Layout(buffers))
     return optimizer, pieces
+
+
+def _kept_in(dtypes: Dtypes) -> dict[str, Any]:
+    """Return what has AdamW2 keep M and V so, at a β₂ that V in bfloat16 can follow."""
+    return {"betas": (0.9, 0.95), "state_dtype": dtypes.state}
 
 
 def _said(value: Any) -> str:

@@ -22,6 +22,7 @@ ROOMS = (
     "reference",
     "layouts",
     "kernels",
+    "moments",
     "settings",
     "transformer",
     "thresholds",

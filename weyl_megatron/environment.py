@@ -5,10 +5,18 @@ Rooms that are to know no engine take these from here, because the package's nam
 
 from __future__ import annotations
 
+import functools
 import logging
 
 #: Where everything that is logged goes.
 LOG = logging.getLogger("weyl_megatron")
+
+
+@functools.cache
+def say_once(sentence: str) -> None:
+    """Log a warning, unless it was logged before."""
+    LOG.warning(sentence)
+
 
 #: The command that says which kernel steps here and why.
 DOCTOR = "weyl-megatron doctor"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import packed
+from . import moments, packed
 from .engines import engine as engines
 from .environment import LOG
 from .layouts.modules import SeenModel
@@ -91,14 +91,15 @@ class AdamW2(torch.optim.AdamW):
         clip: what Rule 1 does to an update that is too large: "scale" (the paper), or "project",
             which clips the singular values of hidden matrices' updates, as far as ``vectors``
             (1 to 64, by default 8) see them (docs/projection.md).
+        state_dtype: what M and V are kept in, "float32", "bfloat16", or a pair of these; None: as
+            their weights. V stays in float32 where bfloat16 would freeze it (docs/memory.md).
         tp_group: the process group of tensor-parallel parameters where no engine tells it.
         budget_group: the process group of ranks that have other parameters, as pipeline stages,
             to share the budget of ``tau="balanced"`` with them (docs/pipelining.md).
         model: the module that the parameters belong to, where no engine shows it: it tells
             convolutions, experts and embeddings, and gives names to parameters that have none. It
             is looked at now, and not kept.
-        others: keys of AdamW configurations that change nothing (``torch_adam``, ``adam_w_mode``,
-            …).
+        others: keys of AdamW configurations that change nothing (``adam_w_mode``, …).
 
     Raises:
         ValueError: an unknown key or an impossible value, at construction; at the first step a
@@ -134,6 +135,7 @@ class AdamW2(torch.optim.AdamW):
         nonfinite_limit: int | None = None,
         clip: str = "scale",
         vectors: int | None = None,
+        state_dtype: Any = None,
         tp_group: ProcessGroup | None = None,
         budget_group: ProcessGroup | None = None,
         model: nn.Module | None = None,
@@ -151,10 +153,10 @@ class AdamW2(torch.optim.AdamW):
             nonfinite_limit=nonfinite_limit,
             clip=clip,
             vectors=vectors,
+            state_dtype=state_dtype,
             others=others,
         )
-        taus = [self._settings.tau, *(override.get("tau") for override in self._settings.overrides)]
-        self._shares_budget = BALANCED in taus  # a τ hangs on how many matrices there are
+        self._shares_budget = self._settings.shares_budget()
         self._groups, self._model = engines.user_groups(tp_group, budget_group), SeenModel(model)
         self._start(MatrixGroups())
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
@@ -245,6 +247,7 @@ class AdamW2(torch.optim.AdamW):
         vectors = packed.by_name(packed.take_out(states), saved_groups, self._names.listed())
         super().load_state_dict({**state_dict, "state": states})
         restore_options(self.param_groups, options, saved_groups)
+        moments.keep(self.state, self.param_groups, states, saved_groups, self._dtypes())
         counts_on_host(self.state)
         self._matrix_groups.match(self._names, were_named, self.param_groups, saved_groups)
         self._matrix_groups.take(self.param_groups)
@@ -288,9 +291,7 @@ class AdamW2(torch.optim.AdamW):
                     rates = group.rates(sigma_weight, sigma_update)  # lines 7 to 9
                     group.move(batch, rates)  # lines 10 to 14
                 group.end(settled)
-                for number in turn.members.gaps:
-                    if stepped[number] is not None:  # a dense copy was
-                        turn.members.held()[number].copy_(turn.weights[number])
+                turn.members.write_back(turn.weights, stepped)
         if self._counts_in_groups():
             for param_group in self.param_groups:
                 param_group["step"] += 1
@@ -306,15 +307,11 @@ class AdamW2(torch.optim.AdamW):
         return self._guard.skipped
 
     def measure_gradients(self) -> None:
-        """Have the next step note the norm of every matrix's gradient, which an engine frees; call
-        it on every rank.
-        """
+        """Have the next step note ‖G‖_F of every matrix, before it is freed; call on every rank."""
         self._measures_gradients, self._gradient_norms = True, {}
 
     def gradient_norms(self) -> dict[str, float]:
-        """Return ‖G‖_F of every matrix, by name, in the steps since :meth:`measure_gradients`, and
-        no longer note it.
-        """
+        """Return ‖G‖_F of every matrix since :meth:`measure_gradients`; it is no longer noted."""
         self._measures_gradients = False
         return self._gradient_norms
 
@@ -327,7 +324,11 @@ class AdamW2(torch.optim.AdamW):
     def _allocate(self, tensor: Tensor, group: dict[str, Any]) -> None:
         if not self.state[tensor]:
             has_step = not self._counts_in_groups()
-            self.state[tensor] |= new_state(tensor, group, has_step=has_step)
+            self.state[tensor] |= new_state(tensor, group, has_step=has_step, dtypes=self._dtypes())
+
+    def _dtypes(self) -> moments.Dtypes | None:
+        engine = self._engine
+        return self._settings.state_dtype or (engine.moment_dtypes if engine else None)
 
     def _counts_in_groups(self) -> bool:
         """Whether the count of steps is in ``param_groups``, not in the state."""
@@ -393,6 +394,6 @@ class AdamW2(torch.optim.AdamW):
                 )
                 weights = tensors.weights(members)
                 # Lines 1 and 2.
-                gathered = members.gather(weights, self.state, self._allocate)
+                gathered = members.gather(weights, self.state, self._allocate, self._dtypes())
             turns.append(Turn(group, members, weights, gathered))
         return turns

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
+from . import moments
+
 #: Keys of AdamW configurations that change nothing here, and the values they may have (None: any).
 _HARMLESS: dict[str, tuple[Any, ...] | None] = {
     "torch_adam": None,
@@ -28,7 +30,8 @@ _HARMLESS: dict[str, tuple[Any, ...] | None] = {
 
 _OPTIONS = (
     "lr, betas, eps, weight_decay, amsgrad, maximize, tau, power_iters, floor_std, clip_vectors, "
-    "io, overrides, nonfinite, nonfinite_limit, clip, vectors, tp_group, budget_group, model"
+    "io, overrides, nonfinite, nonfinite_limit, clip, vectors, state_dtype, tp_group, "
+    "budget_group, model"
 )
 _OVERRIDES = {"match", "tau", "exempt", "fused", "kind", "clip", "vectors"}
 _KINDS = ("convolution", "experts")
@@ -61,6 +64,7 @@ class Settings:
     nonfinite_limit: int | None = None
     clip: str = SCALE
     vectors: int | None = None
+    state_dtype: moments.Dtypes | None = None
 
     def override(self, name: str, key: str, default: Any = None) -> Any:
         """Return what the last override that matches ``name`` says of ``key``, or ``default``."""
@@ -68,6 +72,10 @@ class Settings:
             if key in override and fnmatchcase(name, override["match"]):
                 return override[key]
         return default
+
+    def shares_budget(self) -> bool:
+        """Whether a τ hangs on how many matrices there are."""
+        return BALANCED in [self.tau, *(override.get("tau") for override in self.overrides)]
 
     def check_matches(self, names: Sequence[str]) -> None:
         """Raise ValueError where an override's pattern matches none of ``names``."""
@@ -92,6 +100,7 @@ def check_settings(
     nonfinite_limit: Any = None,
     clip: Any = SCALE,
     vectors: Any = None,
+    state_dtype: Any = None,
 ) -> Settings:
     """Return the settings.
 
@@ -145,6 +154,7 @@ def check_settings(
         nonfinite_limit=nonfinite_limit,
         clip=clip,
         vectors=vectors,
+        state_dtype=moments.read(state_dtype),
     )
 
 

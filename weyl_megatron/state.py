@@ -14,11 +14,8 @@ from torch import Tensor
 from .kernels import Hyper
 from .kernels.stepped import Form, check_form, extent_of
 from .layouts.local import local, placements_of
+from .moments import LARGEST, MOMENTS, Dtypes, dtype_of, warn_of_frozen
 from .settings import check_harmless
-
-#: The moments in a parameter's state, and what amsgrad adds.
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-_LARGEST = "max_exp_avg_sq"
 
 #: The dtypes that a gradient may have beside a weight in float32.
 _HALF = (torch.bfloat16, torch.float16)
@@ -27,18 +24,33 @@ _HALF = (torch.bfloat16, torch.float16)
 _COUNTS = 256
 
 
-def new_state(tensor: Tensor, group: Mapping[str, Any], *, has_step: bool) -> dict[str, Tensor]:
-    """Return the state of a tensor before its first step, as torch.optim.AdamW makes it."""
+def new_state(
+    tensor: Tensor, group: Mapping[str, Any], *, has_step: bool, dtypes: Dtypes | None = None
+) -> dict[str, Tensor]:
+    """Return the state of a tensor before its first step, as torch.optim.AdamW makes it.
+
+    Args:
+        tensor: the weight.
+        group: its parameter group.
+        has_step: whether the count of steps is in it.
+        dtypes: of M and V; None: the weight's.
+    """
     state = {} if not has_step else {"step": torch.tensor(0.0, dtype=_dtype(), device="cpu")}
+    if dtypes is None:
+        warn_of_frozen(tensor.dtype, group, "is kept so, as by torch.optim.AdamW")
     return state | {
-        key: torch.zeros_like(tensor, memory_format=torch.preserve_format)
+        key: torch.zeros_like(
+            tensor,
+            dtype=dtype_of(key, tensor, group, dtypes),
+            memory_format=torch.preserve_format,
+        )
         for key in moment_keys(group)
     }
 
 
 def moment_keys(group: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the keys of a state's moments, M, V and, where it counts, the largest V."""
-    return (*_MOMENTS, _LARGEST) if group["amsgrad"] else _MOMENTS
+    return (*MOMENTS, LARGEST) if group["amsgrad"] else MOMENTS
 
 
 class Counts:
@@ -132,7 +144,12 @@ def check_gradient(grad: Tensor, form: Form, name: str) -> None:
 
 
 def fit_moments(
-    state: dict[str, Any], weight: Tensor, form: Form, group: Mapping[str, Any], name: str
+    state: dict[str, Any],
+    weight: Tensor,
+    form: Form,
+    group: Mapping[str, Any],
+    name: str,
+    dtypes: Dtypes | None = None,
 ) -> None:
     """Check M and V of a weight (line 2). Those in another memory order, of a checkpoint or from
     before the weight became channels_last, are replaced in ``state``.
@@ -143,6 +160,7 @@ def fit_moments(
         form: its form.
         group: its parameter group.
         name: of the parameter, for sentences.
+        dtypes: of M and V, which then may be in float32, too; None: the weight's.
 
     Raises:
         ValueError: one of them is of another shape or dtype, on another device, without memory, or
@@ -156,7 +174,9 @@ def fit_moments(
                 f"AdamW2: the state of parameter '{name}' holds {', '.join(map(str, state))}, it "
                 f"takes {', '.join(keys)}."
             )
-        _check(moment, form, f"'{key}'", name)
+        is_other = dtypes is not None and moment.dtype in {*dtypes, torch.float32}
+        of_moment = form._replace(dtype=moment.dtype) if is_other else form
+        _check(moment, of_moment, f"'{key}'", name)
         if moment.stride() != form.stride:
             state[key] = in_order_of(weight, moment)
 
@@ -219,7 +239,7 @@ def check_loaded(
 
 
 def _check_loaded(tensor: Tensor, state: Mapping[str, Any], name: str, has_step: bool) -> None:
-    for key in (*_MOMENTS, _LARGEST):
+    for key in (*MOMENTS, LARGEST):
         moment = state.get(key)
         if isinstance(moment, Tensor) and moment.shape != tensor.shape:
             raise ValueError(
@@ -229,7 +249,7 @@ def _check_loaded(tensor: Tensor, state: Mapping[str, Any], name: str, has_step:
     if state and has_step and "step" not in state:
         raise ValueError(
             f"AdamW2: load_state_dict got {', '.join(map(str, state))} for parameter '{name}', it "
-            f"takes step, {', '.join(_MOMENTS)}."
+            f"takes step, {', '.join(MOMENTS)}."
         )
 
 

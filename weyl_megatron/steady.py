@@ -15,6 +15,7 @@ from .kernels import Hyper, Stepped
 from .kernels.stepped import Form
 from .layouts.buffers import Buffer
 from .layouts.local import is_on_mesh, local, local_gradient, placements_of
+from .moments import Dtypes
 from .state import (
     Counts,
     check_gradient,
@@ -119,7 +120,11 @@ class Members:
         return list(map(local, self.tensors)) if self._are_on_mesh else list(self.tensors)
 
     def gather(
-        self, weights: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]], allocate: Allocate
+        self,
+        weights: Sequence[Tensor],
+        state: Mapping[Tensor, dict[str, Any]],
+        allocate: Allocate,
+        dtypes: Dtypes | None = None,
     ) -> Gathered:
         """Return G, M and V of this step (Algorithm 1, lines 1 and 2), checked, and each in the
         memory order of its weight.
@@ -128,6 +133,7 @@ class Members:
             weights: dense, and checked.
             state: the optimizer's; moments in another memory order are replaced there.
             allocate: makes the state of a tensor that has none.
+            dtypes: of M and V; None: their weights'.
 
         Raises:
             ValueError: a gradient or moment is not as its weight, or without memory, or missing.
@@ -146,7 +152,7 @@ class Members:
         if passed is None or passed.columns is None or passed[:3] != seen:
             self._passed = None
             states = [
-                self._checked(number, weights[number], grad, state, allocate)
+                self._checked(number, weights[number], grad, state, allocate, dtypes)
                 for number, grad in zip(numbers, grads, strict=True)
             ]
             held = self._held(grads, states, amsgrad)
@@ -171,6 +177,12 @@ class Members:
             stepped[number] = each
         return Gathered(stepped, states, steps, counts)
 
+    def write_back(self, weights: Sequence[Tensor], stepped: Sequence[Stepped | None]) -> None:
+        """Copy what was stepped as a dense copy to where it belongs."""
+        for number in self.gaps:
+            if stepped[number] is not None:
+                self.held()[number].copy_(weights[number])
+
     def count(self, gathered: Gathered) -> None:
         """Count the step of every tensor that has a gradient."""
         counts = gathered.counts or Counts(gathered.states, gathered.steps)
@@ -184,6 +196,7 @@ class Members:
         grad: Tensor,
         state: Mapping[Tensor, dict[str, Any]],
         allocate: Allocate,
+        dtypes: Dtypes | None,
     ) -> dict[str, Any]:
         """Return the state of one tensor, checked with its gradient."""
         tensor, group = self.tensors[number], self.param_groups[number]
@@ -192,7 +205,7 @@ class Members:
         check_gradient(grad, form, name)
         if self._are_on_mesh:
             check_placements(state[tensor], tensor, group, name)
-        fit_moments(state[tensor], weight, form, group, name)
+        fit_moments(state[tensor], weight, form, group, name, dtypes)
         return state[tensor]
 
     def _held(

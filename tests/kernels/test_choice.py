@@ -18,6 +18,7 @@ from torch import nn
 from tests.processes import ROOT
 from tests.selection import values_of
 from weyl_megatron import AdamW2
+from weyl_megatron.environment import say_once
 from weyl_megatron.kernels import choice, cpu
 
 
@@ -26,7 +27,7 @@ def anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing compiled, nothing said yet, no wish in the environment."""
     monkeypatch.delenv(choice.VARIABLE, raising=False)
     cpu.library.cache_clear()
-    choice._say_once.cache_clear()
+    say_once.cache_clear()
     choice._trouble_of.cache_clear()
     yield
     cpu.library.cache_clear()
@@ -324,6 +325,7 @@ OTHERS = {
         ["tests/kernels/test_triton.py", "tests/kernels/test_triton_values.py"],
     ),
     "triton, singular values": ("triton", ["tests/kernels/test_triton_project.py"]),
+    "triton, moments in other dtypes": ("triton", ["tests/kernels/test_kept_moments.py"]),
     "triton, spread matrices": (
         "triton",
         ["tests/kernels/test_ranks.py", "tests/kernels/test_sure_steps.py"],

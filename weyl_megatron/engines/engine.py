@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from ..layouts.buffers import Layout
 from ..layouts.kinds import Kind
+from ..moments import Dtypes
 from ..nonfinite import Guard
 from . import unstepped
 
@@ -59,6 +60,9 @@ class Engine(Protocol):
 
     #: Whether steps are counted in the parameter groups, where FusedAdam has its count.
     counts_in_groups: bool
+
+    #: What M and V are kept in where the user does not say; None: their weights' dtypes.
+    moment_dtypes: Dtypes | None
 
     def is_constructing(self) -> bool:
         """Whether the engine is calling ``step`` while it is built: only the state is made then."""

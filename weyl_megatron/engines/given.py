@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..layouts.buffers import Layout
+from ..moments import Dtypes
 from ..nonfinite import Guard
 from .engine import Known
 
@@ -25,6 +26,7 @@ class GivenLayout:
     """
 
     steps_parameters = False
+    moment_dtypes: Dtypes | None = None
 
     def __init__(self, read: Callable[[], Layout], *, counts_in_groups: bool = False) -> None:
         self._read = read

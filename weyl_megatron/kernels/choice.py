@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from ..environment import KERNEL, LOG
+from ..environment import KERNEL, say_once
 from ..spectral.blocks import Blocks, Table
 from ..spectral.power import Products
 from ..spectral.seen import Seen
@@ -155,7 +155,7 @@ def pick_name(device: str, dtypes: Collection[torch.dtype]) -> str:
         return name
     if wanted:
         raise ValueError(f"AdamW2: {VARIABLE} got {wanted!r}, but {reason}.")
-    _say_once(f"AdamW2: the step runs in plain torch, not in the fused kernel '{name}': {reason}.")
+    say_once(f"AdamW2: the step runs in plain torch, not in the fused kernel '{name}': {reason}.")
     return "torch"
 
 
@@ -235,8 +235,3 @@ def _trouble_of(compiler: str) -> str | None:
     lines = [line.strip() for line in run.stderr.splitlines() if line.strip()]
     said = next((line for line in lines if "error" in line), " ".join(lines[:1]))
     return f"{compiler} cannot build Triton's launcher: {said[:300]}"
-
-
-@functools.cache
-def _say_once(sentence: str) -> None:
-    LOG.warning(sentence)

@@ -81,11 +81,11 @@ class CpuKernel:
         rows: dict[int, bytes] = {}  # by the identity of what tensors share
         for weight, state in zip(weights, read, strict=True):
             if state is None:
-                addresses += [weight.data_ptr(), 0, 0, 0]
+                addresses += [weight.data_ptr(), 0, 0, 0, 0]
                 hypers += bytes(HYPER_BYTES)
                 continue
             tensors = weight, state.grad, state.exp_avg, state.exp_avg_sq
-            addresses += [tensor.data_ptr() for tensor in tensors]
+            addresses += [*(tensor.data_ptr() for tensor in tensors), _narrow(state)]
             row = rows.get(id(state.hyper))
             if row is None:
                 row = rows[id(state.hyper)] = hyper_bytes(state.hyper)
@@ -222,6 +222,12 @@ class CpuKernel:
 
     def _call(self, name: str, *arguments: Tensor | float) -> None:
         call(self._library, name, *arguments)
+
+
+def _narrow(stepped: Stepped) -> int:
+    """Return which of M (1) and V (2) are in bfloat16."""
+    are_narrow = (moment.dtype == torch.bfloat16 for moment in stepped[1:3])
+    return sum(bit << place for place, bit in enumerate(are_narrow))
 
 
 def call(library: ctypes.CDLL, name: str, *arguments: Tensor | float) -> None:

@@ -21,6 +21,7 @@
 #include "cpu_step/products.h"
 #include "cpu_step/project.h"
 #include "cpu_step/shares.h"
+#include "cpu_step/staged.h"
 #include "cpu_step/tables.h"
 
 extern "C" {
@@ -47,8 +48,12 @@ void weyl_step(const Tile *tiles, int64_t count, const uint8_t *moved, int64_t m
         const double rate = double(hyper.step_size) * hyper.correction1,
                      factor = rate == 0 ? 0 : 1 / rate;
         runs(tile, row, stop, [&](int64_t at, int64_t length) {
-            const Squares squares = step_run(hyper, buffer.weight + at, buffer.grad + at,
-                                             buffer.exp_avg + at, buffer.exp_avg_sq + at, length);
+            float of_m[RUN], of_v[RUN];
+            Moments moments(buffer, at, length, of_m, of_v);
+            if (buffer.narrow) moments.update(buffer, hyper, at, length);
+            const Squares squares =
+                step_run(of_rows(buffer, hyper), buffer.weight + at, buffer.grad + at, moments.m,
+                         moments.v, length);
             if (!tile.width) return;
             double *total = partial.of(tile, thread);
             total[0] += squares.moved * factor * factor;
@@ -66,8 +71,9 @@ void weyl_undo(const Tile *tiles, int64_t count, const uint8_t *undone, const Bu
         const Buffer &buffer = buffers[tile.buffer];
         if (!buffer.exp_avg) return;
         runs(tile, row, stop, [&](int64_t at, int64_t length) {
-            undo_run(hypers[tile.buffer], buffer.weight + at, buffer.exp_avg + at,
-                     buffer.exp_avg_sq + at, length);
+            float of_m[RUN], of_v[RUN];
+            const Moments moments(buffer, at, length, of_m, of_v);
+            undo_run(hypers[tile.buffer], buffer.weight + at, moments.m, moments.v, length);
         });
     });
 }
@@ -85,8 +91,10 @@ void weyl_move(const Tile *tiles, int64_t count, const uint8_t *moved, int64_t m
         const float decay = float(1 - rate * hyper.weight_decay),
                     step_size = float(-(rate / hyper.correction1));
         runs(tile, row, stop, [&](int64_t at, int64_t length) {
-            const float after = move_run(hyper, decay, step_size, buffer.weight + at,
-                                         buffer.exp_avg + at, buffer.exp_avg_sq + at, length);
+            float of_m[RUN], of_v[RUN];
+            const Moments moments(buffer, at, length, of_m, of_v);
+            const float after = move_run(hyper, decay, step_size, buffer.weight + at, moments.m,
+                                         moments.v, length);
             if (tile.width) partial.of(tile, thread)[2] += after;
         });
     });

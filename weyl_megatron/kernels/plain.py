@@ -54,10 +54,11 @@ class PlainKernel:
             hyper, k = stepped.hyper, tile.matrix
             for band in _bands(self._weights, tile, stepped):
                 adamw_moments(band.grad, band.exp_avg, band.exp_avg_sq, band.largest, hyper)
+                first, second = band.moments()
                 if is_measured:
-                    sums[k, 0] += _squares(adamw_direction(band.exp_avg, band.second, hyper))
+                    sums[k, 0] += _squares(adamw_direction(first, second, hyper))
                     sums[k, 1] += _squares(band.weight)
-                adamw_move(band.weight, band.exp_avg, band.second, hyper, hyper.lr)
+                adamw_move(band.weight, first, second, hyper, hyper.lr)
                 if is_measured:
                     sums[k, 2] += _squares(band.weight)
 
@@ -66,14 +67,14 @@ class PlainKernel:
             for band in _bands(self._weights, tile, stepped):
                 adamw_moments(band.grad, band.exp_avg, band.exp_avg_sq, band.largest, stepped.hyper)
                 if is_measured:
-                    update = adamw_direction(band.exp_avg, band.second, stepped.hyper)
+                    update = adamw_direction(*band.moments(), stepped.hyper)
                     sums[tile.matrix, 0] += _squares(update)
                     multiply_band(self._blocks.operands[1], tile, band.row, update)
 
     def undo(self, table: Table, mask: Tensor) -> None:
         for tile, stepped, _ in self._chosen(table, mask):
             for band in _bands(self._weights, tile, stepped):
-                adamw_undo(band.weight, band.exp_avg, band.second, stepped.hyper, stepped.hyper.lr)
+                adamw_undo(band.weight, *band.moments(), stepped.hyper, stepped.hyper.lr)
 
     def move(self, table: Table, mask: Tensor, rates: Tensor, sums: Tensor) -> None:
         chosen, is_measured, rate_of = _read(mask, _is_measured(table), rates)
@@ -83,7 +84,7 @@ class PlainKernel:
             if isinstance(lr, Tensor) and rate == float(lr):
                 rate = lr  # which torch's AdamW rounds in another way than a number
             for band in _bands(self._weights, tile, stepped):
-                adamw_move(band.weight, band.exp_avg, band.second, stepped.hyper, rate)
+                adamw_move(band.weight, *band.moments(), stepped.hyper, rate)
                 if measured:
                     sums[tile.matrix, 2] += _squares(band.weight)
 
@@ -95,7 +96,7 @@ class PlainKernel:
         for tile, stepped, is_measured in self._tiles(table, chosen, measured):
             k, hyper = tile.matrix, stepped.hyper
             for band in _bands(self._weights, tile, stepped):
-                update = adamw_direction(band.exp_avg, band.second, hyper)
+                update = adamw_direction(*band.moments(), hyper)
                 change = seen.change(tile, band.row, update.to(seen.x.dtype))
                 change = change + of_update[k] * update
                 if hyper.weight_decay != 0:
@@ -148,7 +149,7 @@ def _updates_of(
     stepped = all_stepped[tile.buffer]
     if stepped is not None:
         for band in _bands(weights, tile, stepped):
-            yield band.row, adamw_direction(band.exp_avg, band.second, stepped.hyper)
+            yield band.row, adamw_direction(*band.moments(), stepped.hyper)
 
 
 class _Band(NamedTuple):
@@ -161,10 +162,15 @@ class _Band(NamedTuple):
     exp_avg_sq: Tensor
     largest: Tensor | None  # the largest V so far, where it counts (amsgrad)
 
-    @property
-    def second(self) -> Tensor:
-        """What the denominator is made of."""
-        return self.exp_avg_sq if self.largest is None else self.largest
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Return what U is made of: as it is stored, in W's dtype, or, where it is another, in
+        float32 at least.
+        """
+        second = self.exp_avg_sq if self.largest is None else self.largest
+        if self.exp_avg.dtype == second.dtype == self.weight.dtype:
+            return self.exp_avg, second
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return self.exp_avg.to(wide), second.to(wide)
 
 
 def _bands(weights: Sequence[Tensor], tile: Tile, stepped: Stepped) -> Iterator[_Band]:

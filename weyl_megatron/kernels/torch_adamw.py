@@ -17,7 +17,19 @@ def adamw_moments(
 ) -> None:
     """M ← β₁M + (1 − β₁)G and V ← β₂V + (1 − β₂)G², in place; ``largest``, if any, grows to V
     (amsgrad).
+
+    Moments in another dtype than G are worked out in float32 at least, and rounded to theirs.
     """
+    moments = [exp_avg, exp_avg_sq] if largest is None else [exp_avg, exp_avg_sq, largest]
+    if any(moment.dtype != grad.dtype for moment in moments):
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        first, second = exp_avg.to(wide), exp_avg_sq.to(wide)
+        adamw_moments(grad.to(wide), first, second, None, hyper)
+        exp_avg.copy_(first)
+        exp_avg_sq.copy_(second)
+        if largest is not None:
+            torch.maximum(largest, exp_avg_sq, out=largest)
+        return
     beta1 = hyper.beta1
     if isinstance(beta1, Tensor):
         beta1 = beta1.to(grad.device, grad.dtype)

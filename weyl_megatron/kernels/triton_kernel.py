@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from ..rule import ROUNDING
@@ -28,6 +27,7 @@ from .triton_step import (
     products,
     project,
 )
+from .triton_step.tables import TYPES, state_types
 
 #: Programs of the products that run at once on a multiprocessor.
 _PROGRAMS = 4
@@ -62,8 +62,6 @@ _ALGEBRA = {4: (256, 128), 8: (256, 255), 16: (256, 255)}
 #: at once, by vectors.
 _OF_CLIP = {4: 1, 8: 2, 16: 4}
 _MOVED = {4: 4, 8: 4, 16: 4}
-
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 class _Cut(NamedTuple):
@@ -138,7 +136,11 @@ class TritonKernel:
             sent: the first rows of ``numbers``, on the CPU.
         """
         kinds = tuple(
-            (weight.dtype, weight.dtype if state is None else state.grad.dtype)
+            units.Dtypes(*[weight.dtype] * 4)
+            if state is None
+            else units.Dtypes(
+                weight.dtype, state.grad.dtype, state.exp_avg.dtype, state.exp_avg_sq.dtype
+            )
             for weight, state in zip(weights, stepped, strict=True)
         )
         if kinds != self._kinds:
@@ -196,7 +198,7 @@ class TritonKernel:
         cut = self._now.products
         is_of_both = number < rounds[0]
         rows = [_ROWS[width][operand] for operand, width in enumerate(self._widths)]
-        for (state, grad), start, stop in cut.launches if is_of_both else cut.of_update:
+        for dtypes, start, stop in cut.launches if is_of_both else cut.of_update:
             products.products[(stop - start,)](
                 cut.units,
                 start,
@@ -215,8 +217,8 @@ class TritonKernel:
                 BLOCK_U=self._widths[1],
                 ROWS_U=rows[1],
                 LANES=_LANES,
-                STATE=_TYPES[state],
-                GRAD=_TYPES[grad if number == 0 else state],
+                GRAD=TYPES[dtypes.grad if number == 0 else dtypes.weight],
+                **state_types(dtypes),
                 num_warps=_LANES // 32,
                 maxnreg=_REGISTERS[max(self._widths)],
             )
@@ -225,7 +227,7 @@ class TritonKernel:
         """Make Z and YᵀY, once Y of cut rows have been summed over ranks."""
         now, cut = self._now, self._now.products
         rows = [_AGAIN[width][operand] for operand, width in enumerate(self._widths)]
-        for (state, _), start, stop in cut.collections:
+        for dtypes, start, stop in cut.collections:
             collect.collect[(stop - start,)](
                 cut.pieces,
                 start,
@@ -248,7 +250,7 @@ class TritonKernel:
                 BLOCK_U=self._widths[1],
                 ROWS_U=rows[1],
                 COLS=_COLS,
-                STATE=_TYPES[state],
+                **state_types(dtypes),
                 num_warps=_LANES // 32,
                 maxnreg=_OF_COLLECT,
             )
@@ -306,7 +308,7 @@ class TritonKernel:
         if not self._projects:
             return
         now, cut = self._now, self._now.products
-        for (state, _), start, stop in cut.moves:
+        for dtypes, start, stop in cut.moves:
             project.project[(stop - start,)](
                 cut.pieces,
                 start,
@@ -324,7 +326,7 @@ class TritonKernel:
                 BLOCK=self._widths[1],
                 ROWS=_MOVED[self._widths[1]],
                 COLS=_COLS,
-                STATE=_TYPES[state],
+                **state_types(dtypes),
                 num_warps=_LANES // 32,
                 maxnreg=_OF_COLLECT,
             )
@@ -350,7 +352,7 @@ class TritonKernel:
 
     def _pass(self, mode: int) -> None:
         cut = self._now.passes
-        for (state, grad), start, stop in cut.launches:
+        for dtypes, start, stop in cut.launches:
             adamw.elementwise[(stop - start,)](
                 cut.units,
                 start,
@@ -363,8 +365,8 @@ class TritonKernel:
                 MODE=mode,
                 WIDE=_RUN,
                 NARROW=_ENDS,
-                STATE=_TYPES[state],
-                GRAD=_TYPES[state if mode == adamw.UNDO.value else grad],
+                GRAD=TYPES[dtypes.weight if mode == adamw.UNDO.value else dtypes.grad],
+                **state_types(dtypes),
                 num_warps=4,
             )
 

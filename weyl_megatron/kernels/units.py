@@ -11,8 +11,15 @@ from torch import Tensor
 from ..spectral.blocks import Blocks, Operand
 from ..spectral.tiles import Tile
 
-#: What tells the launches apart that tensors take: the dtype of W, M and V, and that of G.
-Dtypes = tuple[torch.dtype, torch.dtype]
+
+class Dtypes(NamedTuple):
+    """What tells the launches apart that tensors take: the dtypes of W, G, M and V."""
+
+    weight: torch.dtype
+    grad: torch.dtype
+    exp_avg: torch.dtype
+    exp_avg_sq: torch.dtype
+
 
 #: Columns of a table of units, int64: the buffer, where its first row begins there, rows, columns
 #: and the distance between rows; the matrix (-1: none); whether it is measured here.

@@ -21,6 +21,7 @@ from ...layouts.buffers import Buffer, Layout, Parameter, model_name, model_name
 from ...layouts.modules import kinds_of
 from ...layouts.plain import plain_buffer
 from ...layouts.tensor_parallel import Sharding, band_of, marked_dim, shardings_of
+from ...moments import Dtypes
 from ...nonfinite import Guard, is_finite
 from ..engine import Known
 from .layout import Masters, flat_partition_buffers, master_copy_buffers, zero3_buffers
@@ -50,6 +51,14 @@ class DeepSpeed:
 
     def __init__(self, engine: Any) -> None:
         self._engine = weakref.ref(engine)
+
+    @property
+    def moment_dtypes(self) -> Dtypes | None:
+        """Those of bf16_optimizer_states, whose weights are in bfloat16, too."""
+        engine = self._engine()
+        config = getattr(getattr(engine, "_config", None), "bfloat16_config", None)
+        is_narrow = getattr(config, "bf16_optimizer_states", False)
+        return (torch.bfloat16, torch.bfloat16) if is_narrow else None
 
     def is_constructing(self) -> bool:
         """FP16_UnfusedOptimizer calls ``step()`` with zero gradients as it is built, to allocate

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layouts.buffers import Layout
+from ...moments import Dtypes
 from ...nonfinite import Guard
 from ..engine import Known
 from .layout import Groups, read_layout
@@ -21,12 +22,14 @@ class Megatron:
 
     Args:
         counts_in_groups: whether Megatron looks for the count of steps in the parameter groups.
+        moment_dtypes: what M and V are kept in; None: their weights' dtypes.
     """
 
     steps_parameters = False
 
-    def __init__(self, *, counts_in_groups: bool) -> None:
+    def __init__(self, *, counts_in_groups: bool, moment_dtypes: Dtypes | None = None) -> None:
         self.counts_in_groups = counts_in_groups
+        self.moment_dtypes = moment_dtypes
         self.norm: float | None = None  #: of all gradients, as Megatron took it last
         self._read: Callable[[], Layout] | None = None
 

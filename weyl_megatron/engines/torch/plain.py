@@ -10,6 +10,7 @@ from ...layouts.buffers import Layout
 from ...layouts.local import is_on_mesh
 from ...layouts.plain import mesh_buffer, plain_buffer, why_foreign
 from ...layouts.tensor_parallel import shardings_of
+from ...moments import Dtypes
 from ...nonfinite import Guard
 from ..engine import Known, register
 from .dtensor import placed
@@ -22,6 +23,7 @@ class PlainTorch:
 
     steps_parameters = True
     counts_in_groups = False
+    moment_dtypes: Dtypes | None = None
 
     def is_constructing(self) -> bool:
         return False

@@ -8,6 +8,7 @@
 
 #include "rows.h"
 #include "shares.h"
+#include "staged.h"
 #include "tables.h"
 #include "vector.h"
 
@@ -102,14 +103,16 @@ void multiply(bool is_back, const Tile *tiles, int64_t count, const uint8_t *act
     Targets targets(arena, shares.threads);
     Sums partial(source == MOMENTS ? matrices : 0, shares.threads);
     int64_t longest = 0;
+    bool has_narrow = false;
     for (int64_t i = 0; i < count; i++)
         if (shares.begin[i] >= 0) {
             longest = std::max(longest, band_of(tiles[i].cols) * Room::stride_of(tiles[i].cols));
+            has_narrow |= buffers[tiles[i].buffer].narrow != 0;
         }
 #pragma omp parallel for num_threads(shares.threads) schedule(static, 1)
     for (int thread = 0; thread < shares.threads; thread++) {
         Room room;
-        room.resize(source == WEIGHTS ? 0 : longest);
+        room.resize(source == WEIGHTS ? 0 : (has_narrow ? 3 : 1) * longest);
         Adding adding(targets, thread);
         const int64_t low = shares.edge(thread), high = shares.edge(thread + 1);
         for (int64_t i = 0; i < count; i++) {
@@ -122,6 +125,7 @@ void multiply(bool is_back, const Tile *tiles, int64_t count, const uint8_t *act
             if (tile.width)
                 adding.turn_to(tile,
                                ends[2 * tile.matrix] >= low && ends[2 * tile.matrix + 1] <= high);
+            const Hyper hyper = of_rows(buffer, hypers[tile.buffer]);
             const int64_t band = band_of(tile.cols);
             for (int64_t done = 0; done < stop - start; done += band) {
                 const int rows = int(std::min<int64_t>(band, stop - start - done));
@@ -134,12 +138,13 @@ void multiply(bool is_back, const Tile *tiles, int64_t count, const uint8_t *act
                 Row each[BAND];
                 for (int r = 0; r < rows; r++) {
                     const int64_t at = tile.offset + (row + r) * tile.stride;
-                    each[r] = {buffer.weight + at, buffer.grad + at, buffer.exp_avg + at,
-                               buffer.exp_avg_sq + at, room.at + r * Room::stride_of(tile.cols)};
+                    float *u = room.at + r * Room::stride_of(tile.cols);
+                    each[r] = row_of<source>(buffer, hypers[tile.buffer], at, tile.cols, u,
+                                             u + longest, u + 2 * longest);
                 }
                 const double squares =
-                    multiply_band<source>(is_back, tile, row, rows, hypers[tile.buffer], each,
-                                          arena, adding.target, adding.sum, ahead,
+                    multiply_band<source>(is_back, tile, row, rows, hyper, each, arena,
+                                          adding.target, adding.sum, ahead,
                                           lines.of(i, row, tile.width));
                 if (source == MOMENTS && tile.width) partial.of(tile, thread)[0] += squares;
             }

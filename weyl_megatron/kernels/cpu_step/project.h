@@ -9,6 +9,7 @@
 
 #include "adamw.h"
 #include "rows.h"
+#include "staged.h"
 #include "tables.h"
 #include "vector.h"
 
@@ -77,7 +78,6 @@ float move_rows(const Move &move, const Row *rows, float *const *w, int64_t c, i
 double project_band(const Tile &tile, int64_t row, int count, const Hyper &hyper, const Row *rows,
                     float *const *weights, const Arena &arena, const float *line, float rate,
                     float decay) {
-    constexpr int64_t LONGEST = 4096;  // columns that are summed in float
     const int width = int(tile.width);
     float y[BAND][MOST];
     const float *known = tile.left < 0 ? line : arena.left + tile.left + row * width;
@@ -90,9 +90,9 @@ double project_band(const Tile &tile, int64_t row, int count, const Hyper &hyper
     double after = 0;
     int r = 0;
     const auto move_some = [&](auto some) {
-        for (int64_t c = 0; c < tile.cols; c += LONGEST)
+        for (int64_t c = 0; c < tile.cols; c += RUN)
             after += move_rows<some()>(move, rows + r, weights + r, c,
-                                       std::min(c + LONGEST, tile.cols), y + r);
+                                       std::min(c + RUN, tile.cols), y + r);
         r += some();
     };
     while (r + FEW <= count) move_some(std::integral_constant<int, FEW>());
@@ -105,7 +105,7 @@ double project_tile(const Tile &tile, int64_t row, int64_t stop, const Buffer &b
                     const Hyper &hyper, const Arena &arena, float *line, float rate, float decay,
                     Room &room) {
     const int64_t stride = Room::stride_of(tile.cols), band = band_of(tile.cols);
-    room.resize(band * stride);
+    room.resize((buffer.narrow ? 3 : 1) * band * stride);
     double after = 0;
     const int64_t first = row;
     for (; row < stop; row += band) {
@@ -115,8 +115,9 @@ double project_tile(const Tile &tile, int64_t row, int64_t stop, const Buffer &b
         for (int r = 0; r < count; r++) {
             const int64_t at = tile.offset + (row + r) * tile.stride;
             weights[r] = buffer.weight + at;
-            each[r] = {weights[r], buffer.grad + at, buffer.exp_avg + at, buffer.exp_avg_sq + at,
-                       room.at + r * stride};
+            float *u = room.at + r * stride;
+            each[r] = row_of<UPDATES>(buffer, hyper, at, tile.cols, u, u + band * stride,
+                                      u + 2 * band * stride);
         }
         after += project_band(tile, row, count, hyper, each, weights, arena,
                               line ? line + (row - first) * tile.width : nullptr, rate, decay);

@@ -68,12 +68,11 @@ struct Sums {
 // for float sums.
 template <typename F>
 void runs(const Tile &tile, int64_t row, int64_t stop, const F &f) {
-    constexpr int64_t LONGEST = 4096;
     const bool is_dense = tile.stride == tile.cols;
     const int64_t length = is_dense ? (stop - row) * tile.cols : tile.cols;
     for (int64_t r = row; r < stop; r += is_dense ? stop - row : 1)
-        for (int64_t c = 0; c < length; c += LONGEST)
-            f(tile.offset + r * tile.stride + c, std::min(LONGEST, length - c));
+        for (int64_t c = 0; c < length; c += RUN)
+            f(tile.offset + r * tile.stride + c, std::min(RUN, length - c));
 }
 
 }  // namespace

@@ -19,8 +19,11 @@ struct Shape {  // of a matrix: where x and z begin, columns, vectors, where Y�
 struct Buffer {
     float *weight;
     const float *grad;
-    float *exp_avg, *exp_avg_sq;
+    void *exp_avg, *exp_avg_sq;
+    int64_t narrow;  // which of them are in bfloat16, the others are floats
 };
+constexpr int64_t NARROW_M = 1, NARROW_V = 2;
+constexpr int64_t RUN = 4096;  // numbers that are summed in float, at most
 struct Hyper {  // of a buffer, made by cpu.py
     float lerp, beta2, one_minus_beta2, correction2_sqrt, eps;
     // At the scheduled rate: 1 - αλ and -α / (1 - β₁ᵗ).

@@ -37,11 +37,20 @@ def address(pointers, buffer, which, offset, DTYPE: tl.constexpr, WIDE: tl.const
 
 
 @triton.jit
-def moments(grad, exp_avg, exp_avg_sq, of_grad, of_old, of_square, STATE: tl.constexpr):
+def moments(
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    of_grad,
+    of_old,
+    of_square,
+    OF_M: tl.constexpr,
+    OF_V: tl.constexpr,
+):
     """M and V after a gradient, as they are stored."""
     exp_avg += of_grad * (grad - exp_avg)
     exp_avg_sq = exp_avg_sq * of_old + of_square * grad * grad
-    return exp_avg.to(STATE).to(tl.float32), exp_avg_sq.to(STATE).to(tl.float32)
+    return exp_avg.to(OF_M).to(tl.float32), exp_avg_sq.to(OF_V).to(tl.float32)
 
 
 @triton.jit
@@ -82,6 +91,8 @@ def _pass(
     after,
     MODE: tl.constexpr,
     STATE: tl.constexpr,
+    OF_M: tl.constexpr,
+    OF_V: tl.constexpr,
 ):
     """One block of a pass; returns Σ u², Σ w² before and after it, added to those of earlier
     blocks.
@@ -91,9 +102,11 @@ def _pass(
     exp_avg_sq = tl.load(second + at, mask=inside, other=0.0).to(tl.float32)
     if MODE == STEP:
         grad = tl.load(grads + at, mask=inside, other=0.0).to(tl.float32)
-        exp_avg, exp_avg_sq = moments(grad, exp_avg, exp_avg_sq, of_grad, of_old, of_square, STATE)
-        tl.store(first + at, exp_avg.to(STATE), mask=inside)
-        tl.store(second + at, exp_avg_sq.to(STATE), mask=inside)
+        exp_avg, exp_avg_sq = moments(
+            grad, exp_avg, exp_avg_sq, of_grad, of_old, of_square, OF_M, OF_V
+        )
+        tl.store(first + at, exp_avg.to(OF_M), mask=inside)
+        tl.store(second + at, exp_avg_sq.to(OF_V), mask=inside)
         update = tl.where(inside, direction(exp_avg, exp_avg_sq, of_root, of_one), 0.0)
         squares += update * update
         before += weight * weight
@@ -121,6 +134,8 @@ def _unit(
     NARROW: tl.constexpr,
     STATE: tl.constexpr,
     GRAD: tl.constexpr,
+    OF_M: tl.constexpr,
+    OF_V: tl.constexpr,
 ):
     """A unit, run by run: eight elements at a time from where all that is read is aligned."""
     buffer = tl.load(unit)
@@ -139,21 +154,27 @@ def _unit(
     wide, narrow = tl.arange(0, WIDE), tl.arange(0, NARROW)
     state_size: tl.constexpr = 4 if STATE == tl.float32 else 2
     grad_size: tl.constexpr = 4 if GRAD == tl.float32 else 2
-    # Gradients of fewer bytes are read as many at a time as M, not as many bytes.
-    of_16: tl.constexpr = 16 * grad_size // state_size
+    m_size: tl.constexpr = 4 if OF_M == tl.float32 else 2
+    v_size: tl.constexpr = 4 if OF_V == tl.float32 else 2
+    widest: tl.constexpr = max(state_size, m_size, v_size)
+    # What has fewer bytes is read as many elements at a time, not as many bytes.
+    of_w: tl.constexpr = 16 * state_size // widest
+    of_g: tl.constexpr = 16 * grad_size // widest
+    of_m: tl.constexpr = 16 * m_size // widest
+    of_v: tl.constexpr = 16 * v_size // widest
     for row in range(0, tl.load(unit + 2)):
         begin = tl.load(unit + 1) + row * stride
         phase = (tl.load(pointers + buffer * 4) // state_size + begin) & 7
-        is_odd = phase != ((tl.load(pointers + buffer * 4 + 2) // state_size + begin) & 7)
-        is_odd |= phase != ((tl.load(pointers + buffer * 4 + 3) // state_size + begin) & 7)
+        is_odd = phase != ((tl.load(pointers + buffer * 4 + 2) // m_size + begin) & 7)
+        is_odd |= phase != ((tl.load(pointers + buffer * 4 + 3) // v_size + begin) & 7)
         if MODE == STEP:
             is_odd |= phase != ((tl.load(pointers + buffer * 4 + 1) // grad_size + begin) & 7)
         head = tl.minimum(tl.where(is_odd, cols, (8 - phase) & 7), cols)
         body = (cols - head) // 8 * 8
         edges = cols - body
         base = address(pointers, buffer, 0, begin, STATE, 0)
-        first = address(pointers, buffer, 2, begin, STATE, 0)
-        second = address(pointers, buffer, 3, begin, STATE, 0)
+        first = address(pointers, buffer, 2, begin, OF_M, 0)
+        second = address(pointers, buffer, 3, begin, OF_V, 0)
         grads = address(pointers, buffer, 1, begin, GRAD, 0)
         for start in range(0, edges, NARROW):
             at = start + narrow
@@ -162,18 +183,18 @@ def _unit(
             edge_squares, edge_before, edge_after = _pass(
                 at, inside, base, grads, first, second,
                 of_grad, of_old, of_square, of_root, of_one, root, eps, size, decay,
-                edge_squares, edge_before, edge_after, MODE, STATE,
+                edge_squares, edge_before, edge_after, MODE, STATE, OF_M, OF_V,
             )  # fmt: skip
-        base = address(pointers, buffer, 0, begin + head, STATE, 16)
-        first = address(pointers, buffer, 2, begin + head, STATE, 16)
-        second = address(pointers, buffer, 3, begin + head, STATE, 16)
-        grads = address(pointers, buffer, 1, begin + head, GRAD, of_16)
+        base = address(pointers, buffer, 0, begin + head, STATE, of_w)
+        first = address(pointers, buffer, 2, begin + head, OF_M, of_m)
+        second = address(pointers, buffer, 3, begin + head, OF_V, of_v)
+        grads = address(pointers, buffer, 1, begin + head, GRAD, of_g)
         for start in range(0, body, WIDE):
             at = start + wide
             squares, before, after = _pass(
                 at, at < body, base, grads, first, second,
                 of_grad, of_old, of_square, of_root, of_one, root, eps, size, decay,
-                squares, before, after, MODE, STATE,
+                squares, before, after, MODE, STATE, OF_M, OF_V,
             )  # fmt: skip
     if tl.load(unit + 6) != 0:
         if MODE == STEP:
@@ -197,6 +218,8 @@ def elementwise(
     NARROW: tl.constexpr,
     STATE: tl.constexpr,
     GRAD: tl.constexpr,
+    OF_M: tl.constexpr,
+    OF_V: tl.constexpr,
 ):
     """One pass of AdamW's arithmetic over a unit (STEP, UNDO or MOVE); Σ u², Σ w² before and after
     to ``sums``.
@@ -223,8 +246,12 @@ def elementwise(
             # A piece that another rank measures was left alone so far.
             is_new = (tl.load(masks + matrices * FRESH) != 0) & (tl.load(unit + 6) == 0)
             if is_new:
-                _unit(unit, pointers, hyper, rate, sums, STEP, WIDE, NARROW, STATE, GRAD)
+                _unit(
+                    unit, pointers, hyper, rate, sums, STEP, WIDE, NARROW, STATE, GRAD, OF_M, OF_V
+                )
             else:
-                _unit(unit, pointers, hyper, rate, sums, MOVE, WIDE, NARROW, STATE, GRAD)
+                _unit(
+                    unit, pointers, hyper, rate, sums, MOVE, WIDE, NARROW, STATE, GRAD, OF_M, OF_V
+                )
         else:
-            _unit(unit, pointers, hyper, rate, sums, MODE, WIDE, NARROW, STATE, GRAD)
+            _unit(unit, pointers, hyper, rate, sums, MODE, WIDE, NARROW, STATE, GRAD, OF_M, OF_V)

@@ -27,11 +27,16 @@ def reads_wide(
     OPERAND: tl.constexpr,
     BLOCK: tl.constexpr,
     STATE: tl.constexpr,
+    OF_M: tl.constexpr,
+    OF_V: tl.constexpr,
 ):
     """Whether rows of a strip, of Y and of Z can be read 16 bytes at a time."""
     size: tl.constexpr = 4 if STATE == tl.float32 else 2
+    m_size: tl.constexpr = 4 if OF_M == tl.float32 else 2
+    v_size: tl.constexpr = 4 if OF_V == tl.float32 else 2
+    least: tl.constexpr = size if OPERAND == 0 else min(m_size, v_size)
     place = pointers + tl.load(strip) * 4
-    odd = (tl.load(strip + 1) | tl.load(strip + 4)) * size
+    odd = (tl.load(strip + 1) | tl.load(strip + 4)) * least
     if OPERAND == 0:
         odd = odd | tl.load(place)
     else:
@@ -52,19 +57,35 @@ def lines_of(strip, left, lines, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def places(piece, strip, pointers, z, WIDE: tl.constexpr, STATE: tl.constexpr):
+def places(
+    piece,
+    strip,
+    pointers,
+    z,
+    WIDE: tl.constexpr,
+    STATE: tl.constexpr,
+    OF_M: tl.constexpr,
+    OF_V: tl.constexpr,
+):
     """Where W, M and V of a strip and Z of a piece begin; the strip's columns and the distance
     between its rows; the matrix's columns, the first of them that the piece has, and the first that
     the strip has.
     """
     aligned: tl.constexpr = 16 if WIDE else 0
+    size: tl.constexpr = 4 if STATE == tl.float32 else 2
+    m_size: tl.constexpr = 4 if OF_M == tl.float32 else 2
+    v_size: tl.constexpr = 4 if OF_V == tl.float32 else 2
+    widest: tl.constexpr = max(size, m_size, v_size)
+    of_w: tl.constexpr = aligned * size // widest
+    of_m: tl.constexpr = aligned * m_size // widest
+    of_v: tl.constexpr = aligned * v_size // widest
     buffer, offset = tl.load(strip), tl.load(strip + 1)
     cols, stride, shift = tl.load(strip + 3), tl.load(strip + 4), tl.load(strip + 10)
     n, start = tl.load(piece + 3), tl.load(piece + 5)
     z += tl.load(piece + 2)
-    base = address(pointers, buffer, 0, offset, STATE, aligned)
-    first = address(pointers, buffer, 2, offset, STATE, aligned)
-    second = address(pointers, buffer, 3, offset, STATE, aligned)
+    base = address(pointers, buffer, 0, offset, STATE, of_w)
+    first = address(pointers, buffer, 2, offset, OF_M, of_m)
+    second = address(pointers, buffer, 3, offset, OF_V, of_v)
     if WIDE:  # which the caller has seen
         cols = cols // 8 * 8
         stride = stride // 4 * 4
@@ -99,12 +120,14 @@ def _rows(
     COLS: tl.constexpr,
     WIDE: tl.constexpr,
     STATE: tl.constexpr,
+    OF_M: tl.constexpr,
+    OF_V: tl.constexpr,
 ):
     """What a strip's rows add to columns of Z, ROWS at a time: a thread has its own columns, of all
     vectors.
     """
     base, first, second, z, cols, stride, n, start, shift = places(
-        piece, strip, pointers, z, WIDE, STATE
+        piece, strip, pointers, z, WIDE, STATE, OF_M, OF_V
     )
     count, width = tl.load(strip + 2), tl.load(strip + 13)
     of_root, of_one = tl.load(hyper + 3), tl.load(hyper + 4)
@@ -138,6 +161,8 @@ def _strip(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     STATE: tl.constexpr,
+    OF_M: tl.constexpr,
+    OF_V: tl.constexpr,
 ):
     """Columns of Z of one strip, four at a time where all that it reads is aligned."""
     strip = strips + tl.load(piece + 6) * UNIT_SIZE
@@ -147,15 +172,15 @@ def _strip(
         y, apart = lines_of(strip, left, lines, BLOCK)
         if (OPERAND == 0) | (tl.load(pointers + buffer * 4 + 2) != 0):
             hyper = hypers + buffer * HYPER_SIZE
-            if reads_wide(strip, piece, pointers, apart, OPERAND, BLOCK, STATE):
+            if reads_wide(strip, piece, pointers, apart, OPERAND, BLOCK, STATE, OF_M, OF_V):
                 total = _rows(
                     piece, strip, pointers, hyper, y, apart, z,
-                    OPERAND, BLOCK, ROWS, COLS, True, STATE,
+                    OPERAND, BLOCK, ROWS, COLS, True, STATE, OF_M, OF_V,
                 )  # fmt: skip
             else:
                 total = _rows(
                     piece, strip, pointers, hyper, y, apart, z,
-                    OPERAND, BLOCK, ROWS, COLS, False, STATE,
+                    OPERAND, BLOCK, ROWS, COLS, False, STATE, OF_M, OF_V,
                 )  # fmt: skip
     return total
 
@@ -252,12 +277,15 @@ def _piece(
     COLS: tl.constexpr,
     WIDEST: tl.constexpr,
     STATE: tl.constexpr,
+    OF_M: tl.constexpr,
+    OF_V: tl.constexpr,
 ):
     if tl.load(piece + 5) < 0:
         _gram(piece, units, left, grams, of_units, z, FIRST, BLOCK, WIDEST)
     else:
         total = _strip(
-            piece, strips, pointers, hypers, left, lines, z, OPERAND, BLOCK, ROWS, COLS, STATE
+            piece, strips, pointers, hypers, left, lines, z, OPERAND, BLOCK, ROWS, COLS,
+            STATE, OF_M, OF_V,
         )  # fmt: skip
         _columns(piece, total, of_strips, counters, z, BLOCK, COLS)
 
@@ -286,6 +314,8 @@ def collect(
     ROWS_U: tl.constexpr,
     COLS: tl.constexpr,
     STATE: tl.constexpr,
+    OF_M: tl.constexpr,
+    OF_V: tl.constexpr,
 ):
     """A piece of Z, or YᵀY and Σ u², of one matrix: this rank's part."""
     piece = pieces + (begin + tl.program_id(0)) * PIECE_SIZE
@@ -296,10 +326,10 @@ def collect(
         if operand == 0:
             _piece(
                 piece, units, strips, pointers, hypers, left, lines, grams, of_units, of_strips,
-                counters, z, False, 0, BLOCK_W, ROWS_W, COLS, WIDEST, STATE,
+                counters, z, False, 0, BLOCK_W, ROWS_W, COLS, WIDEST, STATE, OF_M, OF_V,
             )  # fmt: skip
         else:
             _piece(
                 piece, units, strips, pointers, hypers, left, lines, grams, of_units, of_strips,
-                counters, z, FIRST, 1, BLOCK_U, ROWS_U, COLS, WIDEST, STATE,
+                counters, z, FIRST, 1, BLOCK_U, ROWS_U, COLS, WIDEST, STATE, OF_M, OF_V,
             )  # fmt: skip

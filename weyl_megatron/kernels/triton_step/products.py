@@ -36,21 +36,26 @@ def _bands(
     WIDE: tl.constexpr,
     STATE: tl.constexpr,
     GRAD: tl.constexpr,
+    OF_M: tl.constexpr,
+    OF_V: tl.constexpr,
 ):
     """A unit's rows, ROWS at a time: columns of Y in registers, summed once a band."""
     COLS: tl.constexpr = 4 * LANES if WIDE else LANES
     aligned: tl.constexpr = 16 if WIDE else 0
-    # Gradients of fewer bytes are read as many at a time as M, not as many bytes.
-    of_16: tl.constexpr = aligned if GRAD == STATE else aligned // 2
+    # M, V and gradients of fewer bytes are read as many at a time, not as many bytes.
+    widest: tl.constexpr = 4 if (OF_M == tl.float32) | (OF_V == tl.float32) else 2
+    of_g: tl.constexpr = aligned * (4 if GRAD == tl.float32 else 2) // widest
+    of_m: tl.constexpr = aligned * (4 if OF_M == tl.float32 else 2) // widest
+    of_v: tl.constexpr = aligned * (4 if OF_V == tl.float32 else 2) // widest
     buffer, offset, count = tl.load(unit), tl.load(unit + 1), tl.load(unit + 2)
     cols, stride, n = tl.load(unit + 3), tl.load(unit + 4), tl.load(unit + 9)
     slot, width = tl.load(unit + 12), tl.load(unit + 13)
     x += tl.load(unit + 8)
     lines += tl.load(unit + 11)
     base = address(pointers, buffer, 0, offset, STATE, aligned)
-    first = address(pointers, buffer, 2, offset, STATE, aligned)
-    second = address(pointers, buffer, 3, offset, STATE, aligned)
-    grads = address(pointers, buffer, 1, offset, GRAD, of_16)
+    first = address(pointers, buffer, 2, offset, OF_M, of_m)
+    second = address(pointers, buffer, 3, offset, OF_V, of_v)
+    grads = address(pointers, buffer, 1, offset, GRAD, of_g)
     of_root, of_one = tl.load(hyper + 3), tl.load(hyper + 4)
     # M and V that were updated before stay as they are.
     of_grad = tl.where(is_fresh, tl.load(hyper), 0.0)
@@ -80,10 +85,10 @@ def _bands(
                 exp_avg = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
                 exp_avg_sq = tl.load(second + at, mask=inside, other=1.0).to(tl.float32)
                 exp_avg, exp_avg_sq = moments(
-                    grad, exp_avg, exp_avg_sq, of_grad, of_old, of_square, STATE
+                    grad, exp_avg, exp_avg_sq, of_grad, of_old, of_square, OF_M, OF_V
                 )
-                tl.store(first + at, exp_avg.to(STATE), mask=is_row[:, None] & inside)
-                tl.store(second + at, exp_avg_sq.to(STATE), mask=is_row[:, None] & inside)
+                tl.store(first + at, exp_avg.to(OF_M), mask=is_row[:, None] & inside)
+                tl.store(second + at, exp_avg_sq.to(OF_V), mask=is_row[:, None] & inside)
                 a = direction(exp_avg, exp_avg_sq, of_root, of_one)
             else:
                 a = elements(base, first, second, at, inside, of_root, of_one, SOURCE)
@@ -156,26 +161,34 @@ def _unit(
     LANES: tl.constexpr,
     STATE: tl.constexpr,
     GRAD: tl.constexpr,
+    OF_M: tl.constexpr,
+    OF_V: tl.constexpr,
 ):
     """A unit, four elements at a time where all that it touches is aligned."""
     buffer = tl.load(unit)
-    state_size: tl.constexpr = 4 if STATE == tl.float32 else 2
     grad_size: tl.constexpr = 4 if GRAD == tl.float32 else 2
+    m_size: tl.constexpr = 4 if OF_M == tl.float32 else 2
+    v_size: tl.constexpr = 4 if OF_V == tl.float32 else 2
+    state_size: tl.constexpr = 4 if STATE == tl.float32 else 2
     offset, stride = tl.load(unit + 1), tl.load(unit + 4)
-    odd = tl.load(pointers + buffer * 4) | tl.load(pointers + buffer * 4 + 2)
-    odd = odd | tl.load(pointers + buffer * 4 + 3) | ((offset | stride) * state_size)
+    place = offset | stride
+    if SOURCE == WEIGHTS:
+        odd = tl.load(pointers + buffer * 4) | (place * state_size)
+    else:
+        odd = tl.load(pointers + buffer * 4 + 2) | (place * m_size)
+        odd = odd | tl.load(pointers + buffer * 4 + 3) | (place * v_size)
     if SOURCE == MOMENTS:
-        odd = odd | tl.load(pointers + buffer * 4 + 1) | ((offset | stride) * grad_size)
+        odd = odd | tl.load(pointers + buffer * 4 + 1) | (place * grad_size)
     odd = (odd & 15) | ((tl.load(unit + 8) | tl.load(unit + 9)) & 3) | (tl.load(unit + 3) & 7)
     if odd == 0:
         _bands(
             unit, pointers, hyper, is_fresh, x, left, lines, sums,
-            SOURCE, BLOCK, ROWS, LANES, True, STATE, GRAD,
+            SOURCE, BLOCK, ROWS, LANES, True, STATE, GRAD, OF_M, OF_V,
         )  # fmt: skip
     else:
         _bands(
             unit, pointers, hyper, is_fresh, x, left, lines, sums,
-            SOURCE, BLOCK, ROWS, LANES, False, STATE, GRAD,
+            SOURCE, BLOCK, ROWS, LANES, False, STATE, GRAD, OF_M, OF_V,
         )  # fmt: skip
     if tl.load(unit + 12) < 0:
         _gram(unit, lines, gram, BLOCK, LANES)
@@ -202,6 +215,8 @@ def products(
     LANES: tl.constexpr,
     STATE: tl.constexpr,
     GRAD: tl.constexpr,
+    OF_M: tl.constexpr,
+    OF_V: tl.constexpr,
 ):
     """Y of a unit's whole rows to ``lines`` and their YᵀY to ``grams``, or Y of cut rows to
     ``left``; FIRST: of W and of U whose moments are updated on the way, with Σ u² to ``sums``.
@@ -225,12 +240,12 @@ def products(
         if operand == 0:
             _unit(
                 unit, pointers, hyper, False, x, left, lines, gram, sums,
-                WEIGHTS, BLOCK_W, ROWS_W, LANES, STATE, STATE,
+                WEIGHTS, BLOCK_W, ROWS_W, LANES, STATE, STATE, OF_M, OF_V,
             )  # fmt: skip
         else:
             is_fresh = tl.load(masks + matrices * FRESH) != 0
             _unit(
                 unit, pointers, hyper, is_fresh, x, left, lines, gram, sums,
                 MOMENTS if FIRST else UPDATES, BLOCK_U, ROWS_U, LANES, STATE,
-                GRAD if FIRST else STATE,
+                GRAD if FIRST else STATE, OF_M, OF_V,
             )  # fmt: skip

@@ -142,12 +142,14 @@ def _rows(
     COLS: tl.constexpr,
     WIDE: tl.constexpr,
     STATE: tl.constexpr,
+    OF_M: tl.constexpr,
+    OF_V: tl.constexpr,
 ):
     """Move columns of a strip's rows, ROWS at a time; return Σ w² after it. A thread has its own
     columns, and C = M Z of those in registers.
     """
     base, first, second, z, cols, stride, n, start, shift = places(
-        piece, strip, pointers, z, WIDE, STATE
+        piece, strip, pointers, z, WIDE, STATE, OF_M, OF_V
     )
     count, width = tl.load(strip + 2), tl.load(strip + 13)
     of_root, of_one = tl.load(hyper + 3), tl.load(hyper + 4)
@@ -197,6 +199,8 @@ def project(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     STATE: tl.constexpr,
+    OF_M: tl.constexpr,
+    OF_V: tl.constexpr,
 ):
     """Move a piece of a matrix whose singular values are clipped; Σ w² after it to ``sums``."""
     number = begin + tl.program_id(0)
@@ -215,15 +219,15 @@ def project(
                 lr = tl.load(numbers + matrices * LR)
                 rate = (lr * tl.load(numbers + matrices * UNSEEN)).to(tl.float32)
                 decay = (1.0 - lr * tl.load(hyper + 6)).to(tl.float32)
-                is_wide = reads_wide(strip, piece, pointers, apart, 1, BLOCK, STATE)
+                is_wide = reads_wide(strip, piece, pointers, apart, 1, BLOCK, STATE, OF_M, OF_V)
                 if is_wide & ((tl.load(pointers + buffer * 4) & 15) == 0):
                     squares = _rows(
                         piece, strip, pointers, hyper, y, apart, z, factor, rate, decay,
-                        BLOCK, ROWS, COLS, True, STATE,
+                        BLOCK, ROWS, COLS, True, STATE, OF_M, OF_V,
                     )  # fmt: skip
                 else:
                     squares = _rows(
                         piece, strip, pointers, hyper, y, apart, z, factor, rate, decay,
-                        BLOCK, ROWS, COLS, False, STATE,
+                        BLOCK, ROWS, COLS, False, STATE, OF_M, OF_V,
                     )  # fmt: skip
         tl.store(sums + number, squares)
