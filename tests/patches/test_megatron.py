@@ -124,7 +124,10 @@ def test_what_another_path_would_take_stops(runs: dict[str, Path]) -> None:
         case["name"]: load(runs["patched"], case["name"])["error"].rstrip().splitlines()[-1]
         for case in REFUSED
     }
-    assert said["offload"] == "ValueError: AdamW2: optimizer_cpu_offload got True, it takes False."
+    assert said["offload"] == (
+        "ValueError: AdamW2: optimizer_cpu_offload got True in a patched Megatron, it takes False "
+        "there, or enable() in an unpatched one."
+    )
     assert said["bad-tau"].startswith("ValueError: AdamW2: tau got -1, it takes a number above 0")
     assert "adamw3" in said["unknown"]
 

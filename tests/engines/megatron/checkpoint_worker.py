@@ -26,6 +26,7 @@ from tests.engines.megatron import gpt  # noqa: E402
 from tests.engines.megatron.train_worker import optimizer_config, run  # noqa: E402
 from weyl_megatron import AdamW2  # noqa: E402
 from weyl_megatron.engines import megatron  # noqa: E402
+from weyl_megatron.engines.megatron.offload import CpuOffload  # noqa: E402
 
 SAVED, END = 3, 6
 
@@ -78,7 +79,8 @@ class Run:
         steps = {
             float(state["step"]) for one in inner for state in one.state.values() if "step" in state
         }
-        in_group = [one for one in inner if isinstance(one, AdamW2) and one.engine.counts_in_groups]
+        kinds = AdamW2, CpuOffload
+        in_group = [one for one in inner if isinstance(one, kinds) and one.engine.counts_in_groups]
         steps |= {float(group["step"]) for one in in_group for group in one.param_groups}
         keys = {tuple(sorted(state)) for one in inner for state in one.state.values()}
         return {

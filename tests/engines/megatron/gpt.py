@@ -143,7 +143,7 @@ def build(case: dict[str, Any]) -> list[nn.Module]:
     """
     config, chunks = config_of(case), case.get("vpp") or 1
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
+        grad_reduce_in_fp32=case.get("config", {}).get("main_grads_dtype", "fp32") == "fp32",
         overlap_grad_reduce=case.get("overlap", False),
         overlap_param_gather=case.get("overlap", False),
         use_distributed_optimizer=case.get("dist_opt", False),

@@ -33,6 +33,16 @@ if MCORE < (0, 16):
 else:
     FORMATS |= {"fully_reshardable": ANY, "dp_reshardable": SAME}
 
+#: Options that save memory, as they are in Megatron's configuration.
+PRECISION = {
+    "use_precision_aware_optimizer": True,
+    "exp_avg_dtype": "bf16",
+    "exp_avg_sq_dtype": "bf16",
+    "main_grads_dtype": "bf16",
+}
+OFFLOAD = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0}
+MEMORY = {"precision": PRECISION, "offload": OFFLOAD, "both": {**PRECISION, **OFFLOAD}}
+
 
 def cases() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [
@@ -61,6 +71,11 @@ def cases() -> list[dict[str, Any]]:
             "loads": {"the same": {"ep": 2}, "EP 4": {"ep": 4}},
         }
     )
+    for name, config in MEMORY.items():
+        for kind in FORMATS:
+            metadata = {"distrib_optim_sharding_type": kind}
+            distopt = {"dist_opt": True, "dtype": "bf16", "metadata": metadata, "config": config}
+            found.append({"name": f"{name}-{kind}", **distopt, "save": TP2, "loads": SAME})
     # Megatron's own Adam, as most who try AdamW² will come from; with τ = ∞ both are the same.
     infinite = {"optimizer": "adamw2", "options": {"tau": float("inf")}}
     adam = {"optimizer": "adam", "save": TP2, "loads": {"the same layout": {**TP2, **infinite}}}
@@ -98,7 +113,9 @@ def cases() -> list[dict[str, Any]]:
 
 CASES = cases()
 #: What `make test` runs: AdamW² from its own file in every layout, and from Megatron's Adam.
-QUICK = {"fully_reshardable", "fully_sharded_model_space", "adam", "project"}
+QUICK = {"fully_reshardable", "fully_sharded_model_space", "adam", "project"} | {
+    "both-fully_reshardable"
+}
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +148,8 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(
     for layout, resumed in loaded.items():
         assert resumed["steps"] == went_on["steps"] == [6.0]
         expected = {"exp_avg", "exp_avg_sq"} | (set() if case.get("step_in_group") else {"step"})
+        if "optimizer_cpu_offload" in case.get("config", {}):
+            expected.add("master_param")
         assert [set(keys) for keys in resumed["keys"]] == [expected]
         apart = max(distances(resumed["weights"], went_on["weights"]).values())
         # Bit for bit; another layout adds numbers up in another order, three steps long.

@@ -48,6 +48,12 @@ BF16 = {"dtype": "bf16", "against": "reference-bf16"}
 AUTO = {"options": {"tau": "auto"}, "against": "one-auto"}
 PROJECT = {"options": {"clip": "project"}, "against": "one-project"}
 
+#: Options that save memory, as they are in Megatron's configuration.
+PRECISION = {"use_precision_aware_optimizer": True}
+NARROW = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
+GRADS = {"main_grads_dtype": "bf16"}
+OFFLOAD = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0}
+
 #: What is spread, by number of ranks. "against" names the run of one process that it has to follow.
 SPREAD: dict[int, list[dict[str, Any]]] = {
     2: [
@@ -84,6 +90,21 @@ SPREAD: dict[int, list[dict[str, Any]]] = {
         {"name": "dp2-bf16-distopt", **BF16, **DIST_OPT},
         {"name": "tp2-bf16", "tp": 2, **BF16},
         {"name": "dp2-fp16-distopt", "dtype": "fp16", **DIST_OPT, "against": "reference-fp16"},
+        {"name": "dp2-precision", **BF16, **DIST_OPT, "config": PRECISION},
+        {"name": "dp2-bf16-moments", **BF16, **DIST_OPT, "config": PRECISION | NARROW},
+        {"name": "dp2-bf16-grads", **BF16, **DIST_OPT, "config": PRECISION | NARROW | GRADS},
+        {"name": "tp2-bf16-moments", "tp": 2, **BF16, **DIST_OPT, "config": PRECISION | NARROW},
+        {"name": "dp2-offload", **DIST_OPT, "config": OFFLOAD},
+        {"name": "dp2-offload-project", **DIST_OPT, **PROJECT, "config": OFFLOAD},
+        {"name": "dp2-bf16-offload", **BF16, **DIST_OPT, "config": OFFLOAD},
+        {
+            "name": "dp2-offload-all",
+            **BF16,
+            **DIST_OPT,
+            "config": OFFLOAD | PRECISION | NARROW | GRADS,
+        },
+        {"name": "ep2-offload", "ep": 2, **MOE, **DIST_OPT, "config": OFFLOAD},
+        {"name": "pp2-offload", "pp": 2, **DIST_OPT, "config": OFFLOAD},
     ],
     3: [
         {"name": "dp3-distopt", **DIST_OPT, "micros": 3, "against": "reference-3"},
@@ -126,6 +147,10 @@ QUICK = {
     "dp2-bf16-distopt",
     "dp2-distopt-project",
     "tp2-sp-project",
+    "dp2-precision",
+    "dp2-bf16-moments",
+    "dp2-bf16-offload",
+    "dp2-offload-all",
 }
 CASES = quick_and_slow([case for cases in SPREAD.values() for case in cases], QUICK)
 
@@ -204,6 +229,14 @@ def test_ten_steps_follow_one_process(
         {name: rate for name, rate in rates.items() if name in found}, rel=tolerance
     )
     assert sum(entry[3] for entry in found.values()) > len(found) / 2, "hardly a matrix was clipped"
+
+
+@pytest.mark.parametrize("name", ["dp2-precision", "dp2-bf16-offload"])
+def test_where_the_masters_lie_changes_no_bit(runs: Path, name: str) -> None:
+    """With float32 moments, kept by Megatron or on the CPU, the run is the usual one."""
+    usual, run = load(runs, "dp2-bf16-distopt"), load(runs, name)
+    assert all(torch.equal(run["weights"][key], each) for key, each in usual["weights"].items())
+    assert run["stats"] == usual["stats"]
 
 
 def distances(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -295,13 +328,30 @@ def test_what_cannot_be_right_is_refused_in_one_sentence() -> None:
         "tau": "AdamW2: tau got -1, it takes a number above 0 (infinity is AdamW) or 'balanced'.",
         "split_fused": "AdamW2: split_fused got 'no', it takes True or False.",
         "use_precision_aware_optimizer": (
-            "AdamW2: use_precision_aware_optimizer got True, it takes False."
+            "AdamW2: use_distributed_optimizer got False beside use_precision_aware_optimizer, it "
+            "takes True."
         ),
-        "optimizer_cpu_offload": "AdamW2: optimizer_cpu_offload got True, it takes False.",
-        ("use_precision_aware_optimizer at once"): (
-            "AdamW2: use_precision_aware_optimizer got True, it takes False."
+        "optimizer_cpu_offload": (
+            "AdamW2: use_distributed_optimizer got False beside optimizer_cpu_offload, it takes "
+            "True."
         ),
-        "optimizer_cpu_offload at once": "AdamW2: optimizer_cpu_offload got True, it takes False.",
+        "exp_avg_dtype at once": (
+            "AdamW2: exp_avg_dtype got torch.float16, it takes torch.float32 or torch.bfloat16."
+        ),
+        "exp_avg_sq_dtype at once": (
+            "AdamW2: exp_avg_sq_dtype got torch.uint8, it takes torch.float32 or torch.bfloat16."
+        ),
+        "main_params_dtype at once": (
+            "AdamW2: main_params_dtype got torch.float16, it takes torch.float32."
+        ),
+        "optimizer_offload_fraction at once": (
+            "AdamW2: optimizer_offload_fraction got 0.5, it takes 1.0: a matrix is stepped on one "
+            "device."
+        ),
+        # Megatron's own.
+        "main_grads_dtype at once": (
+            "main_grads_dtype can only be fp32 when not using precision-aware optimizer"
+        ),
         "gtp_weight_remat_size": (
             "AdamW2: gtp_weight_remat_size got 2, it takes 1: as many weight shards as "
             "tensor-parallel ranks."

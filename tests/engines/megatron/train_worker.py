@@ -52,6 +52,10 @@ def optimizer_config(case: dict[str, Any]) -> OptimizerConfig:
         use_distributed_optimizer=case.get("dist_opt", False),
         overlap_param_gather=case.get("overlap", False),
         overlap_param_gather_with_optimizer_step=case.get("overlap_step", False),
+        **{
+            key: gpt.DTYPES[value] if key.endswith("_dtype") else value
+            for key, value in case.get("config", {}).items()
+        },
     )
 
 

@@ -22,7 +22,9 @@ from ...layouts.buffers import model_name
 from ...matrices import MatrixStats
 from ...optimizer import AdamW2
 from ...settings import check_settings
+from . import precision
 from .layout import Groups
+from .offload import CpuOffload, offload
 from .wrapper import Megatron
 
 __all__ = ["adamw2", "attach", "enable", "stats"]
@@ -98,7 +100,7 @@ def stats(optimizer: Any) -> dict[str, MatrixStats]:
     """
     entries: dict[str, MatrixStats] = {}
     for wrapper in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(wrapper.optimizer, AdamW2):
+        if isinstance(wrapper.optimizer, AdamW2 | CpuOffload):
             entries |= wrapper.optimizer.stats()
     return entries
 
@@ -114,6 +116,8 @@ def adamw2(config: Any, **kwargs: Any) -> AdamW2:
     """
     import megatron.core.optimizer.distrib_optimizer as distributed
 
+    if not any(config is other for other in _building):
+        precision.refuse_patched(config)
     _refuse(config, [])
     options = {key: value for key, value in _options_of(config).items() if key != "split_fused"}
     optimizer = AdamW2(**kwargs, **options)
@@ -148,6 +152,9 @@ def attach(
     _refuse(config, model)
     engine = wrapper.optimizer.engine
     assert isinstance(engine, Megatron)
+    engine.moment_dtypes = precision.moment_dtypes(config)
+    if getattr(config, "optimizer_cpu_offload", False):
+        offload(wrapper, config)
     engine.attach(
         wrapper,
         model,
@@ -197,7 +204,11 @@ def _install() -> None:
             return build(*args, **kwargs)
         _refuse(config, model)
         stepped = [list(group["params"]) for group in given["param_groups"]]
-        with _named_adam(config), _adamw2_in_place_of_adam(factory, config):
+        with (
+            _named_adam(config),
+            _adamw2_in_place_of_adam(factory, config),
+            precision.building(config),
+        ):
             wrapper = build(*args, **kwargs)
         attach(wrapper, config, model, stepped, given.get("pg_collection"))
         return wrapper
@@ -239,9 +250,12 @@ def _check_configurations(kind: type) -> None:
 
     @functools.wraps(complete)
     def check_and_complete(config: Any) -> None:
-        if config.optimizer == NAME:
-            _refuse(config, [])
-        complete(config)
+        if config.optimizer != NAME:
+            complete(config)
+            return
+        _refuse(config, [])
+        with _named_adam(config):
+            precision.complete(config, complete)
 
     kind.__post_init__ = check_and_complete  # type: ignore[attr-defined]
 
@@ -291,8 +305,6 @@ def _refuse(config: Any, model: Sequence[Any]) -> None:
     """
     ddp = getattr(model[0], "ddp_config", None) if model else None
     takes = (
-        (config, "use_precision_aware_optimizer", False),
-        (config, "optimizer_cpu_offload", False),
         (config, "decoupled_weight_decay", True),
         (config, "use_layer_wise_distributed_optimizer", False),
         (config, "optimizer_cuda_graph", False),
@@ -303,6 +315,7 @@ def _refuse(config: Any, model: Sequence[Any]) -> None:
         got = getattr(holder, key, taken)
         if bool(got) is not taken:
             raise ValueError(f"AdamW2: {key} got {got!r}, it takes {taken!r}.")
+    precision.refuse(config)
     for chunk in model:
         if "FullySharded" in type(chunk).__name__:
             raise ValueError(

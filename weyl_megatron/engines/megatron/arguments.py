@@ -26,8 +26,6 @@ _PREFIX = f"{NAME}_"
 _EXCLUDED = (
     "use_megatron_fsdp",
     "use_torch_fsdp2",
-    "use_precision_aware_optimizer",
-    "optimizer_cpu_offload",
     "optimizer_cuda_graph",
 )
 

@@ -19,6 +19,7 @@ from ...layouts.buffers import Buffer, Layout, Parameter, Shard, Spread
 from ...layouts.modules import kinds_of
 from ...layouts.tensor_parallel import band_of, shardings_of
 from .modules import fused_weights, global_names
+from .offload import CpuOffload
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -88,10 +89,17 @@ def _buffers(
         for param, main in _pairs(wrapper.float16_groups, wrapper.fp32_from_float16_groups):
             held[id(param)] = main, 0
     elif kind == "DistributedOptimizer":
-        masters = (
+        is_offloaded = isinstance(wrapper.optimizer, CpuOffload)
+        of_float16 = wrapper.shard_fp32_from_float16_groups
+        masters = [
             *_pairs(wrapper.model_fp32_groups, wrapper.shard_fp32_groups),
-            *_pairs(wrapper.model_float16_groups, wrapper.shard_fp32_from_float16_groups),
-        )
+            *_pairs(
+                wrapper.model_float16_groups,
+                wrapper.shard_float16_groups if is_offloaded else of_float16,
+            ),
+        ]
+        if is_offloaded:
+            masters = [(p, wrapper.optimizer.master(piece)) for p, piece in masters]
         held = {
             id(p): (shard, wrapper._get_model_param_range_map(p)["param"].start)
             for p, shard in masters

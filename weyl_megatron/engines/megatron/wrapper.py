@@ -22,14 +22,13 @@ class Megatron:
 
     Args:
         counts_in_groups: whether Megatron looks for the count of steps in the parameter groups.
-        moment_dtypes: what M and V are kept in; None: their weights' dtypes.
     """
 
     steps_parameters = False
 
-    def __init__(self, *, counts_in_groups: bool, moment_dtypes: Dtypes | None = None) -> None:
+    def __init__(self, *, counts_in_groups: bool) -> None:
         self.counts_in_groups = counts_in_groups
-        self.moment_dtypes = moment_dtypes
+        self.moment_dtypes: Dtypes | None = None
         self.norm: float | None = None  #: of all gradients, as Megatron took it last
         self._read: Callable[[], Layout] | None = None
 
@@ -47,6 +46,7 @@ class Megatron:
         self._read = functools.partial(
             read_layout, wrapper, model, stepped, groups, split_fused=split_fused, is_part=is_part
         )
+        wrapper.init_state_fn = lambda optimizer, _=None: optimizer.allocate_state()
         _complete_checkpoints(wrapper)
         _forget_at_saves(wrapper)
         _note_norm(wrapper)
