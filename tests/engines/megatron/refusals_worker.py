@@ -52,17 +52,12 @@ def main() -> None:
         changed = config()
         setattr(changed, key, value)
         found[key] = said(lambda changed=changed: get_megatron_optimizer(changed, model))  # type: ignore[misc]
+    precise = {"use_precision_aware_optimizer": True}
     # As a user writes it, the constructor itself would say that it takes adam alone.
     for key, beside in {
-        "exp_avg_dtype": {"use_precision_aware_optimizer": True, "exp_avg_dtype": torch.float16},
-        "exp_avg_sq_dtype": {
-            "use_precision_aware_optimizer": True,
-            "exp_avg_sq_dtype": torch.uint8,
-        },
-        "main_params_dtype": {
-            "use_precision_aware_optimizer": True,
-            "main_params_dtype": torch.float16,
-        },
+        "exp_avg_dtype": {**precise, "exp_avg_dtype": torch.float16},
+        "exp_avg_sq_dtype": {**precise, "exp_avg_sq_dtype": torch.uint8},
+        "main_params_dtype": {**precise, "main_params_dtype": torch.float16},
         "optimizer_offload_fraction": {
             "optimizer_cpu_offload": True,
             "optimizer_offload_fraction": 0.5,

@@ -52,6 +52,7 @@ PROJECT = {"options": {"clip": "project"}, "against": "one-project"}
 PRECISION = {"use_precision_aware_optimizer": True}
 NARROW = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
 GRADS = {"main_grads_dtype": "bf16"}
+ALL = {**PRECISION, **NARROW, **GRADS}
 OFFLOAD = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0}
 
 #: What is spread, by number of ranks. "against" names the run of one process that it has to follow.
@@ -92,7 +93,7 @@ SPREAD: dict[int, list[dict[str, Any]]] = {
         {"name": "dp2-fp16-distopt", "dtype": "fp16", **DIST_OPT, "against": "reference-fp16"},
         {"name": "dp2-precision", **BF16, **DIST_OPT, "config": PRECISION},
         {"name": "dp2-bf16-moments", **BF16, **DIST_OPT, "config": PRECISION | NARROW},
-        {"name": "dp2-bf16-grads", **BF16, **DIST_OPT, "config": PRECISION | NARROW | GRADS},
+        {"name": "dp2-bf16-grads", **BF16, **DIST_OPT, "config": ALL},
         {"name": "tp2-bf16-moments", "tp": 2, **BF16, **DIST_OPT, "config": PRECISION | NARROW},
         {"name": "dp2-offload", **DIST_OPT, "config": OFFLOAD},
         {"name": "dp2-offload-project", **DIST_OPT, **PROJECT, "config": OFFLOAD},

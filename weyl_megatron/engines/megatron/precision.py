@@ -29,6 +29,11 @@ _KEPT = (torch.float32, torch.bfloat16)
 
 def refuse(config: Any) -> None:
     """Raise one sentence for a dtype, or a way to offload, that AdamW2 does not have."""
+    for key in _OPTIONS:
+        if getattr(config, key, False) and not config.use_distributed_optimizer:
+            raise ValueError(
+                f"AdamW2: use_distributed_optimizer got False beside {key}, it takes True."
+            )
     if config.use_precision_aware_optimizer:
         for key in ("exp_avg_dtype", "exp_avg_sq_dtype"):
             if getattr(config, key) not in _KEPT:
@@ -46,11 +51,6 @@ def refuse(config: Any) -> None:
             raise ValueError(
                 f"AdamW2: optimizer_offload_fraction got {fraction!r}, it takes 1.0: a matrix is "
                 "stepped on one device."
-            )
-    for key in _OPTIONS:
-        if getattr(config, key, False) and not config.use_distributed_optimizer:
-            raise ValueError(
-                f"AdamW2: use_distributed_optimizer got False beside {key}, it takes True."
             )
 
 
