@@ -36,6 +36,7 @@ RUNS = {
     "flat": (True, {}),
     "nested, projected": (False, {"clip": "project"}),
     "flat, projected": (True, {"clip": "project"}),
+    "nested, M and V in bfloat16": (False, {"state_dtype": "bfloat16", "betas": (0.9, 0.95)}),
 }
 
 

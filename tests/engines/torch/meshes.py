@@ -154,6 +154,7 @@ class Case:
 
 
 PROJECT = {"clip": "project"}
+NARROW = {"state_dtype": "bfloat16", "betas": (0.9, 0.95)}
 
 #: By the number of ranks; one launch of so many runs all of them.
 CASES: dict[int, Sequence[Case]] = {
@@ -162,6 +163,7 @@ CASES: dict[int, Sequence[Case]] = {
         Case("fsdp, projected", fsdp, PROJECT),
         Case("fsdp, all settled", fsdp, lr=1e-5),
         Case("fsdp, balanced", fsdp, {"tau": "balanced"}),
+        Case("fsdp, M and V in bfloat16", fsdp, NARROW),
         Case("fsdp, amsgrad", fsdp, {"amsgrad": True, "clip_vectors": True}),
         Case("bf16", half, is_half=True),
         Case("tensor parallel", tp, tensor=0),
