@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -26,14 +27,23 @@ def environment() -> dict[str, str]:
     return {**os.environ, **given, "PYTHONPATH": str(ROOT)}
 
 
-def torchrun(worker: Path, processes: int, *args: str, timeout: float = HANGS) -> str:
+def torchrun(
+    worker: Path,
+    processes: int,
+    *args: str,
+    timeout: float = HANGS,
+    variables: Mapping[str, str] | None = None,
+) -> str:
     """Run ``worker`` on ``processes`` processes and return what they printed; fail with its end if
     it fails.
+
+    Args:
+        variables: of the environment, beside those of every worker.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     run = subprocess.run(
         [sys.executable, *launcher, str(worker), *args],
-        env=environment(),
+        env={**environment(), **(variables or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -51,8 +51,12 @@ class _Finder(MetaPathFinder):
         execute = spec.loader.exec_module
 
         def execute_and_act(module: ModuleType) -> None:
-            execute(module)
-            act(module)
+            try:
+                execute(module)
+                act(module)
+            except BaseException:
+                _waiting.setdefault(fullname, act)  # whoever caught this may import it again
+                raise
 
         spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
         return spec

@@ -23,6 +23,7 @@ from ...matrices import MatrixStats
 from ...optimizer import AdamW2
 from ...settings import check_settings
 from .layout import Groups
+from .warmup import look_at_schedules
 from .wrapper import Megatron
 
 __all__ = ["adamw2", "attach", "enable", "stats"]
@@ -187,6 +188,7 @@ def _install() -> None:
     if hasattr(build, "adamw2"):
         return
     _check_configurations(factory.OptimizerConfig)
+    look_at_schedules()
     signature = inspect.signature(build)
 
     @functools.wraps(build)
