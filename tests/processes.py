@@ -22,9 +22,12 @@ HANGS = 900.0
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of a worker."""
+    """Return the environment of a worker. MEGATRON_CORE names the folder of a megatron-core that
+    goes before the one that is installed.
+    """
     given = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    return {**os.environ, **given, "PYTHONPATH": str(ROOT)}
+    folders = filter(None, [str(ROOT), os.environ.get("MEGATRON_CORE")])
+    return {**os.environ, **given, "PYTHONPATH": os.pathsep.join(folders)}
 
 
 def torchrun(

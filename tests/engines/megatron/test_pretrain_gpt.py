@@ -468,6 +468,24 @@ def test_pretrain_gpt_trains(pretrain: Callable[[str, str], tuple[Losses, list[s
 
 
 @needs_checkout
+def test_the_script_itself_trains_under_the_variable_what_it_trains_through_the_module(
+    pretrain: Callable[[str, str], tuple[Losses, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = {"adam": "", "adamw2": "--use-distributed-optimizer"}
+    through = {
+        name: pretrain(
+            "adapter", f"--optimizer adamw2 --adamw2-tau 0.02 --adamw2-clip project {flags}"
+        )
+        for name, flags in ways.items()
+    }
+    monkeypatch.setenv("WEYL_MEGATRON", "tau=0.02,clip=project")
+    for name, flags in ways.items():
+        losses, classes = pretrain("plain", f"--optimizer {name} {flags}")
+        assert len(losses) == 5 and losses == through[name][0]
+        assert set(classes) == {"AdamW2"}
+
+
+@needs_checkout
 def test_pretrain_gpt_trains_on_what_the_example_prepared(tmp_path: Path) -> None:
     text = sorted(map(str, Path(os.__file__).parent.glob("*.py")))
     prepare = [
