@@ -419,6 +419,20 @@ def test_megatron_stops_at_a_bad_flag() -> None:
     assert run.stderr.rstrip().endswith(sentence)
 
 
+@needs_training
+@pytest.mark.parametrize("kind", ["", "expert-"])
+def test_megatron_stops_at_weight_shards_beyond_tensor_parallelism(kind: str) -> None:
+    flag = f"--{kind}tensor-parallel-num-weight-shards"
+    script = str(HERE / "pretrain_script.py")
+    run = adapter(script, *SMALL.split(), "--optimizer", "adamw2", flag, "2", path=CHECKOUT)
+    if f"unrecognized arguments: {flag}" in run.stderr:
+        pytest.skip("megatron.training before 0.19 has no weight shards")
+    assert run.returncode != 0 and run.stderr.rstrip().splitlines()[-1] == (
+        f"{flag} got 2, but with --optimizer adamw2 it takes 1, the number of tensor-parallel "
+        "ranks."
+    )
+
+
 # Megatron-LM's pretrain_gpt.py.
 
 Losses = list[tuple[str, ...]]
