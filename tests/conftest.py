@@ -55,6 +55,7 @@ LONGEST = (
     "faults/test_save_faults.py",
     "examples/test_collapse.py",
     "examples/test_deepspeed_runs.py",
+    "engines/megatron/test_newest.py",
     "engines/deepspeed/test_deepspeed.py",
     "day/test_day.py",
     "faults/test_resize.py",
@@ -70,6 +71,7 @@ LONGEST = (
     "engines/megatron/test_checkpoints.py",
     "engines/megatron/test_megatron.py",
     "engines/megatron/test_nonfinite.py",
+    "engines/megatron/test_variable.py",
 )
 
 

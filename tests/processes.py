@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -21,19 +22,31 @@ HANGS = 900.0
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of a worker."""
+    """Return the environment of a worker. MEGATRON_CORE names the folder of a megatron-core that
+    goes before the one that is installed.
+    """
     given = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    return {**os.environ, **given, "PYTHONPATH": str(ROOT)}
+    folders = filter(None, [str(ROOT), os.environ.get("MEGATRON_CORE")])
+    return {**os.environ, **given, "PYTHONPATH": os.pathsep.join(folders)}
 
 
-def torchrun(worker: Path, processes: int, *args: str, timeout: float = HANGS) -> str:
+def torchrun(
+    worker: Path,
+    processes: int,
+    *args: str,
+    timeout: float = HANGS,
+    variables: Mapping[str, str] | None = None,
+) -> str:
     """Run ``worker`` on ``processes`` processes and return what they printed; fail with its end if
     it fails.
+
+    Args:
+        variables: of the environment, beside those of every worker.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     run = subprocess.run(
         [sys.executable, *launcher, str(worker), *args],
-        env=environment(),
+        env={**environment(), **(variables or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -15,7 +15,8 @@ from weyl_megatron.kernels import choice, cpu
 @pytest.fixture(autouse=True)
 def anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(choice.VARIABLE, raising=False)
-    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    for variable in ("DS_ACCELERATOR", "WEYL_MEGATRON", "TORCH_DEVICE_BACKEND_AUTOLOAD"):
+        monkeypatch.delenv(variable, raising=False)
     cpu.library.cache_clear()
 
 
@@ -45,6 +46,29 @@ def test_it_names_versions_and_the_kernel_that_will_run(capsys: pytest.CaptureFi
     assert lines["FSDP2, HSDP, TP"].startswith("ready (make AdamW2 after fully_shard and")
     assert lines["DeepSpeed adapter"] == 'ready ("type": "AdamW2")'
     assert lines["to mend"] == "nothing"
+
+
+@pytest.mark.parametrize(
+    ("value", "autoload", "line", "status"),
+    [
+        ("adamw2:tau=auto", "1", "Megatron's adam is AdamW2, tau='auto'", 0),
+        ("taw=1", "1", "AdamW2: WEYL_MEGATRON got the option 'taw', it takes tau, ", 1),
+        ("adamw2", "0", "not read where TORCH_DEVICE_BACKEND_AUTOLOAD=0", 1),
+    ],
+)
+def test_it_says_what_the_variable_for_megatron_asks_for(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    value: str,
+    autoload: str,
+    line: str,
+    status: int,
+) -> None:
+    monkeypatch.setenv("WEYL_MEGATRON", value)
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", autoload)
+    lines = said(capsys, status)
+    assert lines["WEYL_MEGATRON"].startswith(line)
+    assert lines["to mend"] == ("WEYL_MEGATRON" if status else "nothing")
 
 
 def test_gpus_are_counted_by_name(

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch.cuda import nccl
 
+from .engines.megatron.variable import read
+from .environment import IN_MEGATRON
 from .kernels.choice import VARIABLE, pick_name, why_no_launcher, why_not
 
 #: The oldest release that works and the newest that the tests ran, as in setup.py and the README.
@@ -52,6 +54,7 @@ def examine() -> list[Line]:
     lines += [Line("Python", platform.python_version()), _package("torch"), _nccl(), _gpus()]
     lines += [_package(name) for name in ("deepspeed", "megatron-core", *_OPTIONAL)]
     lines += [_meshes(), _deepspeed_adapter(), _deepspeed_device(), _megatron_adapter()]
+    lines += _in_megatron()
     lines.append(_kernel("cpu", "cpu"))
     if torch.cuda.is_available():
         lines.append(_kernel("cuda", "triton"))
@@ -136,6 +139,20 @@ def _megatron_adapter() -> Line:
     if not torch.cuda.is_available():
         text += "; Megatron itself asks for a GPU"
     return Line(label, text)
+
+
+def _in_megatron() -> list[Line]:
+    """Say what the variable for Megatron asks for, where it is set."""
+    text = os.environ.get(IN_MEGATRON)
+    if not text:
+        return []
+    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
+        return [Line(IN_MEGATRON, "not read where TORCH_DEVICE_BACKEND_AUTOLOAD=0", False)]
+    try:
+        given = "".join(f", {key}={value!r}" for key, value in read(text).items())
+    except ValueError as error:
+        return [Line(IN_MEGATRON, str(error), False)]
+    return [Line(IN_MEGATRON, f"Megatron's adam is AdamW2{given}")]
 
 
 def _kernel(device: str, fused: str) -> Line:

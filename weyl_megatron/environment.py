@@ -24,6 +24,9 @@ DOCTOR = "weyl-megatron doctor"
 #: The variable that names a kernel: "torch", "cpu" or "triton".
 KERNEL = "WEYL_MEGATRON_KERNEL"
 
+#: The variable that puts AdamW2 in the place of Megatron's Adam, with its options.
+IN_MEGATRON = "WEYL_MEGATRON"
+
 #: Flags for the C++ compiler, beside the package's own.
 CXXFLAGS = "WEYL_MEGATRON_CXXFLAGS"
 

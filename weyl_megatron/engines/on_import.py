@@ -45,14 +45,24 @@ class _Finder(MetaPathFinder):
 
     def find_spec(self, fullname: str, *_: object) -> ModuleSpec | None:
         act = _waiting.pop(fullname, None)  # so that the other finders are asked next
-        spec = None if act is None else find_spec(fullname)
-        if act is None or spec is None or spec.loader is None:
+        if act is None:
+            return None
+        try:
+            spec = find_spec(fullname)
+        finally:
+            # Whoever asks may only want to know whether there is such a module, or may import it
+            # again where that failed.
+            _waiting[fullname] = act
+        if spec is None or spec.loader is None or hasattr(spec.loader.exec_module, "adamw2"):
             return spec
         execute = spec.loader.exec_module
 
         def execute_and_act(module: ModuleType) -> None:
             execute(module)
-            act(module)
+            waits = _waiting.get(module.__name__)  # a loader may be that of many modules
+            if waits is not None:
+                waits(module)
 
+        execute_and_act.adamw2 = True  # type: ignore[attr-defined]
         spec.loader.exec_module = execute_and_act  # type: ignore[method-assign]
         return spec

@@ -417,6 +417,20 @@ def test_megatron_stops_at_a_bad_flag() -> None:
     assert run.stderr.rstrip().endswith(sentence)
 
 
+@needs_training
+@pytest.mark.parametrize("kind", ["", "expert-"])
+def test_megatron_stops_at_weight_shards_beyond_tensor_parallelism(kind: str) -> None:
+    flag = f"--{kind}tensor-parallel-num-weight-shards"
+    script = str(HERE / "pretrain_script.py")
+    run = adapter(script, *SMALL.split(), "--optimizer", "adamw2", flag, "2", path=CHECKOUT)
+    if f"unrecognized arguments: {flag}" in run.stderr:
+        pytest.skip("megatron.training before 0.19 has no weight shards")
+    assert run.returncode != 0 and run.stderr.rstrip().splitlines()[-1] == (
+        f"{flag} got 2, but with --optimizer adamw2 it takes 1, the number of tensor-parallel "
+        "ranks."
+    )
+
+
 # Megatron-LM's pretrain_gpt.py.
 
 Losses = list[tuple[str, ...]]
@@ -463,6 +477,24 @@ def test_pretrain_gpt_trains(pretrain: Callable[[str, str], tuple[Losses, list[s
         assert [float(number) for number in ours] == pytest.approx(
             [float(number) for number in theirs], rel=1e-3
         )
+
+
+@needs_checkout
+def test_the_script_itself_trains_under_the_variable_what_it_trains_through_the_module(
+    pretrain: Callable[[str, str], tuple[Losses, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = {"adam": "", "adamw2": "--use-distributed-optimizer"}
+    through = {
+        name: pretrain(
+            "adapter", f"--optimizer adamw2 --adamw2-tau 0.02 --adamw2-clip project {flags}"
+        )
+        for name, flags in ways.items()
+    }
+    monkeypatch.setenv("WEYL_MEGATRON", "tau=0.02,clip=project")
+    for name, flags in ways.items():
+        losses, classes = pretrain("plain", f"--optimizer {name} {flags}")
+        assert len(losses) == 5 and losses == through[name][0]
+        assert set(classes) == {"AdamW2"}
 
 
 @needs_checkout

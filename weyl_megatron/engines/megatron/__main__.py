@@ -7,12 +7,14 @@ adamw2``
 from __future__ import annotations
 
 import argparse
+import os
 import runpy
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from ...environment import IN_MEGATRON
 from . import arguments
 
 USAGE = "%(prog)s SCRIPT [the script's flags] [--optimizer adamw2 [--adamw2-tau TAU] ...]"
@@ -26,6 +28,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if script in ("-h", "--help"):
         _show_help()
         return
+    if os.environ.get(IN_MEGATRON):
+        _stop(
+            f"got {IN_MEGATRON}='{os.environ[IN_MEGATRON]}', which is for scripts that it does not "
+            "start; it takes --optimizer adamw2 and the --adamw2- flags instead."
+        )
     path = Path(script)
     if not path.is_file():
         _stop(

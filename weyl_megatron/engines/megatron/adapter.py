@@ -25,6 +25,7 @@ from ...settings import check_settings
 from . import precision
 from .layout import Groups
 from .offload import CpuOffload, offload
+from .warmup import look_at_schedules
 from .wrapper import Megatron
 
 __all__ = ["adamw2", "attach", "enable", "stats"]
@@ -194,6 +195,7 @@ def _install() -> None:
     if hasattr(build, "adamw2"):
         return
     _check_configurations(factory.OptimizerConfig)
+    look_at_schedules()
     signature = inspect.signature(build)
 
     @functools.wraps(build)

@@ -30,7 +30,7 @@ _EXCLUDED = (
 )
 
 
-def _number(text: str) -> int | float | str:
+def number(text: str) -> int | float | str:
     """Return the number that ``text`` writes, or ``text`` as it is: the checks of the settings say
     what they take.
     """
@@ -53,13 +53,13 @@ def _json(text: str) -> Any:
 #: word with all of Megatron's flags.
 _FLAGS: dict[str, dict[str, Any]] = {
     "tau": {
-        "type": _number,
+        "type": number,
         "metavar": "TAU",
         "help": "Bound on the growth of a matrix's spectral norm per step, or 'balanced'.",
     },
-    "power_iters": {"type": _number, "metavar": "N", "help": "Block power iterations per step."},
+    "power_iters": {"type": number, "metavar": "N", "help": "Block power iterations per step."},
     "floor_std": {
-        "type": _number,
+        "type": number,
         "metavar": "STD",
         "help": "sigma_1(W) counts for at least that of a random matrix of this deviation.",
     },
@@ -81,7 +81,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
         ),
     },
     "nonfinite_limit": {
-        "type": _number,
+        "type": number,
         "metavar": "N",
         "help": "Stop after N skipped steps in a row.",
     },
@@ -90,7 +90,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "help": "What becomes of an update that is too large: all or its singular values shrink.",
     },
     "vectors": {
-        "type": _number,
+        "type": number,
         "metavar": "N",
         "help": (
             f"Vectors that see an update for --adamw2-clip {PROJECT}; {VECTORS} where not given."
@@ -101,6 +101,9 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "help": "Measure linear_qkv and a gated linear_fc1 whole, not by their parts.",
     },
 }
+#: Namespaces that ask for adamw2 and that Megatron is validating, as "adam".
+_validated: list[argparse.Namespace] = []
+
 _DEFAULTS = {
     option: parameter.default for option, parameter in signature(enable).parameters.items()
 }
@@ -116,16 +119,36 @@ def install() -> None:
     Raises:
         SystemExit: this megatron.training has none of the functions that are to be extended.
     """
-    arguments = import_module("megatron.training.arguments")
-    _replace(arguments, "add_megatron_arguments", _extending)
-    _replace(arguments, "validate_args", _validating)
-    if hasattr(arguments, "_print_args"):
-        _replace(arguments, "_print_args", _printing)
-    training = import_module("megatron.training.training")
-    if hasattr(
-        training, "get_megatron_optimizer_config"
-    ):  # 0.14 reads the name from the arguments at once
-        _replace(training, "get_megatron_optimizer_config", _configuring)
+    accept(import_module("megatron.training.arguments"), extend)
+    name_configurations(import_module("megatron.training.training"))
+
+
+def accept(
+    module: ModuleType, extend_parser: Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
+) -> None:
+    """Have ``megatron.training.arguments`` extend its parser, and validate adamw2 as it does
+    adam.
+    """
+    _replace(module, "add_megatron_arguments", lambda add: _extending(add, extend_parser))
+    _replace(module, "validate_args", _validating)
+    if hasattr(module, "_print_args"):
+        _replace(module, "_print_args", _printing)
+
+
+def name_configurations(module: ModuleType) -> None:
+    """Have ``megatron.training.training`` make configurations for adamw2 as it does for adam; 0.14
+    reads the name from the arguments at once.
+    """
+    if hasattr(module, "get_megatron_optimizer_config"):
+        _replace(module, "get_megatron_optimizer_config", _configuring)
+
+
+def add_choice(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Let ``--optimizer`` take adamw2, where it has choices; flags of adamw2 are not added."""
+    optimizer = parser._option_string_actions.get("--optimizer")
+    if optimizer is not None and optimizer.choices is not None and NAME not in optimizer.choices:
+        optimizer.choices = [*optimizer.choices, NAME]
+    return parser
 
 
 def extend(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -143,8 +166,7 @@ def extend(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             "weyl_megatron: this Megatron-LM has its patch: run the script itself, --optimizer "
             f"{NAME} is in it."
         )
-    optimizer.choices = [*optimizer.choices, NAME]
-    add_flags(parser)
+    add_flags(add_choice(parser))
     parse = parser.parse_known_args
 
     @wraps(parse)
@@ -227,8 +249,11 @@ def _flag(option: str) -> str:
     return f"--{NAME}-{words}"
 
 
-def _extending(add_arguments: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: extend(add_arguments(*args, **kwargs))
+def _extending(
+    add_arguments: Callable[..., Any],
+    extend_parser: Callable[[argparse.ArgumentParser], argparse.ArgumentParser],
+) -> Callable[..., Any]:
+    return lambda *args, **kwargs: extend_parser(add_arguments(*args, **kwargs))
 
 
 def _validating(validate: Callable[..., Any]) -> Callable[..., Any]:
@@ -239,8 +264,14 @@ def _validating(validate: Callable[..., Any]) -> Callable[..., Any]:
         with _named(
             args, "adam"
         ):  # AdamW2 has Adam's state, and Megatron is to take the paths that it takes for Adam
-            validated = validate(args, *others, **kwargs)
+            _validated.append(args)
+            try:
+                validated = validate(args, *others, **kwargs)
+            finally:
+                _validated.pop()
         _exclude(args)
+        if not hasattr(args, _PREFIX + "tau"):  # a variable has the options, not flags
+            return validated
         try:
             enable(**options_of(args))
         except ValueError as error:  # this megatron-core is one that enable() does not know
@@ -286,7 +317,7 @@ def _configuring(configure: Callable[..., Any]) -> Callable[..., Any]:
 
 def _printing(show: Callable[..., Any]) -> Callable[..., Any]:
     def _print_args(title: str, args: argparse.Namespace) -> Any:
-        if not hasattr(args, _PREFIX + "tau"):
+        if not any(args is validated for validated in _validated):
             return show(title, args)
         with _named(
             args, NAME

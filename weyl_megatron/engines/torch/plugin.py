@@ -2,13 +2,23 @@
 (2.5 and newer).
 
 It makes ``torch.optim.AdamW2`` resolvable, which is where DeepSpeed looks up every optimizer name
-that it does not know itself. Switched off, with all other plugins, by
+that it does not know itself, and has Megatron looked at as it is imported, for the variable
+WEYL_MEGATRON. Switched off, with all other plugins, by
 ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``.
 """
 
 from __future__ import annotations
 
+import os
+from importlib import import_module
+from types import ModuleType
 from typing import Any
+
+from ...environment import IN_MEGATRON
+from ..on_import import when_imported
+
+#: Where Megatron builds optimizers, and where Megatron-LM reads its command line.
+_OF_MEGATRON = ("megatron.core.optimizer", "megatron.training.arguments")
 
 
 def register() -> None:
@@ -30,3 +40,11 @@ def register() -> None:
         raise AttributeError(f"module 'torch.optim' has no attribute {name!r}")
 
     torch.optim.__getattr__ = resolve  # type: ignore[method-assign]
+    for name in _OF_MEGATRON:
+        when_imported(name, _look_at_megatron)
+
+
+def _look_at_megatron(module: ModuleType) -> None:
+    """Act on the variable as it is now: a script may set it after ``import torch``."""
+    if os.environ.get(IN_MEGATRON):
+        import_module("weyl_megatron.engines.megatron.variable").act(module)
