@@ -41,6 +41,7 @@ CASES: list[dict[str, Any]] = [
     {"by": "trainer", "model": "gpt2", "stage": 2, "config": "no optimizer", "offload": True},
     {"by": "trainer", "model": "vit", "stage": 3, "config": "no optimizer", "offload": True},
     {"by": "trainer", "model": "gpt2", "stage": 1, "config": "dict", "tau": "balanced"},
+    {"by": "trainer", "model": "gpt2", "stage": 3, "config": "no optimizer", "optim": "adamw2"},
     {"by": "accelerate", "model": "vit", "stage": 2},
     {"by": "accelerate", "model": "gpt2", "stage": 3},
     {"by": "accelerate", "model": "gpt2", "stage": 1, "config": "no optimizer", "offload": True},
@@ -60,6 +61,7 @@ IGNORED: dict[str, Any] = {
 for case in (*CASES, IGNORED):
     words = [case["by"], case["model"], f"zero{case['stage']}", case.get("config", "")]
     words += ["offload" if case.get("offload") else "", case.get("tau", "")]
+    words += [case.get("optim", "")]
     case["name"] = "-".join(filter(None, words)).replace(" ", "-")
 
 
@@ -69,6 +71,7 @@ QUICK = {
     "trainer-vit-zero3-dict",
     "trainer-gpt2-zero2-no-optimizer-offload",
     "trainer-gpt2-zero1-dict-balanced",
+    "trainer-gpt2-zero3-no-optimizer-adamw2",
     "accelerate-vit-zero2",
     "accelerate-gpt2-zero3",
     "accelerate-gpt2-zero1-no-optimizer-offload",
