@@ -53,6 +53,8 @@ LAUNCHES: dict[str, tuple[int, Sequence[Case]]] = {
             Case("accelerate", "vit", FULL, PROJECT, layers="ViTLayer"),
             Case("accelerate", "gpt2", plugin={"cpu_ram_efficient_loading": True}),
             Case("accelerate", "gpt2", plugin={"activation_checkpointing": True}, named=False),
+            Case("accelerate", "mla", named=False),
+            Case("accelerate", "mamba", named=False),
             Case("accelerate", "lora"),
             Case("trainer", "gpt2", SHARDED, {"tau": "balanced", **PROJECT}, named=False),
             Case("trainer", "lora", FULL, named=False),

@@ -189,7 +189,7 @@ def main() -> None:
     tolerances.make_every_iteration()  # so that no rounding decides on one
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     state = PartialState(cpu=True)
-    for kind in ("gpt2", "vit"):
+    for kind in ("gpt2", "vit", "mla", "mamba"):
         if state.is_main_process:
             tiny.make(kind).save_pretrained(out / kind)
     state.wait_for_everyone()
