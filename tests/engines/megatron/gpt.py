@@ -33,8 +33,8 @@ from torch import Tensor, nn
 
 HIDDEN, HEADS, WIDTH, GROUPS, FFN, VOCAB, LENGTH = 36, 12, 5, 6, 48, 96, 12
 EXPERTS = 4
-#: Of multi-latent attention: q's and the key's rank, and a head's rows of k that are not rotated, of
-#: what is rotated, and of v.
+#: Of multi-latent attention: the ranks of q and of k and v, and a head's rows of k that are not
+#: rotated, of what is rotated, and of v.
 Q_RANK, KV_RANK, NOPE, ROPE, VALUE = 14, 10, 6, 4, 5
 STEPS, MICROS, MICRO = 10, 4, 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -187,8 +187,8 @@ def test_ten_steps_follow_one_process(
     if case.get("mla") and case.get("tp"):
         pytest.skip(
             "megatron-core 0.16.1's gradient of linear_kv_down_proj is another under tensor "
-            "parallelism, with its own AdamW, too: gathering its output splits the gradient of what "
-            "every rank rotates"
+            "parallelism, with its own AdamW, too: gathering its output splits the gradient of "
+            "what every rank rotates"
         )
     expected = load(runs, case.get("against", "reference"))
     found = stats(result)
