@@ -252,7 +252,9 @@ def _buffers(
         for group in wrapper.param_groups:
             for param in group["params"]:
                 described = describe(param)
-                yield plain_buffer(param, described.name, shardings, described.kind)
+                yield plain_buffer(
+                    param, described.name, shardings, described.kind, described.fused
+                )
     elif kind == "FP16_UnfusedOptimizer":
         yield from master_copy_buffers(wrapper.fp16_groups, wrapper.fp32_groups, describe, masters)
     elif kind == "BF16_Optimizer":
