@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tests import tolerances
+from tests.layouts.test_modules import matrices_of
 from weyl_megatron import AdamW2
 from weyl_megatron.layouts.projections import split_rows
 
@@ -162,6 +163,31 @@ def test_a_head_s_rows_may_be_a_matrix_of_their_own() -> None:
             # A first step's estimate is within a hundredth.
             found = stats[f"{name}.weight[{number}]"].sigma_weight
             assert found == pytest.approx(sigma, rel=1e-2)
+
+
+def test_gate_and_up_of_experts_that_say_nothing_are_seen_beside_the_projection_back() -> None:
+    from transformers import GptOssConfig, Llama4TextConfig, LongcatFlashConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+    from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+    from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
+
+    sizes = {"hidden_size": 6, "intermediate_size": 5}
+    llama = Llama4TextExperts(Llama4TextConfig(**sizes, num_local_experts=2))
+    longcat = LongcatFlashExperts(
+        LongcatFlashConfig(
+            hidden_size=6, expert_ffn_hidden_size=5, n_routed_experts=2, zero_expert_num=0
+        )
+    )
+    for experts, dim in ((llama, 2), (longcat, 1)):
+        weight = nn.init.normal_(experts.gate_up_proj).detach()
+        parts = [part for matrix in weight for part in matrix.chunk(2, dim - 1)]
+        matrices = matrices_of(experts, "gate_up_proj")
+        assert len(matrices) == 2 * 2
+        for matrix, part in zip(matrices, parts, strict=True):
+            torch.testing.assert_close(torch.linalg.svdvals(matrix), torch.linalg.svdvals(part))
+    in_turn = GptOssExperts(GptOssConfig(**sizes, num_local_experts=2))
+    nn.init.normal_(in_turn.gate_up_proj)
+    assert len(matrices_of(in_turn, "gate_up_proj")) == 2
 
 
 MLA = SimpleNamespace(

@@ -265,11 +265,21 @@ def _is_bias(leaf: str, shape: tuple[int, ...], owner: nn.Module) -> bool:
 
 
 def _experts(leaf: str, owner: Any) -> Kind:
-    """Return the kind of a stack, with its parts where Hugging Face's experts say how these lie."""
+    """Return the kind of a stack, with its parts where Hugging Face's experts say how these lie.
+
+    Of those that say nothing (Llama 4, LongCat) it is seen beside the projection back.
+    """
     is_gated = leaf == "gate_up_proj" and getattr(owner, "has_gate", False)
     if is_gated and getattr(owner, "is_concatenated", False):
         axis = 1 if getattr(owner, "is_transposed", False) else 0
         return _STACK._replace(parts=("gate", "up"), axis=axis)
+    says = hasattr(owner, "has_gate") or hasattr(owner, "gate_up_proj_bias")  # GPT-OSS: in turn
+    down = getattr(owner, "down_proj", None)
+    if leaf == "gate_up_proj" and not says and isinstance(down, Tensor) and len(_shape(down)) == 3:
+        (rows, cols), (first, last) = _shape(owner.gate_up_proj)[1:], _shape(down)[1:]
+        for axis, inner in enumerate([(2 * last, first), (last, 2 * first)]):
+            if (rows, cols) == inner:
+                return _STACK._replace(parts=("gate", "up"), axis=axis)
     return _STACK
 
 
