@@ -44,6 +44,7 @@ ROOMS = (
     "engines.torch",
     "engines.deepspeed",
     "optimizer",
+    "engines.torch.by_name",
     "engines.torch.plugin",
     "engines.megatron",
     "watch",

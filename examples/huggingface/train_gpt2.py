@@ -2,8 +2,10 @@
 
     torchrun --nproc-per-node 2 train_gpt2.py --deepspeed ../deepspeed/zero2.json
 
+    python train_gpt2.py --optim adamw2 --optim_args tau=0.01
+
 Any other TrainingArguments can be given, too. Nothing is downloaded, and nothing is imported to
-train with AdamW2: DeepSpeed finds it by the name in its JSON file.
+train with AdamW2: DeepSpeed finds it by the name in its JSON file, the Trainer by that in --optim.
 """
 
 from __future__ import annotations
@@ -94,7 +96,11 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     loss = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
-        stats = trainer.model_wrapped.basic_optimizer.stats()
+        is_engine = trainer.is_deepspeed_enabled
+        optimizer = (
+            trainer.model_wrapped.basic_optimizer if is_engine else trainer.optimizer.optimizer
+        )
+        stats = optimizer.stats()
         clipped = sum(entry.clipped for entry in stats.values())
         print(f"validation loss {loss:.4f}; {clipped} of {len(stats)} matrices clipped")
         name = "transformer.h.0.attn.c_attn.weight[q]"

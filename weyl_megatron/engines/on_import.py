@@ -20,11 +20,15 @@ def when_imported(name: str, act: Callable[[ModuleType], None]) -> None:
     """Call ``act`` with the module ``name``: now where it is imported, else once it is; one ``act``
     a module.
     """
-    if name in sys.modules:
-        act(sys.modules[name])
+    module = sys.modules.get(name)
+    spec = getattr(module, "__spec__", None)
+    if module is not None and not getattr(spec, "_initializing", False):
+        act(module)
         return
     _waiting[name] = act
-    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    if module is not None and spec is not None:  # it is what imports us
+        spec.__class__ = _UnderWay
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
@@ -35,7 +39,19 @@ def wrap(owner: Any, name: str, wrapping: Callable[[Callable[..., Any]], Any]) -
         return
     wrapped: Any = functools.wraps(original)(wrapping(original))
     wrapped.adamw2 = True
-    setattr(owner, name, wrapped)
+    is_static = isinstance(vars(owner).get(name), staticmethod)
+    setattr(owner, name, staticmethod(wrapped) if is_static else wrapped)
+
+
+class _UnderWay(ModuleSpec):
+    """The spec of a module that is being imported: Python marks it when that ends."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_initializing" and not value and self.name in sys.modules:
+            act = _waiting.pop(self.name, None)  # none where it failed and was imported again
+            if act is not None:
+                act(sys.modules[self.name])
 
 
 class _Finder(MetaPathFinder):

@@ -35,6 +35,11 @@ class Fused(NamedTuple):
     labels: tuple[str, ...]
     pieces: tuple[Piece, ...]  # of the whole weight, in order
 
+    @property
+    def repeats(self) -> bool:
+        """Whether the parts come again and again, as per head."""
+        return len(self.pieces) > len(self.sizes)
+
 
 def stacked(axis: int, sizes: Sequence[int], labels: Sequence[str]) -> Fused:
     """Return the split of a whole weight into parts that lie one after the other."""
@@ -71,11 +76,15 @@ def stacked_in_bands(fused: Fused, bands: Sequence[int]) -> Fused | None:
     """Return the split of a weight of which every rank stacks its shares of the parts; None where
     these cannot be shared out evenly.
 
+    Parts that repeat are cut with what they repeat in, as heads are, and stay in order.
+
     Args:
         fused: the sizes of the parts, of the whole weight.
         bands: the extent of each rank along the axis of the parts.
     """
     ranks = len(bands)
+    if fused.repeats and fused.axis == 0:
+        return fused
     if len(set(bands)) > 1 or any(size % ranks for size in fused.sizes):
         return None
     pattern = [size // ranks for size in fused.sizes]
@@ -124,6 +133,9 @@ def stacked_parts(kind: Kind, shape: Sequence[int]) -> Fused | None:
     """Return the split of a whole weight whose kind says that it stacks parts; else None."""
     dim = kind.axis + (len(shape) - 2 if kind.form == "experts" else 0)
     parts = len(kind.parts)
+    if kind.period and parts:
+        divides = shape[dim] % sum(kind.period) == 0
+        return interleaved(kind.period, kind.parts, shape[dim], kind.axis) if divides else None
     if not parts or shape[dim] % parts:
         return None
     return stacked(kind.axis, (shape[dim] // parts,) * parts, kind.parts)

@@ -16,9 +16,11 @@ class Kind(NamedTuple):
     # "vector" (scheduled rate), "matrix", "convolution" (rows: the first dimension) or "experts"
     form: str
     groups: int = 1
-    # Labels of what it stacks along ``axis`` of each matrix, all of one size.
+    # Labels of what it stacks along ``axis`` of each matrix.
     parts: tuple[str, ...] = ()
     axis: int = 0
+    # Consecutive rows (columns) of each part, in an order that repeats; (): all of one size, once.
+    period: tuple[int, ...] = ()
     role: str | None = None  # "embedding", "head" or "adapter"
     partner: str | None = None  # the other factor of an adapter's product, by its parameter's name
 

@@ -20,7 +20,9 @@ from .adapters import (
     peft_parameters,
 )
 from .buffers import model_names
+from .fused import plain_name
 from .kinds import Kind
+from .projections import split_rows
 
 _VECTOR, _MATRIX, _STACK = Kind("vector"), Kind("matrix"), Kind("experts")
 
@@ -49,6 +51,7 @@ def kinds_of(model: nn.Module, names: Mapping[int, str] | None = None) -> dict[s
     depthwise: a group of one channel        one, of the first dimension by all others
     ``nn.MultiheadAttention``                q, k and v of in_proj_weight
     ``nn.LSTM``, ``nn.GRU``, their cells     one per gate
+    linear layers of MLA, Mamba, DeltaNet    one per part: :func:`.projections.split_rows`
     ``nn.Bilinear``                          (out, in1·in2), linear in the outer product; for one
                                              output (in1, in2)
     norms, weight_norm's lengths,            none, whatever their shape: scheduled rate
@@ -198,6 +201,9 @@ def _kind(name: str, param: Tensor, owners: Mapping[str, nn.Module]) -> Kind:
     if len(shape) == 2:
         if _is_bias(leaf, shape, owner):
             return _VECTOR
+        split = _split(name, shape, owners)
+        if split:
+            return Kind("matrix", parts=tuple(split), period=tuple(split.values()))
         return Kind("matrix", parts=_parts(leaf, shape, owner))
     if isinstance(owner, _ConvNd) or (_CONVOLUTION.search(kind) and leaf.startswith("weight")):
         return Kind("convolution", groups=_groups(shape, owner))
@@ -215,6 +221,16 @@ def _owner(name: str, owners: Mapping[str, nn.Module]) -> tuple[str, nn.Module]:
     while path and isinstance(owners[path], (nn.ParameterDict, nn.ParameterList)):
         path, _, leaf = path.rpartition(".")
     return leaf, owners[path]
+
+
+def _split(name: str, shape: tuple[int, ...], owners: Mapping[str, nn.Module]) -> Mapping[str, int]:
+    """Return into which rows the module around a linear layer splits what that returns."""
+    path, _, leaf = plain_name(name).rpartition(".")
+    attribute = path.rpartition(".")[2]
+    if leaf != "weight" or not attribute:
+        return {}
+    around = ("." + name).rpartition(f".{attribute}.")[0].lstrip(".")
+    return split_rows(attribute, owners[around], shape[0]) if around in owners else {}
 
 
 def _parts(leaf: str, shape: tuple[int, ...], owner: nn.Module) -> tuple[str, ...]:
@@ -249,11 +265,21 @@ def _is_bias(leaf: str, shape: tuple[int, ...], owner: nn.Module) -> bool:
 
 
 def _experts(leaf: str, owner: Any) -> Kind:
-    """Return the kind of a stack, with its parts where Hugging Face's experts say how these lie."""
+    """Return the kind of a stack, with its parts where Hugging Face's experts say how these lie.
+
+    Of those that say nothing (Llama 4, LongCat) it is seen beside the projection back.
+    """
     is_gated = leaf == "gate_up_proj" and getattr(owner, "has_gate", False)
     if is_gated and getattr(owner, "is_concatenated", False):
         axis = 1 if getattr(owner, "is_transposed", False) else 0
         return _STACK._replace(parts=("gate", "up"), axis=axis)
+    says = hasattr(owner, "has_gate") or hasattr(owner, "gate_up_proj_bias")  # GPT-OSS: in turn
+    down = getattr(owner, "down_proj", None)
+    if leaf == "gate_up_proj" and not says and isinstance(down, Tensor) and len(_shape(down)) == 3:
+        (rows, cols), (first, last) = _shape(owner.gate_up_proj)[1:], _shape(down)[1:]
+        for axis, inner in enumerate([(2 * last, first), (last, 2 * first)]):
+            if (rows, cols) == inner:
+                return _STACK._replace(parts=("gate", "up"), axis=axis)
     return _STACK
 
 

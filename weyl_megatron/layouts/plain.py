@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .buffers import Bands, Buffer, Parameter, Shard, Spread
+from .fused import Fused
 from .grid import Box
 from .kinds import Kind
 from .local import is_on_mesh, local
@@ -20,10 +21,14 @@ _FUSED_ON_META = (
 
 
 def plain_buffer(
-    tensor: Tensor, name: str, shardings: Mapping[int, Sharding], kind: Kind | None = None
+    tensor: Tensor,
+    name: str,
+    shardings: Mapping[int, Sharding],
+    kind: Kind | None = None,
+    fused: Fused | None = None,
 ) -> Buffer:
     """Return the buffer of one parameter that the optimizer steps as it is; ``kind`` is what it is
-    to its module.
+    to its module, ``fused`` what an engine knows of its parts.
 
     Raises:
         ValueError: the parameter's storage is not understood (FSDP1, sparse, complex, overlapping).
@@ -34,7 +39,9 @@ def plain_buffer(
         raise kind_of_error(f"AdamW2: parameter '{name}' {reason}.")
     order = None if tensor.is_contiguous() or not is_dense(tensor) else tuple(storage_order(tensor))
     sharding, frozen = shardings.get(id(tensor)), is_frozen(tensor)
-    parameter = band_of(name, tensor.shape, sharding, kind=kind, order=order, is_frozen=frozen)
+    parameter = band_of(
+        name, tensor.shape, sharding, kind=kind, order=order, is_frozen=frozen, fused=fused
+    )
     return Buffer(tensor, (Shard(parameter, 0, tensor.numel(), 0),))
 
 

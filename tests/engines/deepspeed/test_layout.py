@@ -4,10 +4,13 @@ same.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from tests.processes import run_ranks
 from weyl_megatron.engines.deepspeed.layout import Masters
 from weyl_megatron.layouts.buffers import Parameter, Shard
 
@@ -52,3 +55,9 @@ def test_weights_that_were_changed_in_the_model_alone_are_found() -> None:
     checked(masters, partition[2:14] + 1, partition + 1)  # a checkpoint is loaded into both
     with pytest.raises(ValueError, match=REFUSED):
         checked(masters, partition[2:14] + 1, partition)
+
+
+def test_parts_that_autotp_cuts_each_by_itself_are_matrices_of_their_own() -> None:
+    pytest.importorskip("deepspeed.module_inject.autotp_config", reason="DeepSpeed before 0.18")
+    worker = Path(__file__).with_name("subparameters_worker.py")
+    assert run_ranks("deepspeed", worker, 2).count("all agree") == 2

@@ -142,8 +142,13 @@ def trainer_of(case: Case, out: Path, *, is_adamw: bool = False, **given: Any) -
     )
     model = tiny.make(case.model)
     options = options_of(case, is_adamw=is_adamw)
-    made: Any
-    if case.named:
+    made: Any = None
+    if case.optim is not None:
+        name = "adamw_torch" if is_adamw else case.optim
+        own = [f"{key}={value}" for key, value in {"tau": tiny.TAU, **case.options}.items()]
+        given_args = None if is_adamw else ",".join(own)
+        args.set_optimizer(name, tiny.LR, tiny.DECAY, *tiny.BETAS, tiny.EPS, given_args)
+    elif case.named:
         params = list(model.named_parameters())
         made = torch.optim.AdamW if is_adamw else AdamW2, {**options, "params": params}
     else:
@@ -193,7 +198,7 @@ def run(case: Case, out: Path, *, is_adamw: bool = False, resumes: bool = False)
 
 def reference(case: Case, tau: float | str | None, **options: Any) -> Any:
     rates = [tiny.LR] * tiny.STEPS
-    return tiny.one_process(case.model, rates, groups=False, tau=tau, **options)
+    return tiny.one_process(case.model, rates, case.optim is not None, tau, **options)
 
 
 def check(case: Case, out: Path) -> None:

@@ -41,8 +41,11 @@ CASES: list[dict[str, Any]] = [
     {"by": "trainer", "model": "gpt2", "stage": 2, "config": "no optimizer", "offload": True},
     {"by": "trainer", "model": "vit", "stage": 3, "config": "no optimizer", "offload": True},
     {"by": "trainer", "model": "gpt2", "stage": 1, "config": "dict", "tau": "balanced"},
+    {"by": "trainer", "model": "gpt2", "stage": 3, "config": "no optimizer", "optim": "adamw2"},
     {"by": "accelerate", "model": "vit", "stage": 2},
     {"by": "accelerate", "model": "gpt2", "stage": 3},
+    {"by": "accelerate", "model": "mla", "stage": 3},
+    {"by": "accelerate", "model": "mamba", "stage": 2},
     {"by": "accelerate", "model": "gpt2", "stage": 1, "config": "no optimizer", "offload": True},
     {"by": "accelerate", "model": "gpt2", "stage": 2, "config": "no optimizer", "tau": "auto"},
     {"by": "accelerate", "model": "gpt2", "stage": 3, "config": "no optimizer", "offload": True},
@@ -60,6 +63,7 @@ IGNORED: dict[str, Any] = {
 for case in (*CASES, IGNORED):
     words = [case["by"], case["model"], f"zero{case['stage']}", case.get("config", "")]
     words += ["offload" if case.get("offload") else "", case.get("tau", "")]
+    words += [case.get("optim", "")]
     case["name"] = "-".join(filter(None, words)).replace(" ", "-")
 
 
@@ -69,8 +73,10 @@ QUICK = {
     "trainer-vit-zero3-dict",
     "trainer-gpt2-zero2-no-optimizer-offload",
     "trainer-gpt2-zero1-dict-balanced",
+    "trainer-gpt2-zero3-no-optimizer-adamw2",
     "accelerate-vit-zero2",
     "accelerate-gpt2-zero3",
+    "accelerate-mla-zero3",
     "accelerate-gpt2-zero1-no-optimizer-offload",
 }
 
@@ -150,6 +156,13 @@ def test_ten_steps_follow_one_process(
     assert any(entry[3] for entry in seen.values()), "nothing was clipped: the case shows nothing"
     if case["model"] == "gpt2":
         assert {f"transformer.h.1.attn.c_attn.weight[{part}]" for part in "qkv"} < set(seen)
+    elif case["model"] == "mla":
+        assert {f"model.layers.1.self_attn.kv_b_proj.weight[{part}]" for part in "kv"} < set(seen)
+    elif case["model"] == "mamba":
+        parts = {
+            f"backbone.layers.1.mixer.in_proj.weight[{part}]" for part in ("z", "x", "B", "dt")
+        }
+        assert parts < set(seen)
     else:
         assert {f"vit.layers.1.attention.{part}_proj.weight" for part in "qkv"} < set(seen)
 

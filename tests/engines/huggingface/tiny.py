@@ -11,8 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -52,10 +56,43 @@ VIT = ViTConfig(
     initializer_range=0.1,
 )
 
+#: Projections that are split per head, and in unequal parts.
+MLA = DeepseekV3Config(
+    vocab_size=VOCAB,
+    hidden_size=20,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    q_lora_rank=12,
+    kv_lora_rank=10,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=5,
+    first_k_dense_replace=2,
+    max_position_embeddings=LENGTH,
+    initializer_range=0.1,
+)
+MAMBA = Mamba2Config(
+    vocab_size=VOCAB,
+    hidden_size=20,
+    num_heads=4,
+    head_dim=10,
+    expand=2,
+    n_groups=2,
+    state_size=4,
+    num_hidden_layers=2,
+    initializer_range=0.1,
+)
+
 
 def make(kind: str) -> Any:
-    """Return a "gpt2", a "vit", or a "lora" of PEFT on the first."""
+    """Return a "gpt2", a "vit", an "mla", a "mamba", or a "lora" of PEFT on the first."""
     torch.manual_seed(0)
+    if kind == "mla":
+        return DeepseekV3ForCausalLM(MLA)
+    if kind == "mamba":
+        return Mamba2ForCausalLM(MAMBA)
     if kind == "vit":
         return ViTForImageClassification(VIT)
     net = GPT2LMHeadModel(GPT2)
@@ -136,7 +173,9 @@ def one_process(
     if tau is None:
         optimizer = torch.optim.AdamW(parts, **options)
     else:
-        optimizer = AdamW2(parts, **options, tau=tau)
+        # Names alone do not say what modules split.
+        shown = model if kind in ("mla", "mamba") else None
+        optimizer = AdamW2(parts, **options, tau=tau, model=shown)
     rows = samples(kind)
     a_step = len(rows) // STEPS
     for step, rate in enumerate(rates):

@@ -86,11 +86,12 @@ def train(
         save_steps=save_steps,
         report_to="none",
         disable_tqdm=True,
+        **({"optim": case["optim"], "optim_args": f"tau={tiny.TAU}"} if "optim" in case else {}),
     )
     model = type(tiny.make(case["model"])).from_pretrained(start)  # within zero.Init at stage 3
     options: dict[str, Any] = {}
     kwargs = {"lr": tiny.LR, "betas": tiny.BETAS, "eps": tiny.EPS, "tau": case.get("tau", tiny.TAU)}
-    if case["config"] == "no optimizer":
+    if case["config"] == "no optimizer" and "optim" not in case:
         options["optimizer_cls_and_kwargs"] = (torch.optim.AdamW2, kwargs)
     if case["config"] == "ignored optimizer":
         options["optimizers"] = (torch.optim.AdamW2(model.named_parameters(), **kwargs), None)
@@ -188,7 +189,7 @@ def main() -> None:
     tolerances.make_every_iteration()  # so that no rounding decides on one
     cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     state = PartialState(cpu=True)
-    for kind in ("gpt2", "vit"):
+    for kind in ("gpt2", "vit", "mla", "mamba"):
         if state.is_main_process:
             tiny.make(kind).save_pretrained(out / kind)
     state.wait_for_everyone()

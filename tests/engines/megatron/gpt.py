@@ -25,22 +25,29 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
     model_parallel_cuda_manual_seed,
 )
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import Tensor, nn
 
 HIDDEN, HEADS, WIDTH, GROUPS, FFN, VOCAB, LENGTH = 36, 12, 5, 6, 48, 96, 12
 EXPERTS = 4
+#: Of multi-latent attention: the ranks of q and of k and v, and a head's rows of k that are not
+#: rotated, of what is rotated, and of v.
+Q_RANK, KV_RANK, NOPE, ROPE, VALUE = 14, 10, 6, 4, 5
 STEPS, MICROS, MICRO = 10, 4, 1
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# It asks whether a layer is of Transformer Engine, whose classes are None where there is none.
+multi_latent_attention.HAVE_TE = False
 
 gc.freeze()  # what was imported stays: collections between cases need not look at it
 
 
 class GatheredAttention(nn.Module):
-    """Causal attention under context parallelism on the CPU, where megatron-core has Transformer
-    Engine's alone.
+    """Causal attention under context parallelism, and of heads whose v has another width, on the
+    CPU, where megatron-core has Transformer Engine's alone.
     """
 
     def __init__(self, config: TransformerConfig, **_: Any) -> None:
@@ -51,7 +58,7 @@ class GatheredAttention(nn.Module):
             parallel_state.get_context_parallel_group(),
             parallel_state.get_context_parallel_rank(),
         )
-        length, batch, heads, width = query.shape
+        length, batch, heads, _ = query.shape
         keys, values = (
             gather_from_sequence_parallel_region(t.contiguous(), group=group) for t in (key, value)
         )
@@ -62,7 +69,7 @@ class GatheredAttention(nn.Module):
         rows = torch.arange(length) + rank * length
         seen = torch.arange(k.shape[2]) <= rows[:, None]
         out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        return out.permute(2, 0, 1, 3).reshape(length, batch, heads * width)
+        return out.permute(2, 0, 1, 3).reshape(length, batch, -1)
 
 
 def start(case: dict[str, Any]) -> None:
@@ -104,12 +111,25 @@ def config_of(case: dict[str, Any]) -> TransformerConfig:
             "expert_model_parallel_size": case.get("ep", 1),
             "expert_tensor_parallel_size": case.get("etp", case.get("tp", 1)),
         }
-    return TransformerConfig(
+    kind = TransformerConfig
+    if case.get("mla"):
+        kind = MLATransformerConfig
+        moe |= {
+            "multi_latent_attention": True,
+            "q_lora_rank": Q_RANK,
+            "kv_lora_rank": KV_RANK,
+            "qk_head_dim": NOPE,
+            "qk_pos_emb_head_dim": ROPE,
+            "v_head_dim": VALUE,
+            "rope_type": "rope",
+            "apply_rope_fusion": False,
+        }
+    return kind(
         num_layers=case.get("layers", 4),
         hidden_size=HIDDEN,
         num_attention_heads=HEADS,
         kv_channels=WIDTH,
-        num_query_groups=case.get("query_groups", GROUPS),
+        num_query_groups=HEADS if case.get("mla") else case.get("query_groups", GROUPS),
         ffn_hidden_size=FFN,
         gated_linear_unit=True,
         activation_func=nn.functional.silu,
@@ -152,8 +172,11 @@ def build(case: dict[str, Any]) -> list[nn.Module]:
     )
     model: list[nn.Module] = []
     for chunk in range(chunks):
-        layer = get_gpt_layer_local_spec(num_experts=EXPERTS if case.get("moe") else None)
-        if case.get("cp", 1) > 1:
+        layer = get_gpt_layer_local_spec(
+            num_experts=EXPERTS if case.get("moe") else None,
+            multi_latent_attention=case.get("mla", False),
+        )
+        if case.get("cp", 1) > 1 or case.get("mla"):
             layer.submodules.self_attention.submodules.core_attention = GatheredAttention
         norm = (
             layer.submodules.pre_mlp_layernorm
@@ -171,6 +194,7 @@ def build(case: dict[str, Any]) -> list[nn.Module]:
             pre_process=parallel_state.is_pipeline_first_stage(**stage),
             post_process=parallel_state.is_pipeline_last_stage(**stage),
             share_embeddings_and_output_weights=not case.get("untied", False),
+            position_embedding_type="rope" if case.get("mla") else "learned_absolute",
             **({} if chunks == 1 else {"vp_stage": chunk}),
         )
         if config.bf16 or config.fp16:
@@ -292,7 +316,22 @@ def matrices(name: str, full: Tensor, case: dict[str, Any]) -> dict[str, Tensor]
     if "linear_fc1" in name:
         gate, up = full.chunk(2)
         return {f"{name}[gate]": gate, f"{name}[up]": up}
+    for ending, (heads, sizes) in LATENT.items():
+        if f"{ending}." in name:
+            split = full.view(heads, -1, full.shape[1]).split(list(sizes.values()), 1)
+            return {
+                f"{name}[{label}]": part.flatten(0, 1)
+                for label, part in zip(sizes, split, strict=True)
+            }
     return {name: full}
+
+
+#: The projections of multi-latent attention: how often their parts repeat, and the rows of each.
+LATENT: dict[str, tuple[int, dict[str, int]]] = {
+    "linear_q_up_proj": (HEADS, {"nope": NOPE, "rope": ROPE}),
+    "linear_kv_up_proj": (HEADS, {"k": NOPE, "v": VALUE}),
+    "linear_kv_down_proj": (1, {"latent": KV_RANK, "rope": ROPE}),
+}
 
 
 def unite(name: str, parts: dict[str, Tensor], case: dict[str, Any]) -> Tensor:
@@ -301,6 +340,10 @@ def unite(name: str, parts: dict[str, Tensor], case: dict[str, Any]) -> Tensor:
         groups = case.get("query_groups", GROUPS)
         per_group = [part.view(groups, -1, WIDTH, HIDDEN) for part in parts.values()]
         return torch.cat(per_group, 1).view(-1, HIDDEN)
+    for ending, (heads, _) in LATENT.items():
+        if f"{ending}." in name:
+            per_head = [part.view(heads, -1, part.shape[1]) for part in parts.values()]
+            return torch.cat(per_head, 1).flatten(0, 1)
     return torch.cat(list(parts.values()))
 
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from tests.processes import run_ranks
 from weyl_megatron.engines.megatron.modules import fused_weights, global_names
 from weyl_megatron.layouts.grid import Box, grid_of
 from weyl_megatron.layouts.tensor_parallel import Sharding
@@ -169,3 +171,23 @@ def test_packed_experts_are_refused_in_one_sentence() -> None:
         match=r"module '' is a GroupedMLP, whose packed experts .* it takes TEGroupedMLP",
     ):
         fused_weights([gated("GroupedMLP")], {})
+
+
+def test_in_proj_of_mamba_and_gated_delta_net_is_the_parts_that_they_split() -> None:
+    pytest.importorskip("megatron.core.ssm.gated_delta_net", reason="megatron-core before 0.16")
+    worker = Path(__file__).with_name("packed_worker.py")
+    assert run_ranks("megatron", worker, 2).count("all agree") == 2
+
+
+def test_newer_modules_say_themselves_what_they_pack() -> None:
+    module = nn.Module()
+    module.in_proj = nn.Linear(5, 14, bias=False)
+    module.in_proj_split_sections, module.in_proj_split_names = (4, 4, 6), ["query", "key", "g"]  # type: ignore[assignment]
+    fused = fused_weights([module], {})[id(module.in_proj.weight)]
+    assert (fused.labels, fused.sizes) == (("query", "key", "g"), (4, 4, 6))
+    other = nn.Module()
+    other.in_proj = nn.Linear(5, 14, bias=False)
+    other.in_proj.weight.partition_sizes = [4, 4, 2, 2, 2]  # type: ignore[attr-defined]
+    assert fused_weights([other], {})[id(other.in_proj.weight)].labels == ("z", "x", "B", "C", "dt")
+    other.in_proj.weight.partition_sizes = [4, 4, 6]  # type: ignore[attr-defined]
+    assert fused_weights([other], {})[id(other.in_proj.weight)].labels == ("0", "1", "2")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...layouts.buffers import Buffer, Layout, Parameter, model_name, model_names
+from ...layouts.fused import Fused, known_fused, stacked, stacked_in_bands
 from ...layouts.modules import kinds_of
 from ...layouts.plain import plain_buffer
 from ...layouts.tensor_parallel import Sharding, band_of, marked_dim, shardings_of
@@ -112,7 +113,9 @@ def read_layout(engine: Any) -> Layout:
 
     def describe(param: Tensor) -> Parameter:
         name = names.get(id(param), "<a parameter that the engine's model does not have>")
-        return band_of(name, _shape(param), shardings.get(id(param)), kind=kinds.get(name))
+        sharding = shardings.get(id(param))
+        fused = _sub_parameters(name, param, sharding)
+        return band_of(name, _shape(param), sharding, kind=kinds.get(name), fused=fused)
 
     masters = _masters.setdefault(engine, Masters())
     buffers = list(_buffers(engine, wrapper, describe, names, shardings, masters))
@@ -140,6 +143,19 @@ def _split_dim(param: Any, layer: str) -> int | None:
     if meta:
         return None if meta["partition_dim"] is None else int(meta["partition_dim"])
     return _AUTOTP_DIM.get(layer) if len(_shape(param)) > 1 else None
+
+
+def _sub_parameters(name: str, param: Any, sharding: Sharding | None) -> Fused | None:
+    """Return the parts of a weight that AutoTP was told of, each of which it cuts by itself."""
+    meta = getattr(param, "ds_autotp_universal_checkpoint_meta", None) or {}
+    sizes, shape = meta.get("sub_param_sizes"), list(_shape(param))
+    if not sizes or len(shape) != 2 or sharding is None or sharding.dim is None:
+        return None
+    shape[sharding.dim] = sum(sharding.sizes)
+    known = known_fused(name, shape)
+    is_known = known is not None and (known.axis, known.sizes) == (sharding.dim, tuple(sizes))
+    labels = known.labels if known and is_known else [str(part) for part in range(len(sizes))]
+    return stacked_in_bands(stacked(sharding.dim, sizes, labels), sharding.sizes)
 
 
 def _give_norm(engine: Any, guard: Guard) -> None:
@@ -245,7 +261,9 @@ def _buffers(
         for group in wrapper.param_groups:
             for param in group["params"]:
                 described = describe(param)
-                yield plain_buffer(param, described.name, shardings, described.kind)
+                yield plain_buffer(
+                    param, described.name, shardings, described.kind, described.fused
+                )
     elif kind == "FP16_UnfusedOptimizer":
         yield from master_copy_buffers(wrapper.fp16_groups, wrapper.fp32_groups, describe, masters)
     elif kind == "BF16_Optimizer":

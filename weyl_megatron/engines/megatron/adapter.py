@@ -65,7 +65,8 @@ def enable(
             whole model, such as ``decoder.layers.7.mlp.linear_fc2.weight``.
         clip, vectors: likewise.
         split_fused: treat q, k and v of linear_qkv, k and v of linear_kv, gate and up of a gated
-            linear_fc1 as matrices of their own; False: as one.
+            linear_fc1, and the parts of MLA's, Mamba's and Gated DeltaNet's projections as matrices
+            of their own; False: as one.
 
     Raises:
         ImportError: megatron-core is not installed.

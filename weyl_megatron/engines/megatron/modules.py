@@ -67,8 +67,9 @@ def fused_weights(
     """Return, by ``id`` of the weight, which weights are several matrices.
 
     linear_qkv repeats [q of a query group, its k, its v], and tensor parallelism may cut it inside
-    a group. linear_kv repeats [k, v] of a head. A gated linear_fc1 is [gate, up] on every rank, or
-    chunks of both in turn.
+    a group. linear_kv repeats [k, v] of a head, MLA's projections as its attention splits them. A
+    gated linear_fc1 is [gate, up] on every rank, or chunks of both in turn; in_proj of Mamba and of
+    Gated DeltaNet is a stack on every rank.
 
     Raises:
         ValueError: a module packs its weights in a way that is not understood.
@@ -85,7 +86,7 @@ def fused_weights(
                 sharding = shardings.get(id(weight))
                 is_cut = sharding is not None and sharding.dim == 0
                 rows = sum(sharding.sizes) if sharding and is_cut else weight.shape[0]
-                if rows % sum(pattern) == 0:
+                if min(pattern) > 0 and rows % sum(pattern) == 0:
                     fused[id(weight)] = interleaved(pattern, labels, rows)
     return fused
 
@@ -103,9 +104,51 @@ def _patterns(module: nn.Module) -> Iterator[tuple[Tensor, list[int], tuple[str,
     for weight in _weights(module, "linear_kv"):
         width = int(module.hidden_size_per_attention_head)  # type: ignore[arg-type]
         yield weight, [width, width], ("k", "v")
+    if hasattr(module, "linear_kv_up_proj"):
+        yield from _mla_patterns(module, config)
+    for weight in _weights(module, "in_proj"):
+        if known := _in_proj(module):
+            yield weight, *known
     if getattr(config, "gated_linear_unit", False):
         for weight in _weights(module, "linear_fc1"):
             yield weight, [_chunk(module, config) or weight.shape[0] // 2] * 2, ("gate", "up")
+
+
+def _mla_patterns(
+    module: nn.Module, config: Any
+) -> Iterator[tuple[Tensor, list[int], tuple[str, ...]]]:
+    """Yield the same of multi-latent attention: k and v of a head, and the parts of q and k that
+    are rotated and that are not.
+    """
+    rope = config.qk_pos_emb_head_dim
+    for name in ("linear_q_up_proj", "linear_q_proj"):
+        for weight in _weights(module, name):
+            yield weight, [config.qk_head_dim, rope], ("nope", "rope")
+    for weight in _weights(module, "linear_kv_up_proj"):
+        yield weight, [config.qk_head_dim, config.v_head_dim], ("k", "v")
+    for weight in _weights(module, "linear_kv_down_proj"):
+        yield weight, [config.kv_lora_rank, rope], ("latent", "rope")
+
+
+def _in_proj(module: Any) -> tuple[list[int], tuple[str, ...]] | None:
+    """Return the rows of this rank's share of each part of a module's ``in_proj``, and labels."""
+    weight = getattr(module.in_proj, "weight", None)
+    sizes: Sequence[int] | None = getattr(module, "in_proj_split_sections", None)
+    labels: Sequence[str] = getattr(module, "in_proj_split_names", ())
+    if sizes is None:  # of Mamba, in releases that say it
+        sizes, labels = getattr(weight, "partition_sizes", None), ("z", "x", "B", "C", "dt")
+    kind = type(module).__name__
+    if sizes is None and kind == "MambaMixer":
+        states = module.ngroups_local_tp * module.d_state
+        sizes = [module.d_inner_local_tp] * 2 + [states] * 2 + [module.nheads_local_tp]
+    elif sizes is None and kind == "GatedDeltaNet":
+        whole = [module.qk_dim] * 2 + [module.v_dim] * 2 + [module.num_value_heads] * 2
+        sizes = [size // module.tp_size for size in whole]
+        labels = ("query", "key", "value", "z", "beta", "alpha")
+    if sizes is None:
+        return None
+    numbers = tuple(str(number) for number in range(len(sizes)))
+    return list(sizes), tuple(labels) if len(labels) == len(sizes) else numbers
 
 
 def _weights(module: nn.Module, name: str) -> list[Tensor]:
