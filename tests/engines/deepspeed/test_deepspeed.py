@@ -410,7 +410,7 @@ def test_no_mode_of_deepspeed_steps_an_adam_of_its_own_in_its_place(
         "superoffload": "offload_optimizer.super_offload got True, it takes False",
         "superoffload alone": "offload_optimizer.super_offload got True, it takes False",
         "ratio": "offload_optimizer.ratio got 0.3, it takes 1.0",
-        "nvme": "offload_optimizer.device got 'nvme', it takes 'cpu' or 'none'.",
+        "nvme": "offload_optimizer.device got 'nvme', it takes 'cpu' or 'none' before DeepSpeed",
         "bf16 masters": masters,
         "bf16 masters 3": masters,
         "bf16 states": masters,
@@ -420,7 +420,7 @@ def test_no_mode_of_deepspeed_steps_an_adam_of_its_own_in_its_place(
     if by != "json":  # where DeepSpeed does not ask
         refused["forced"] = "zero_force_ds_cpu_optimizer got True, it takes False"
     for name, sentence in refused.items():
-        if DEEPSPEED < (0, 19) and name not in said:
+        if name not in said and (DEEPSPEED < (0, 19) or name == "nvme"):
             continue
         assert said.pop(name).startswith(f"built: ValueError: AdamW2: {sentence}"), name
     assert said == dict.fromkeys(said, "AdamW2 made {1} steps")
