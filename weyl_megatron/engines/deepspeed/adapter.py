@@ -24,6 +24,7 @@ from ...layouts.tensor_parallel import Sharding, band_of, marked_dim, shardings_
 from ...nonfinite import Guard, is_finite
 from ..engine import Known
 from . import swapping
+from .budget import gather_of
 from .layout import Masters, flat_partition_buffers, master_copy_buffers, zero3_buffers
 
 #: Which dimension of the weight AutoTP's layers split, in releases whose parameters do not say it.
@@ -108,9 +109,7 @@ def read_layout(engine: Any) -> Layout:
 
     masters = _masters.setdefault(engine, Masters())
     buffers = list(_buffers(engine, wrapper, describe, names, shardings, masters))
-    return Layout(
-        buffers, kinds, is_part=bool(engine.pipeline_parallelism or engine.has_moe_layers)
-    )
+    return Layout(buffers, kinds, gather=gather_of(engine, names))
 
 
 def check_swapped(engine: Any, *, is_new: bool) -> None:
