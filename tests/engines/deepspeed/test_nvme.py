@@ -13,6 +13,8 @@ from tests.processes import run_ranks
 
 WORKER = Path(__file__).with_name("nvme_worker.py")
 
+pytestmark = pytest.mark.slow  # 50 s, and minutes where the op is not compiled yet
+
 #: Seconds. DeepSpeed compiles its op for files in the first launch, which takes minutes.
 COMPILES = 3600.0
 

@@ -172,12 +172,12 @@ def _looking(take: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _restoring(load: Callable[..., Any]) -> Callable[..., Any]:
-    def _load_checkpoint(engine: Any, load_dir: str, tag: str, **options: Any) -> Any:
+    def _load_checkpoint(engine: Any, load_dir: str, tag: str, *args: Any, **options: Any) -> Any:
         """Read of a checkpoint, too, what DeepSpeed does not read where it offloads to NVMe."""
-        loaded = load(engine, load_dir, tag, **options)
-        has_states = options["load_optimizer_states"] and not options["load_module_only"]
+        loaded = load(engine, load_dir, tag, *args, **options)
         is_swapped = _is_adamw2(engine.basic_optimizer) and is_swapping(engine.optimizer)
-        if loaded[0] is not None and has_states and is_swapped:
+        has_states = options.get("load_optimizer_states", True)
+        if is_swapped and has_states and not options.get("load_module_only") and loaded[0]:
             restore(engine, load_dir, tag)
         return loaded
 

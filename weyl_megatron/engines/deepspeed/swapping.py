@@ -94,9 +94,15 @@ def restore(engine: Any, load_dir: str, tag: str) -> None:
         load_dir, tag: of the checkpoint.
 
     Raises:
-        ValueError: it is of another number of data-parallel ranks, or its files have other names.
+        ValueError: it is of another number of data-parallel ranks, its files have other names, or
+            it is a universal one.
     """
     wrapper = engine.optimizer
+    if engine.load_universal_checkpoint():
+        raise ValueError(
+            "AdamW2: checkpoint.load_universal got True, it takes False under "
+            "offload_optimizer.device 'nvme', where DeepSpeed does not read it."
+        )
     ranks, saved_ranks = engine.seq_dp_world_size, engine.loaded_checkpoint_dp_world_size
     if ranks != saved_ranks:
         raise ValueError(
