@@ -1,7 +1,7 @@
 """torchrun worker, 2 ranks: ZeRO-3 with its optimizer, and its parameters, in files, against the
 CPU's memory and against one process; and resumed from a checkpoint.
 
-Usage: nvme_worker.py FOLDER. Prints why where DeepSpeed's op cannot be built.
+Usage: nvme_worker.py FOLDER; then on 1 rank nvme_worker.py FOLDER load, to load what two saved.
 """
 
 from __future__ import annotations
@@ -223,6 +223,12 @@ def main() -> None:
     if dist.get_rank() == 0:
         AsyncIOBuilder().load(verbose=False)
     dist.barrier()
+    if sys.argv[2:] == ["load"]:
+        alone = make({}, folder / "alone")
+        said = refused(lambda: alone.load_checkpoint(str(folder / "plain-saved"), tag="half"))
+        print("nvme load " + json.dumps(said), flush=True)
+        shutdown()
+        return
     for name, case in CASES.items():
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, run(name, case, folder))

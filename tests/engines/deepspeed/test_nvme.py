@@ -27,6 +27,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = run_ranks("deepspeed", WORKER, 2, str(folder), timeout=COMPILES)
     if "nvme skipped" in output:
         pytest.skip("DeepSpeed's async_io needs libaio-dev, and DeepSpeed 0.19")
+    output += run_ranks("deepspeed", WORKER, 1, str(folder), "load")
     lines = [line.split(" ", 2) for line in output.splitlines() if line.startswith("nvme ")]
     return {name: json.loads(result) for _, name, result in lines}
 
@@ -58,3 +59,7 @@ def test_weights_and_checkpoints_that_are_others_are_refused(said: dict[str, Any
         "AdamW2: offload_optimizer.device 'nvme' got a checkpoint without a file "
     )
     assert sentences["set"] == ""
+    assert said["load"] == (
+        "AdamW2: offload_optimizer.device 'nvme' got a checkpoint of 2 data-parallel ranks, it "
+        "takes one of 1."
+    )
