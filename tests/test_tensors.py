@@ -144,3 +144,33 @@ def test_a_weight_whose_storage_shrinks_between_two_steps_is_refused(smaller: in
     first.untyped_storage().resize_(smaller)
     with pytest.raises(ValueError, match=f"got a storage of {smaller} bytes, it takes 48"):
         tensors.weights(members)
+
+
+def swapped(*tensors: Tensor) -> tuple[SteppedTensors, ParamGroups]:
+    """Tensors of 12 elements each, which an engine keeps elsewhere between steps."""
+    buffers = [
+        Buffer(tensor, (Shard(Parameter(f"w{n}", (4, 3)), 0, 12, 0),), swapped=12)
+        for n, tensor in enumerate(tensors)
+    ]
+    return SteppedTensors(buffers, are_parameters=False), [{"params": list(tensors)}]
+
+
+def test_elements_that_come_and_go_change_nothing() -> None:
+    first, second = (nn.Parameter(torch.empty(0)) for _ in range(2))
+    tensors, groups = swapped(first, second)
+    for here, away in ((first, second), (second, first)):
+        here.data, away.data = torch.ones(12), torch.empty(0)
+        assert not tensors.have_changed(groups, share_a_budget=True)
+        groups = [{"params": [here]}]
+        (members,) = tensors.by_device(groups).values()
+        assert members.held()[0] is here and tensors.weights(members)[0] is here
+    second.data = torch.empty(0)
+    with pytest.raises(ValueError, match="from parameter 'w1' on got 0 elements in a step, it ta"):
+        tensors.by_device(groups)
+
+
+def test_elements_that_come_in_another_dtype_are_read_anew() -> None:
+    first = nn.Parameter(torch.empty(0))
+    tensors, groups = swapped(first)
+    first.data = torch.ones(12, dtype=torch.float64)
+    assert tensors.have_changed(groups, share_a_budget=True)

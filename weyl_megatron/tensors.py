@@ -51,6 +51,10 @@ class SteppedTensors:
         self._are_parameters = are_parameters
         self._buffers = {id(buffer.tensor): buffer for buffer in buffers}
         self._tensors = [buffer.tensor for buffer in self._buffers.values()]
+        swapped = [buffer.tensor for buffer in self._buffers.values() if buffer.swapped is not None]
+        #: whether an engine takes the elements of some of them away between steps
+        self._are_swapped = bool(swapped)
+        self._swapped, self._swapped_kinds = swapped, _kinds(swapped)
         #: whether some of them are DTensors, of which a rank holds a piece
         self.are_on_mesh = any(map(is_on_mesh, self._tensors))
         self._forms = forms_of(self._held())
@@ -68,7 +72,7 @@ class SteppedTensors:
             param_groups: the optimizer's, as they are now.
             share_a_budget: whether a parameter that is frozen or thawed changes the others' τ.
         """
-        if forms_of(self._held()) != self._forms:
+        if forms_of(self._held()) != self._forms or _kinds(self._swapped) != self._swapped_kinds:
             return True
         if not self._are_parameters:
             return False
@@ -77,6 +81,9 @@ class SteppedTensors:
         return any(tensor.grad is not None for tensor in self._list(param_groups).others)
 
     def _held(self) -> list[Tensor]:
+        if self._are_swapped:
+            kept = (buffer for buffer in self._buffers.values() if buffer.swapped is None)
+            return [local(buffer.tensor) for buffer in kept]
         return list(map(local, self._tensors)) if self.are_on_mesh else self._tensors
 
     def in_groups(self, param_groups: ParamGroups) -> list[Buffer]:
@@ -89,13 +96,15 @@ class SteppedTensors:
         They are in the layout's order, which ranks share that hold, and list, different pieces.
 
         Raises:
-            ValueError: an engine's parameter groups have a tensor that its layout does not have.
+            ValueError: an engine's parameter groups have a tensor that its layout does not have, or
+                one without the elements that are to be stepped.
         """
         listed, last = self._list(param_groups), self._stepped
         sizes = [len(group["params"]) for group in param_groups]
         chosen = [tensor.requires_grad or tensor.grad is not None for tensor in listed.tensors]
         if (
             last is None
+            or self._are_swapped  # their forms are read in every step
             or last.listed is not listed
             or not are_same(last.groups, param_groups)
             or (last.sizes, last.chosen) != (sizes, chosen)
@@ -158,6 +167,12 @@ class SteppedTensors:
     def _members_of(self, pairs: Sequence[tuple[Buffer, dict[str, Any]]]) -> Members:
         buffers, groups = [buffer for buffer, _ in pairs], [group for _, group in pairs]
         held = [local(buffer.tensor) for buffer in buffers]
+        for buffer in buffers:
+            if buffer.swapped is not None and buffer.tensor.numel() != buffer.swapped:
+                raise ValueError(
+                    f"AdamW2: the tensor from parameter '{buffer.name}' on got "
+                    f"{buffer.tensor.numel()} elements in a step, it takes {buffer.swapped}."
+                )
         forms = list(map(form_of, held))
         gaps = []
         # An engine's tensors are taken as they are.
@@ -166,6 +181,11 @@ class SteppedTensors:
         for number in gaps:
             forms[number] = _contiguous(forms[number])
         return Members(buffers, groups, forms, gaps)
+
+
+def _kinds(tensors: Sequence[Tensor]) -> list[tuple[torch.dtype, torch.device]]:
+    """Return what tensors keep while their elements are elsewhere."""
+    return [(tensor.dtype, tensor.device) for tensor in tensors]
 
 
 def _contiguous(form: Form) -> Form:

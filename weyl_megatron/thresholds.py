@@ -78,9 +78,8 @@ class Thresholds:
     ) -> None:
         if layout.is_part and auto:
             raise ValueError(
-                "AdamW2: tau got 'balanced', but a pipeline stage or a rank of experts does not "
-                "know how many matrices the others have; it takes a number under DeepSpeed's "
-                "pipeline engine and MoE, and under Megatron's "
+                "AdamW2: tau got 'balanced', but a pipeline stage does not know how many matrices "
+                "the others have; it takes a number under Megatron's "
                 "overlap_param_gather_with_optimizer_step."
             )
         self._settings = settings

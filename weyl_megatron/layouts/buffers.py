@@ -123,13 +123,15 @@ class Buffer:
 
     ``shards`` lists every parameter that any rank of ``groups`` holds a piece of, in the same order
     on all of them. ``param_group`` is given where other ranks step pieces of a parameter of which
-    this one has none, in an empty ``tensor`` that no parameter group lists.
+    this one has none, in an empty ``tensor`` that no parameter group lists. ``swapped`` is given
+    where the engine keeps the elements elsewhere, and puts that many into ``tensor`` for a step.
     """
 
     tensor: Tensor
     shards: tuple[Shard, ...]
     groups: tuple[ProcessGroup, ...] = ()
     param_group: int | None = None
+    swapped: int | None = None
 
     @property
     def name(self) -> str:

@@ -60,7 +60,6 @@ MODES: dict[str, dict[str, Any]] = {
         "zero": {"stage": 3, "offload_optimizer": {"device": "none", "super_offload": True}}
     },
     "ratio": {"zero": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}},
-    "nvme": {"zero": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}},
     "bf16 masters": {"zero": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "bf16": _BF16},
     "bf16 masters 3": {"zero": {"stage": 3, "offload_optimizer": {"device": "cpu"}}, "bf16": _BF16},
     "bf16 states": {
@@ -82,6 +81,9 @@ MODES: dict[str, dict[str, Any]] = {
     "offload 3": {"zero": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
     "bf16 all": {"zero": {"stage": 2}, "bf16": {**_BF16, "bf16_optimizer_states": True}},
 }
+if tuple(map(int, deepspeed.__version__.split(".")[:2])) < (0, 19):
+    _FILES = {"device": "nvme", "nvme_path": "/tmp"}
+    MODES["nvme"] = {"zero": {"stage": 3, "offload_optimizer": _FILES}}
 
 
 def is_known(case: dict[str, Any]) -> bool:

@@ -51,6 +51,9 @@ def engine_fault(case: dict[str, Any]) -> str | None:
     return None
 
 
+AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+
+
 def cases_of(world: int) -> list[dict[str, Any]]:
     cases: list[dict[str, Any]] = []
     for stage, dtype, offload in product((0, 1, 2, 3), ("fp32", "bf16"), (False, True)):
@@ -94,6 +97,8 @@ def cases_of(world: int) -> list[dict[str, Any]]:
         ]
         cases.append({"stage": 0, "dtype": "fp32", "tp": "auto", "tp_size": 2, "label": "autotp"})
         cases.append({"stage": 0, "dtype": "fp32", "tp": "mpu", "tp_size": 2, "label": "mpu"})
+        if DEEPSPEED >= (0, 19):
+            cases += mode_cases()
     for case in cases:
         words = [
             f"z{case['stage']}",
@@ -103,6 +108,25 @@ def cases_of(world: int) -> list[dict[str, Any]]:
         ]
         case["name"] = "-".join(filter(None, words))
     return cases
+
+
+def mode_cases() -> list[dict[str, Any]]:
+    """Return modes of DeepSpeed that change where weights, states or gradients are, or when."""
+    zero3 = {"stage": 3, "dtype": "fp32"}
+    cpu = {"device": "cpu"}
+    return [
+        {**zero3, "zero": {"zero_hpz_partition_size": 2}, "label": "hpz"},
+        {**zero3, "zero": {"offload_param": cpu}, "label": "offload-param"},
+        {**zero3, "offload": True, "zero": {"offload_param": cpu}, "label": "offload-both"},
+        {**zero3, "leaf": True, "label": "leaf"},
+        {**zero3, "compile": True, "label": "compile"},
+        {**zero3, "config": {"sequence_parallel_size": 2}, "label": "sequence"},
+        {"stage": 3, "dtype": "bf16", "grad_dtype": "fp32", "label": "accumulated-fp32"},
+        {"stage": 1, "dtype": "fp32", "offload_states": True, "label": "offload-states"},
+        {"stage": 2, "dtype": "fp32", "offload_states": True, "label": "offload-states"},
+        {"stage": 2, "dtype": "fp32", "config": AUTOCAST, "label": "autocast"},
+        {"stage": 3, "dtype": "fp32", "config": AUTOCAST, "label": "autocast"},
+    ]
 
 
 def tensor_parallel_cases() -> list[dict[str, Any]]:
@@ -207,7 +231,12 @@ def test_ten_steps_follow_the_reference(
         replicas, dtype, skip, case.get("mixed", False), case.get("params")
     )
     assert result["steps"] == nets.STEPS - ("overflow_at" in case)
-    if dtype == torch.float32:
+    if case.get("label") == "autocast":
+        # Half of it is in bfloat16: it moves the run no farther than bfloat16 everywhere does.
+        low, _ = nets.one_process(replicas, torch.bfloat16)
+        assert distance(result["weights"], expected) < distance(low, expected)
+        tolerance = 0.02
+    elif dtype == torch.float32:
         # Sums are made in another order in every layout; Adam divides by √V, which keeps that near
         # float32's 6e-8.
         assert max(distances(result["weights"], expected).values()) < 1e-5
@@ -410,7 +439,7 @@ def test_no_mode_of_deepspeed_steps_an_adam_of_its_own_in_its_place(
         "superoffload": "offload_optimizer.super_offload got True, it takes False",
         "superoffload alone": "offload_optimizer.super_offload got True, it takes False",
         "ratio": "offload_optimizer.ratio got 0.3, it takes 1.0",
-        "nvme": "offload_optimizer.device got 'nvme', it takes 'cpu' or 'none'.",
+        "nvme": "offload_optimizer.device got 'nvme', it takes 'cpu' or 'none' before DeepSpeed",
         "bf16 masters": masters,
         "bf16 masters 3": masters,
         "bf16 states": masters,
@@ -420,7 +449,7 @@ def test_no_mode_of_deepspeed_steps_an_adam_of_its_own_in_its_place(
     if by != "json":  # where DeepSpeed does not ask
         refused["forced"] = "zero_force_ds_cpu_optimizer got True, it takes False"
     for name, sentence in refused.items():
-        if DEEPSPEED < (0, 19) and name not in said:
+        if name not in said and (DEEPSPEED < (0, 19) or name == "nvme"):
             continue
         assert said.pop(name).startswith(f"built: ValueError: AdamW2: {sentence}"), name
     assert said == dict.fromkeys(said, "AdamW2 made {1} steps")
@@ -436,14 +465,9 @@ def test_what_deepspeed_says_of_another_optimizer_under_offload_is_left_to_it(
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_the_pipeline_engine_follows_the_reference_projected_too_and_refuses_auto(
-    ranks: int,
-) -> None:
+def test_the_pipeline_engine_follows_the_reference_projected_and_balanced_too(ranks: int) -> None:
     output = run_ranks("deepspeed", Path(__file__).with_name("pipeline_worker.py"), ranks)
-    assert (
-        "pipeline follows; AdamW2: tau got 'balanced', but a pipeline stage or a rank of experts "
-        "does not know" in output
-    )
+    assert "pipeline follows; AdamW2: overrides got the match '5.weight', which" in output, output
 
 
 def test_the_cosine_without_warmup_of_the_readme_works_from_json_at_every_stage() -> None:
@@ -457,9 +481,6 @@ def test_the_cosine_without_warmup_of_the_readme_works_from_json_at_every_stage(
         assert rest[0] > 0.009 and rest == sorted(rest, reverse=True) and 0.001 <= rest[-1] < 0.002
 
 
-def test_experts_on_their_ranks_are_matrices_of_their_own() -> None:
+def test_experts_on_their_ranks_are_matrices_of_their_own_and_share_one_budget() -> None:
     output = run_ranks("deepspeed", Path(__file__).with_name("moe_worker.py"), 2)
-    assert (
-        "moe agrees; AdamW2: tau got 'balanced', but a pipeline stage or a rank of experts"
-        in output
-    )
+    assert "moe agrees" in output

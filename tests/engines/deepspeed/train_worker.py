@@ -65,7 +65,7 @@ def config_of(case: dict[str, Any]) -> dict[str, Any]:
             "autotp_size": case["tp_size"],
             "partition_config": {"use_default_specs": False, "layer_specs": rules},
         }
-    return config
+    return config | case.get("config", {})
 
 
 def train(case: dict[str, Any]) -> dict[str, Any]:
@@ -82,11 +82,15 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
                     p.data.copy_(q.data)
     else:
         net = nets.make_net(mixed) if mpu is None else tensor_parallel_net(nets.make_net(), mpu)
+    if case.get("leaf"):
+        deepspeed.utils.set_z3_leaf_modules(net, [torch.nn.Linear])
     groups = nets.parameter_groups(net)
     engine, _, _, _ = deepspeed.initialize(
         model=net, model_parameters=groups, config=config, mpu=mpu
     )
 
+    if case.get("compile"):
+        engine.compile(backend="eager")
     replicas = dist.get_world_size() // case.get("tp_size", 1)
     replica = dist.get_rank() // case.get("tp_size", 1)
     overflow_kept = None
@@ -99,6 +103,9 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
             engine.backward(loss)
             with torch.set_grad_enabled(not BEFORE_0_19):
                 engine.step()
+        if case.get("offload_states"):
+            engine.offload_states()
+            engine.reload_states()
         if before is not None:
             overflow_kept = all(map(torch.equal, before, snapshot(engine)))
 

@@ -25,6 +25,8 @@ from ...layouts.tensor_parallel import Sharding, band_of, marked_dim, shardings_
 from ...moments import Dtypes
 from ...nonfinite import Guard, is_finite
 from ..engine import Known
+from . import swapping
+from .budget import gather_of
 from .layout import Masters, flat_partition_buffers, master_copy_buffers, zero3_buffers
 
 #: Which dimension of the weight AutoTP's layers split, in releases whose parameters do not say it.
@@ -119,9 +121,22 @@ def read_layout(engine: Any) -> Layout:
 
     masters = _masters.setdefault(engine, Masters())
     buffers = list(_buffers(engine, wrapper, describe, names, shardings, masters))
-    return Layout(
-        buffers, kinds, is_part=bool(engine.pipeline_parallelism or engine.has_moe_layers)
-    )
+    return Layout(buffers, kinds, gather=gather_of(engine, names))
+
+
+def check_swapped(engine: Any, *, is_new: bool) -> None:
+    """Check what the engine keeps in files, where it does; before steps are made.
+
+    Args:
+        engine: which has its wrapper.
+        is_new: whether it is just being built, and nothing is in flight.
+
+    Raises:
+        ValueError: see :func:`read_layout`.
+    """
+    if swapping.is_swapping(engine.optimizer):
+        layout, masters = read_layout(engine), _masters[engine]
+        swapping.check_swapped(engine.optimizer, layout, masters, reads_weights=is_new)
 
 
 def _shape(param: Any) -> tuple[int, ...]:
@@ -283,12 +298,12 @@ def _buffers(
             masters,
         )
     elif kind == "DeepSpeedZeroOptimizer_Stage3":
-        if wrapper.swap_optimizer:
-            raise ValueError(
-                "AdamW2: offload_optimizer.device got 'nvme', it takes 'cpu' or 'none'."
-            )
         yield from zero3_buffers(
-            wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, describe, masters
+            wrapper.fp16_groups,
+            wrapper.fp32_partitioned_groups_flat,
+            swapping.sizes_in_files(wrapper),
+            describe,
+            masters,
         )
     else:
         first = next(iter(names.values()), "")

@@ -7,6 +7,7 @@ cannot.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -17,7 +18,8 @@ from torch.optim import Optimizer
 from .. import unstepped
 from ..engine import register
 from ..on_import import when_imported, wrap
-from .adapter import DeepSpeed, allow_under_zero, read_layout
+from .adapter import DeepSpeed, allow_under_zero, check_swapped, read_layout
+from .swapping import is_swapping, restore
 
 #: AdamW2, and what users derive from it, once one was made.
 _classes: set[type] = set()
@@ -47,6 +49,7 @@ def _install(module: ModuleType) -> None:
     wrap(engine, "_do_optimizer_sanity_check", _checking)
     wrap(engine, "_configure_lr_scheduler", _reading)
     wrap(engine, "_take_model_step", _looking)
+    wrap(engine, "_load_checkpoint", _restoring)
 
 
 def _is_adamw2(optimizer: object) -> bool:
@@ -118,8 +121,11 @@ def _refusals(config: Any) -> Iterator[str]:
                 f"AdamW2: offload_optimizer.ratio got {getattr(offload, 'ratio', 1.0)}, it takes "
                 f"1.0: what is not offloaded has its own AdamW."
             )
-        if device == "nvme":
-            yield "AdamW2: offload_optimizer.device got 'nvme', it takes 'cpu' or 'none'."
+        if device == "nvme" and _release() < (0, 19):
+            yield (
+                "AdamW2: offload_optimizer.device got 'nvme', it takes 'cpu' or 'none' before "
+                "DeepSpeed 0.19."
+            )
     if getattr(getattr(config, "float16_config", None), "fp16_master_weights_and_grads", False):
         yield (
             "AdamW2: fp16.fp16_master_weights_and_grads got True, it takes False: AdamW2 "
@@ -134,6 +140,12 @@ def _refusals(config: Any) -> Iterator[str]:
         )
 
 
+def _release() -> tuple[int, ...]:
+    """Return the first two numbers of DeepSpeed's version."""
+    version = str(sys.modules["deepspeed"].__version__)
+    return tuple(int(number) for number in version.split(".")[:2])
+
+
 def _reading(configure: Callable[..., Any]) -> Callable[..., Any]:
     def _configure_lr_scheduler(engine: Any, *args: Any, **kwargs: Any) -> Any:
         """Follow the construction of the engine's optimizer: what it holds is known from the
@@ -141,6 +153,7 @@ def _reading(configure: Callable[..., Any]) -> Callable[..., Any]:
         """
         if _is_adamw2(engine.basic_optimizer):
             read_layout(engine)
+            check_swapped(engine, is_new=True)
         return configure(engine, *args, **kwargs)
 
     return _configure_lr_scheduler
@@ -148,12 +161,27 @@ def _reading(configure: Callable[..., Any]) -> Callable[..., Any]:
 
 def _looking(take: Callable[..., Any]) -> Callable[..., Any]:
     def _take_model_step(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_adamw2(engine.basic_optimizer) and not engine.global_steps:
+            check_swapped(engine, is_new=False)
         taken = take(engine, *args, **kwargs)
         if getattr(engine, "_step_applied", True) and not _has_scaler(engine):
             unstepped.look(engine, engine.module.parameters(), engine.basic_optimizer)
         return taken
 
     return _take_model_step
+
+
+def _restoring(load: Callable[..., Any]) -> Callable[..., Any]:
+    def _load_checkpoint(engine: Any, load_dir: str, tag: str, *args: Any, **options: Any) -> Any:
+        """Read of a checkpoint, too, what DeepSpeed does not read where it offloads to NVMe."""
+        loaded = load(engine, load_dir, tag, *args, **options)
+        is_swapped = _is_adamw2(engine.basic_optimizer) and is_swapping(engine.optimizer)
+        has_states = options.get("load_optimizer_states", True)
+        if is_swapped and has_states and not options.get("load_module_only") and loaded[0]:
+            restore(engine, load_dir, tag)
+        return loaded
+
+    return _load_checkpoint
 
 
 def _has_scaler(engine: Any) -> bool:

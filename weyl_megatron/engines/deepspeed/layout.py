@@ -60,29 +60,46 @@ def flat_partition_buffers(
 
 
 def zero3_buffers(
-    sub_groups: list[list[Any]], partitions: list[Tensor], describe: Describe, masters: Masters
+    sub_groups: list[list[Any]],
+    partitions: list[Tensor],
+    swapped: list[int | None],
+    describe: Describe,
+    masters: Masters,
 ) -> Iterator[Buffer]:
     """Yield the buffers of ZeRO-3: per sub-group, equal pieces of every parameter, each padded to
     the same length.
+
+    Args:
+        sub_groups: the model's parameters, per sub-group.
+        partitions: this rank's fp32 pieces of each.
+        swapped: of each that is kept in a file how many elements it has in a step, else None.
+        describe: describes a parameter of the model.
+        masters: what the partitions held when they were made.
+
+    Raises:
+        ValueError: a partition does not hold the weights that this layout says it holds.
     """
-    for params, partition in zip(sub_groups, partitions, strict=True):
+    for params, partition, in_file in zip(sub_groups, partitions, swapped, strict=True):
         shards, at = [], 0
         for param in params:
             piece = param.partition_numel()
             start = min(dist.get_rank(param.ds_process_group) * piece, param.ds_numel)
             stop = min(start + piece, param.ds_numel)
             shard = Shard(describe(param), start, stop, at)
-            masters.check(
-                param.ds_tensor.detach().view(-1)[: stop - start], partition, shard, "ZeRO-3"
-            )
+            if in_file is None and is_here(param):
+                masters.check(
+                    param.ds_tensor.detach().view(-1)[: stop - start], partition, shard, "ZeRO-3"
+                )
             shards.append(shard)
             at += piece
-        if at != partition.numel():
+        size = partition.numel() if in_file is None else in_file
+        if at != size:
             raise ValueError(
                 f"AdamW2: DeepSpeed ZeRO-3's partition from parameter '{shards[0].parameter.name}' "
-                f"on has {partition.numel()} elements, but its layout takes {at}."
+                f"on has {size} elements, but its layout takes {at}."
             )
-        yield Buffer(partition, tuple(shards), _spread(params[0].ds_process_group))
+        spread = _spread(params[0].ds_process_group)
+        yield Buffer(partition, tuple(shards), spread, swapped=in_file)
 
 
 def master_copy_buffers(
@@ -101,6 +118,12 @@ def master_copy_buffers(
                 "FP16_UnfusedOptimizer",
             )
             yield Buffer(copy, (shard,))
+
+
+def is_here(param: Any) -> bool:
+    """Whether this rank's piece of a parameter of ZeRO-3's is in memory, and not in a file."""
+    status = getattr(param.ds_tensor, "status", None)
+    return getattr(status, "name", "AVAILABLE") == "AVAILABLE"
 
 
 def _spread(process_group: Any) -> tuple[Any, ...]:
