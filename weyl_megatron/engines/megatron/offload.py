@@ -25,15 +25,17 @@ class CpuOffload:
     Anything else that is asked of it is asked of the AdamW2.
 
     Args:
-        inner: the AdamW2; its parameter groups, of pieces of weights, become this one's, and it
+        optimizer: the AdamW2; its parameter groups, of pieces of weights, become this one's, and it
             gets masters of them.
         pin_params, pin_grads: whether masters and gradients are in pinned memory, where the pieces
             are on a GPU.
     """
 
-    def __init__(self, inner: AdamW2, *, pin_params: bool = True, pin_grads: bool = True) -> None:
-        self.inner = inner
-        self.param_groups: list[dict[str, Any]] = inner.param_groups
+    def __init__(
+        self, optimizer: AdamW2, *, pin_params: bool = True, pin_grads: bool = True
+    ) -> None:
+        self.optimizer = optimizer
+        self.param_groups: list[dict[str, Any]] = optimizer.param_groups
         self._pins_grads = pin_grads
         self._masters: dict[Tensor, Tensor] = {}
         groups = []
@@ -44,11 +46,13 @@ class CpuOffload:
                     master.pin_memory() if piece.is_cuda and pin_params else master
                 )
             groups.append({**group, "params": [self._masters[p] for p in group["params"]]})
-        inner.param_groups = groups
+        optimizer.param_groups = groups
         self._grads: dict[Tensor, Tensor] = {}  # in the host's memory, kept
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["inner"], name)
+        if name == "optimizer":  # as it is copied, before it has one
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
 
     def master(self, piece: Tensor) -> Tensor:
         """Return the master, on the CPU, of a piece of a weight."""
@@ -57,7 +61,7 @@ class CpuOffload:
     @torch.no_grad()
     def step(self) -> None:
         """Make one step of the masters, and copy them to the weights."""
-        self._give_options(self.param_groups, self.inner.param_groups)
+        self._give_options(self.param_groups, self.optimizer.param_groups)
         devices = set()
         for piece, master in self._masters.items():
             grad = getattr(piece, "decoupled_grad", None)
@@ -66,11 +70,11 @@ class CpuOffload:
         for device in devices:
             if device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()
-        self.inner.step()
+        self.optimizer.step()
         for piece, master in self._masters.items():
             if master.grad is not None:
                 piece.data.copy_(master, non_blocking=True)
-        self._give_options(self.inner.param_groups, self.param_groups)  # the count of steps
+        self._give_options(self.optimizer.param_groups, self.param_groups)  # the count of steps
 
     def _on_host(self, piece: Tensor, master: Tensor, grad: Tensor) -> Tensor:
         if piece not in self._grads:
@@ -97,11 +101,11 @@ class CpuOffload:
     @property
     def state(self) -> Mapping[Tensor, Mapping[str, Tensor]]:
         """The state of every piece, with its master; empty before it is allocated."""
-        return _States(self._masters, self.inner.state)
+        return _States(self._masters, self.optimizer.state)
 
     def initialize_state(self, _: Tensor) -> None:
         """Allocate, as FusedAdam does for one piece, here for all."""
-        self.inner.allocate_state()
+        self.optimizer.allocate_state()
 
     def get_unscaled_state(self, piece: Tensor, name: str) -> Tensor:
         """Return M, V or the master of a piece, as FusedAdam does."""
@@ -110,14 +114,14 @@ class CpuOffload:
     @torch.no_grad()
     def set_scaled_state(self, piece: Tensor, name: str, value: Tensor) -> None:
         """Set M, V or the master of a piece, as FusedAdam does."""
-        self.inner.allocate_state()
+        self.optimizer.allocate_state()
         held = self.state[piece].get(name)
         if held is not None:  # Megatron hands over what it notes of a bucket, too
             held.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the AdamW2's, and the masters in its states."""
-        saved = self.inner.state_dict()
+        saved = self.optimizer.state_dict()
         masters = {number: master for number, _, master in self._numbered(saved)}
         states = {
             number: {**state, _MASTER: masters[number]} for number, state in saved["state"].items()
@@ -135,8 +139,8 @@ class CpuOffload:
             number: {key: value for key, value in state.items() if key != _MASTER}
             for number, state in state_dict["state"].items()
         }
-        self.inner.load_state_dict({**state_dict, "state": states})
-        self._give_options(self.inner.param_groups, self.param_groups)
+        self.optimizer.load_state_dict({**state_dict, "state": states})
+        self._give_options(self.optimizer.param_groups, self.param_groups)
 
     def _numbered(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield the state dict's number, the piece and the master of all."""
