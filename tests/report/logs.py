@@ -76,6 +76,9 @@ def values(
                 "effective_rank": 9 - 8 * grown,
                 "stable_rank": 2.0,
                 "map_rank": 5.0,
+                "max_logit": 4.0 + 60 * grown,
+                "max_logit_mean": 3.0 + 40 * grown,
+                "max_logit_bound": 9.0 + 90 * grown,
                 "entropy": UNIFORM * (0.7 - 0.69 * grown),
                 "mode": 2.0 if grown > 0.5 else float(head == 1) * 3,
             }

@@ -71,7 +71,7 @@ def browse(html: str, folder: Path, *flags: str) -> dict[str, Any]:
 
 def test_the_page_works_in_a_browser(html: str, tmp_path: Path) -> None:
     probed = browse(html, tmp_path)
-    assert len(probed["values"]) == html.count('<svg class="chart"') == 69
+    assert len(probed["values"]) == html.count('<svg class="chart"') == 75
     assert all(value.startswith("step ") and "NaN" not in value for value in probed["values"])
     assert all(int(value.split("step ")[1][:2]) in STEPS for value in probed["values"])
     for cols, rows, pixels, text in probed["heats"]:

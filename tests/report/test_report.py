@@ -30,8 +30,8 @@ from tests.report.logs import (
 )
 from weyl_megatron.report.runs import read_run
 
-PANELS = ["summary", "loss", "rates", "clipped", "projected", "terms", "energy", "entropy"]
-PANELS += ["modes", "maps", "similarity", "gradients", "sharpness", "warnings"]
+PANELS = ["summary", "loss", "rates", "clipped", "projected", "terms", "energy", "logits"]
+PANELS += ["entropy", "modes", "maps", "similarity", "gradients", "sharpness", "warnings"]
 
 
 def test_every_panel_is_drawn(html: str) -> None:
@@ -185,7 +185,7 @@ def test_extreme_numbers_are_drawn_in_finite_places(tmp_path: Path, number: floa
         step(30, **first),
     ]
     html = html_of(write_log(tmp_path / "a", log))
-    assert len(panels(html)) == 12
+    assert len(panels(html)) == 13
     places = re.findall(r'(?:points|x[12]?|y[12]?|c[xy])="([^"]*)"', html)
     assert len(places) > 500 and not [each for each in places if re.search("nan|inf", each)]
 

@@ -185,7 +185,7 @@ def test_a_folder_of_the_demo_is_its_runs(tmp_path: Path) -> None:
     missing = re.findall(r'data-missing="(\w+)"', html)
     assert (
         panels(html) + missing == sorted(PANELS, key=(panels(html) + missing).index)
-        and len(missing) == 9
+        and len(missing) == 10
     )
     assert all(each.title in html for each in RUNS) and "validation 3.15" in html
     read = read_run(tmp_path / "adamw2")

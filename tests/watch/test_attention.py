@@ -14,6 +14,7 @@ from weyl_megatron.watch.attention import (
     SPARSE,
     UNIFORM,
     Mode,
+    attention_logits,
     attention_map,
     classify,
     classify_numbers,
@@ -21,6 +22,7 @@ from weyl_megatron.watch.attention import (
     entropy,
     entropy_bound,
     entropy_minimiser,
+    logit_bound,
     map_rank,
     relative_entropy,
     sample_rows,
@@ -165,6 +167,20 @@ def test_the_bound_of_attention_by_its_factors() -> None:
     assert (
         entropy(attention).double() >= entropy_bound(sigma, visible(rows, 24, True)) - 1e-6
     ).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_no_logit_exceeds_its_bound(causal: bool, with_bias: bool) -> None:
+    q, k = noise(2, 3, 24, 8), noise(2, 3, 24, 8, seed=1)
+    bias = noise(3, 24, 24, seed=2) if with_bias else None
+    options = {"scale": -0.7, "bias": bias}
+    logits = attention_logits(q, k, rows=torch.arange(24), causal=causal, **options)
+    bound = logit_bound(q, k, **options)
+    assert bound.shape == (2, 3) and (logits.amax((-2, -1)) <= bound).all()
+    parallel = logit_bound(q, q, scale=2.0)
+    longest = attention_logits(q, q, scale=2.0, rows=torch.arange(24), causal=False)
+    torch.testing.assert_close(longest.amax((-2, -1)), parallel)  # reached
 
 
 def test_the_bound_at_its_ends() -> None:

@@ -101,7 +101,9 @@ def test_heads_are_exact(first: tuple[GPT, dict[str, float], Watch]) -> None:
             getattr(block.attn, name)(x).unflatten(-1, (2, 12)).transpose(1, 2) for name in "qk"
         )
         future = torch.ones(16, 16, dtype=torch.bool).triu(1)
-        attention = (q @ k.mT / 12**0.5).masked_fill(future, -math.inf).softmax(-1).detach()
+        logits = (q @ k.mT / 12**0.5).masked_fill(future, -math.inf).detach()
+        attention = logits.softmax(-1)
+        longest = [vectors.detach().norm(dim=-1).amax((0, 2)) for vectors in (q, k)]
         entropy = torch.special.entr(attention.double()).sum(-1).mean((0, 2))
         ranks = map_rank(attention).mean(0)
         for head in range(2):
@@ -116,10 +118,17 @@ def test_heads_are_exact(first: tuple[GPT, dict[str, float], Watch]) -> None:
                 "stable_rank": float(1 / share[0]),
                 "entropy": float(entropy[head]),
                 "map_rank": float(ranks[head]),
+                "max_logit": float(logits[:, head].max()),
+                "max_logit_mean": float(logits[:, head].amax(-1).mean()),
             }
             for name, value in exact.items():
                 assert values[f"{tag}/{name}"] == pytest.approx(value, rel=1e-5), name
             assert values[f"{tag}/entropy_bound"] <= values[f"{tag}/entropy"]
+            bound = values[f"{tag}/max_logit_bound"]
+            # Per sequence it is smaller than of the longest of all.
+            assert (
+                exact["max_logit"] <= bound <= float(longest[0][head] * longest[1][head]) / 12**0.5
+            )
         hidden = block(hidden)
 
 

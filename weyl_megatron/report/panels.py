@@ -57,6 +57,11 @@ _PROJECTED = {
     "share": "share of ‖U‖_F left",
     "unseen": "factor on the unseen part",
 }
+_LOGITS = {
+    "max_logit": "largest logit",
+    "max_logit_mean": "mean of the queries' largest",
+    "max_logit_bound": "‖q‖‖k‖ bound of any query",
+}
 _ENERGY = {"sec": "SEC", "effective_rank": "effective rank"}
 _SHARPNESS = {
     "sharpness": "λ₁ of the Hessian",
@@ -296,12 +301,21 @@ def _of_blocks(shown: Shown, tag: str, each: Run, ranged: Sequence[str], columns
 
 def energy(shown: Shown) -> str:
     """A curve a head: SEC and the effective rank of W_qᵀW_k."""
+    return _by_head(shown, _ENERGY, log=False)
+
+
+def logits(shown: Shown) -> str:
+    """A curve a head: the largest attention logit, its mean, and what no query's exceeds."""
+    return _by_head(shown, _LOGITS, log=True)
+
+
+def _by_head(shown: Shown, titles: Mapping[str, str], *, log: bool) -> str:
     figures = []
-    for name, title in _ENERGY.items():
+    for name, title in titles.items():
         if not any(each.heads(name) for each in shown.runs):
             continue
         drawn = (points for each in shown.runs for points in each.heads(name).values())
-        y = axis("", drawn, log=False)
+        y = axis("", drawn, log=log)
         for each in shown.runs:
             largest = f"(d, {each.header['sec']})" if name == "sec" and "sec" in each.header else ""
             lines = curves(each.heads(name), head_name, lambda at: shown.block_color(at[0]), 1.0)

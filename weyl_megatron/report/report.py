@@ -172,6 +172,15 @@ _PANELS = (
         panels.energy,
     ),
     _Panel(
+        "logits",
+        "The largest attention logits",
+        "What attention's softmax is taken of: of the sampled queries the largest, and the mean of "
+        "their largest; and ‖q‖‖k‖ of the longest query and key, which no query's exceeds. Where "
+        "they grow without end, a query ends with one key. A curve is a head.",
+        "block/…/head/…/max_logit",
+        panels.logits,
+    ),
+    _Panel(
         "entropy",
         "Attention entropy",
         "Of every head over the steps, then for each block the mean of its heads and their range. "

@@ -42,12 +42,12 @@ class Mode(IntEnum):
     UNIFORM = 3  #: every token gets the average of all it sees: rank collapse
 
 
-def attention_map(
+def attention_logits(
     q: Tensor, k: Tensor, *, scale: float, rows: Tensor, causal: bool, bias: Tensor | None = None
 ) -> Tensor:
-    """Return the softmax over keys of sampled queries, ``(…, len(rows), S)``.
+    """Return what the softmax over keys is taken of, for sampled queries, ``(…, len(rows), S)``.
 
-    It is what scaled_dot_product_attention forms. A query that sees no key gets zeros.
+    It is what scaled_dot_product_attention forms; −∞ where a query does not see a key.
 
     Args:
         q, k: queries ``(…, T, d)`` and keys ``(…, S, d)``; half precision is computed in float32.
@@ -70,8 +70,41 @@ def attention_map(
     if causal:
         keys = torch.arange(k.shape[-2], device=rows.device)
         scores = scores.masked_fill(keys > rows.unsqueeze(-1), -math.inf)
-    sees_none = (scores == -math.inf).all(-1, keepdim=True)
-    return scores.masked_fill(sees_none, 0.0).softmax(-1).masked_fill(sees_none, 0.0)
+    return scores
+
+
+def attention_of(logits: Tensor) -> Tensor:
+    """Return the softmax over keys of logits, ``(…, rows, S)``; a query that sees no key gets
+    zeros.
+    """
+    sees_none = (logits == -math.inf).all(-1, keepdim=True)
+    return logits.masked_fill(sees_none, 0.0).softmax(-1).masked_fill(sees_none, 0.0)
+
+
+def attention_map(
+    q: Tensor, k: Tensor, *, scale: float, rows: Tensor, causal: bool, bias: Tensor | None = None
+) -> Tensor:
+    """Return the attention of sampled queries, ``(…, len(rows), S)``; see
+    :func:`attention_logits` for the arguments.
+    """
+    return attention_of(attention_logits(q, k, scale=scale, rows=rows, causal=causal, bias=bias))
+
+
+def logit_bound(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None) -> Tensor:
+    """Return what no logit of any query exceeds, ``(…)``: |scale| · max ‖q‖ · max ‖k‖, and the
+    largest bias (Cauchy and Schwarz).
+
+    Args:
+        q, k: queries ``(…, T, d)`` and keys ``(…, S, d)``.
+        scale: of the scores.
+        bias: added to the scores, or booleans; broadcast to ``(…, T, S)``.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    longest = [torch.linalg.vector_norm(x, dim=-1, dtype=dtype).amax(-1) for x in (q, k)]
+    bound: Tensor = abs(scale) * longest[0] * longest[1]
+    if bias is not None and bias.dtype != torch.bool:
+        bound = bound + bias.to(dtype).amax((-2, -1))
+    return bound
 
 
 def sample_rows(length: int, count: int) -> Tensor:

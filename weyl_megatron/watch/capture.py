@@ -23,16 +23,18 @@ from ..layouts.local import is_fully_sharded, is_on_mesh
 from ..transformer.blocks import Block
 from . import spectra
 from .attention import (
-    attention_map,
+    attention_logits,
+    attention_of,
     effective_rank,
     entropy,
     entropy_bound,
+    logit_bound,
     map_rank,
     sample_rows,
     stable_rank,
     visible,
 )
-from .ranks import MEAN, NORM, ONCE, Reading, refuse_band
+from .ranks import MAX, MEAN, NORM, ONCE, Reading, refuse_band
 
 _LOGGER = logging.getLogger("weyl_megatron")
 
@@ -277,7 +279,8 @@ class Capture:
             has_batch = mask is not None and mask.dim() == 4 and mask.shape[0] > 1
             bias = mask[: self.sequences] if mask is not None and has_batch else mask
             # (batch, heads, rows, keys)
-            attention = attention_map(q, k, scale=scale, rows=rows, causal=causal, bias=bias)
+            logits = attention_logits(q, k, scale=scale, rows=rows, causal=causal, bias=bias)
+            attention = attention_of(logits)
             keys = visible(rows, k.shape[2], causal)
             uniform = float(keys.double().log().mean())
             columns = {
@@ -287,7 +290,20 @@ class Capture:
             bound = self._bound(block, scale, keys)
             if bound is not None:
                 columns["entropy_bound"] = bound
+            largest = logits.amax(-1)  # (batch, heads, rows); of a query that sees no key −∞
+            sees = largest != -math.inf
+            counts = sees.sum((0, 2)).clamp(min=1)
+            columns["max_logit_mean"] = largest.where(sees, 0.0).double().sum((0, 2)) / counts
             self._of_heads(block, columns, MEAN)
+            bounds = logit_bound(q, k, scale=scale, bias=bias)
+            self._of_heads(
+                block,
+                {
+                    "max_logit": largest.amax((0, 2)),
+                    "max_logit_bound": bounds.expand(q.shape[:2]).amax(0),
+                },
+                MAX,
+            )
             self.readings |= {
                 "uniform_entropy": Reading(uniform, ONCE),
                 "map_rows": Reading(min(attention.shape[-2:]), ONCE),

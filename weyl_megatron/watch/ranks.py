@@ -11,16 +11,16 @@ from torch import nn
 
 from ..layouts.local import is_fully_sharded, is_on_mesh
 
-#: How the readings of several ranks become one: they are the same on all, their mean, or the root
-#: of the sum of their squares.
-ONCE, MEAN, NORM = "once", "mean", "norm"
+#: How the readings of several ranks become one: they are the same on all, their mean, the root of
+#: the sum of their squares, or the largest.
+ONCE, MEAN, NORM, MAX = "once", "mean", "norm", "max"
 
 
 class Reading(NamedTuple):
     """A number that this rank measured, and how it goes together with the others'."""
 
     value: float
-    kind: str  # ONCE, MEAN or NORM
+    kind: str  # ONCE, MEAN, NORM or MAX
 
 
 class Ranks:
@@ -104,4 +104,6 @@ def _together(numbers: Sequence[float], kind: str) -> float:
         return numbers[0]
     if kind == MEAN:
         return sum(numbers) / len(numbers)
+    if kind == MAX:
+        return math.nan if any(map(math.isnan, numbers)) else max(numbers)
     return math.sqrt(sum(number * number for number in numbers))
