@@ -194,10 +194,13 @@ def main() -> None:
 
 
 def variants(arch: int, widths: Sequence[int]) -> list[Launch]:
-    """Return what steps launch: in all dtypes with 4 vectors of U, in float32 with others."""
+    """Return what steps launch: in all dtypes with 4 vectors of U (moments in others than the
+    weights' for sm_90 alone), in float32 with others.
+    """
     noted: dict[str, Launch] = {}
+    of_4 = [dtypes for dtypes in ALL_DTYPES if dtypes.state is None or arch == 90]
     for width in widths:
-        for launch in launches(arch, width, ALL_DTYPES if width == 4 else (FLOAT,)):
+        for launch in launches(arch, width, of_4 if width == 4 else (FLOAT,)):
             noted.setdefault(f"{launch.name} {launch.options}", launch)
     return list(noted.values())
 

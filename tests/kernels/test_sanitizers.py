@@ -24,7 +24,7 @@ from weyl_megatron.kernels.cpu import library
 def step(lengths, offset, stride, matrix):
     tile = torch.tensor([0, offset, 9, 7, stride, matrix, 0, 0, 7, 1, 7, -1, 1])
     tensors = [torch.ones(length) for length in lengths]
-    buffers = torch.tensor([tensor.data_ptr() for tensor in tensors])
+    buffers = torch.tensor([*(tensor.data_ptr() for tensor in tensors), 0])  # M and V are floats
     hypers = torch.full((14,), 0.5).view(torch.uint8)
     moved, sums = torch.ones(1, dtype=torch.uint8), torch.zeros(1, 3, dtype=torch.float64)
     given = [ctypes.c_void_p(each.data_ptr()) for each in (tile, moved, buffers, hypers, sums)]
