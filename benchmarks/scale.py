@@ -136,7 +136,7 @@ def buffers_of(
         if stage == "3":
             return list(
                 zero.zero3_buffers(
-                    [params], [tensor_of(sum(pieces))], lambda p: described[id(p)], masters
+                    [params], [tensor_of(sum(pieces))], [None], lambda p: described[id(p)], masters
                 )
             )
         partition = tensor_of(-(-sum(lengths) // dist.get_world_size(group)))

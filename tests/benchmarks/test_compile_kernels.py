@@ -32,11 +32,20 @@ def denormal(exp_avg, exp_avg_sq, of_root, of_one):
 
 
 @triton.jit
-def exchanged(grad, exp_avg, exp_avg_sq, of_grad, of_old, of_square, STATE: tl.constexpr):
+def exchanged(
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    of_grad,
+    of_old,
+    of_square,
+    OF_M: tl.constexpr,
+    OF_V: tl.constexpr,
+):
     """The moments, with a sum over threads."""
     exp_avg += of_grad * (grad - exp_avg) + tl.sum(grad) * 0.0
     exp_avg_sq = exp_avg_sq * of_old + of_square * grad * grad
-    return exp_avg.to(STATE).to(tl.float32), exp_avg_sq.to(STATE).to(tl.float32)
+    return exp_avg.to(OF_M).to(tl.float32), exp_avg_sq.to(OF_V).to(tl.float32)
 
 
 @triton.jit
