@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from weyl_megatron import AdamW2
+from weyl_megatron.engines.given import GivenLayout
 from weyl_megatron.environment import say_once
+from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Shard
 
 SHAPES = ((8, 6), (5, 7), (6,))
 
@@ -172,6 +174,19 @@ def test_moments_of_a_dtype_that_was_not_asked_for_are_refused() -> None:
         state["exp_avg"] = state["exp_avg"].half()
         with pytest.raises(ValueError, match=r"'exp_avg' of parameter 'w0' is .*float16"):
             step(optimizer, params, 1)
+
+
+def test_moments_that_go_to_files_are_kept_as_the_weight() -> None:
+    """As DeepSpeed's NVMe offload keeps them: its files have room for float32."""
+    weight = nn.Parameter(torch.ones(12))
+    for state_dtype in ("bfloat16", ("float32", "bfloat16")):
+        optimizer = AdamW2([weight], state_dtype=state_dtype, betas=(0.9, 0.95))
+        buffer = Buffer(weight, (Shard(Parameter("w", (4, 3)), 0, 12, 0),), swapped=12)
+        optimizer.engine = GivenLayout(lambda buffer=buffer: Layout([buffer]))  # type: ignore[misc]
+        weight.grad = torch.ones(12)
+        with pytest.raises(ValueError, match=r"state_dtype got torch.bfloat16 .*'w' on, which is"):
+            optimizer.step()
+    assert torch.equal(weight, torch.ones(12))
 
 
 def test_bytes_of_states(capsys: pytest.CaptureFixture[str]) -> None:

@@ -201,6 +201,12 @@ class Members:
         """Return the state of one tensor, checked with its gradient."""
         tensor, group = self.tensors[number], self.param_groups[number]
         form, name = self.forms[number], self.buffers[number].name
+        others = set(dtypes or ()) - {form.dtype}
+        if self.buffers[number].swapped is not None and others:
+            raise ValueError(  # files have room for numbers of the weight's dtype
+                f"AdamW2: state_dtype got {others.pop()} for the tensor from parameter '{name}' on, "
+                f"which is in a file between steps, it takes its dtype, {form.dtype}."
+            )
         allocate(tensor, group)
         check_gradient(grad, form, name)
         if self._are_on_mesh:
