@@ -184,7 +184,7 @@ def test_moments_that_go_to_files_are_kept_as_the_weight() -> None:
         buffer = Buffer(weight, (Shard(Parameter("w", (4, 3)), 0, 12, 0),), swapped=12)
         optimizer.engine = GivenLayout(lambda buffer=buffer: Layout([buffer]))  # type: ignore[misc]
         weight.grad = torch.ones(12)
-        with pytest.raises(ValueError, match=r"state_dtype got torch.bfloat16 .*'w' on, which is"):
+        with pytest.raises(ValueError, match=r"state_dtype got torch.bfloat16 .*'w' and is in"):
             optimizer.step()
     assert torch.equal(weight, torch.ones(12))
 

@@ -204,8 +204,8 @@ class Members:
         others = set(dtypes or ()) - {form.dtype}
         if self.buffers[number].swapped is not None and others:
             raise ValueError(  # files have room for numbers of the weight's dtype
-                f"AdamW2: state_dtype got {others.pop()} for the tensor from parameter '{name}' on, "
-                f"which is in a file between steps, it takes its dtype, {form.dtype}."
+                f"AdamW2: state_dtype got {others.pop()} for what begins with parameter '{name}' "
+                f"and is in a file between steps, it takes its dtype, {form.dtype}."
             )
         allocate(tensor, group)
         check_gradient(grad, form, name)
