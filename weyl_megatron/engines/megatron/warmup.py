@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ...environment import LOG
 from ...optimizer import AdamW2
 from ..on_import import when_imported, wrap
+from .offload import CpuOffload
 
 
 def look_at_schedules() -> None:
@@ -35,7 +36,7 @@ def _warn(schedule: Any) -> None:
     wrappers = getattr(optimizer, "chained_optimizers", [optimizer])
     warmup, steps = schedule.lr_warmup_steps, schedule.lr_decay_steps
     if warmup > 0 and any(
-        isinstance(getattr(wrapper, "optimizer", None), AdamW2) for wrapper in wrappers
+        isinstance(getattr(wrapper, "optimizer", None), AdamW2 | CpuOffload) for wrapper in wrappers
     ):
         LOG.warning(
             "AdamW2: lr_warmup_steps got %s of %s steps of the schedule, it takes 0: a small tau "
