@@ -301,21 +301,21 @@ def _of_blocks(shown: Shown, tag: str, each: Run, ranged: Sequence[str], columns
 
 def energy(shown: Shown) -> str:
     """A curve a head: SEC and the effective rank of W_qᵀW_k."""
-    return _by_head(shown, _ENERGY, log=False)
+    return _by_head(shown, _ENERGY)
 
 
 def logits(shown: Shown) -> str:
     """A curve a head: the largest attention logit, its mean, and what no query's exceeds."""
-    return _by_head(shown, _LOGITS, log=True)
+    return _by_head(shown, _LOGITS)
 
 
-def _by_head(shown: Shown, titles: Mapping[str, str], *, log: bool) -> str:
+def _by_head(shown: Shown, titles: Mapping[str, str]) -> str:
     figures = []
     for name, title in titles.items():
         if not any(each.heads(name) for each in shown.runs):
             continue
         drawn = (points for each in shown.runs for points in each.heads(name).values())
-        y = axis("", drawn, log=log)
+        y = axis("", drawn, log=False)
         for each in shown.runs:
             largest = f"(d, {each.header['sec']})" if name == "sec" and "sec" in each.header else ""
             lines = curves(each.heads(name), head_name, lambda at: shown.block_color(at[0]), 1.0)
