@@ -73,9 +73,9 @@ def cases() -> list[dict[str, Any]]:
     )
     for name, config in MEMORY.items():
         for kind in FORMATS:
-            metadata = {"distrib_optim_sharding_type": kind}
-            distopt = {"dist_opt": True, "dtype": "bf16", "metadata": metadata, "config": config}
-            found.append({"name": f"{name}-{kind}", **distopt, "save": TP2, "loads": SAME})
+            form = {"distrib_optim_sharding_type": kind}
+            saving = {"dist_opt": True, "dtype": "bf16", "metadata": form, "config": config}
+            found.append({"name": f"{name}-{kind}", **saving, "save": TP2, "loads": SAME})
     # Megatron's own Adam, as most who try AdamW² will come from; with τ = ∞ both are the same.
     infinite = {"optimizer": "adamw2", "options": {"tau": float("inf")}}
     adam = {"optimizer": "adam", "save": TP2, "loads": {"the same layout": {**TP2, **infinite}}}
