@@ -182,7 +182,8 @@ def test_in_proj_of_mamba_and_gated_delta_net_is_the_parts_that_they_split() -> 
 def test_newer_modules_say_themselves_what_they_pack() -> None:
     module = nn.Module()
     module.in_proj = nn.Linear(5, 14, bias=False)
-    module.in_proj_split_sections, module.in_proj_split_names = (4, 4, 6), ["query", "key", "g"]  # type: ignore[assignment]
+    module.in_proj_split_sections = (4, 4, 6)  # type: ignore[assignment]
+    module.in_proj_split_names = ["query", "key", "g"]  # type: ignore[assignment]
     fused = fused_weights([module], {})[id(module.in_proj.weight)]
     assert (fused.labels, fused.sizes) == (("query", "key", "g"), (4, 4, 6))
     other = nn.Module()

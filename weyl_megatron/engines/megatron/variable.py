@@ -124,7 +124,8 @@ def _take(factory: ModuleType, options: Mapping[str, Any]) -> None:
         raise ValueError(
             re.sub(rf"^AdamW2: (?=({keys})\b)", f"AdamW2: {IN_MEGATRON}'s ", str(error))
         ) from None
-    build = factory._get_megatron_optimizer_based_on_param_groups
+    name_of_build = "_get_megatron_optimizer_based_on_param_groups"
+    build: Callable[..., Any] = getattr(factory, name_of_build)
     signature, adam = inspect.signature(build), factory.Adam
 
     @functools.wraps(build)
@@ -147,7 +148,7 @@ def _take(factory: ModuleType, options: Mapping[str, Any]) -> None:
         _say(name, config)
         return built
 
-    factory._get_megatron_optimizer_based_on_param_groups = build_named  # type: ignore[attr-defined]
+    setattr(factory, name_of_build, build_named)
 
 
 def _refuse_built(factory: ModuleType) -> None:
