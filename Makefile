@@ -25,7 +25,8 @@ DRAWN := tests/faults/test_properties.py tests/day
 # The rest, on ranks that torchrun starts one by one, as a user's are; five times as many drawn
 # layouts and days.
 test-all: $(VENV)/.dev
-	WEYL_MEGATRON_TORCHRUN=1 $(PYTEST) $(PARALLEL) -m "(slow or demo) and not large"
+	$(PYTEST) -m alone
+	WEYL_MEGATRON_TORCHRUN=1 $(PYTEST) $(PARALLEL) -m "(slow or demo) and not large and not alone"
 	WEYL_MEGATRON_EXAMPLES=1000 $(PYTEST) $(PARALLEL) -m "not slow" $(DRAWN)
 
 # One real step of the largest recipes; up to 24 GiB.

@@ -71,6 +71,8 @@ def climb(
                 for norm, method in product(rung.norms, methods)
                 for run in runs_of_the_best(rungs, width, norm, method, read(out), depth)
             ]
+            # One stopped half-way has every method once.
+            chosen.sort(key=lambda run: run.seed)
             make(chosen, nothing_tuned, out, procs)
         else:
             cells = [

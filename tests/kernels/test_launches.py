@@ -143,6 +143,7 @@ def _settles_all_but_the_first(name: str, given: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("stand", [idle, settles])
 def test_the_host_s_time(stand: launches.Stand) -> None:
     """The least of many steps, in the thread's own time, so that other processes do not count.
