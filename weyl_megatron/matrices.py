@@ -24,30 +24,11 @@ from .spectral.blocks import can_fit, fitted
 from .spectral.certificate import Certificate, are_same
 from .spectral.collectives import all_reduce_spans
 from .spectral.power import BLOCK, COLD_ITERS, rows_of
+from .stats import MatrixStats, entries
 from .thresholds import Thresholds
 
 #: The number of U among the operands of the products; W is operand 0.
 _UPDATE = 1
-
-
-class MatrixStats(NamedTuple):
-    """What the last step did to one matrix; the same on every rank.
-
-    Where ``certified``, no σ₁ was measured, because the bounds that stand in their places prove
-    that the clip is inactive: ``sigma_weight`` is a lower bound, ``sigma_update`` an upper one,
-    ‖U‖_F.
-    """
-
-    sigma_weight: float  #: σ₁(W) before the step
-    sigma_update: float  #: σ₁(U) of the update U = M̂ / (√V̂ + ε)
-    lr: float  #: the rate α_W that was used; of a projected update ‖update‖_F / ‖U‖_F
-    clipped: bool  #: whether the update α U was too large
-    tau: float  #: the threshold τ that held for this matrix
-    certified: bool = False  #: whether the certificate settled the matrix, without an iteration
-    #: where clip is "project": how many singular values of the update were clipped
-    directions: int | None = None
-    share: float | None = None  #: likewise, ‖update‖_F / ‖α U‖_F
-    unseen: float | None = None  #: likewise, the factor on what the vectors do not see of α U
 
 
 class SavedMatrix(NamedTuple):
@@ -134,6 +115,7 @@ class MatrixGroup:
         self._schedule = Schedule(self._plan, thresholds, limits_on)
         self._cold = True  # nothing is known of the vectors
         self._has_stepped = False
+        self._squares_of_all: Tensor | None = None  # Σ w², of what other ranks have, too
 
     def _make_step(self, name: str, iters: int) -> HostStep | DeviceStep:
         """Return what goes through the middle of a step: Triton's kernels steer themselves."""
@@ -297,18 +279,27 @@ class MatrixGroup:
     def end(self, settled: Tensor) -> None:
         """Let the certificate follow the step, and remember what it did."""
         self._step.end(settled)
-        self._cold, self._has_stepped = False, True
+        self._cold, self._has_stepped, self._squares_of_all = False, True, None
 
     def stats(self) -> dict[str, MatrixStats]:
         """Return what the last step did, by the matrix's name."""
         if not self._has_stepped:
             return {}
-        columns = [column.tolist() for column in self._step.measured()]
-        rows = list(zip(*columns, strict=True))
-        entries = dict(zip(self.names, (MatrixStats(*row[:6]) for row in rows), strict=True))
-        for k in self._projected:
-            entries[self.names[k]] = MatrixStats(*rows[k])
-        return entries
+        squares = self._squares_of_all
+        if squares is None and not spans_of(self._plan.matrices, 1):
+            squares = self.certificate.squares
+        columns = self._step.measured()
+        return entries(self.names, columns, self._projected, self.certificate.norm, squares)
+
+    def moved(self) -> Tensor:
+        """Return ‖U‖_F, α_W, Σ w² after it, and whether Rule 1 bounded α, of the last step,
+        ``(4, matrices)``, float64, on the device. Collective.
+        """
+        squares = self.certificate.squares.clone()
+        all_reduce_spans(squares, list(spans_of(self._plan.matrices, 1).values()))
+        self._squares_of_all = squares
+        _, _, rates, is_clipped, *_ = self._step.measured()
+        return torch.stack([self.certificate.norm, rates, squares, is_clipped.double()])
 
     def forget(self) -> None:
         """Take vectors and bounds for unknown at the next step, as at the first."""

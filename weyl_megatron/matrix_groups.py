@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .matrices import MatrixGroup, MatrixStats
+from .matrices import MatrixGroup
 from .names import ParameterNames
 from .packed import pack, unpack
 from .saved import SavedVectors
 from .settings import Settings, clip_of
+from .stats import MatrixStats
 from .steady import Gathered, Members
 from .thresholds import Thresholds
 

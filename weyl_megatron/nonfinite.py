@@ -8,6 +8,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,9 @@ from torch import Tensor
 from .environment import LOG
 from .layouts.buffers import Buffer
 from .layouts.local import local_gradient
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: Names in a message, of those whose gradients are not finite.
 _NAMED = 3
@@ -32,19 +36,26 @@ class Guard:
     Args:
         mode: "skip", "raise" or "off"; None: "skip" where an engine tells the norm, else "off".
         limit: RuntimeError after so many skipped steps in a row; None: never.
+        others: ranks that have other parameters of the same model, where the user named them.
     """
 
-    def __init__(self, mode: str | None, limit: int | None) -> None:
-        self._mode, self._limit = mode, limit
+    def __init__(
+        self, mode: str | None, limit: int | None, others: ProcessGroup | None = None
+    ) -> None:
+        self._mode, self._limit, self.others = mode, limit, others
         #: given by an engine: returns the norm of this step's gradients
         self.norm: Callable[[], float | None] | None = None
         #: given by an engine: returns the number of this step, which may be in parts
         self.number: Callable[[], int] | None = None
+        #: said by an engine: other parts or ranks of a step know nothing but its norm
+        self.needs_norm = False
+        #: of the last step: the norm of all gradients, None where no engine tells it; its number
+        self.total: float | None = None
+        self.step = 0
         self.is_explicit = mode is not None  #: else an engine's own setting goes before the default
         self.is_on = mode in ("skip", "raise")  #: also where no engine tells the norm
         self.skipped = 0  #: steps
-        self._in_a_row, self._calls = 0, 0
-        self._last_skipped, self._last_made = -1, -1
+        self._in_a_row, self._calls, self._last_skipped = 0, 0, -1
 
     @torch.no_grad()
     def admits(self, buffers: Sequence[Buffer]) -> bool:
@@ -55,15 +66,13 @@ class Guard:
             FloatingPointError: it is not, and the mode is "raise".
             RuntimeError: it is not, as often in a row as the limit says.
         """
-        norm = None if self.norm is None else self.norm()
+        norm = self.total = None if self.norm is None else self.norm()
+        self._calls += 1
+        step = self.step = self._calls if self.number is None else self.number()
         if self._mode == "off" or (self._mode is None and norm is None):
             return True
-        self._calls += 1
-        step = self._calls if self.number is None else self.number()
         # DeepSpeed has -1 for the norm of what is not finite.
         if 0 <= norm < math.inf if norm is not None else _agreed(buffers):
-            if step not in (self._last_made, self._last_skipped):
-                self._in_a_row, self._last_made = 0, step
             return True
         self.refuse(non_finite(buffers), step)
         return False
@@ -84,13 +93,31 @@ class Guard:
             raise FloatingPointError(
                 f"AdamW2: {sentence}; with nonfinite='skip' the step would be skipped."
             )
+        self.skip(sentence, step, is_named=bool(names))
+
+    def made(self) -> None:
+        """Note that the step is made, as far as anybody decides."""
+        if self.step != self._last_skipped:
+            self._in_a_row = 0
+
+    def skip(self, sentence: str, step: int, *, is_named: bool) -> None:
+        """Count and log a step that is not made.
+
+        Args:
+            sentence: why.
+            step: its number.
+            is_named: whether what it was is known here, and not on another rank alone.
+
+        Raises:
+            RuntimeError: so many in a row as the limit says.
+        """
         if step != self._last_skipped:
             self.skipped, self._in_a_row, self._last_skipped = (
                 self.skipped + 1,
                 self._in_a_row + 1,
                 step,
             )
-        level = logging.WARNING if names else logging.DEBUG
+        level = logging.WARNING if is_named else logging.DEBUG
         LOG.log(
             level, "AdamW2: a step is skipped, number %d in a row: %s", self._in_a_row, sentence
         )
@@ -164,15 +191,26 @@ def _agreed(buffers: Sequence[Buffer]) -> bool:
     """
     held = [local_gradient(buffer.tensor) for buffer in buffers]
     grads = [grad for grad in held if grad is not None]
-    groups = dict.fromkeys(
+    if not _groups_of(buffers):
+        return is_finite(*grads)
+    flag = _non_finite_anywhere(grads, buffers[0].tensor.device).float()
+    return not is_on_any_rank(flag, buffers)
+
+
+def is_on_any_rank(flag: Tensor, buffers: Sequence[Buffer], *others: ProcessGroup) -> bool:
+    """Return whether a flag is not 0 on a rank that shares a matrix, or is in a group of others.
+    Collective over these.
+    """
+    for group in dict.fromkeys((*_groups_of(buffers), *others)):
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+    return bool(flag)
+
+
+def _groups_of(buffers: Sequence[Buffer]) -> dict[ProcessGroup, None]:
+    """Return the groups of ranks that share a matrix, in an order that these have alike."""
+    return dict.fromkeys(
         group
         for buffer in buffers
         for shard in buffer.shards
         for group in (*buffer.groups, *(spread.group for spread in shard.parameter.spreads))
     )
-    if not groups:
-        return is_finite(*grads)
-    flag = _non_finite_anywhere(grads, buffers[0].tensor.device).float()
-    for group in groups:
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
-    return not bool(flag)

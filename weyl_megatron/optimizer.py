@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from . import moments, packed
 from .engines import engine as engines
-from .environment import LOG
 from .layouts.modules import SeenModel
-from .matrices import MatrixStats
 from .matrix_groups import MatrixGroups, Turn, is_adamw
 from .names import ParameterNames, take_names
 from .nonfinite import Guard
@@ -27,7 +25,9 @@ from .settings import (
     read_group,
     restore_options,
 )
+from .spikes import Spike, Spikes
 from .state import check_loaded, check_saved_groups, counts_on_host, new_state, steps_done
+from .stats import MatrixStats
 from .tensors import SteppedTensors, on_device, refuse_capture
 from .thresholds import Thresholds
 
@@ -67,15 +67,13 @@ class AdamW2(torch.optim.AdamW):
         tau: τ > 0; the paper uses 0.01 (GPT) and 0.004 (ViT, Swin). Or ``"balanced"`` (``"auto"``,
             too, where Hugging Face does not read it): hidden matrices share one budget, τ = 0.144 /
             (number of hidden matrices), embeddings, positions and head get 0.1, and σ₁(W) has a
-            higher floor (docs/tau.md). A small τ acts like a warmup: of about
-            ln(α σ₁(U) / (τ σ₁(W))) / τ steps for a head; the command ``plan`` forecasts that of
-            hidden matrices.
+            higher floor (docs/tau.md). A small τ acts like a warmup, which the command ``plan``
+            forecasts.
         power_iters: block power iterations per step at most; half of them where more would add
             nothing (the first step makes more).
         floor_std: σ₁(W) is taken for at least that of a random matrix of this standard deviation,
-            so that zero-initialised matrices move; 0 is the paper's rule, under which they stay
-            zero for ever. Unless it is 0, an adapter's factors (LoRA's A and B) are taken for at
-            least a Xavier matrix.
+            so that zero-initialised matrices move; 0 is the paper's rule, under which they never
+            do. Unless it is 0, LoRA's A and B are taken for at least a Xavier matrix.
         clip_vectors: bound 1-D parameters, too.
         io: patterns (``fnmatch``) of the names of embeddings, positions and head, for
             ``tau="balanced"``; None: find out.
@@ -84,10 +82,11 @@ class AdamW2(torch.optim.AdamW):
             whole), ``{"match": pattern, "kind": "convolution"}`` or ``"experts"`` (what a weight of
             three dimensions is). The last match counts.
         nonfinite: what becomes of a step with a gradient that is NaN or infinite: "skip" (on all
-            ranks alike, logged with the parameter's name and counted in ``skipped_steps``),
-            "raise", or "off", as torch.optim.AdamW. None: "skip" where an engine has the norm of
-            all gradients, so that it costs nothing, else "off".
+            ranks alike, logged and counted in ``skipped_steps``), "raise", or "off", as in AdamW.
+            None: "skip" where an engine has the norm of all gradients anyway, else "off".
         nonfinite_limit: RuntimeError after so many skipped steps in a row; None: never.
+        spike: "log" tells of updates and gradients that jump out of what is usual; "skip" does
+            not make a step whose gradients do (docs/spikes.md).
         clip: what Rule 1 does to an update that is too large: "scale" (the paper), or "project",
             which clips the singular values of hidden matrices' updates, as far as ``vectors``
             (1 to 64, by default 8) see them (docs/projection.md).
@@ -96,9 +95,8 @@ class AdamW2(torch.optim.AdamW):
         tp_group: the process group of tensor-parallel parameters where no engine tells it.
         budget_group: the process group of ranks that have other parameters, as pipeline stages,
             to share the budget of ``tau="balanced"`` with them (docs/pipelining.md).
-        model: the module that the parameters belong to, where no engine shows it: it tells
-            convolutions, experts and embeddings, and gives names to parameters that have none. It
-            is looked at now, and not kept.
+        model: the module of the parameters, where no engine shows it: it tells convolutions,
+            experts, embeddings, and names that parameters lack. It is looked at, and not kept.
         others: keys of AdamW configurations that change nothing (``adam_w_mode``, …).
 
     Raises:
@@ -133,6 +131,7 @@ class AdamW2(torch.optim.AdamW):
         overrides: Sequence[Mapping[str, Any]] = (),
         nonfinite: str | None = None,
         nonfinite_limit: int | None = None,
+        spike: str | None = None,
         clip: str = "scale",
         vectors: int | None = None,
         state_dtype: Any = None,
@@ -151,6 +150,7 @@ class AdamW2(torch.optim.AdamW):
             overrides=overrides,
             nonfinite=nonfinite,
             nonfinite_limit=nonfinite_limit,
+            spike=spike,
             clip=clip,
             vectors=vectors,
             state_dtype=state_dtype,
@@ -167,11 +167,13 @@ class AdamW2(torch.optim.AdamW):
     def _start(self, groups: MatrixGroups) -> None:
         """Know nothing of the parameters so far, as a new optimizer and as a copy of one."""
         self._engine: engines.Engine | None = None
-        self._guard = Guard(self._settings.nonfinite, self._settings.nonfinite_limit)
+        settings = self._settings
+        self._guard = Guard(settings.nonfinite, settings.nonfinite_limit, self._groups[1])
+        self._spikes = Spikes(settings.spike)
         self._names = ParameterNames()
         self._tensors: SteppedTensors | None = None  # None: their layout was not read yet
         self._matrix_groups = groups
-        self._has_noticed = False  # logged what was guessed of the parameters
+        self._has_noticed = False  # logged what was guessed of the parameters, that a τ hangs on
         self._measures_gradients, self._gradient_norms = False, dict[str, float]()
 
     @property
@@ -235,12 +237,10 @@ class AdamW2(torch.optim.AdamW):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state dict of an AdamW² or an AdamW; without vectors in it, the next step
-        measures afresh.
-        """
+        """Load the state dict of an AdamW², or of an AdamW; then the next step measures afresh."""
         saved_groups = state_dict["param_groups"]
-        has_hooks = bool(self._optimizer_load_state_dict_pre_hooks)  # they may mend the sizes
-        check_saved_groups(self.param_groups, saved_groups, are_sizes_known=not has_hooks)
+        is_final = not self._optimizer_load_state_dict_pre_hooks  # they may mend the sizes
+        check_saved_groups(self.param_groups, saved_groups, are_sizes_known=is_final)
         options = options_of(self.param_groups)
         were_named = ["param_names" in group for group in self.param_groups]
         states = dict(state_dict["state"])
@@ -254,9 +254,7 @@ class AdamW2(torch.optim.AdamW):
         self._matrix_groups.take_packed(vectors)
 
     def forget(self) -> None:
-        """Have the next step measure afresh, with the iterations of a first step; call it on every
-        rank, or on none.
-        """
+        """Have the next step measure afresh, as a first one does; call it on all ranks or none."""
         self._matrix_groups.forget()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # traced it would take minutes to compile
@@ -275,7 +273,10 @@ class AdamW2(torch.optim.AdamW):
         self._matrix_groups.take(self.param_groups)
         if not self._guard.admits(tensors.in_groups(self.param_groups)):
             return loss
-        for turn in self._turns(tensors):  # all are checked before the first of them moves
+        turns = self._turns(tensors)  # all are checked before the first of them moves
+        if not self._spikes.admits(self._guard, turns):
+            return loss
+        for turn in turns:
             group = turn.group
             stepped = turn.gathered.stepped
             with on_device(turn.weights[0].device):
@@ -292,6 +293,7 @@ class AdamW2(torch.optim.AdamW):
                     group.move(batch, rates)  # lines 10 to 14
                 group.end(settled)
                 turn.members.write_back(turn.weights, stepped)
+        self._spikes.observe(turns)
         if self._counts_in_groups():
             for param_group in self.param_groups:
                 param_group["step"] += 1
@@ -303,8 +305,13 @@ class AdamW2(torch.optim.AdamW):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps a gradient that is not finite (``nonfinite``) prevented, on all ranks."""
+        """How many steps ``nonfinite`` and ``spike`` prevented, on all ranks."""
         return self._guard.skipped
+
+    @property
+    def spikes(self) -> list[Spike]:
+        """What jumped in the last hundred steps in which anything did, where ``spike`` is set."""
+        return list(self._spikes.spikes)
 
     def measure_gradients(self) -> None:
         """Have the next step note ‖G‖_F of every matrix, before it is freed; call on every rank."""
@@ -341,9 +348,7 @@ class AdamW2(torch.optim.AdamW):
         return steps_done(self.state, tensors)
 
     def _is_construction_call(self) -> bool:
-        """Whether an engine calls ``step`` as it is built, or a checkpoint as it is read; only the
-        state is made then.
-        """
+        """Whether an engine that is built, or a checkpoint, only wants the state to be made."""
         if packed.is_initializing():
             for turn in self._turns(self._laid_out()):
                 packed.reserve(self.state[tensor] for tensor in turn.group.matrix_tensors())
@@ -354,10 +359,8 @@ class AdamW2(torch.optim.AdamW):
         return True
 
     def _laid_out(self) -> SteppedTensors:
-        """Return what lies where in the tensors that are stepped, read at the first step, when
-        engines are done with them, and anew where it has changed.
-
-        An engine may step one parameter group at a time; what is read is all of them.
+        """Return what lies where in the tensors of all parameter groups, read when engines are done
+        with them, at the first step, and anew where it has changed.
         """
         tensors, budget = self._tensors, self._shares_budget
         if tensors and not tensors.have_changed(self.param_groups, share_a_budget=budget):
@@ -375,9 +378,7 @@ class AdamW2(torch.optim.AdamW):
         projects = project_any(self._settings, self.param_groups)
         self._thresholds = Thresholds(self._settings, layout, budget, projects)
         if not (self._has_noticed or is_adamw(self._settings, self.param_groups)):
-            for sentence in self._thresholds.notices():  # guesses that a τ hangs on
-                self._has_noticed = True
-                LOG.warning(sentence)
+            self._has_noticed = self._thresholds.notice()
         self._tensors = SteppedTensors(layout.buffers, are_parameters=engine.steps_parameters)
         self._matrix_groups.clear()
         return self._tensors

@@ -30,7 +30,7 @@ _HARMLESS: dict[str, tuple[Any, ...] | None] = {
 
 _OPTIONS = (
     "lr, betas, eps, weight_decay, amsgrad, maximize, tau, power_iters, floor_std, clip_vectors, "
-    "io, overrides, nonfinite, nonfinite_limit, clip, vectors, state_dtype, tp_group, "
+    "io, overrides, nonfinite, nonfinite_limit, spike, clip, vectors, state_dtype, tp_group, "
     "budget_group, model"
 )
 _OVERRIDES = {"match", "tau", "exempt", "fused", "kind", "clip", "vectors"}
@@ -41,6 +41,7 @@ BALANCED = "balanced"
 
 #: What Rule 1 does to an update that is too large: it scales it, or clips its singular values.
 SCALE, PROJECT = "scale", "project"
+SKIP = "skip"  #: a step that is not finite, or jumps
 
 #: Vectors that see an update whose singular values are clipped: by default, and at most.
 VECTORS, MOST_VECTORS = 8, 64
@@ -65,6 +66,7 @@ class Settings:
     clip: str = SCALE
     vectors: int | None = None
     state_dtype: moments.Dtypes | None = None
+    spike: str | None = None
 
     def override(self, name: str, key: str, default: Any = None) -> Any:
         """Return what the last override that matches ``name`` says of ``key``, or ``default``."""
@@ -101,6 +103,7 @@ def check_settings(
     clip: Any = SCALE,
     vectors: Any = None,
     state_dtype: Any = None,
+    spike: Any = None,
 ) -> Settings:
     """Return the settings.
 
@@ -132,7 +135,7 @@ def check_settings(
         raise ValueError(
             f"AdamW2: io got {io!r}, it takes a list of patterns of parameter names, or None."
         )
-    if nonfinite not in (None, "skip", "raise", "off"):
+    if nonfinite not in (None, SKIP, "raise", "off"):
         raise ValueError(
             f"AdamW2: nonfinite got {nonfinite!r}, it takes 'skip', 'raise', 'off' or None."
         )
@@ -141,6 +144,8 @@ def check_settings(
             f"AdamW2: nonfinite_limit got {nonfinite_limit!r}, it takes a whole number from 1 on, "
             "or None."
         )
+    if spike not in (None, "log", SKIP):
+        raise ValueError(f"AdamW2: spike got {spike!r}, it takes 'log', '{SKIP}' or None.")
     given = {"clip": clip} if vectors is None else {"clip": clip, "vectors": vectors}
     check_clip(given, clip)
     return Settings(
@@ -155,6 +160,7 @@ def check_settings(
         clip=clip,
         vectors=vectors,
         state_dtype=moments.read(state_dtype),
+        spike=spike,
     )
 
 

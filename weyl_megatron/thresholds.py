@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from .environment import LOG
 from .layouts.adapters import low_rank_pairs
 from .layouts.buffers import Layout, Parameter
 from .layouts.fused import (
@@ -130,6 +131,13 @@ class Thresholds:
             self._hidden = sum(
                 count for name, count in counts.items() if name not in self._io | frozen
             )
+
+    def notice(self) -> bool:
+        """Log what was guessed; return whether anything was."""
+        sentences = list(self.notices())
+        for sentence in sentences:
+            LOG.warning(sentence)
+        return bool(sentences)
 
     def notices(self) -> Iterator[str]:
         """Yield a sentence for each thing that was guessed, and what would say it.

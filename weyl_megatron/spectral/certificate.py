@@ -67,19 +67,19 @@ class Certificate:
         self.norm = torch.full_like(self.kept, torch.inf)  #: ‖U‖_F of the last step
         #: steps since the matrix was measured
         self.age = torch.zeros(len(ranks), dtype=torch.int64, device=device)
-        # of this rank's pieces of W, as the last step left them
-        self._squares = torch.full_like(self.kept, torch.nan)
+        #: Σ w² of this rank's pieces of W, as the last step left them
+        self.squares = torch.full_like(self.kept, torch.nan)
 
     def forget(self) -> None:
         """Trust in nothing: the weights, or the moments, are others now."""
         self.lower.zero_()
         self.norm.fill_(torch.inf)
         self.age.zero_()
-        self._squares.fill_(torch.nan)
+        self.squares.fill_(torch.nan)
 
     def saved(self) -> list[Tensor]:
         """Return what the next step takes from the last one, as a checkpoint holds it."""
-        return [self.lower, self.norm, self.age, self._squares]
+        return [self.lower, self.norm, self.age, self.squares]
 
     def restore(self, saved: Sequence[Tensor]) -> None:
         """Take it back. Where the weights are not those it was said of, their squares show it."""
@@ -92,7 +92,7 @@ class Certificate:
         """
         for row, vector in zip(rows, self.saved(), strict=True):
             row.copy_(vector)
-        self.lower, self.norm, self.age, self._squares = rows
+        self.lower, self.norm, self.age, self.squares = rows
 
     def forecast(self, lr: Tensor, limit: Tensor, decay: Tensor) -> Tensor:
         """Return the matrices that will most likely be settled, so that the step may be made before
@@ -115,7 +115,7 @@ class Certificate:
         other weights.
         """
         # Where they are NaN, nothing is known of the weights, nor trusted but τ = ∞.
-        return ~(are_same(squares, self._squares) | self._squares.isnan())
+        return ~(are_same(squares, self.squares) | self.squares.isnan())
 
     def measured(self, mask: Tensor, sigma_weight: Tensor) -> None:
         """Take the estimates of σ₁(W), before the step, of the matrices that were measured."""
@@ -137,4 +137,4 @@ class Certificate:
         """
         lower = ((1 - decay) * self.lower - rates * norm * (1 + SLACK)) * self.kept
         self.lower = torch.nan_to_num(lower, nan=0.0).clamp(min=0)
-        self.norm, self._squares = norm, torch.where(mask, squares, self._squares)
+        self.norm, self.squares = norm, torch.where(mask, squares, self.squares)

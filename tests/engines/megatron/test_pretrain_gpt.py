@@ -78,7 +78,7 @@ def test_every_flag_arrives() -> None:
         "--adamw2-clip-vectors --adamw2-no-split-fused"
     )
     flags += " --adamw2-nonfinite raise --adamw2-nonfinite-limit 3"
-    flags += " --adamw2-clip project --adamw2-vectors 12"
+    flags += " --adamw2-spike log --adamw2-clip project --adamw2-vectors 12"
     more = ["--adamw2-io", "*.wte", "*.head", "--adamw2-overrides", '[{"match": "*", "tau": 0.2}]']
     assert arguments.options_of(parse("--optimizer", "adamw2", *flags.split(), *more)) == {
         "tau": 0.1,
@@ -89,6 +89,7 @@ def test_every_flag_arrives() -> None:
         "overrides": [{"match": "*", "tau": 0.2}],
         "nonfinite": "raise",
         "nonfinite_limit": 3,
+        "spike": "log",
         "clip": "project",
         "vectors": 12,
         "split_fused": False,
@@ -140,6 +141,7 @@ def test_other_optimizers_get_nothing_of_ours() -> None:
             "--adamw2-nonfinite wait",
             "--adamw2-nonfinite got 'wait', it takes 'skip', 'raise', 'off' or None.",
         ),
+        ("--adamw2-spike wait", "--adamw2-spike got 'wait', it takes 'log', 'skip' or None."),
         ("--adamw2-clip svd", "--adamw2-clip got 'svd', it takes 'scale' or 'project'."),
         *(
             (

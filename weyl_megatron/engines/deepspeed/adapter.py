@@ -195,6 +195,8 @@ def _give_norm(engine: Any, guard: Guard) -> None:
         return -1 if alive is None else int(alive.global_steps)
 
     guard.number = number
+    # A stage of a pipeline, and a part of a step, knows nothing else of the others.
+    guard.needs_norm = wrapper is not engine.basic_optimizer or hasattr(engine, "stage_id")
     if wrapper is engine.basic_optimizer:
         if guard.is_on and engine.mpu is None:
             _clip_what_is_finite(engine)

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...layouts.buffers import model_name
-from ...matrices import MatrixStats
 from ...optimizer import AdamW2
 from ...settings import check_settings
+from ...stats import MatrixStats
 from . import precision
 from .layout import Groups
 from .offload import CpuOffload, offload
@@ -49,6 +49,7 @@ def enable(
     overrides: Sequence[Mapping[str, Any]] = (),
     nonfinite: str | None = None,
     nonfinite_limit: int | None = None,
+    spike: str | None = None,
     clip: str = "scale",
     vectors: int | None = None,
     split_fused: bool = True,
@@ -63,7 +64,7 @@ def enable(
         tau, power_iters, floor_std, clip_vectors, io, overrides, nonfinite, nonfinite_limit: as in
             :class:`weyl_megatron.AdamW2`. Patterns match the names that parameters have in the
             whole model, such as ``decoder.layers.7.mlp.linear_fc2.weight``.
-        clip, vectors: likewise.
+        spike, clip, vectors: likewise.
         split_fused: treat q, k and v of linear_qkv, k and v of linear_kv, gate and up of a gated
             linear_fc1, and the parts of MLA's, Mamba's and Gated DeltaNet's projections as matrices
             of their own; False: as one.
@@ -82,6 +83,7 @@ def enable(
         "overrides": overrides,
         "nonfinite": nonfinite,
         "nonfinite_limit": nonfinite_limit,
+        "spike": spike,
         "clip": clip,
         "vectors": vectors,
     }

@@ -85,6 +85,10 @@ _FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "N",
         "help": "Stop after N skipped steps in a row.",
     },
+    "spike": {
+        "metavar": "{log,skip}",
+        "help": "Tell of updates and gradients that jump; skip: make no step whose gradients do.",
+    },
     "clip": {
         "metavar": f"{{{SCALE},{PROJECT}}}",
         "help": "What becomes of an update that is too large: all or its singular values shrink.",

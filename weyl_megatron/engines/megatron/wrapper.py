@@ -62,7 +62,7 @@ class Megatron:
         return self._read()
 
     def give_norm(self, guard: Guard) -> None:
-        guard.norm = lambda: self.norm
+        guard.norm, guard.needs_norm = lambda: self.norm, True
 
 
 def _complete_checkpoints(wrapper: Any) -> None:
