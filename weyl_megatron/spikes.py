@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .environment import LOG
@@ -125,6 +126,7 @@ class _Moved(NamedTuple):
 
     step: int
     names: Sequence[str]
+    first_here: Collection[str]  # those that this rank tells of
     rows: Tensor  # (4, matrices), see MatrixGroup.moved
     arrival: torch.Event | None  # None: it is there
 
@@ -190,11 +192,15 @@ class Spikes:
         is_refused = has_jumped and self._in_a_row < _MOST_SKIPPED
         self._in_a_row = self._in_a_row + is_refused if has_jumped else 0
         step = _step_of(turns)
+        first_here = {name for turn in turns for name in turn.group.first_here}
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            first_here.add(ALL)
         if jumps and step is not None:
-            self._note(step, SKIP if is_refused else "log", jumps)
+            self._note(step, SKIP if is_refused else "log", jumps, first_here)
         if is_refused:
-            whose = _told(jumps) if jumps else "gradients on another rank"
-            guard.skip(f"{whose} jumped", guard.step, is_named=bool(jumps))
+            told = [jump for jump in jumps if jump.name in first_here]
+            whose = _told(told) if told else "gradients on another rank"
+            guard.skip(f"{whose} jumped", guard.step, is_named=bool(told))
         return not is_refused
 
     def _agreed(self, jumps: Sequence[Jump], guard: Guard, turns: Sequence[Turn]) -> bool:
@@ -213,16 +219,17 @@ class Spikes:
             return
         for turn in turns:
             rows, step = turn.group.moved(), _step_of([turn])
+            names = turn.group.names, turn.group.first_here
             if step is None:
                 continue
             if rows.device.type != "cuda":
-                self._judge(_Moved(step, turn.group.names, rows, None))
+                self._judge(_Moved(step, *names, rows, None))
                 continue
             copy = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
             copy.copy_(rows, non_blocking=True)
             arrival = torch.Event("cuda")
             arrival.record()
-            self._moved.append(_Moved(step, turn.group.names, copy, arrival))
+            self._moved.append(_Moved(step, *names, copy, arrival))
         while self._moved and self._moved[0].step + _LATE <= self._moved[-1].step:
             self._judge(self._moved.popleft())
 
@@ -246,10 +253,15 @@ class Spikes:
                 for jump in jumps
                 for k in (numbers[jump.name],)
             ],
+            moved.first_here,
         )
 
-    def _note(self, step: int, action: str, jumps: Sequence[Jump]) -> None:
-        """Add to the spike that these steps are, or begin a new one, and say so once."""
+    def _note(
+        self, step: int, action: str, jumps: Sequence[Jump], first_here: Collection[str]
+    ) -> None:
+        """Add to the spike that these steps are, or begin a new one, and say so once, on the first
+        of the ranks that know.
+        """
         spike = next((each for each in self.spikes if each.has(step, action)), None)
         if spike is None:
             spike = Spike(step, action, step)
@@ -257,8 +269,9 @@ class Spikes:
         is_new = all(jump.is_update != jumps[0].is_update for jump in spike.jumps.values())
         spike.step, spike.last = min(step, spike.step), max(step, spike.last)
         spike.jumps = {jump.name: jump for jump in jumps} | spike.jumps
-        if is_new and action == "log":  # the guard tells of a step that is skipped
-            LOG.warning("AdamW2: step %d: %s jumped", step, _told(jumps))
+        told = [jump for jump in jumps if jump.name in first_here]
+        if is_new and told and action == "log":  # the guard tells of a step that is skipped
+            LOG.warning("AdamW2: step %d: %s jumped", step, _told(told))
 
 
 def _logarithms(values: Tensor) -> Tensor:

@@ -24,9 +24,15 @@ def tokens(step: int) -> tuple[Tensor, Tensor]:
     return text[:, :-1], text[:, 1:]
 
 
-def run(config: dict[str, Any], value: float | None, skipped: int = len(BAD)) -> list[Tensor]:
-    """Train; on the steps in BAD, put ``value`` into a gradient on rank 1, or leave them out where
-    it is None.
+def run(
+    config: dict[str, Any],
+    value: float | None,
+    skipped: int = len(BAD),
+    steps: int = STEPS,
+    bad: tuple[int, ...] = BAD,
+) -> list[Tensor]:
+    """Train; on the steps in ``bad``, put ``value`` into a gradient on rank 1, or leave them out
+    where it is None.
 
     So many steps as ``skipped`` says are not made then.
     """
@@ -45,9 +51,9 @@ def run(config: dict[str, Any], value: float | None, skipped: int = len(BAD)) ->
 
     parameter = dict(model.named_parameters())["blocks.0.attn.q.weight"]
     parameter.register_hook(poison)
-    for step in range(STEPS):
-        poisoned[0] = step in BAD
-        if step in BAD and value is None:
+    for step in range(steps):
+        poisoned[0] = step in bad
+        if step in bad and value is None:
             continue
         loss = engine(*tokens(step))
         engine.backward(loss)

@@ -41,9 +41,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def run(case: dict[str, Any], value: float | None) -> list[Tensor]:
-    """Train; on the steps in BAD, put ``value`` into a gradient on the last rank; None: leave these
-    steps out.
+def run(
+    case: dict[str, Any],
+    value: float | None,
+    steps: int = STEPS,
+    bad: tuple[int, ...] = BAD,
+) -> list[Tensor]:
+    """Train; on the steps in ``bad``, put ``value`` into a gradient on the last rank; None: leave
+    these steps out.
     """
     gpt.start(case)
     model = gpt.build(case)
@@ -62,16 +67,16 @@ def run(case: dict[str, Any], value: float | None) -> list[Tensor]:
             one for name, one in named if POISONED["moe" if case.get("moe") else "dense"] in name
         ]
         chosen[0].register_hook(poison)
-    for step in range(STEPS):
-        if step in BAD and value is None:
+    for step in range(steps):
+        if step in bad and value is None:
             continue
-        poisoned[0] = step in BAD
+        poisoned[0] = step in bad
         optimizer.zero_grad()
         gpt.backward(step, case, model)
         optimizer.step()
     inner = [one.optimizer for one in optimizer.chained_optimizers]
     if case.get("dtype") != "fp16":  # which Megatron's scaler skips before the optimizer is asked
-        assert [one.skipped_steps for one in inner] == [0 if value is None else len(BAD)] * len(
+        assert [one.skipped_steps for one in inner] == [0 if value is None else len(bad)] * len(
             inner
         )
     moments = [
