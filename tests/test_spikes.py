@@ -196,8 +196,8 @@ def test_ranks_skip_alike_and_know_the_same_norms(ranks: int) -> None:
 @pytest.mark.slow
 def test_the_toy_with_planted_batches() -> None:
     """What is seen of batches of random tokens, and how often nothing was."""
-    seen = train(Planted(steps=460, seed=0))
+    seen = train(Planted(steps=460, seed=12))
     print(f"\n{seen}")
     assert seen.told["random"] == seen.planted["random"] > 0
-    # Measured 0 on three seeds; 5 per thousand steps would be noise in a log.
+    # docs/spikes.md has what other seeds have; more than 5 would be noise in a log.
     assert seen.false_alarms <= 0.005 * seen.clean_steps

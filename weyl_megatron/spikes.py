@@ -18,7 +18,7 @@ from .nonfinite import Guard, is_on_any_rank
 from .settings import SKIP
 
 #: Steps that a new one is compared with, and how many of them there have to be.
-WINDOW, LEAST = 128, 32
+WINDOW, LEAST = 64, 32
 
 #: From which z-score on an update has jumped, and a gradient, whose norms vary more from batch to
 #: batch (docs/spikes.md).
