@@ -138,7 +138,7 @@ def test_adamw_in_half_precision_or_offloaded_tells_what_adamw2_does(case: str, 
 def test_a_layout_that_one_rank_does_not_understand_is_said_and_nothing_hangs(zero: Path) -> None:
     changed = read(zero, "changed")
     (sentence,) = changed["said"]
-    assert sentence.startswith("watch: the gradients of q, k and v are not measured: ")
+    assert sentence.startswith("watch: block/0/grad_q and 8 more are not measured: AdamW2: ")
     assert "parameter 'blocks.2.attn.q.weight'" in sentence  # which rank 1 said, and rank 0 logs
     assert changed["tags"] == [f"block/{number}/grad_x" for number in (2, 1, 0)]
 
@@ -260,6 +260,38 @@ def test_accelerate_s_wrapper_is_looked_into(kind: Any) -> None:
     prepared, wrapper = accelerator.prepare(wrapped, kind(wrapped.named_parameters(), lr=0.01))
     values = stepped(wrapper, prepared, whole_step(wrapper))
     assert values == expected and len(gradients(values)) == 9
+
+
+class Mixed(nn.Module):
+    """Attention whose stack of q, k and v has a name that says nothing of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.out = nn.Linear(24, 72, bias=False), nn.Linear(24, 24, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in self.mix(x).chunk(3, -1))
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, AdamW2])
+def test_of_a_stack_that_the_optimizer_takes_for_one_matrix_the_parts_are_told(kind: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.layers = nn.Sequential(Mixed(), Mixed())
+    optimizer = kind(model.named_parameters(), lr=0.01)
+    names = {"block": "layers.*", "qkv": "mix", "o": "out", "heads": 2}
+    watch = Watch(model, optimizer, names=names)
+    model(torch.randn(2, 5, 24)).square().sum().backward()
+    exact = {
+        f"block/{number}/grad_{role}": float(gradient.norm())
+        for number, block in enumerate(model.layers)
+        for role, gradient in zip("qkv", block.mix.weight.grad.chunk(3), strict=True)
+    }
+    optimizer.step()
+    assert gradients(dict(watch.step())) == pytest.approx(exact, rel=SAME)
+    watch.close()
 
 
 def test_frozen_weights_have_no_norm() -> None:

@@ -79,6 +79,16 @@ class Weight(NamedTuple):
         """Whether outputs are the parameter's second dimension."""
         return _is_transposed(self.owner)
 
+    @property
+    def is_part(self) -> bool:
+        """Whether the parameter has other matrices, too."""
+        parameter: Any = self.parameter
+        if parameter is None:
+            return False
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 takes the elements away
+        outputs = int(shape[1 if self.is_transposed else 0])
+        return self.rows(outputs).numel() < outputs
+
     def rows(self, outputs: int) -> Tensor:
         """Return which of the parameter's ``outputs`` this matrix has, in order."""
         numbers = torch.arange(outputs).unsqueeze(1)

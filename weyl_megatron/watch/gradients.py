@@ -1,4 +1,4 @@
-"""‖G‖ of W_q, W_k and W_v as an optimizer steps them that is not AdamW², which notes its own.
+"""‖G‖ of W_q, W_k and W_v as an optimizer steps them, any; AdamW² also notes its matrices' own.
 
 An engine gives its optimizer pieces: slices of flat partitions, rows of a DTensor. Each rank sums
 the squares of what its pieces have of a matrix's rows just before they are stepped, when they are
@@ -7,7 +7,6 @@ reduced, unscaled and clipped; the sums of all ranks are added up. No gradient i
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -27,8 +26,6 @@ from ..transformer.layers import Weight
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_LOGGER = logging.getLogger("weyl_megatron")
 
 #: Of an optimizer of a run: what an engine put around it, and the optimizer itself.
 Wrapped = tuple[Any, torch.optim.Optimizer]
@@ -109,7 +106,8 @@ class Gradients:
         self._pieces: list[tuple[torch.optim.Optimizer, list[_Piece]]] | None = None
         self._hooks: list[Any] = []
         self._sums: dict[int, Tensor] = {}  # by id of the piece
-        self._has_said = False
+        self._refused: dict[str, str] = {}
+        self.missing: dict[str, str] = {}  #: why, by tag, of what the last norms() left out
 
     def arm(self, optimizers: Sequence[Wrapped]) -> None:
         """Look at the next step of the optimizers. Collective."""
@@ -118,6 +116,7 @@ class Gradients:
         is_plain = self._engine is None and not any(_is_megatron(w) for w, _ in optimizers)
         # Engines step tensors of their own, which stay; the model's may be replaced.
         if self._pieces is None or is_plain:
+            self._refused = {}
             self._pieces = [(inner, self._read(outer, inner)) for outer, inner in optimizers]
         for optimizer, pieces in self._pieces:
             if pieces:
@@ -143,6 +142,7 @@ class Gradients:
                     total = sums.setdefault(matrix.tag, torch.zeros(2, dtype=torch.float64))
                     if seen is not None:
                         total += seen[:, matrix.rows.to(seen.device)].sum(1).cpu()
+        self.missing = dict(self._refused)
         if not matrices:
             return {}
         spans = [
@@ -159,14 +159,8 @@ class Gradients:
             )
             if elements == matrix.elements
         }
-        if len(norms) < len(matrices) and not self._has_said:
-            self._has_said = True
-            missing = next(tag for tag in matrices if tag not in norms)
-            _LOGGER.warning(
-                "watch: %s and %d more are not measured: no step was made of all elements.",
-                missing,
-                len(matrices) - len(norms) - 1,
-            )
+        unseen = "no step was made of all elements."
+        self.missing = self._refused | {tag: unseen for tag in matrices if tag not in norms}
         return norms
 
     def _reader(self, pieces: Sequence[_Piece]) -> Callable[..., None]:
@@ -185,8 +179,8 @@ class Gradients:
         return hook
 
     def _read(self, wrapper: Any, optimizer: torch.optim.Optimizer) -> list[_Piece]:
-        """Return what the optimizer steps of the blocks; nothing, and a warning, where an engine's
-        layout is not understood. Collective.
+        """Return what the optimizer steps of the blocks; nothing where an engine's layout is not
+        understood. Collective.
         """
         wanted: dict[int, list[tuple[str, Block, Weight]]] = {}
         for block in self._blocks:
@@ -208,7 +202,8 @@ class Gradients:
             dist.all_gather_object(refusals, refusal)
             refusal = next(filter(None, refusals), "")
         if refusal:
-            _LOGGER.warning("watch: the gradients of q, k and v are not measured: %s", refusal)
+            tags = (tag for weights in wanted.values() for tag, *_ in weights)
+            self._refused |= dict.fromkeys(tags, refusal)
             return []
         return [_piece(each, wanted[id(each.parameter)]) for each in held]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,8 @@ from ..layouts.buffers import model_name
 from ..optimizer import AdamW2, MatrixStats
 from ..transformer.blocks import Block
 from .gradients import Gradients, Wrapped
+
+_LOGGER = logging.getLogger("weyl_megatron")
 
 #: Of `MatrixStats`, what is told of every matrix, and beside it of a projected one.
 _CLIP = ("lr", "sigma_weight", "sigma_update", "clipped")
@@ -34,16 +37,15 @@ class Optimizers:
     ) -> None:
         self._optimizer, self._blocks = optimizer, blocks
         self._gradients = Gradients(engine, chunks, blocks)
+        self._has_said = False  # that gradients are missing
 
     def arm(self) -> None:
         """Note the gradients of the next step. Collective."""
-        others: list[Wrapped] = []
-        for wrapper, optimizer in _wrapped(self._optimizer):
+        wrapped = _wrapped(self._optimizer)
+        for _, optimizer in wrapped:
             if isinstance(optimizer, AdamW2):
                 optimizer.measure_gradients()
-            else:
-                others.append((wrapper, optimizer))
-        self._gradients.arm(others)
+        self._gradients.arm(wrapped)
 
     def disarm(self) -> None:
         """Take every hook away again."""
@@ -67,6 +69,7 @@ class Optimizers:
                         name = _matrix_name(block, role, norms)
                         if name is not None:
                             values[f"block/{block.number}/grad_{role}"] = norms[name]
+        self._say_what_is_missing(values)
         shares: dict[str, list[bool]] = {}
         for name, entry in stats.items():
             for key in _CLIP if entry.directions is None else (*_CLIP, *_PROJECTED):
@@ -76,6 +79,16 @@ class Optimizers:
             if number is not None:
                 shares.setdefault(f"clip_share_block/{number}", []).append(entry.clipped)
         return values | {tag: sum(clipped) / len(clipped) for tag, clipped in shares.items()}
+
+    def _say_what_is_missing(self, values: Mapping[str, float]) -> None:
+        missing = {
+            tag: reason for tag, reason in self._gradients.missing.items() if tag not in values
+        }
+        if missing and not self._has_said:
+            self._has_said = True
+            first, *others = missing
+            sentence = "watch: %s and %d more are not measured: %s"
+            _LOGGER.warning(sentence, first, len(others), missing[first])
 
 
 def _wrapped(optimizer: Any) -> list[Wrapped]:
@@ -114,5 +127,7 @@ def _matrix_name(block: Block, role: str, known: Mapping[str, float]) -> str | N
         prefix = re.sub(r"\d+$", str(block.number), prefix)
     whole = ".".join(part for part in (prefix, path, weight.attribute) if part)
     short = model_name(whole)  # not the optimizer's where it would be another weight's, too
-    names = (f"{short}[{role}]", short, f"{whole}[{role}]", whole)
+    names = [f"{short}[{role}]", f"{whole}[{role}]"]
+    if not weight.is_part:  # else these are norms of all that the parameter stacks
+        names = [names[0], short, names[1], whole]
     return next((name for name in names if name in known), None)
