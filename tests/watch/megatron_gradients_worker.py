@@ -31,6 +31,8 @@ CASES: dict[str, dict[str, Any]] = {
     "one-bf16": {"dtype": "bf16"},
     "tp2": {"tp": 2},
     "tp2-bf16": {"tp": 2, "dtype": "bf16"},
+    "tp2-sp": {"tp": 2, "sp": True},
+    "tp2-unsplit": {"tp": 2, "split_fused": False},  # of AdamW²: linear_qkv is one matrix
     "pp2": {"pp": 2},
     "dp2": {},
     "dp2-distopt": {"dist_opt": True},
@@ -71,7 +73,7 @@ def logits_of(model: list[Any]) -> dict[str, float]:
 def measured(name: str, kind: str) -> dict[str, Any]:
     case = CASES[name]
     gpt.start(case)
-    megatron.enable(tau=0.01)
+    megatron.enable(tau=0.01, split_fused=case.get("split_fused", True))
     model = gpt.build(case)
     config = OptimizerConfig(
         optimizer=kind,

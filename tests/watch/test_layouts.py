@@ -38,7 +38,7 @@ MESH = [
 ]
 ZERO = [f"{stage}-{which}" for stage in (1, 2, 3) for which in ("separate", "stacked")]
 ZERO_STACKED = ["0-bf16-stacked", "2-bf16-stacked", "1-bf16-fp32-stacked", "3-offload-stacked"]
-MEGATRON = ["tp2", "pp2", "dp2", "dp2-distopt", "vpp2-distopt"]
+MEGATRON = ["tp2", "tp2-sp", "tp2-unsplit", "pp2", "dp2", "dp2-distopt", "vpp2-distopt"]
 MEGATRON_BF16 = ["tp2-bf16", "dp2-distopt-bf16"]
 
 
@@ -207,7 +207,7 @@ def test_logits_under_zero_are_exact(stage: int, zero: Path, exact: dict[str, fl
     check_logits(read(zero, f"{stage}-separate-adamw")["steps"][0], exact)
 
 
-@pytest.mark.parametrize("case", ["one", "tp2", "pp2", "vpp2-distopt"])
+@pytest.mark.parametrize("case", ["one", "tp2", "tp2-sp", "pp2", "vpp2-distopt"])
 def test_logits_under_megatron_are_exact(case: str, megatron: Path) -> None:
     expected = read(megatron, "one-adam")["logits"]
     check_logits(read(megatron, f"{case}-adam")["steps"][0], expected)
