@@ -85,6 +85,9 @@ setup(
             "safetensors>=0.8",  # a checkpoint that `plan` reads
             "tensorboard>=2.21",  # a sink of `Watch`
             "wandb>=0.31",  # likewise; offline
+            "trackio>=0.43",  # likewise; in a folder
+            "comet_ml>=3.58",  # likewise; offline
+            "mlflow-skinny>=3.17",  # likewise; MLflow without its server, in a folder
             # megatron-core asks for it where several distributed optimizers share the replicas
             "einops>=0.8",
         ],

@@ -149,19 +149,6 @@ def said(act: Callable[[], Any]) -> str:
         return str(error)
 
 
-def of_adamw() -> list[str]:
-    """The tags of gradients that torch's AdamW steps."""
-    model = made(fsdp)
-    optimizer = torch.optim.AdamW(model.parameters())
-    watch = Watch(model, optimizer)
-    tokens = batch(0)
-    model(tokens[:, :-1], tokens[:, 1:]).backward()
-    optimizer.step()
-    tags = [tag for tag in watch.step() if "grad" in tag]
-    watch.close()
-    return tags
-
-
 def main() -> None:
     warnings.simplefilter("ignore")
     folder = Path(sys.argv[1])
@@ -171,10 +158,8 @@ def main() -> None:
         if dist.get_rank() == 0:
             (folder / f"{name}.json").write_text(json.dumps(values))
     refused = {name: said(act) for name, act in REFUSED[dist.get_world_size()].items()}
-    tags = of_adamw() if dist.get_world_size() == 2 else []
     if dist.get_rank() == 0:
-        text = json.dumps({"refused": refused, "tags": tags})
-        (folder / f"said{dist.get_world_size()}.txt").write_text(text)
+        (folder / f"said{dist.get_world_size()}.txt").write_text(json.dumps(refused))
     shutdown()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -45,13 +44,13 @@ def test_weights_of_mixed_precision_are_measured_as_they_compute(measured: Path)
     assert values["block/0/sigma_q"] == pytest.approx(expected["block/0/sigma_q"], rel=4e-3)
 
 
-def said(folder: Path, ranks: int) -> dict[str, Any]:
-    answers: dict[str, Any] = json.loads((folder / f"said{ranks}.txt").read_text())
+def said(folder: Path, ranks: int) -> dict[str, str]:
+    answers: dict[str, str] = json.loads((folder / f"said{ranks}.txt").read_text())
     return answers
 
 
 def test_what_no_rank_has_whole_is_refused_in_a_sentence(measured: Path) -> None:
-    refused = said(measured, 2)["refused"] | said(measured, 4)["refused"]
+    refused = said(measured, 2) | said(measured, 4)
     assert set(refused) >= {"tensor parallelism", "fsdp and tensor parallelism", "part of ranks"}
     for case, sentence in refused.items():
         if case.startswith("sharpness"):
@@ -59,10 +58,6 @@ def test_what_no_rank_has_whole_is_refused_in_a_sentence(measured: Path) -> None
         else:
             assert sentence.startswith("watch: parameter '"), (case, sentence)
             assert "it takes those of FSDP2 and HSDP over all ranks" in sentence, (case, sentence)
-
-
-def test_gradients_that_torch_s_adamw_steps_in_pieces_are_left_out(measured: Path) -> None:
-    assert said(measured, 2)["tags"] == [f"block/{number}/grad_x" for number in (2, 1, 0)]
 
 
 def test_the_report_is_that_of_any_run(measured: Path, tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from examples.collapse.model import GPT, GPTConfig
 from tests.processes import run_ranks
 from weyl_megatron import AdamW2
 from weyl_megatron.watch.attention import map_rank
-from weyl_megatron.watch.sinks import Csv, TensorBoard, WandB
 from weyl_megatron.watch.warning import Warnings
 from weyl_megatron.watch.watch import Watch
 
@@ -103,7 +102,7 @@ def test_heads_are_exact(first: tuple[GPT, dict[str, float], Watch]) -> None:
         future = torch.ones(16, 16, dtype=torch.bool).triu(1)
         logits = (q @ k.mT / 12**0.5).masked_fill(future, -math.inf).detach()
         attention = logits.softmax(-1)
-        longest = [vectors.detach().norm(dim=-1).amax((0, 2)) for vectors in (q, k)]
+        longest_q, longest_k = (x.detach().norm(dim=-1).amax(-1) for x in (q, k))  # (batch, heads)
         entropy = torch.special.entr(attention.double()).sum(-1).mean((0, 2))
         ranks = map_rank(attention).mean(0)
         for head in range(2):
@@ -120,15 +119,12 @@ def test_heads_are_exact(first: tuple[GPT, dict[str, float], Watch]) -> None:
                 "map_rank": float(ranks[head]),
                 "max_logit": float(logits[:, head].max()),
                 "max_logit_mean": float(logits[:, head].amax(-1).mean()),
+                "max_logit_bound": float((longest_q * longest_k)[:, head].max()) / 12**0.5,
             }
             for name, value in exact.items():
                 assert values[f"{tag}/{name}"] == pytest.approx(value, rel=1e-5), name
             assert values[f"{tag}/entropy_bound"] <= values[f"{tag}/entropy"]
-            bound = values[f"{tag}/max_logit_bound"]
-            # Per sequence it is smaller than of the longest of all.
-            assert (
-                exact["max_logit"] <= bound <= float(longest[0][head] * longest[1][head]) / 12**0.5
-            )
+            assert values[f"{tag}/max_logit"] <= values[f"{tag}/max_logit_bound"]
         hidden = block(hidden)
 
 
@@ -255,42 +251,6 @@ def written(path: Path) -> Iterator[dict[str, Any]]:
         yield json.loads(line)
 
 
-def test_every_sink_gets_every_number(tmp_path: Path) -> None:
-    wandb = pytest.importorskip("wandb")
-    run = wandb.init(mode="offline", dir=tmp_path, settings=wandb.Settings(silent=True))
-    sinks = [Csv(tmp_path / "a" / "numbers.csv"), WandB(run)]
-    pytest.importorskip("tensorboard")
-    sinks.append(TensorBoard(tmp_path / "tb"))
-    _, values, watch = measured(sinks=sinks, out=tmp_path / "run", maps=[0], run="first")
-    watch.close()
-    rows = (tmp_path / "a" / "numbers.csv").read_text().splitlines()
-    assert rows[0] == "step,tag,value" and len(rows) == 1 + len(values)
-    run.log({}, step=2)  # W&B has a step when the next begins
-    assert (
-        run.summary.get("_step") == 1
-        and run.summary.get("block/1/sigma_qk") == values["block/1/sigma_qk"]
-    )
-    run.finish()
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "tb")).Reload()
-    assert set(events.Tags()["scalars"]) == set(values)
-    start, step, *maps = written(tmp_path / "run" / "stability.jsonl")
-    assert (
-        start["run"] == "first"
-        and start["blocks"] == ["blocks.0", "blocks.1", "blocks.2"]
-        and start["heads"] == 2
-    )
-    assert step["step"] == 1 and step["values"].keys() == values.keys()
-    assert step["values"]["block/1/sigma_qk"] == pytest.approx(values["block/1/sigma_qk"], rel=1e-5)
-    assert [(one["block"], one["head"]) for one in maps] == [(0, 0), (1, 0), (2, 0)]
-    levels = (
-        torch.tensor(list(bytes.fromhex(maps[0]["levels"]))).view(maps[0]["rows"], maps[0]["cols"])
-        / 255
-    )
-    assert torch.allclose(levels.square().sum(1), torch.ones(16), atol=0.1)
-
-
 def test_a_run_that_goes_on_appends_to_its_lines(tmp_path: Path) -> None:
     measured(out=tmp_path)[2].close()
     with (tmp_path / "stability.jsonl").open("a") as file:
@@ -405,7 +365,7 @@ def test_under_megatron_the_numbers_are_those_of_one_process(case: str, megatron
         one = {
             tag: value
             for tag, value in one.items()
-            if "similarity" not in tag and "bound" not in tag
+            if "similarity" not in tag and "entropy_bound" not in tag
         }
     assert one.keys() <= two.keys() and len(one) > 100
     for tag, value in one.items():

@@ -70,6 +70,31 @@ class Weight(NamedTuple):
         return self.cut(parameter.detach())
 
     @property
+    def parameter(self) -> nn.Parameter | None:
+        """The parameter; None where ``owner`` computes it of another one."""
+        return dict(self.owner.named_parameters(recurse=False)).get(self.attribute)
+
+    @property
+    def is_transposed(self) -> bool:
+        """Whether outputs are the parameter's second dimension."""
+        return _is_transposed(self.owner)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the parameter has other matrices, too."""
+        parameter: Any = self.parameter
+        if parameter is None:
+            return False
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 takes the elements away
+        outputs = int(shape[1 if self.is_transposed else 0])
+        return self.rows(outputs).numel() < outputs
+
+    def rows(self, outputs: int) -> Tensor:
+        """Return which of the parameter's ``outputs`` this matrix has, in order."""
+        numbers = torch.arange(outputs).unsqueeze(1)
+        return self.cut(numbers.T if self.is_transposed else numbers).flatten()
+
+    @property
     def is_lent(self) -> bool:
         """Whether ZeRO-3 gives the parameter for as long as ``owner`` computes."""
         return any(hasattr(parameter, "ds_id") for parameter in self.owner.parameters())

@@ -1,6 +1,8 @@
-"""Where measurements go: JSON lines (for ``weyl-megatron report``), CSV, TensorBoard, W&B.
+"""Where measurements go: JSON lines (for ``weyl-megatron report``), CSV, TensorBoard, and the run
+that Weights & Biases, Trackio, Comet or MLflow has.
 
-Or an engine's own writer.
+Or an engine's own writer. Numbers that are not finite are written as they are; a run that the user
+opened is for the user to end.
 """
 
 from __future__ import annotations
@@ -8,13 +10,19 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
+import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from .capture import Map
+
+#: Characters that W&B takes of an alert's title.
+_WANDB_TITLE = 63
 
 
 class Sink(Protocol):
@@ -25,6 +33,14 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Flush; nothing is written afterwards."""
+
+
+@runtime_checkable
+class Alerting(Protocol):
+    """A sink that can also reach a person; a sink without the method is not asked."""
+
+    def alert(self, step: int, title: str, text: str) -> None:
+        """Send an alert of a step; ``text`` has a line for each thing that it is about."""
 
 
 class JsonLines:
@@ -129,17 +145,102 @@ class WandB:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
 
+    def alert(self, step: int, title: str, text: str) -> None:
+        # W&B drops alerts of a title that it sent in the last minute, and takes 0 for that minute.
+        shortest = timedelta(milliseconds=1)
+        text = f"step {step}: {text}"
+        self._run.alert(title[:_WANDB_TITLE], text, level="WARN", wait_duration=shortest)
+
+    def close(self) -> None: ...
+
+
+class Trackio:
+    """A run of Trackio: what ``trackio.init`` returned."""
+
+    def __init__(self, run: Any) -> None:
+        self._run = run
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def alert(self, step: int, title: str, text: str) -> None:
+        self._run.alert(title, text, step=step)
+
+    def close(self) -> None: ...
+
+
+class Comet:
+    """An experiment of Comet, online or offline: what ``comet_ml.start`` returned.
+
+    An alert is kept among the experiment's texts; Comet mails it, too, where the experiment is
+    online and notifications are on.
+    """
+
+    def __init__(self, experiment: Any) -> None:
+        self._experiment = experiment
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._experiment.log_metrics(dict(values), step=step)
+
+    def alert(self, step: int, title: str, text: str) -> None:
+        self._experiment.log_text(text, step=step, metadata={"alert": title})
+        self._experiment.send_notification(title, "warning", {"step": step, "text": text})
+
+    def close(self) -> None: ...
+
+
+class MLflow:
+    """A run of MLflow, which has no alerts: what ``mlflow.start_run`` returned, or a run's id.
+
+    MLflow takes no brackets in names: ``clip/….weight[q]/lr`` is ``clip/….weight.q/lr`` there.
+
+    Args:
+        run: the run.
+        client: an ``MlflowClient``; None: one of the tracking server that is set.
+
+    Raises:
+        ValueError: MLflow is not installed.
+    """
+
+    def __init__(self, run: Any, client: Any = None) -> None:
+        try:
+            from mlflow import MlflowClient
+        except ImportError as error:
+            sentence = "watch: MLflow is not installed; pip install mlflow."
+            raise ValueError(sentence) from error
+        self._client = MlflowClient() if client is None else client
+        self._run: str = run if isinstance(run, str) else run.info.run_id
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(_in_mlflow(tag), value, now, step) for tag, value in values.items()]
+        self._client.log_batch(self._run, metrics=metrics)
+
     def close(self) -> None: ...
 
 
 class DeepSpeedMonitor:
-    """The monitor of a DeepSpeed engine: TensorBoard, W&B, Comet or CSV, as its JSON says."""
+    """The monitor of a DeepSpeed engine: TensorBoard, W&B, Comet or CSV, as its JSON says.
+
+    Alerts go to W&B and Comet.
+    """
 
     def __init__(self, monitor: Any) -> None:
         self._monitor = monitor
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._monitor.write_events([(tag, value, step) for tag, value in values.items()])
+
+    def alert(self, step: int, title: str, text: str) -> None:
+        if getattr(self._monitor, "wandb_monitor", None) is not None:
+            import wandb  # which DeepSpeed has initialised
+
+            WandB(wandb).alert(step, title, text)
+        experiment = getattr(getattr(self._monitor, "comet_monitor", None), "experiment", None)
+        if experiment is not None:
+            Comet(experiment).alert(step, title, text)
 
     def close(self) -> None: ...
 
@@ -170,3 +271,7 @@ def engine_sinks(engine: Any) -> list[Sink]:
 
 def _short(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _in_mlflow(tag: str) -> str:
+    return re.sub(r"[^\w\-./: ]", "_", re.sub(r"\[(\w+)\]", r".\1", tag))

@@ -6,30 +6,22 @@ Under plain torch, FSDP2, DeepSpeed and Megatron.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..layouts.buffers import model_name
-from ..layouts.local import is_on_mesh
-from ..optimizer import AdamW2, MatrixStats
 from ..transformer.blocks import Block, find_blocks
 from .attention import classify_numbers
 from .capture import Capture, Map
+from .optimizers import Optimizers
 from .ranks import MEAN, NORM, ONCE, Ranks, Reading, gather, joined, refuse_bands
-from .sinks import JsonLines, Sink, engine_sinks
+from .sinks import Alerting, JsonLines, Sink, engine_sinks
 from .warning import Warnings
 
 _LOGGER = logging.getLogger("weyl_megatron")
-
-#: Of `MatrixStats`, what is told of every matrix, and beside it of a projected one.
-_CLIP = ("lr", "sigma_weight", "sigma_update", "clipped")
-_PROJECTED = ("directions", "share", "unseen")
 
 
 class Watch:
@@ -125,14 +117,13 @@ class Watch:
             for chunk, chunk_blocks in zip(self._chunks, chunks_blocks, strict=True)
         ]
         self._blocks = [block for capture in self._captures for block in capture.blocks]
+        self._optimizers = Optimizers(engine, self._optimizer, self._chunks, self._blocks)
         self._reads_once = ranks.data_rank == 0
         self._sinks = [*sinks, *engine_sinks(engine)] if self._is_writer else []
         self._lines: JsonLines | None = None
         if out is not None and self._is_writer:
             self._lines = self._open(out, run, chunks_blocks, largest)
         self._warnings = Warnings()
-        self._grads: dict[str, float] = {}
-        self._hook: Any = None
         self.values: dict[str, float] = {}  #: the last measurement by tag, on rank 0
         if self._is_due():
             self._arm()
@@ -166,8 +157,7 @@ class Watch:
         """Take all hooks away and close what this object opened."""
         for capture in self._captures:
             capture.disarm()
-        if self._hook is not None:
-            self._hook.remove()
+        self._optimizers.disarm()
         for sink in self._sinks:
             sink.close()
         if self._lines is not None:
@@ -180,27 +170,7 @@ class Watch:
     def _arm(self) -> None:
         for capture in self._captures:
             capture.arm()
-        self._grads = {}
-        has_whole_gradients = self._engine is None and not hasattr(
-            self._optimizer, "chained_optimizers"
-        )
-        for optimizer in _plain_optimizers(self._optimizer):
-            if isinstance(optimizer, AdamW2):
-                optimizer.measure_gradients()
-            elif has_whole_gradients and self._hook is None:
-                self._hook = optimizer.register_step_pre_hook(lambda *_: self._read_gradients())
-
-    def _read_gradients(self) -> None:
-        """Norms of the gradients of W_q, W_k and W_v, which plain torch has whole, FSDP2 not."""
-        if not self._is_due():
-            return
-        for block in self._blocks:
-            for role in ("q", "k", "v"):
-                weight = block.weights.get(role)
-                gradient = None if weight is None else getattr(weight.owner, weight.attribute).grad
-                if weight is not None and gradient is not None and not is_on_mesh(gradient):
-                    norm = float(weight.cut(gradient.float()).norm())
-                    self._grads[f"block/{block.number}/grad_{role}"] = norm
+        self._optimizers.arm()
 
     def _finish(self, loss: Tensor | float | None, more: Mapping[str, float]) -> dict[str, float]:
         readings: dict[str, Reading] = {}
@@ -217,7 +187,7 @@ class Watch:
         if loss is not None:
             value = float(loss.detach() if isinstance(loss, Tensor) else loss)
             readings["loss"] = Reading(value, MEAN)
-        for tag, number in {**more, **self._of_optimizer()}.items():
+        for tag, number in {**more, **self._optimizers.values()}.items():
             readings[tag] = Reading(float(number), ONCE)
         if not self._reads_once:
             readings = {tag: reading for tag, reading in readings.items() if reading.kind != ONCE}
@@ -228,31 +198,6 @@ class Watch:
         self._classify()
         self._write([kept for _, rank_maps in ranks for kept in rank_maps])
         return self.values
-
-    def _of_optimizer(self) -> dict[str, float]:
-        """Return the scheduled rate, gradient norms, and what AdamW² did to every matrix."""
-        values = dict(self._grads)
-        stats: dict[str, MatrixStats] = {}
-        for optimizer in _plain_optimizers(self._optimizer):
-            if optimizer.param_groups:
-                values["lr"] = float(optimizer.param_groups[0]["lr"])
-            if isinstance(optimizer, AdamW2):
-                stats |= optimizer.stats()
-                norms = optimizer.gradient_norms()
-                for block in self._blocks:
-                    for role in ("q", "k", "v"):
-                        name = _matrix_name(block, role, norms)
-                        if name is not None:
-                            values[f"block/{block.number}/grad_{role}"] = norms[name]
-        shares: dict[str, list[bool]] = {}
-        for name, entry in stats.items():
-            for key in _CLIP if entry.directions is None else (*_CLIP, *_PROJECTED):
-                values[f"clip/{name}/{key}"] = float(getattr(entry, key))
-            kind, number = _place(name)
-            shares.setdefault(f"clip_share/{kind}", []).append(entry.clipped)
-            if number is not None:
-                shares.setdefault(f"clip_share_block/{number}", []).append(entry.clipped)
-        return values | {tag: sum(clipped) / len(clipped) for tag, clipped in shares.items()}
 
     def _loss_scale(self) -> float:
         wrapper = self._optimizer
@@ -285,9 +230,25 @@ class Watch:
             for kept in maps:
                 self._lines.write_map(self._step, kept)
         for block, head, text in warnings:
-            _LOGGER.warning("step %d: %s", self._step, text)
             if self._lines is not None:
                 self._lines.write_warning(self._step, block, head, text)
+        if warnings:  # one alert, however many heads
+            texts = [text for _, _, text in warnings]
+            self._alert(self._step, "Attention narrows", "\n".join(texts))
+
+    def _alert(self, step: int, title: str, text: str) -> None:
+        """Log a warning, and alert whoever the sinks can reach; on the rank that writes.
+
+        Args:
+            step: that it is of.
+            title: what it is about, the same for all alerts of a kind.
+            text: a line for each thing.
+        """
+        for line in text.splitlines():
+            _LOGGER.warning("step %d: %s", step, line)
+        for sink in self._sinks:
+            if isinstance(sink, Alerting):
+                sink.alert(step, title, text)
 
     def _open(
         self, out: Path | str, run: str, chunks_blocks: Sequence[Sequence[Block]], largest: int
@@ -335,42 +296,3 @@ def _blocks_of(chunks: Sequence[nn.Module], names: Mapping[str, Any] | None) -> 
     if unrecognised is not None and not any(blocks):
         raise unrecognised
     return blocks
-
-
-def _plain_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """Return the optimizers inside an engine's wrappers."""
-    wrapped = getattr(optimizer, "chained_optimizers", [optimizer])
-    unwrapped = (_unwrapped(inner) for inner in wrapped)
-    return [inner for inner in unwrapped if isinstance(inner, torch.optim.Optimizer)]
-
-
-def _unwrapped(optimizer: Any) -> Any:
-    while not isinstance(optimizer, torch.optim.Optimizer):
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is None:
-            break
-        optimizer = inner
-    return optimizer
-
-
-def _place(matrix: str) -> tuple[str, int | None]:
-    """Return a matrix's kind, and the number of the block it is in."""
-    inside = re.match(r"(?:.*?\.)?(\d+)\.(.+)", matrix)
-    kind = inside[2] if inside else matrix
-    return kind.replace(".weight", ""), int(inside[1]) if inside else None
-
-
-def _matrix_name(block: Block, role: str, known: Mapping[str, float]) -> str | None:
-    """Return the optimizer's name for W_q, W_k or W_v of a block."""
-    weight = block.weights.get(role)
-    if weight is None:
-        return None
-    modules = block.module.named_modules()
-    path = next((path for path, module in modules if module is weight.owner), "")
-    prefix = block.name
-    if hasattr(block.attention, "linear_qkv"):
-        prefix = re.sub(r"\d+$", str(block.number), prefix)
-    whole = ".".join(part for part in (prefix, path, weight.attribute) if part)
-    short = model_name(whole)  # not the optimizer's where it would be another weight's, too
-    names = (f"{short}[{role}]", short, f"{whole}[{role}]", whole)
-    return next((name for name in names if name in known), None)

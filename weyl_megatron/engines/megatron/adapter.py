@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...layouts.buffers import model_name
@@ -23,7 +22,7 @@ from ...optimizer import AdamW2
 from ...settings import check_settings
 from ...stats import MatrixStats
 from . import precision
-from .layout import Groups
+from .layout import groups_of
 from .offload import CpuOffload, offload
 from .warmup import look_at_schedules
 from .wrapper import Megatron
@@ -163,7 +162,7 @@ def attach(
         wrapper,
         model,
         stepped,
-        _groups(collection),
+        groups_of(collection),
         split_fused=_options_of(config).get("split_fused", True),
         # Megatron then gives the first chunk of the model an optimizer of its own, which sees no
         # other chunk.
@@ -348,26 +347,3 @@ def _refuse_weight_shards(chunk: nn.Module) -> None:
                 "layout AdamW2 does not understand; it takes as many weight shards as "
                 "tensor-parallel ranks."
             )
-
-
-def _groups(collection: Any) -> Groups:
-    """Return the process groups of a ProcessGroupCollection, or else of parallel_state."""
-    from megatron.core import parallel_state
-
-    def find(key: str, getter: str) -> Any:
-        group = getattr(collection, key, None)
-        return (
-            group if group is not None else getattr(parallel_state, getter)(check_initialized=False)
-        )
-
-    def several(key: str, getter: str) -> Any:
-        group = find(key, getter)
-        return None if group is None or dist.get_world_size(group) < 2 else group
-
-    return Groups(
-        tensor=find("tp", "get_tensor_model_parallel_group"),
-        expert_tensor=find("expt_tp", "get_expert_tensor_parallel_group"),
-        pipeline=several("pp", "get_pipeline_model_parallel_group"),
-        expert=several("ep", "get_expert_model_parallel_group"),
-        embedding=several("embd", "get_embedding_group"),
-    )

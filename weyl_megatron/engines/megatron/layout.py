@@ -8,7 +8,7 @@ model's order, with or without a piece.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -70,6 +70,58 @@ def read_layout(
         parameters=list(parameters.values()),
         gather=None if is_part else lambda facts: _gather(facts, groups),
         is_part=is_part,
+    )
+
+
+def stepped_layout(
+    wrapper: Any, model: Sequence[nn.Module], wanted: Collection[int]
+) -> tuple[list[Tensor], Layout]:
+    """Return some of the parameters that one of Megatron's optimizers steps, whatever steps inside
+    it, and their layout, a buffer for each.
+
+    Collective over the tensor-parallel groups.
+
+    Args:
+        wrapper: see :func:`read_layout`.
+        model: likewise.
+        wanted: the ``id`` of every parameter that is asked for.
+
+    Raises:
+        ValueError: see :func:`read_layout`.
+    """
+    kind = type(wrapper).__name__
+    if kind == "DistributedOptimizer":  # has on every rank those, too, of which others have all
+        stepped = [param for buffer in wrapper.buffers for param in buffer.param_index_map]
+    elif kind == "Float16OptimizerWithFloat16Params":
+        halves, floats = wrapper.float16_groups, wrapper.fp32_from_fp32_groups
+        stepped = [param for params in (*halves, *floats) for param in params]
+    else:
+        stepped = [param for group in wrapper.param_groups for param in group["params"]]
+    params = [param for param in stepped if id(param) in wanted]
+    groups = groups_of(None)
+    return params, read_layout(wrapper, model, [params], groups, split_fused=False, is_part=False)
+
+
+def groups_of(collection: Any) -> Groups:
+    """Return the process groups of a ProcessGroupCollection, or else of parallel_state."""
+    from megatron.core import parallel_state
+
+    def find(key: str, getter: str) -> Any:
+        group = getattr(collection, key, None)
+        return (
+            group if group is not None else getattr(parallel_state, getter)(check_initialized=False)
+        )
+
+    def several(key: str, getter: str) -> Any:
+        group = find(key, getter)
+        return None if group is None or dist.get_world_size(group) < 2 else group
+
+    return Groups(
+        tensor=find("tp", "get_tensor_model_parallel_group"),
+        expert_tensor=find("expt_tp", "get_expert_tensor_parallel_group"),
+        pipeline=several("pp", "get_pipeline_model_parallel_group"),
+        expert=several("ep", "get_expert_model_parallel_group"),
+        embedding=several("embd", "get_embedding_group"),
     )
 
 
