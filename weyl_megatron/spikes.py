@@ -71,6 +71,7 @@ class Spike:
     step: int  #: the first of them
     action: str  #: "log": they were made; "skip": not
     last: int  #: the last of them
+    skipped: int = 0  #: steps that were not made before, which have no number
     jumps: dict[str, Jump] = field(default_factory=dict)  #: by name, as each was at first
 
     def has(self, step: int, action: str) -> bool:
@@ -149,7 +150,7 @@ class Spikes:
         self._of_gradients: dict[tuple[str, ...], Window] = {}
         self._moved: deque[_Moved] = deque()
         self._decision: tuple[int, bool] | None = None  # on a step, which may be in parts
-        self._in_a_row = 0  # skipped steps
+        self._in_a_row, self._skipped = 0, 0  # skipped steps, in a row and in all
 
     def admits(self, guard: Guard, turns: Sequence[Turn]) -> bool:
         """Return whether a step is to be made; before it moves anything. Collective where no engine
@@ -171,6 +172,7 @@ class Spikes:
         return is_admitted
 
     def _decide(self, guard: Guard, turns: Sequence[Turn]) -> bool:
+        self._skipped = guard.skipped
         if guard.total is not None:
             norms = {ALL: guard.total}
         elif not self._skips:
@@ -264,7 +266,7 @@ class Spikes:
         """
         spike = next((each for each in self.spikes if each.has(step, action)), None)
         if spike is None:
-            spike = Spike(step, action, step)
+            spike = Spike(step, action, step, self._skipped)
             self.spikes.append(spike)
         is_new = all(jump.is_update != jumps[0].is_update for jump in spike.jumps.values())
         spike.step, spike.last = min(step, spike.step), max(step, spike.last)

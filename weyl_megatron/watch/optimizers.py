@@ -14,11 +14,12 @@ from ..layouts.buffers import model_name
 from ..optimizer import AdamW2, MatrixStats
 from ..transformer.blocks import Block
 from .gradients import Gradients, Wrapped
+from .jumps import NewSpikes, Told
 
 _LOGGER = logging.getLogger("weyl_megatron")
 
 #: Of `MatrixStats`, what is told of every matrix, and beside it of a projected one.
-_CLIP = ("lr", "sigma_weight", "sigma_update", "clipped")
+_CLIP = ("lr", "sigma_weight", "sigma_update", "clipped", "update_norm")
 _PROJECTED = ("directions", "share", "unseen")
 
 
@@ -37,6 +38,7 @@ class Optimizers:
     ) -> None:
         self._optimizer, self._blocks = optimizer, blocks
         self._gradients = Gradients(engine, chunks, blocks)
+        self._new_spikes = NewSpikes()
         self._has_said = False  # that gradients are missing
 
     def arm(self) -> None:
@@ -50,6 +52,10 @@ class Optimizers:
     def disarm(self) -> None:
         """Take every hook away again."""
         self._gradients.disarm()
+
+    def spikes(self) -> list[Told]:
+        """Return this rank's spikes that were not returned yet."""
+        return self._new_spikes.take([inner for _, inner in _wrapped(self._optimizer)])
 
     def values(self) -> dict[str, float]:
         """Return the scheduled rate, gradient norms, and what AdamW² did to every matrix.
@@ -74,6 +80,8 @@ class Optimizers:
         for name, entry in stats.items():
             for key in _CLIP if entry.directions is None else (*_CLIP, *_PROJECTED):
                 values[f"clip/{name}/{key}"] = float(getattr(entry, key))
+            if entry.update_ratio is not None:
+                values[f"clip/{name}/update_ratio"] = entry.update_ratio
             kind, number = _place(name)
             shares.setdefault(f"clip_share/{kind}", []).append(entry.clipped)
             if number is not None:

@@ -77,6 +77,9 @@ class JsonLines:
             }
         )
 
+    def write_spike(self, record: Mapping[str, Any]) -> None:
+        self._put(record)
+
     def write_warning(self, step: int, block: int, head: int, text: str) -> None:
         self._put({"event": "warning", "step": step, "block": block, "head": head, "text": text})
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..transformer.blocks import Block, find_blocks
 from .attention import classify_numbers
 from .capture import Capture, Map
+from .jumps import Told, together
 from .optimizers import Optimizers
 from .ranks import MEAN, NORM, ONCE, Ranks, Reading, gather, joined, refuse_bands
 from .sinks import Alerting, JsonLines, Sink, engine_sinks
@@ -158,6 +159,8 @@ class Watch:
         for capture in self._captures:
             capture.disarm()
         self._optimizers.disarm()
+        if self._is_writer:  # closing is not collective
+            self._write_spikes(self._optimizers.spikes())
         for sink in self._sinks:
             sink.close()
         if self._lines is not None:
@@ -191,12 +194,13 @@ class Watch:
             readings[tag] = Reading(float(number), ONCE)
         if not self._reads_once:
             readings = {tag: reading for tag, reading in readings.items() if reading.kind != ONCE}
-        ranks = gather((readings, maps))
+        ranks = gather((readings, maps, self._optimizers.spikes()))
         if ranks is None:
             return {}
-        self.values = joined([rank_readings for rank_readings, _ in ranks])
+        self.values = joined([rank_readings for rank_readings, *_ in ranks])
         self._classify()
-        self._write([kept for _, rank_maps in ranks for kept in rank_maps])
+        self._write([kept for _, rank_maps, _ in ranks for kept in rank_maps])
+        self._write_spikes(together([spikes for *_, spikes in ranks]))
         return self.values
 
     def _loss_scale(self) -> float:
@@ -232,20 +236,26 @@ class Watch:
         for block, head, text in warnings:
             if self._lines is not None:
                 self._lines.write_warning(self._step, block, head, text)
+            _LOGGER.warning("step %d: %s", self._step, text)
         if warnings:  # one alert, however many heads
             texts = [text for _, _, text in warnings]
             self._alert(self._step, "Attention narrows", "\n".join(texts))
 
+    def _write_spikes(self, spikes: Sequence[Told]) -> None:
+        """Write what jumped since the last measurement, which the optimizer has logged."""
+        for told in spikes:
+            if self._lines is not None:
+                self._lines.write_spike(told.record())
+            self._alert(told.step, "Norms jump", told.sentence())
+
     def _alert(self, step: int, title: str, text: str) -> None:
-        """Log a warning, and alert whoever the sinks can reach; on the rank that writes.
+        """Alert whoever the sinks can reach; on the rank that writes.
 
         Args:
             step: that it is of.
             title: what it is about, the same for all alerts of a kind.
             text: a line for each thing.
         """
-        for line in text.splitlines():
-            _LOGGER.warning("step %d: %s", step, line)
         for sink in self._sinks:
             if isinstance(sink, Alerting):
                 sink.alert(step, title, text)
