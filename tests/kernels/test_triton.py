@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from unittest.mock import patch
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests import tolerances
 from tests.kernels.cases import OPTIONS, Case, Rank, State, check_alike, on_every_rank
 from tests.kernels.interpreter import few_iterations, needs_interpreter, quick_interpreter
-from weyl_megatron import MatrixStats, host_step
-from weyl_megatron.kernels import units
+from weyl_megatron import AdamW2, MatrixStats, host_step
+from weyl_megatron.kernels import choice, units
 
 pytestmark = needs_interpreter
 
@@ -121,3 +122,26 @@ def test_steps_on_drawn_layouts_are_those_of_plain_torch(
     for of_rank, of_twin in zip(states, expected, strict=True):
         for state, twin in zip(of_rank, of_twin, strict=True):
             check_alike(state, twin)
+
+
+def test_norms_of_a_step_are_those_of_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that spikes are found in, which a device tells two steps later."""
+
+    def stepped(kernel: str) -> AdamW2:
+        monkeypatch.setenv(choice.VARIABLE, kernel)
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+        optimizer = AdamW2(net.named_parameters(), lr=1e-2, spike="log")
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in net.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        return optimizer
+
+    with few_iterations():
+        expected, told = stepped("torch").stats(), stepped("triton").stats()
+    for name, entry in told.items():
+        # Sums of 30 float32 squares, in another order.
+        assert entry.update_norm == pytest.approx(expected[name].update_norm, rel=1e-5)
+        assert entry.update_ratio == pytest.approx(expected[name].update_ratio, rel=1e-5)
