@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from examples.spikes.plant import Planted, train
 from tests.processes import run_ranks
 from weyl_megatron import AdamW2
-from weyl_megatron.spikes import LEAST, UPDATE_Z, WINDOW, Window
+from weyl_megatron.spikes import ALL, LEAST, UPDATE_Z, WINDOW, Window
 
 
 def make(**options: Any) -> tuple[nn.Sequential, AdamW2]:
@@ -177,6 +177,21 @@ def test_a_copy_begins_afresh() -> None:
     set_gradients(twin_net, 50, 1e3)
     twin.step()
     assert twin.skipped_steps == 0  # it knows no step before
+
+
+def test_a_told_norm_decides_where_gradients_were_clipped() -> None:
+    net, optimizer = make(spike="skip", nonfinite="skip")
+    for step in range(50):
+        set_gradients(net, step, 1e3 if step == 45 else 1.0)
+        optimizer.tell_norm(nn.utils.clip_grad_norm_(net.parameters(), 0.1))
+        optimizer.step()
+    (spike,) = optimizer.spikes
+    assert (spike.step, list(spike.jumps)) == (46, [ALL]) and optimizer.skipped_steps == 1
+    optimizer.tell_norm(math.nan)
+    optimizer.step()
+    assert optimizer.skipped_steps == 2
+    optimizer.step()  # it was of that step alone
+    assert optimizer.skipped_steps == 2
 
 
 def test_other_words_are_refused() -> None:

@@ -49,6 +49,7 @@ class Guard:
         self.number: Callable[[], int] | None = None
         #: said by an engine: other parts or ranks of a step know nothing but its norm
         self.needs_norm = False
+        self._given: float | None = None  # the user's norm, of the next step alone
         #: of the last step: the norm of all gradients, None where no engine tells it; its number
         self.total: float | None = None
         self.step = 0
@@ -66,7 +67,8 @@ class Guard:
             FloatingPointError: it is not, and the mode is "raise".
             RuntimeError: it is not, as often in a row as the limit says.
         """
-        norm = self.total = None if self.norm is None else self.norm()
+        norm = self.total = self._given if self.norm is None else self.norm()
+        self._given = None
         self._calls += 1
         step = self.step = self._calls if self.number is None else self.number()
         if self._mode == "off" or (self._mode is None and norm is None):
@@ -76,6 +78,11 @@ class Guard:
             return True
         self.refuse(non_finite(buffers), step)
         return False
+
+    def tell(self, norm: float | Tensor) -> None:
+        """Take the norm of the next step's gradients, alike on all ranks, where no engine has it."""
+        whole = getattr(norm, "full_tensor", None)  # of what is spread over a mesh
+        self._given = float(norm if whole is None else whole())
 
     def refuse(self, names: Sequence[str], step: int) -> None:
         """Count and log a step that is not made, because of ``names`` on this rank or of others

@@ -69,14 +69,12 @@ class AdamW2(torch.optim.AdamW):
             (number of hidden matrices), embeddings, positions and head get 0.1, and σ₁(W) has a
             higher floor (docs/tau.md). A small τ acts like a warmup, which the command ``plan``
             forecasts.
-        power_iters: block power iterations per step at most; half of them where more would add
-            nothing (the first step makes more).
+        power_iters: block power iterations per step, half where more add nothing; at first, more.
         floor_std: σ₁(W) is taken for at least that of a random matrix of this standard deviation,
             so that zero-initialised matrices move; 0 is the paper's rule, under which they never
             do. Unless it is 0, LoRA's A and B are taken for at least a Xavier matrix.
         clip_vectors: bound 1-D parameters, too.
-        io: patterns (``fnmatch``) of the names of embeddings, positions and head, for
-            ``tau="balanced"``; None: find out.
+        io: patterns (``fnmatch``) of the names of embeddings, positions and head; None: find out.
         overrides: ``{"match": pattern, "tau": 0.1}``, ``{"match": pattern, "exempt": True}``
             (scheduled rate), ``{"match": pattern, "fused": 3}`` (three stacked matrices, 1: keep
             whole), ``{"match": pattern, "kind": "convolution"}`` or ``"experts"`` (what a weight of
@@ -93,8 +91,7 @@ class AdamW2(torch.optim.AdamW):
         state_dtype: what M and V are kept in, "float32", "bfloat16", or a pair of these; None: as
             their weights. V stays in float32 where bfloat16 would freeze it (docs/memory.md).
         tp_group: the process group of tensor-parallel parameters where no engine tells it.
-        budget_group: the process group of ranks that have other parameters, as pipeline stages,
-            to share the budget of ``tau="balanced"`` with them (docs/pipelining.md).
+        budget_group: likewise, of ranks with other parameters, as stages (docs/pipelining.md).
         model: the module of the parameters, where no engine shows it: it tells convolutions,
             experts, embeddings, and names that parameters lack. It is looked at, and not kept.
         others: keys of AdamW configurations that change nothing (``adam_w_mode``, …).
@@ -102,8 +99,7 @@ class AdamW2(torch.optim.AdamW):
     Raises:
         ValueError: an unknown key or an impossible value, at construction; at the first step a
             parameter that the engine holds in a way that is not understood.
-        FloatingPointError: in a step with a gradient that is not finite, where ``nonfinite`` is
-            "raise".
+        FloatingPointError: a gradient is not finite, where ``nonfinite`` is "raise".
         RuntimeError: after ``nonfinite_limit`` skipped steps in a row.
 
     Example::
@@ -302,6 +298,10 @@ class AdamW2(torch.optim.AdamW):
     def stats(self) -> dict[str, MatrixStats]:
         """Return what the last step did to every matrix, by name, alike on ranks that share it."""
         return self._matrix_groups.stats()
+
+    def tell_norm(self, norm: float | Tensor) -> None:
+        """Tell the next step the norm of all gradients, from before you clipped them."""
+        self._guard.tell(norm)
 
     @property
     def skipped_steps(self) -> int:

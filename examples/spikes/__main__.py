@@ -1,4 +1,4 @@
-"""What ``spike="log"`` tells of bad batches, and what ``"skip"`` leaves out; about 6 minutes on one
+"""What ``spike="log"`` tells of bad batches, and what ``"skip"`` leaves out; about 8 minutes on one
 core.
 
     python -m examples.spikes [--steps 640] [--seeds 10 11]
@@ -24,11 +24,17 @@ def main() -> None:
     print("| | " + " | ".join(KINDS) + " | false alarms per 1,000 steps | loss |")
     print("| --- |" + " ---: |" * (len(KINDS) + 2))
     for spike in ("log", "skip"):
-        for beta2, clip in ((0.95, None), (0.95, 1.0), (0.999, None)):
-            runs = [
-                train(Planted(options.steps, seed, spike, beta2=beta2, clip=clip))
+        for beta2, clip, tells in (
+            (0.95, None, False),
+            (0.95, 1.0, False),
+            (0.95, 1.0, True),
+            (0.999, None, False),
+        ):
+            planted = [
+                Planted(options.steps, seed, spike, beta2=beta2, clip=clip, tells_norm=tells)
                 for seed in options.seeds
             ]
+            runs = list(map(train, planted))
             cells = [
                 f"{sum(run.told[kind] for run in runs)} of {sum(run.planted[kind] for run in runs)}"
                 for kind in KINDS
@@ -37,6 +43,7 @@ def main() -> None:
             rate = 1000 * sum(run.false_alarms for run in runs) / steps
             loss = sum(run.loss for run in runs) / len(runs)
             what = f"{spike}, β₂ {beta2}" + (", gradients clipped to 1" if clip else "")
+            what += ", norm told" if tells else ""
             print(f"| {what} | {' | '.join(cells)} | {rate:.1f} | {loss:.3f} |", flush=True)
 
 

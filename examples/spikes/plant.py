@@ -77,6 +77,7 @@ class Planted:
     beta2: float = 0.95
     lr: float = 3e-3
     clip: float | None = None  # of the norm of all gradients, as most runs have it
+    tells_norm: bool = False  # that from before, as engines do
 
     def bad(self) -> dict[int, str]:
         """Return the kind of every bad batch, by its step, from 0."""
@@ -126,7 +127,9 @@ def train(run: Planted) -> Seen:
             for parameter in model.parameters():
                 parameter.grad.mul_(30.0)
         if run.clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), run.clip)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), run.clip)
+            if run.tells_norm:
+                optimizer.tell_norm(norm)
         before = len(optimizer.spikes)
         optimizer.step()
         if len(optimizer.spikes) > before:
