@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import comet_ml
-import mlflow
 import pytest
 import torch
 import wandb
@@ -57,7 +55,11 @@ class Written:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(folder)
             patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-            patch.setenv("TRACKIO_DIR", str(folder / "trackio"))  # read at import
+            # Read at import; Comet else patches libraries for the tests that come after.
+            patch.setenv("TRACKIO_DIR", str(folder / "trackio"))
+            patch.setenv("COMET_DISABLE_AUTO_LOGGING", "1")
+            import comet_ml
+            import mlflow
             import trackio
             from trackio.sqlite_storage import SQLiteStorage
 
@@ -185,6 +187,8 @@ def test_mlflow_has_every_number_at_its_step(run: Written) -> None:
 def test_mlflow_takes_names_with_brackets_and_thousands_of_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import mlflow
+
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     client = mlflow.MlflowClient(f"file://{tmp_path}")
     created = client.create_run(client.create_experiment("runs"))
