@@ -80,7 +80,7 @@ class Guard:
         return False
 
     def tell(self, norm: float | Tensor) -> None:
-        """Take the norm of the next step's gradients, alike on all ranks, where no engine has it."""
+        """Take the norm of the next step's gradients, alike on all ranks, where no engine tells."""
         whole = getattr(norm, "full_tensor", None)  # of what is spread over a mesh
         self._given = float(norm if whole is None else whole())
 
