@@ -26,8 +26,9 @@ class MatrixStats(NamedTuple):
     directions: int | None = None
     share: float | None = None  #: likewise, ‖update‖_F / ‖α U‖_F
     unseen: float | None = None  #: likewise, the factor on what the vectors do not see of α U
-    update_norm: float = float("nan")  #: ‖U‖_F
-    #: α_W ‖U‖_F / ‖W‖_F after the step; of a matrix that ranks share only where ``spike`` is on
+    update_norm: float = 0.0  #: ‖U‖_F
+    #: α_W ‖U‖_F / ‖W‖_F after the step; None where there was no update, and of a matrix that ranks
+    #: share where ``spike`` is not set
     update_ratio: float | None = None
 
 
@@ -47,12 +48,13 @@ def entries(
         norm, squares: ‖U‖_F and Σ w² of every matrix, None where that is not known.
     """
     rows = list(zip(*(column.tolist() for column in columns), strict=True))
-    norms, rates = norm.tolist(), columns[2]
-    ratios = [None] * len(names) if squares is None else (rates * norm / squares.sqrt()).tolist()
+    norms, ratios = norm.tolist(), [None] * len(names)
+    if squares is not None:
+        ratios = (columns[2] * norm / squares.sqrt()).tolist()
     is_projected = set(projected)
     return {
         name: MatrixStats(*rows[k][: 9 if k in is_projected else 6])._replace(
-            update_norm=norms[k], update_ratio=ratios[k]
+            update_norm=norms[k], update_ratio=ratios[k] if norms[k] else None
         )
         for k, name in enumerate(names)
     }
