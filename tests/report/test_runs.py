@@ -15,8 +15,10 @@ from tests.demo.synthetic import synthetic_results
 from tests.report.logs import html_of, panels, parsed, start, step, write_log
 from tests.report.test_report import PANELS
 from weyl_megatron.demo.recipe import RUNS
+from weyl_megatron.report.events import AttentionMap, pooled
+from weyl_megatron.report.points import stretches, thin
 from weyl_megatron.report.report import run, write_report
-from weyl_megatron.report.runs import AttentionMap, matrix_place, pooled, read_run, stretches, thin
+from weyl_megatron.report.runs import matrix_place, read_run
 
 
 def test_thinning_keeps_ends_extremes_and_gaps() -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Any
 
-from .curves import POINTS, Shown, block_name, head_name
+from .curves import Shown, block_name, head_name
+from .events import MapPlace, pooled
 from .page import grid, legend
-from .runs import Points, Run, evenly, pooled
+from .points import evenly
+from .runs import Run
 
 MODES = ("normal", "benign", "malignant", "uniform")
 _SIDES = {64: 20, 32: 6, 16: 0}  # rows and columns of a map on the page, if so many steps fit
+_FACTS = ("entropy", "map_rank", "mode")  # that stand beside a map
+_TALL = 320  # heads of a heat map from which on each has one pixel
 _CANVAS = '<canvas class="map" width="1" height="1"></canvas>'
 
 
@@ -25,19 +30,23 @@ def modes(shown: Shown) -> str:
 
 def heats(shown: Shown, name: str, scale: float) -> str:
     """Each run's heads over its steps, as canvases that the page's script paints."""
-    bodies = ((each, _heat(each.heads(name), name, scale)) for each in shown.runs)
+    bodies = ((each, _heat(each, name, scale)) for each in shown.runs)
     return grid(shown.columns, (shown.of_run(each, body, is_named=True) for each, body in bodies))
 
 
-def _heat(series: Mapping[tuple[int, int], Points], name: str, scale: float) -> str:
+def _heat(each: Run, name: str, scale: float) -> str:
+    """A row a head, a column a bucket: its lowest entropy, or its worst mode."""
+    series = each.heads(name)
     if not series:
         return "<p>Not logged.</p>"
-    steps = evenly(sorted({step for points in series.values() for step, _ in points}), POINTS)
-    rows = map(dict, series.values())
-    levels = bytes(_level(row.get(step), scale, name == "mode") for row in rows for step in steps)
+    rows = series.lows() if name == "entropy" else series.highs()
+    steps = series.steps()
+    levels = bytes(_level(value, scale, name == "mode") for row in rows for value in row)
     blocks = [block for block, _ in series]
     numbers = evenly(sorted(set(blocks)), 16)
-    height = max(15 * len(numbers), max(3, min(10, 240 // len(series))) * len(series))
+    # A head has three pixels at least, of very many heads one.
+    least = 3 if len(series) <= _TALL else 1
+    height = max(15 * len(numbers), max(least, min(10, 240 // len(series))) * len(series))
     middles = {
         block: (blocks.index(block) + blocks.count(block) / 2) / len(blocks) for block in numbers
     }
@@ -140,23 +149,34 @@ def frames(shown: Shown) -> dict[str, Any]:
 
 
 def _cells(each: Run, steps: Sequence[int], side: int) -> list[dict[str, Any]]:
-    logged = {name: each.heads(name) for name in ("entropy", "map_rank", "mode")}
     cells = []
-    for place in _map_places(each):
-        here = {kept.step: kept for kept in each.maps if (kept.block, kept.head) == place}
-        facts = {name: dict(series.get(place, [])) for name, series in logged.items()}
-        newest = [max((at for at in here if at <= step), default=-1) for step in steps]
+    facts: dict[int, dict[str, float | None]] = {}  # of the steps that are shown
+    of_place: dict[tuple[int, int], dict[int, MapPlace]] = {}
+    for kept in each.maps:
+        of_place.setdefault((kept.block, kept.head), {})[kept.step] = kept
+    for place in sorted(of_place):
+        here = of_place[place]
+        newest = _newest(sorted(here), steps)
         used = sorted(set(newest) - {-1})
         drawn = []
         for step in used:
-            small = pooled(here[step], side)
+            if step not in facts:
+                facts[step] = each.numbers_at(step)
+            small = pooled(each.map_at(here[step]), side)
             frame: dict[str, Any] = {"step": step, "rows": small.rows, "cols": small.cols}
-            frame |= {name: values.get(step) for name, values in facts.items()}
+            head = f"block/{place[0]}/head/{place[1]}"
+            frame |= {name: facts[step].get(f"{head}/{name}") for name in _FACTS}
             frame["mode"] = frame["mode"] if frame["mode"] in range(len(MODES)) else None
             drawn.append({**frame, "levels": _base64(small.levels)})
         at = [used.index(step) if step in used else -1 for step in newest]
         cells.append({"block": place[0], "head": place[1], "at": at, "frames": drawn})
     return cells
+
+
+def _newest(logged: Sequence[int], steps: Sequence[int]) -> list[int]:
+    """For each of the steps the last logged one until there; -1 before the first."""
+    counts = (bisect_right(logged, step) for step in steps)
+    return [logged[count - 1] if count else -1 for count in counts]
 
 
 def _base64(data: bytes) -> str:

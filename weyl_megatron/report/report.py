@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
-from . import maps, panels
+from . import maps, panels, tables
 from .curves import Shown
 from .page import page, section
 from .runs import Run, expand, read_run
@@ -48,7 +48,10 @@ def write_report(folders: Sequence[Path], out: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class _Panel:
-    """A part of the page; `needs` is what would fill it where `body` finds nothing."""
+    """A part of the page.
+
+    `needs` is what would fill it where `body` finds nothing; where it is empty nothing is said.
+    """
 
     name: str
     title: str
@@ -72,7 +75,10 @@ def _page(shown: Shown, notes: Sequence[str]) -> str:
         for panel, body in bodies.items()
         if body
     ]
-    parts += [_missing([panel for panel, body in bodies.items() if not body]), _noted(notes)]
+    parts += [
+        _missing([panel for panel, body in bodies.items() if panel.needs and not body]),
+        _noted(notes),
+    ]
     title = f"Stability of {len(shown.runs)} runs"
     if len(shown.runs) == 1:
         title = f"Stability: {shown.runs[0].title}"
@@ -117,7 +123,7 @@ _PANELS = (
         "Where the runs stand at their last measurement; σ₁(W_qᵀW_k) is the largest of the whole "
         "run.",
         "any measurement",
-        panels.summary,
+        tables.summary,
     ),
     _Panel(
         "loss",
@@ -235,6 +241,15 @@ _PANELS = (
         "Warnings",
         "As they were given while the runs were training.",
         "a warning; none was given",
-        panels.warnings,
+        tables.warnings,
+    ),
+    _Panel(
+        "spikes",
+        "Spikes of the gradients",
+        "Steps at which the norm of a matrix's gradient was far from what it was before, z times "
+        "its spread; action says whether the step was made (log) or left out (skip). The worst and "
+        "the last of each run, in the order of their steps.",
+        "",
+        tables.spikes,
     ),
 )
