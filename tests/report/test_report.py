@@ -31,7 +31,7 @@ from tests.report.logs import (
 from weyl_megatron.report.runs import read_run
 
 PANELS = ["summary", "loss", "rates", "clipped", "projected", "terms", "energy", "logits"]
-PANELS += ["entropy", "modes", "maps", "similarity", "gradients", "sharpness", "warnings"]
+PANELS += ["entropy", "modes", "maps", "similarity", "gradients", "sharpness", "warnings", "spikes"]
 
 
 def test_every_panel_is_drawn(html: str) -> None:
@@ -170,7 +170,7 @@ def test_what_is_not_a_number_is_a_gap(tmp_path: Path) -> None:
 def test_a_run_of_one_measurement_is_drawn_as_dots(tmp_path: Path) -> None:
     log = [start("a", uniform_entropy=UNIFORM), step(10, **values(10, True))]
     html = html_of(write_log(tmp_path / "a", log))
-    assert panels(html) == [name for name in PANELS if name not in ("maps", "warnings")]
+    assert panels(html) == [name for name in PANELS if name not in ("maps", "warnings", "spikes")]
     points = [each.split() for each in re.findall(r'<polyline[^>]*points="([^"]*)"', html)]
     assert len(points) > 40 and all(len(each) == 2 and each[0] == each[1] for each in points)
 

@@ -183,15 +183,15 @@ class Chart:
         )
 
     def _marks(self) -> str:
-        """The marks; of several of one colour at one pixel the first, which names them all."""
-        base = self.height - self.margins[1]
+        """The marks; several of one colour at one pixel are one, which names the first of them."""
         names: dict[tuple[int, str], list[str]] = {}
         for mark in self.marks:
             names.setdefault((round(self._px(mark.x)), mark.color), []).append(mark.name)
+        outline = f"{self.height - self.margins[1]}h{2 * MARK}l-{MARK} -{2 * MARK}z"
         return "".join(
-            f'<path class="mark" data-at="{x}" style="fill:{color}" '
-            f'd="M{x - MARK} {base}h{2 * MARK}l-{MARK} -{2 * MARK}z">'
-            f"<title>{escape(', '.join(named[:3]) + (', …' if named[3:] else ''))}</title></path>"
+            f'<g class="mark" data-at="{x}">'
+            f"<title>{escape(', '.join(named[:3]) + (', …' if named[3:] else ''))}</title>"
+            f'<path style="fill:{color}" d="M{x - MARK} {outline}"/></g>'
             for (x, color), named in names.items()
         )
 

@@ -36,7 +36,8 @@ function squeeze(svg, width, size) {
     element.setAttribute("points", points.replace(/[^ ,]+(?=,)/g, x => moved(+x).toFixed(1)));
   }
   for (const mark of svg.querySelectorAll(".mark"))
-    mark.setAttribute("transform", `translate(${moved(+mark.dataset.at) - mark.dataset.at})`);
+    mark.setAttribute("transform", "translate(" + (moved(+mark.dataset.at) - mark.dataset.at)
+      + ")");
   const inner = svg.querySelector("svg");
   inner.setAttribute("width", edge - left);
   inner.setAttribute("viewBox", [left, top, edge - left, base - top].join(" "));

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from itertools import chain
+from typing import Any
 
 from .charts import Axis, Chart, Line, Mark, Rule
 from .curves import (
@@ -257,24 +258,40 @@ def logits(shown: Shown) -> str:
 
 
 def _by_head(shown: Shown, titles: Mapping[str, str]) -> str:
-    figures, has_worst = [], False
+    figures = []
     for name, title in titles.items():
         if not any(each.heads(name) for each in shown.runs):
             continue
-        y = axis("", (_ends(each.heads(name)) for each in shown.runs), log=False)
-        for each in shown.runs:
+        drawn = [_drawn_heads(each.heads(name), is_least=name in _LEAST) for each in shown.runs]
+        y = axis("", (points for series in drawn for points in series.values()), log=False)
+        for each, series in zip(shown.runs, drawn, strict=True):
             largest = f"(d, {each.header['sec']})" if name == "sec" and "sec" in each.header else ""
-            heads = each.heads(name)
-            if len(heads) > HEADS:
-                has_worst = True
-                worst = _worst_of_blocks(heads, is_least=name in _LEAST)
-                lines = shown.curves(worst, block_name, shown.block_color)
-            else:
-                lines = shown.curves(heads, head_name, lambda at: shown.block_color(at[0]), 1.0)
+            lines = shown.curves(series, _name, lambda at: shown.block_color(_block_at(at)), 1.0)
             chart = shown.chart(cut(title + largest, 32), y, lines, _WIDTHS[shown.columns], 230)
             figures.append(shown.of_run(each, chart))
-    said = f"<p>{_SAID}</p>" if has_worst else ""
+    has_many = any(len(each.heads(name)) > HEADS for each in shown.runs for name in titles)
+    said = f"<p>{_SAID}</p>" if has_many else ""
     return said + _legends(shown) + grid(shown.columns, figures) if figures else ""
+
+
+def _drawn_heads(heads: Group[tuple[int, int]], is_least: bool) -> Mapping[Any, Points]:
+    """The series of all heads; of very many the largest number of each block's, or the least."""
+    if len(heads) <= HEADS:
+        return heads
+    worst: dict[int, Points] = {}
+    for block in _blocks_of(heads):
+        bands = _inside(heads, block).bands()
+        ends = ((step, band and (band.low if is_least else band.high)) for step, band in bands)
+        worst[block] = list(ends)
+    return worst
+
+
+def _name(place: tuple[int, int] | int) -> str:
+    return block_name(place) if isinstance(place, int) else head_name(place)
+
+
+def _block_at(place: tuple[int, int] | int) -> int:
+    return place if isinstance(place, int) else place[0]
 
 
 def _ends(heads: Group[tuple[int, int]]) -> Points:
@@ -289,16 +306,6 @@ def _blocks_of(heads: Group[tuple[int, int]]) -> list[int]:
 
 def _inside(heads: Group[tuple[int, int]], block: int) -> Group[tuple[int, int]]:
     return heads.subset([place for place in heads if place[0] == block])
-
-
-def _worst_of_blocks(heads: Group[tuple[int, int]], is_least: bool) -> dict[int, Points]:
-    """The largest number of each block's heads, or the least."""
-    worst = {}
-    for block in _blocks_of(heads):
-        bands = _inside(heads, block).bands()
-        ends = ((step, band and (band.low if is_least else band.high)) for step, band in bands)
-        worst[block] = list(ends)
-    return worst
 
 
 def entropy(shown: Shown) -> str:

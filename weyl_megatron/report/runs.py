@@ -66,6 +66,16 @@ class Run:
         """The last value under `tag`; None where it was no finite number or there is none."""
         return self.table.last(tag)[1] if tag in self.series else None
 
+    @property
+    def head_names(self) -> list[str]:
+        """What is known of heads."""
+        return list(self._tags.heads)
+
+    @property
+    def block_names(self) -> list[str]:
+        """What is known of blocks."""
+        return list(self._tags.blocks)
+
     def heads(self, name: str) -> Group[tuple[int, int]]:
         """The series `name` of every head, by (block, head)."""
         tags = self._tags.heads.get(name, {})
@@ -181,15 +191,21 @@ def _record(log: Path, place: int) -> dict[str, Any]:
 
 def _values(record: Mapping[str, Any]) -> dict[str, float | None]:
     """The numbers of a step's line, by tag; a run of the demo has them under other names."""
-    is_demo = "values" not in record
-    values: dict[str, Any] = _demo_values(record) if is_demo else record["values"]
-    if {type(value) for value in values.values()} <= {float, NoneType}:
-        return values  # so are all that Watch writes
-    return {
+    values = record["values"] if "values" in record else _demo_values(record)
+    return _numbers(values)[0]
+
+
+def _numbers(values: dict[str, Any]) -> tuple[dict[str, float | None], bool]:
+    """What of the values is a number or a gap, and whether all of them are."""
+    kinds = {type(value) for value in values.values()}
+    if kinds <= {float, NoneType}:
+        return values, True  # so are all that Watch writes
+    numbers = {
         tag: number(value)
         for tag, value in values.items()
         if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
     }
+    return numbers, len(numbers) == len(values)
 
 
 def _demo_values(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -341,10 +357,9 @@ class _Reading:
         self._at(step)
         if self._builder.steps and step < self._builder.steps[-1]:
             return "a step that is before the last one"
-        self._builder.add(step, _values(record), self._place)
-        kinds = {type(value) for value in values.values()}
-        is_unfit = not kinds.isdisjoint({bool, str, list, dict})
-        return "a step with values that are not numbers" if is_unfit else ""
+        numbers, are_all = _numbers(values)
+        self._builder.add(step, numbers, self._place)
+        return "" if are_all else "a step with values that are not numbers"
 
     def _map(self, step: int, block: int, head: int, record: Mapping[str, Any]) -> str:
         read = read_map(record)
