@@ -85,6 +85,7 @@ setup(
             "safetensors>=0.8",  # a checkpoint that `plan` reads
             "tensorboard>=2.21",  # a sink of `Watch`
             "wandb>=0.31",  # likewise; offline
+            "markdown-it-py>=4.3",  # reads what `weyl-megatron report --markdown` writes
             # megatron-core asks for it where several distributed optimizers share the replicas
             "einops>=0.8",
         ],

@@ -32,6 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from examples.collapse.model import GPT, GPTConfig
+from tests.browser import CHROMIUM
+from tests.devtools import tab
 from weyl_megatron import AdamW2
 from weyl_megatron.watch import Watch
 
@@ -82,7 +84,7 @@ class LongRun:
         header = {"run": "long", "blocks": blocks, "heads": self.heads, "sec": 4}
         yield {"event": "start", "version": 1, **header, "interval": self.every}
         generator = torch.Generator().manual_seed(0)
-        levels = _expanded(_watched(), self.layers, self.heads)
+        levels = _expanded(watched(), self.layers, self.heads)
         tags, base = list(levels), torch.tensor(list(levels.values()), dtype=torch.float64)
         is_fixed = torch.tensor([tag in ("uniform_entropy", "map_rows") for tag in tags])
         ends = ("/sec", "/share", "/similarity", "clip_share")
@@ -128,8 +130,8 @@ class LongRun:
         yield {"event": "spike", "step": step, "action": "log", "matrices": matrices}
 
 
-def _watched() -> dict[str, float]:
-    """What a real Watch writes of a step: the third, as the first of an update are not typical."""
+def watched() -> dict[str, float]:
+    """What a real Watch writes: of the third step, as the first update is not typical."""
     torch.manual_seed(0)
     model = GPT(GPTConfig("pre", vocabulary=50, context=64, layers=_SIZE, heads=_SIZE, width=32))
     for norm in model.modules():
@@ -190,16 +192,14 @@ def _measure(run: LongRun, folder: Path) -> None:
     _report("--json", log.parent, ["--json", str(folder / "report.json")])
     page = folder / "report.html"
     print(f"page: {page.stat().st_size / 1e6:.2f} MB")
-    from tests.browser import CHROMIUM, opened  # the tests' browser, where there is one
-
     if CHROMIUM is None:
         print("opened: no chromium: apt-get install chromium")
         return
     for width in (1280, 390):
-        with tempfile.TemporaryDirectory() as profile:
-            times = opened(page, Path(profile), width)
-        shown = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in times.items())
-        print(f"opened at {width} pixels: {shown}")
+        with tempfile.TemporaryDirectory() as profile, tab(Path(profile)) as shown:
+            opened = shown.open(page, width)
+        times = ", ".join(f"{name} {opened[name]:.2f} s" for name in ("first", "loaded", "painted"))
+        print(f"opened at {width} pixels: {times}; {opened['wide']} too wide, {shown.errors}")
 
 
 def _report(name: str, run: Path, options: list[str]) -> None:

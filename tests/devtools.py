@@ -23,7 +23,7 @@ _PAINTED = """new Promise(done => {
     const paint = performance.getEntriesByName("first-contentful-paint")[0];
     done({loaded: loaded.loadEventEnd / 1000, painted: performance.now() / 1000,
       first: paint ? paint.startTime / 1000 : null,
-      wide: document.documentElement.scrollWidth - innerWidth});
+      wide: document.documentElement.scrollWidth});
   };
   const frames = () => requestAnimationFrame(() => requestAnimationFrame(said));
   if (document.readyState === "complete") frames(); else addEventListener("load", frames);
@@ -46,7 +46,11 @@ class Tab:
             self.call(f"{domain}.enable")
 
     def open(self, page: Path, width: int, height: int = 900) -> dict[str, Any]:
-        """Seconds until it was loaded, first painted, and painted after its scripts had run."""
+        """Seconds until it was loaded, first painted, and painted after its scripts had run.
+
+        And `wide`: how many pixels of it stand beside the window. On a phone the page's own
+        `innerWidth` does not tell: it grows with what stands out.
+        """
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.call("Page.navigate", url=page.as_uri())
@@ -54,7 +58,7 @@ class Tab:
             "Runtime.evaluate", expression=_PAINTED, awaitPromise=True, returnByValue=True
         )
         opened: dict[str, Any] = painted["result"]["value"]
-        return opened
+        return {**opened, "wide": opened["wide"] - width}
 
     def picture(self, out: Path, top: float = 0, height: float = 0) -> None:
         """Write a picture of the page, or of a stretch of it."""

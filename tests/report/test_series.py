@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.report.logs import start, step, write_log
+from weyl_megatron.report.groups import Group
 from weyl_megatron.report.runs import read_run
-from weyl_megatron.report.series import BUCKETS, Builder, Group, Table
+from weyl_megatron.report.series import BUCKETS, Builder, Table
 
 Logged = list[tuple[int, dict[str, float | None]]]
 
@@ -95,7 +96,9 @@ def test_a_bucket_is_of_its_worst_mode() -> None:
             log[4 * number + at][1]["m/mode"] = float(mode)
     kept = table(log)
     assert kept.length == 4
-    assert Group(kept, {0: "m/mode"}).highs()[0][:4] == [2, 3, 1, 0]
+    modes = Group(kept, {0: "m/mode"})
+    assert modes.highest(BUCKETS)[1][0][:4] == [2, 3, 1, 0]
+    assert modes.highest(BUCKETS // 2)[1][0][:2] == [2, 1]
     assert (3, 2.0) in kept.points("m/mode") and kept.points("m/mode")[0] == (1, 0.0)
 
 
@@ -145,3 +148,17 @@ def test_a_group_is_what_a_dictionary_of_its_points_is() -> None:
     gaps: Group[int] = Group(table(nothing), {0: "a"})
     assert gaps[0] == [(1, None), (2, None)] and gaps.largest() is None
     assert gaps.bands() == [(1, None), (2, None)]
+
+
+@pytest.mark.parametrize("most", [1, 7, 100, BUCKETS])
+def test_what_a_heat_map_shows_has_every_extreme(most: int) -> None:
+    log = logged(450)
+    group = Group(table(log), {0: "a", 1: "b"})
+    for (steps, rows), extreme in ((group.lowest(most), min), (group.highest(most), max)):
+        assert len(steps) <= most and steps == sorted(set(steps)) and len(rows) == 2
+        for row, tag in zip(rows, "ab", strict=True):
+            assert len(row) == len(steps)
+            shown = [value for value in row if value is not None]
+            assert extreme(shown) == extreme(
+                value for _, value in series(log, tag) if value is not None
+            )

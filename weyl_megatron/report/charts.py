@@ -189,9 +189,9 @@ class Chart:
             names.setdefault((round(self._px(mark.x)), mark.color), []).append(mark.name)
         outline = f"{self.height - self.margins[1]}h{2 * MARK}l-{MARK} -{2 * MARK}z"
         return "".join(
-            f'<g class="mark" data-at="{x}">'
-            f"<title>{escape(', '.join(named[:3]) + (', …' if named[3:] else ''))}</title>"
-            f'<path style="fill:{color}" d="M{x - MARK} {outline}"/></g>'
+            f'<path class="mark" data-at="{x}" '
+            f'data-name="{escape(", ".join(named[:3]) + (", …" if named[3:] else ""))}" '
+            f'style="fill:{color}" d="M{x - MARK} {outline}"/>'
             for (x, color), named in names.items()
         )
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from .charts import Axis, Chart, Line, Rule, depth_color, smooth
+from .groups import Band, Place
 from .page import figure_of_run, legend
 from .points import Points, evenly, stretches, thin
 from .runs import Run, matrix_place
-from .series import Band, Place
 
 POINTS = 300  # of a curve at most
 HEADS = 256  # of a run that have a curve each; of more, each block has one
 _PAGE_POINTS = 400_000  # of all curves of a page, about; twelve bytes each
-_LEAST_POINTS = 30  # of a curve, however many there are
+_LEAST_POINTS = 10  # of a curve, however many there are
 _STEPS = 5_000  # that the page's script knows
 _LEGEND = 12  # blocks that the legend names
 _COLORS = 8  # of runs

@@ -7,7 +7,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
-from .curves import Shown, block_name, head_name
+from .curves import POINTS, Shown, block_name, head_name
 from .events import MapPlace, pooled
 from .page import grid, legend
 from .points import evenly
@@ -17,6 +17,7 @@ MODES = ("normal", "benign", "malignant", "uniform")
 _SIDES = {64: 20, 32: 6, 16: 0}  # rows and columns of a map on the page, if so many steps fit
 _FACTS = ("entropy", "map_rank", "mode")  # that stand beside a map
 _TALL = 320  # heads of a heat map from which on each has one pixel
+_HEAT_BYTES = 1_200_000  # of the heat maps of a panel
 _CANVAS = '<canvas class="map" width="1" height="1"></canvas>'
 
 
@@ -30,17 +31,20 @@ def modes(shown: Shown) -> str:
 
 def heats(shown: Shown, name: str, scale: float) -> str:
     """Each run's heads over its steps, as canvases that the page's script paints."""
-    bodies = ((each, _heat(each, name, scale)) for each in shown.runs)
+    # In base 64, four bytes hold the levels of three heads.
+    heads = sum(len(each.heads(name)) for each in shown.runs)
+    most = min(POINTS, max(1, _HEAT_BYTES * 3 // 4 // max(1, heads)))
+    bodies = ((each, _heat(each, name, scale, most)) for each in shown.runs)
     return grid(shown.columns, (shown.of_run(each, body, is_named=True) for each, body in bodies))
 
 
-def _heat(each: Run, name: str, scale: float) -> str:
-    """A row a head, a column a bucket: its lowest entropy, or its worst mode."""
+def _heat(each: Run, name: str, scale: float, most: int) -> str:
+    """A row a head; a column stands for some steps: for their lowest entropy or worst mode."""
     series = each.heads(name)
     if not series:
         return "<p>Not logged.</p>"
-    rows = series.lows() if name == "entropy" else series.highs()
-    steps = series.steps()
+    extremes = series.lowest if name == "entropy" else series.highest
+    steps, rows = extremes(most)
     levels = bytes(_level(value, scale, name == "mode") for row in rows for value in row)
     blocks = [block for block, _ in series]
     numbers = evenly(sorted(set(blocks)), 16)

@@ -25,7 +25,8 @@ from .events import (
     read_spike,
     whole,
 )
-from .series import Builder, Group, Table
+from .groups import Group
+from .series import Builder, Table
 
 LOG, DEMO_LOG = "stability.jsonl", "log.jsonl"
 VERSION = 1

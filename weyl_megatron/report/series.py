@@ -4,17 +4,15 @@ Up to `BUCKETS` measurements each is kept as it is. Of more, a bucket stands for
 that follow each other and keeps, of every series, the lowest and the highest number and where they
 were, the last, the mean, and whether there was a gap. So no extreme is lost.
 
-`Builder` takes measurements one by one; the `Table` that it gives knows all series, a `Group` those
-of one kind by their places.
+`Builder` takes measurements one by one and gives a `Table`, of which `groups` are parts.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,27 +25,10 @@ BUCKETS = 300
 #: From here on a number is a gap: a chart's range would overflow.
 LARGEST = 1e300
 
-Place = TypeVar("Place", bound=Hashable)
 Values = Mapping[str, float | None]  # of a measurement, by tag; None is a gap
 
 _ABSENT = math.inf  # of a series that a measurement does not have; no number is as large
 _WORST, _NEXT = 2.0, 3.0  # the modes' numbers of malignant collapse and of uniform attention
-
-
-class Peak(NamedTuple, Generic[Place]):
-    """The largest or the least number of several series."""
-
-    value: float
-    step: int
-    place: Place
-
-
-class Band(NamedTuple):
-    """What several series have in a bucket."""
-
-    low: float
-    mean: float
-    high: float
 
 
 @dataclass
@@ -212,7 +193,7 @@ class Builder:
         if tags != self._tags:
             rows = [self._rows.setdefault(tag, len(self._rows)) for tag in tags]
             self._tags, self._tags_rows = tags, torch.tensor(rows, dtype=torch.long)
-            self._tags_modes = torch.tensor([_is_mode(tag) for tag in tags], dtype=torch.bool)
+            self._tags_modes = torch.tensor([is_mode(tag) for tag in tags], dtype=torch.bool)
             more = len(self._rows) - len(self._first)
             self._first = torch.cat([self._first, torch.zeros(more, dtype=torch.float64)])
             self._first_at = torch.cat([self._first_at, -torch.ones(more, dtype=torch.int32)])
@@ -220,17 +201,18 @@ class Builder:
             [math.nan if value is None else value for value in values.values()],
             dtype=torch.float64,
         )
-        measured[self._tags_modes] = _ranked(measured[self._tags_modes])
+        measured[self._tags_modes] = ranked(measured[self._tags_modes])
         numbers = torch.full((len(self._rows),), _ABSENT, dtype=torch.float64)
         numbers[self._tags_rows] = torch.where(measured.abs() < LARGEST, measured, math.nan)
         return numbers
 
 
-def _is_mode(tag: str) -> bool:
+def is_mode(tag: str) -> bool:
+    """Whether a series is of modes, whose numbers are in no order."""
     return tag.endswith("/mode")
 
 
-def _ranked(modes: Tensor) -> Tensor:
+def ranked(modes: Tensor) -> Tensor:
     """Modes so that the highest is the worst; and back."""
     worst, second = modes == _WORST, modes == _NEXT
     return torch.where(worst, _NEXT, torch.where(second, _WORST, modes))
@@ -252,9 +234,9 @@ class Table:
         self.rows = rows
         self.length = length  # measurements of a bucket
         self._columns = columns
-        modes = [row for tag, row in rows.items() if _is_mode(tag)]
+        modes = [row for tag, row in rows.items() if is_mode(tag)]
         for column in (columns.low, columns.high, columns.last, first):
-            column[modes] = _ranked(column[modes])
+            column[modes] = ranked(column[modes])
         self._first, self._first_at = first.tolist(), first_at.tolist()
 
     def points(self, tag: str) -> Points:
@@ -294,99 +276,3 @@ class Table:
         """`"low"`, `"high"`, `"total"`, … of some series: a row each, a column a bucket."""
         column: Tensor = getattr(self._columns, key)
         return column[[self.rows[tag] for tag in tags]]
-
-
-class Group(Mapping[Place, Points]):
-    """Series of one kind, by their places; they are put together when they are asked for."""
-
-    def __init__(self, table: Table, tags: Mapping[Place, str]) -> None:
-        self._table = table
-        self._tags = dict(tags)
-
-    def __getitem__(self, place: Place) -> Points:
-        return self._table.points(self._tags[place])
-
-    def __iter__(self) -> Iterator[Place]:
-        return iter(self._tags)
-
-    def __len__(self) -> int:
-        return len(self._tags)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mapping) and dict(self) == dict(other)
-
-    def __hash__(self) -> int:
-        raise TypeError("a Group has no hash, it takes what a dictionary takes.")
-
-    def subset(self, places: Sequence[Place]) -> Group[Place]:
-        """The series of some places."""
-        return Group(self._table, {place: self._tags[place] for place in places})
-
-    def last(self) -> dict[Place, tuple[int, float | None]]:
-        """The last step of every series, and its number."""
-        return {place: self._table.last(tag) for place, tag in self._tags.items()}
-
-    def largest(self) -> Peak[Place] | None:
-        """The largest number of all; None where there is none."""
-        return self._peak("high", 1)
-
-    def least(self) -> Peak[Place] | None:
-        """The least number of all."""
-        return self._peak("low", -1)
-
-    def _peak(self, key: str, sign: int) -> Peak[Place] | None:
-        values = sign * self._table.column(key, list(self._tags.values()))
-        if not values.numel() or values.max() == -math.inf:
-            return None
-        row, bucket = divmod(int(values.argmax()), values.shape[1])
-        place = list(self._tags)[row]
-        at = int(self._table.column(f"{key}_at", [self._tags[place]])[0, bucket])
-        return Peak(sign * float(values[row, bucket]), self._table.steps[at], place)
-
-    def steps(self) -> list[int]:
-        """The steps of `lows` and `highs`: of the buckets that have any of the series."""
-        pairs = zip(self._table.middles, self._has_any(), strict=True)
-        return [step for step, is_there in pairs if is_there]
-
-    def lows(self) -> list[list[float | None]]:
-        """The lowest number of every series in every bucket; None where there is none."""
-        return self._extremes("low")
-
-    def highs(self) -> list[list[float | None]]:
-        """The highest; of modes, the worst."""
-        return self._extremes("high")
-
-    def _extremes(self, key: str) -> list[list[float | None]]:
-        columns = self._table.column(key, list(self._tags.values()))
-        rows = columns[:, torch.tensor(self._has_any(), dtype=torch.bool)].tolist()
-        return [[value if math.isfinite(value) else None for value in row] for row in rows]
-
-    def _has_any(self) -> list[bool]:
-        """Which buckets have any of the series."""
-        last_at = self._table.column("last_at", list(self._tags.values()))
-        return (last_at >= 0).any(0).tolist()
-
-    def mean(self) -> float | None:
-        """The mean of all numbers."""
-        tags = list(self._tags.values())
-        numbers = int(self._table.column("numbers", tags).sum())
-        return float(self._table.column("total", tags).sum()) / numbers if numbers else None
-
-    def bands(self) -> list[tuple[int, Band | None]]:
-        """Of every bucket that has any of them their mean and range; None where all are gaps."""
-        tags = list(self._tags.values())
-        keys = ("low", "high", "total", "numbers")
-        low, high, total, numbers = (self._table.column(key, tags) for key in keys)
-        means = (total.sum(0) / numbers.sum(0)).tolist()
-        bands = map(Band, low.amin(0).tolist(), means, high.amax(0).tolist())
-        return [
-            (step, band if math.isfinite(band.mean) else None)
-            for step, band, is_there in zip(
-                self._table.middles, bands, self._has_any(), strict=True
-            )
-            if is_there
-        ]
-
-    def means(self) -> Points:
-        """The mean of every bucket; a gap where all are gaps."""
-        return [(step, None if band is None else band.mean) for step, band in self.bands()]

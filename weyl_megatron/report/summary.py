@@ -13,9 +13,9 @@ from typing import Any
 
 from .. import __version__
 from .events import Spike, worst_and_last
+from .groups import Group, Peak, Place
 from .maps import MODES
 from .runs import Run, matrix_place
-from .series import Group, Peak, Place
 
 VERSION = 1
 

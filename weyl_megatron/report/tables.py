@@ -6,10 +6,10 @@ from typing import Any
 
 from .curves import Shown, block_name, head_name
 from .events import SpikedMatrix, worst_and_last
+from .groups import Group, Peak, Place
 from .maps import MODES
 from .page import cell, row, table
 from .runs import Run
-from .series import Group, Peak, Place
 
 _WARNINGS = 200  # rows of the table
 _SPIKES = 5  # of a run, of the worst and of the last
