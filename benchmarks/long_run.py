@@ -2,13 +2,13 @@
 
     python -m benchmarks.long_run [--steps 100000] [--every 100] [--layers 48] [--heads 32]
 
-3 minutes on 2 cores and 0.9 GB of disk. The log is written without training: its tags are those
-that a real Watch wrote of a model of two blocks and two heads with clip="project", so it has all
-that Watch can write, said of every block, head and matrix; its numbers drift, with noise, and
-single ones are far away (`planted`). `--maps 1` keeps the attention map of a head of each block.
+The log is written without training. Its tags are those that a real Watch wrote of a model of two
+blocks and two heads with clip="project", said of every block, head and matrix; its numbers drift,
+with noise, and single ones are far away (`planted`). `--maps 1` keeps the attention map of a head
+of each block.
 
-Then the report is made of it, in a process of its own, whose peak memory is told; so are the
-summaries; and Chromium opens the page.
+Then the page and the summary are made of it, each in a process of its own, whose time and peak
+memory are told, and Chromium opens the page.
 """
 
 from __future__ import annotations
@@ -171,7 +171,11 @@ def main() -> None:
     )
     for name in ("steps", "every", "layers", "heads", "maps"):
         parser.add_argument(f"--{name}", type=int, default=getattr(LongRun(), name))
-    parser.add_argument("--keep", type=Path, help="a folder for the log and the pages")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        help="a folder for the log, which is taken if it is there, and the page",
+    )
     options = vars(parser.parse_args())
     keep: Path | None = options.pop("keep")
     folder = keep or Path(tempfile.mkdtemp())
@@ -183,7 +187,9 @@ def main() -> None:
 
 
 def _measure(run: LongRun, folder: Path) -> None:
-    log = run.write(folder / "run")
+    log = folder / "run" / "stability.jsonl"
+    if not log.is_file():
+        run.write(log.parent)
     with log.open("rb") as file:
         tags = next(len(json.loads(line)["values"]) for line in file if b'"values"' in line)
     size = log.stat().st_size
@@ -208,8 +214,9 @@ def _report(name: str, run: Path, options: list[str]) -> None:
         "import resource, sys\n"
         "from weyl_megatron.cli import main\n"
         "status = main(sys.argv[1:])\n"
-        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "print(f'peak memory {peak / 1e6:.2f} GB', file=sys.stderr)\n"
+        "used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "seconds, peak = used.ru_utime + used.ru_stime, used.ru_maxrss / 1e6\n"
+        "print(f'{seconds:.1f} s of a core, peak memory {peak:.2f} GB', file=sys.stderr)\n"
         "sys.exit(status)"
     )
     began = time.perf_counter()

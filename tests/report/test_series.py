@@ -77,6 +77,9 @@ def test_ends_extremes_gaps_and_means_are_those_of_all_numbers(count: int) -> No
             inside = [value[tag] for _, value in log[number : number + kept.length] if tag in value]
             if inside:
                 known = [value for value in inside if value is not None]
+                steps = {at for at, _ in log[number : number + kept.length]}
+                gaps = [point for point in points if point[1] is None and point[0] in steps]
+                assert bool(gaps) == (None in inside)
                 middle, band = bands[at]
                 at += 1
                 assert log[number][0] <= middle <= log[min(number + kept.length, count) - 1][0]

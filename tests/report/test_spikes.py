@@ -1,4 +1,4 @@
-"""Steps at which gradients spiked: marked in the chart of the loss, and listed."""
+"""Steps at which a norm jumped: marked in the chart of the loss, and listed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_spike_is_marked_at_its_step_and_listed_with_its_worst_matrix(tmp_path
         (str(round(left + (right - left) * at / 100)), name)
         for at, name in ((50, "step 50: log"), (75, "step 75: skip"))
     ]
-    assert loss.count('<span class="marked">a spike of the gradients</span>') == 1
+    assert loss.count('<span class="marked">a spike: a norm jumped</span>') == 1
     assert rows_of(html) == [
         ["50", "log", "h.1.attn.q.weight", "and 1 more", "4.2", "1.1", "14"],
         ["75", "skip", "h.5.attn.q.weight", "and 1 more", "6", "1.1", "20"],

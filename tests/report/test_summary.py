@@ -159,7 +159,7 @@ def test_markdown_has_warnings_spikes_and_what_could_not_be_read(
     flat = " ".join(title.split())
     assert table[0] == ["run", "steps", "last loss", "least loss", "warnings", "spikes (skipped)"]
     assert table[1] == [flat, "20", "not finite", "2 (step 10)", "1", "2 (1)"]
-    assert spikes[0] == ["run", "step", "action", "worst matrix", "norm", "usual", "z"]
+    assert spikes[0] == ["run", "step", "action", "worst", "norm", "usual", "z"]
     assert spikes[1] == [flat, "15", "skip", f"{name} and 1 more", "9", "1.1", "30"]
     assert spikes[2][-3:] == ["not finite", "1.1", "not finite"]
     assert text.splitlines()[-1].startswith("- ") and "line 5 is not JSON" in text

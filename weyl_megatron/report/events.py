@@ -1,4 +1,4 @@
-"""What a log holds beside numbers: attention maps, warnings, spikes of the gradients."""
+"""What a log holds beside numbers: attention maps, warnings, spikes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Warned:
 
 
 class SpikedMatrix(NamedTuple):
-    """A matrix whose gradient was far larger than usual; None is a number that was not finite."""
+    """A matrix whose norm jumped; None is a number that was not finite."""
 
     name: str
     norm: float | None
@@ -62,7 +62,7 @@ class SpikedMatrix(NamedTuple):
 
 
 class Spike(NamedTuple):
-    """A step at which gradients spiked: what was done, how many of them, and the worst."""
+    """A step at which norms jumped: what was done, how many of them did, and the worst."""
 
     step: int
     action: str  # "log", "skip"

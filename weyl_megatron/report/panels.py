@@ -73,7 +73,7 @@ _SHARPNESS = {
 
 
 def loss(shown: Shown) -> str:
-    """All runs' losses in one chart, with a mark where gradients spiked."""
+    """All runs' losses in one chart, with a mark where a norm jumped."""
     runs = [each for each in shown.runs if "loss" in each.series]
     if not runs:
         return ""
@@ -87,7 +87,7 @@ def loss(shown: Shown) -> str:
     margins = (24, 32, 46)
     chart = Chart("", x, y, lines, (), 1080, 380, right=220, margins=margins, marks=marks)
     colors = ((each.title, shown.color(each)) for each in shown.runs)
-    marked = "a spike of the gradients" if marks else ""
+    marked = "a spike: a norm jumped" if marks else ""
     return grid(1, [legend(colors, marked=marked) + chart.svg()])
 
 

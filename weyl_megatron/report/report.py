@@ -290,10 +290,10 @@ _PANELS = (
     ),
     _Panel(
         "spikes",
-        "Spikes of the gradients",
-        "Steps at which the norm of a matrix's gradient was far from what it was before, z times "
-        "its spread; action says whether the step was made (log) or left out (skip). The worst and "
-        "the last of each run, in the order of their steps.",
+        "Spikes",
+        "Steps at which the norm of an update or of a gradient jumped: z says how far it is from "
+        "the usual, by its spread; action whether the step was made (log) or not (skip). The worst "
+        "and the last of each run, in the order of their steps.",
         "",
         tables.spikes,
     ),

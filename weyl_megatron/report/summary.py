@@ -187,8 +187,8 @@ def as_markdown(summary: Summary) -> str:
     parts = [_table(heads, rows)]
     spikes = [[_text(run["run"]), *cells] for run in runs for cells in _spike_rows(run)]
     if spikes:
-        columns = ("run", "step", "action", "worst matrix", "norm", "usual", "z")
-        parts.append("Spikes of the gradients, the worst and the last:\n")
+        columns = ("run", "step", "action", "worst", "norm", "usual", "z")
+        parts.append("Spikes, the worst and the last:\n")
         parts.append(_table(columns, spikes))
     parts += [f"- {_text(note)}\n" for note in summary["notes"]]
     return "\n".join(parts)

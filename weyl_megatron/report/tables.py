@@ -107,7 +107,7 @@ def spikes(shown: Shown) -> str:
             numbers = (worst.norm, worst.usual, worst.z)
             cells += [cell("not finite" if it is None else f"{it:.4g}") for it in numbers]
             rows.append(row(shown.color(each), each.title, cells))
-    heads = ("run", "step", "action", "worst matrix", "norm", "usual", "z")
+    heads = ("run", "step", "action", "worst", "norm", "usual", "z")
     count = sum(len(each.spikes) for each in shown.runs)
     more = f"<p>{len(rows)} of {count} are listed.</p>" if len(rows) < count else ""
     return table(heads, rows) + more if rows else ""
