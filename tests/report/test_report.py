@@ -190,6 +190,18 @@ def test_extreme_numbers_are_drawn_in_finite_places(tmp_path: Path, number: floa
     assert len(places) > 500 and not [each for each in places if re.search("nan|inf", each)]
 
 
+def test_small_maps_of_many_blocks_stand_several_in_a_row(tmp_path: Path) -> None:
+    """Where a run is alone; one row a block would be a page of its own."""
+    log = [start("a"), *(attention_map(1, block, head) for block in range(14) for head in (0, 1))]
+    folders = [write_log(tmp_path / name, log) for name in "ab"]
+    for few, columns in ((folders[:1], 3), (folders, 1)):
+        html = html_of(*few)
+        (template, *_) = re.findall(r'id="small-0" style="grid-template-columns:([^"]*)"', html)
+        assert template == " ".join(["auto repeat(2,minmax(0,132px))"] * columns)
+        assert html.count("<span>head 1</span>") == columns * len(few)
+        assert html.count("<span>block 13</span>") >= len(few)
+
+
 def test_runs_of_one_title_are_told_apart(tmp_path: Path) -> None:
     names = ("x/a", "y/a", "b")
     log = [start("same"), step(1, loss=1.0)]

@@ -17,6 +17,8 @@ MODES = ("normal", "benign", "malignant", "uniform")
 _SIDES = {64: 20, 32: 6, 16: 0}  # rows and columns of a map on the page, if so many steps fit
 _FACTS = ("entropy", "map_rank", "mode")  # that stand beside a map
 _TALL = 320  # heads of a heat map from which on each has one pixel
+_SMALL = 132  # pixels of a small map at most
+_MANY_BLOCKS, _COLUMNS = 12, 9  # of more blocks, several are in a row of so many columns
 _HEAT_BYTES = 1_200_000  # of the heat maps of a panel
 _CANVAS = '<canvas class="map" width="1" height="1"></canvas>'
 
@@ -88,7 +90,7 @@ def attention_maps(shown: Shown) -> str:
     for number, each in enumerate(runs):
         body = f'<div class="big" id="big-{number}">{_CANVAS}<p></p></div>'
         large.append(shown.of_run(each, body, is_named=True))
-        small.append(shown.of_run(each, _small_maps(each, number)))
+        small.append(shown.of_run(each, _small_maps(each, number, len(runs) == 1)))
     columns = len(runs) if len(runs) <= 4 else 3
     return _scrubber(len(_map_steps(shown)[0])) + grid(columns, large) + grid(columns, small)
 
@@ -102,13 +104,16 @@ def _scrubber(steps: int) -> str:
     )
 
 
-def _small_maps(each: Run, number: int) -> str:
-    """A run's maps as buttons: a row a block, a column a head."""
+def _small_maps(each: Run, number: int, is_alone: bool) -> str:
+    """A run's maps as buttons: a row a block, a column a head; of many blocks some in a row."""
     cells = _map_places(each)
     heads = sorted({head for _, head in cells})
-    names = (f"{head}" if len(heads) > 6 else f"head {head}" for head in heads)
-    parts = ["<span></span>", *(f"<span>{name}</span>" for name in names)]
-    for block in sorted({block for block, _ in cells}):
+    blocks = sorted({block for block, _ in cells})
+    is_tall = is_alone and len(blocks) > _MANY_BLOCKS
+    beside = max(1, _COLUMNS // (len(heads) + 1)) if is_tall else 1
+    names = [f"<span>{head if len(heads) > 6 else f'head {head}'}</span>" for head in heads]
+    parts = ["<span></span>", *names] * beside
+    for block in blocks:
         parts.append(f"<span>{block_name(block)}</span>")
         for place in ((block, head) for head in heads):
             at = cells.index(place) if place in cells else None
@@ -117,7 +122,8 @@ def _small_maps(each: Run, number: int) -> str:
                 f'aria-label="{head_name(place)}">{_CANVAS}</button>'
             )
             parts.append("<span></span>" if at is None else button)
-    template = f"grid-template-columns:auto repeat({len(heads)},minmax(0,1fr))"
+    columns = f"auto repeat({len(heads)},minmax(0,{_SMALL}px)) " * beside
+    template = f"grid-template-columns:{columns.strip()}"
     return f'<div class="small" id="small-{number}" style="{template}">{"".join(parts)}</div>'
 
 
