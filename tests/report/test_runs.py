@@ -18,7 +18,8 @@ from weyl_megatron.demo.recipe import RUNS
 from weyl_megatron.report.events import AttentionMap, pooled
 from weyl_megatron.report.points import stretches, thin
 from weyl_megatron.report.report import write_report
-from weyl_megatron.report.runs import matrix_place, read_run
+from weyl_megatron.report.run import matrix_place
+from weyl_megatron.report.runs import read_run
 
 
 def test_thinning_keeps_ends_extremes_and_gaps() -> None:

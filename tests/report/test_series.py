@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.report.logs import start, step, write_log
+from tests.report.logs import attention_map, start, step, write_log
 from weyl_megatron.report.groups import Group
 from weyl_megatron.report.runs import read_run
 from weyl_megatron.report.series import BUCKETS, Builder, Table
@@ -133,6 +133,16 @@ def test_a_log_that_was_started_again_is_read_once_more_where_it_must_be(tmp_pat
     assert points[1] == 1.0 and points[501] == 501.0 and points[1002] == -1002.0
     assert [at for at, value in points.items() if value == at] == [at for at in points if at <= 501]
     assert read.numbers_at(502) == {"loss": -502.0} and read.numbers_at(501) == {"loss": 501.0}
+
+
+def test_a_log_that_was_written_anew_meanwhile_is_refused(tmp_path: Any) -> None:
+    log = [start("a"), step(1, loss=1.0), attention_map(1, 0, 0)]
+    read = read_run(write_log(tmp_path / "a", log))
+    write_log(tmp_path / "a", ["?" * 3000])
+    for reading in (lambda: read.numbers_at(1), lambda: read.map_at(read.maps[0])):
+        with pytest.raises(ValueError, match="got other lines while it was read") as error:
+            reading()
+        assert str(error.value).endswith("it takes a log that only grows.")
 
 
 def test_what_two_lines_say_of_a_step_is_one_measurement(tmp_path: Any) -> None:

@@ -12,7 +12,7 @@ from .charts import Axis, Chart, Line, Rule, depth_color, smooth
 from .groups import Band, Place
 from .page import figure_of_run, legend
 from .points import Points, evenly, stretches, thin
-from .runs import Run, matrix_place
+from .run import Run, matrix_place
 
 POINTS = 300  # of a curve at most
 HEADS = 256  # of a run that have a curve each; of more, each block has one

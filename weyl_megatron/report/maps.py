@@ -11,7 +11,7 @@ from .curves import POINTS, Shown, block_name, head_name
 from .events import MapPlace, pooled
 from .page import grid, legend
 from .points import evenly
-from .runs import Run
+from .run import Run
 
 MODES = ("normal", "benign", "malignant", "uniform")
 _SIDES = {64: 20, 32: 6, 16: 0}  # rows and columns of a map on the page, if so many steps fit

@@ -27,7 +27,7 @@ from .groups import Group, Place
 from .maps import heats
 from .page import figure, grid, legend
 from .points import Points
-from .runs import Run, matrix_place
+from .run import Run, matrix_place
 
 _SMOOTHED_FROM = 100  # points of a loss
 _WIDTHS = {1: 1080, 2: 530, 3: 347, 4: 256}  # of a chart, by how many stand side by side

@@ -12,7 +12,8 @@ from pathlib import Path
 from . import maps, panels, tables
 from .curves import Shown
 from .page import page, section
-from .runs import DEMO_LOG, LOG, Run, expand, read_run
+from .run import Run
+from .runs import DEMO_LOG, LOG, expand, read_run
 from .summary import as_json, as_markdown, summarize
 
 _PAGE_BYTES = 9_000_000  # of a page, about

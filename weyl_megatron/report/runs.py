@@ -7,150 +7,26 @@ its place in the file is kept.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from .events import (
-    AttentionMap,
     MapPlace,
     Spike,
     Warned,
-    number,
     read_map,
     read_spike,
     whole,
 )
-from .groups import Group
-from .series import Builder, Table
+from .run import Run, demo_values, numbers_of, record_at, values_of
+from .series import Builder
 
 LOG, DEMO_LOG = "stability.jsonl", "log.jsonl"
 VERSION = 1
 
 _LISTED = 5  # line numbers that a note names
 _EVENTS = ("step", "map", "warning", "spike")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run's log.
-
-    A value that was not a finite number is None; `notes` say what could not be read.
-    """
-
-    name: str
-    title: str
-    header: Mapping[str, Any]
-    table: Table
-    maps: Sequence[MapPlace]
-    warnings: Sequence[Warned]
-    spikes: Sequence[Spike]
-    notes: Sequence[str]
-    log: Path
-    places: Mapping[int, Sequence[int]]  # where the log has a step's numbers
-
-    @property
-    def is_readable(self) -> bool:
-        """Whether anything of the run can be shown."""
-        return bool(self.series or self.maps or self.warnings or self.spikes)
-
-    @cached_property
-    def series(self) -> Group[str]:
-        """All series, by their tags."""
-        return Group(self.table, {tag: tag for tag in self.table.rows})
-
-    def last(self, tag: str) -> float | None:
-        """The last value under `tag`; None where it was no finite number or there is none."""
-        return self.table.last(tag)[1] if tag in self.series else None
-
-    @property
-    def head_names(self) -> list[str]:
-        """What is known of heads."""
-        return list(self._tags.heads)
-
-    @property
-    def block_names(self) -> list[str]:
-        """What is known of blocks."""
-        return list(self._tags.blocks)
-
-    def heads(self, name: str) -> Group[tuple[int, int]]:
-        """The series `name` of every head, by (block, head)."""
-        tags = self._tags.heads.get(name, {})
-        return Group(self.table, dict(sorted(tags.items())))
-
-    def blocks(self, name: str) -> Group[int]:
-        """The series `name` of every block."""
-        tags = self._tags.blocks.get(name, {})
-        return Group(self.table, dict(sorted(tags.items())))
-
-    def matrices(self, name: str) -> Group[str]:
-        """What the optimizer said of every matrix, by its name."""
-        return Group(self.table, self._tags.matrices.get(name, {}))
-
-    def shares(self) -> Group[str]:
-        """The share of clipped matrices, by their kind."""
-        return Group(self.table, self._tags.shares)
-
-    def block_shares(self) -> Group[int]:
-        """The share of clipped matrices, by block."""
-        return Group(self.table, dict(sorted(self._tags.block_shares.items())))
-
-    @property
-    def uniform_entropy(self) -> float | None:
-        """The entropy of attention that looks at all keys alike."""
-        value = number(self.header.get("uniform_entropy"))
-        return self.last("uniform_entropy") if value is None else value
-
-    def map_at(self, kept: MapPlace) -> AttentionMap:
-        """A map, read from the log."""
-        read = read_map(_record(self.log, kept.place))
-        if isinstance(read, str):
-            raise ValueError(f"report: {self.log} got other lines while it was read.")
-        return AttentionMap(kept.step, kept.block, kept.head, *read)
-
-    def numbers_at(self, step: int) -> dict[str, float | None]:
-        """All numbers of a step, read from the log: the table may have means alone."""
-        values: dict[str, float | None] = {}
-        for place in self.places.get(step, ()):
-            values |= _values(_record(self.log, place))
-        return values
-
-    @cached_property
-    def _tags(self) -> _Tags:
-        return _Tags.of_all(self.table.rows)
-
-
-@dataclass
-class _Tags:
-    """Which series there are, by name and place."""
-
-    heads: dict[str, dict[tuple[int, int], str]] = field(default_factory=dict)
-    blocks: dict[str, dict[int, str]] = field(default_factory=dict)
-    matrices: dict[str, dict[str, str]] = field(default_factory=dict)
-    shares: dict[str, str] = field(default_factory=dict)
-    block_shares: dict[int, str] = field(default_factory=dict)
-
-    @classmethod
-    def of_all(cls, tags: Mapping[str, int]) -> _Tags:
-        """The places of all tags."""
-        known = cls()
-        for tag in tags:
-            if inside := re.fullmatch(r"block/(\d{1,6})/head/(\d{1,6})/(.+)", tag):
-                place = int(inside[1]), int(inside[2])
-                known.heads.setdefault(inside[3], {})[place] = tag
-            elif inside := re.fullmatch(r"block/(\d{1,6})/(.+)", tag):
-                known.blocks.setdefault(inside[2], {})[int(inside[1])] = tag
-            elif inside := re.fullmatch(r"clip/(.+)/([^/]+)", tag):
-                known.matrices.setdefault(inside[2], {})[inside[1]] = tag
-            elif inside := re.fullmatch(r"clip_share/(.+)", tag):
-                known.shares[inside[1]] = tag
-            elif inside := re.fullmatch(r"clip_share_block/(\d{1,6})", tag):
-                known.block_shares[int(inside[1])] = tag
-        return known
 
 
 def expand(folders: Sequence[Path]) -> list[Path]:
@@ -182,50 +58,6 @@ def _has_log(folder: Path) -> bool:
     return (folder / LOG).is_file() or (folder / DEMO_LOG).is_file()
 
 
-def _record(log: Path, place: int) -> dict[str, Any]:
-    """The line that begins at the byte `place`, which was read before."""
-    with log.open("rb") as file:
-        file.seek(place)
-        record: dict[str, Any] = json.loads(file.readline().decode(errors="replace"))
-    return record
-
-
-def _values(record: Mapping[str, Any]) -> dict[str, float | None]:
-    """The numbers of a step's line, by tag; a run of the demo has them under other names."""
-    values = record["values"] if "values" in record else _demo_values(record)
-    return _numbers(values)[0]
-
-
-def _numbers(values: dict[str, Any]) -> tuple[dict[str, float | None], bool]:
-    """What of the values is a number or a gap, and whether all of them are."""
-    kinds = {type(value) for value in values.values()}
-    if kinds <= {float, NoneType}:
-        return values, True  # so are all that Watch writes
-    numbers = {
-        tag: number(value)
-        for tag, value in values.items()
-        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
-    }
-    return numbers, len(numbers) == len(values)
-
-
-def _demo_values(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What the demo says of a step, and at its end, under the tags of a watched run."""
-    if record.get("event") == "end":
-        return {"validation_loss": number(record.get("validation_loss"))}
-    values: dict[str, Any] = {key: record[key] for key in ("loss", "lr") if key in record}
-    alpha, entropy = record.get("alpha"), record.get("entropy")
-    matrices = number(record.get("matrices"))
-    if isinstance(alpha, dict):
-        values |= {f"clip/{name}/lr": value for name, value in alpha.items()}
-    if matrices:
-        values["clip_share/all matrices"] = (number(record.get("clipped")) or 0.0) / matrices
-    for block, heads in enumerate(entropy if isinstance(entropy, list) else []):
-        for head, value in enumerate(heads if isinstance(heads, list) else []):
-            values[f"block/{block}/head/{head}/entropy"] = value
-    return values
-
-
 class _Reading:
     """A log on its way to a Run."""
 
@@ -234,7 +66,7 @@ class _Reading:
         self.log = log
         self.header: dict[str, Any] = {}
         self.notes: list[str] = []
-        self._builder = Builder(lambda place: _values(_record(log, place)))
+        self._builder = Builder(lambda place: values_of(record_at(log, place)))
         self._maps: dict[tuple[int, int, int], MapPlace] = {}
         self._warnings: list[Warned] = []
         self._spikes: list[Spike] = []
@@ -298,14 +130,14 @@ class _Reading:
             self._start({"version": VERSION, **record, "run": title})
             return ""
         if event == "end":
-            self._builder.add(max(self._newest, 0), _values(record), self._place)
+            self._builder.add(max(self._newest, 0), values_of(record), self._place)
             return ""
         if event != "step":
             return f"of the unknown event {event!r}"
         step = whole(record.get("step"))
         if step is None:
             return "a step without its number"
-        return self._step(step, {"event": event, "values": _demo_values(record)})
+        return self._step(step, {"event": event, "values": demo_values(record)})
 
     def run(self, folder: Path) -> Run:
         """What was read, in the order of the steps."""
@@ -358,7 +190,7 @@ class _Reading:
         self._at(step)
         if self._builder.steps and step < self._builder.steps[-1]:
             return "a step that is before the last one"
-        numbers, are_all = _numbers(values)
+        numbers, are_all = numbers_of(values)
         self._builder.add(step, numbers, self._place)
         return "" if are_all else "a step with values that are not numbers"
 
@@ -378,13 +210,6 @@ class _Reading:
         self._at(step)
         self._spikes.append(read)
         return ""
-
-
-def matrix_place(matrix: str) -> tuple[str, int | None]:
-    """A matrix's kind and its block's number; the experts of a block are of one kind."""
-    inside = re.match(r"(?:.*?\.)?(\d{1,6})\.(.+)", matrix)
-    kind = (inside[2] if inside else matrix).replace(".weight", "")
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", kind), int(inside[1]) if inside else None
 
 
 def _demo_setting(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from .. import __version__
 from .events import Spike, worst_and_last
 from .groups import Group, Peak, Place
 from .maps import MODES
-from .runs import Run, matrix_place
+from .run import Run, matrix_place
 
 VERSION = 1
 

@@ -9,7 +9,7 @@ from .events import SpikedMatrix, worst_and_last
 from .groups import Group, Peak, Place
 from .maps import MODES
 from .page import cell, row, table
-from .runs import Run
+from .run import Run
 
 _WARNINGS = 200  # rows of the table
 _SPIKES = 5  # of a run, of the worst and of the last
