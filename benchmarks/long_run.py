@@ -204,7 +204,9 @@ def _measure(run: LongRun, folder: Path) -> None:
     for width in (1280, 390):
         with tempfile.TemporaryDirectory() as profile, tab(Path(profile)) as shown:
             opened = shown.open(page, width)
-        times = ", ".join(f"{name} {opened[name]:.2f} s" for name in ("first", "loaded", "painted"))
+        times = ", ".join(
+            f"{name} {opened[name]:.2f} s" for name in ("busy", "first", "loaded", "painted")
+        )
         print(f"opened at {width} pixels: {times}; {opened['wide']} too wide, {shown.errors}")
 
 

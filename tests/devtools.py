@@ -48,9 +48,10 @@ class Tab:
     def open(self, page: Path, width: int, height: int = 900) -> dict[str, Any]:
         """Seconds until it was loaded, first painted, and painted after its scripts had run.
 
-        And `wide`: how many pixels of it stand beside the window. On a phone the page's own
-        `innerWidth` does not tell: it grows with what stands out.
+        And `busy`, the seconds that its thread computed, which no neighbour slows; and `wide`, how
+        many pixels of it stand beside the window: on a phone `innerWidth` grows with what does.
         """
+        self.call("Performance.enable", timeDomain="threadTicks")
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         self.call("Page.navigate", url=page.as_uri())
@@ -58,7 +59,9 @@ class Tab:
             "Runtime.evaluate", expression=_PAINTED, awaitPromise=True, returnByValue=True
         )
         opened: dict[str, Any] = painted["result"]["value"]
-        return {**opened, "wide": opened["wide"] - width}
+        said = self.call("Performance.getMetrics")["metrics"]
+        (busy,) = (metric["value"] for metric in said if metric["name"] == "TaskDuration")
+        return {**opened, "wide": opened["wide"] - width, "busy": busy}
 
     def picture(self, out: Path, top: float = 0, height: float = 0) -> None:
         """Write a picture of the page, or of a stretch of it."""
