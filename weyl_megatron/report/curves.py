@@ -202,7 +202,7 @@ def banded(
     name: str, bands: Sequence[tuple[int, Band | None]], color: str, most: int = POINTS
 ) -> list[Line]:
     """The mean of several series, and their range as a band."""
-    # As many of the bands as three curves of `most` points have in common are one.
+    # The mean and both edges have their points at the same steps: they are not thinned apart.
     length = math.ceil(len(bands) / most)
     joined = [_joined(bands[at : at + length]) for at in range(0, len(bands), length)]
     split: list[list[tuple[int, Band]]] = [[]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -14,7 +15,8 @@ from .series import Table, is_mode, ranked
 Place = TypeVar("Place", bound=Hashable)
 
 
-class Peak(NamedTuple, Generic[Place]):
+@dataclass(frozen=True)
+class Peak(Generic[Place]):
     """The largest or the least number of several series."""
 
     value: float
@@ -45,12 +47,6 @@ class Group(Mapping[Place, Points]):
 
     def __len__(self) -> int:
         return len(self._tags)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Mapping) and dict(self) == dict(other)
-
-    def __hash__(self) -> int:
-        raise TypeError("a Group has no hash, it takes what a dictionary takes.")
 
     def subset(self, places: Sequence[Place]) -> Group[Place]:
         """The series of some places."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .points import Points
 
-#: Measurements that are kept as they are; each half as many again are half as exact.
+#: Measurements that are kept as they are; of more, pairs are one, then pairs of these.
 BUCKETS = 300
 
 #: From here on a number is a gap: a chart's range would overflow.
@@ -157,14 +157,8 @@ class Builder:
             for bucket in padded:
                 setattr(bucket, key, None)
         rows = {tag: row for tag, row in self._rows.items() if int(self._first_at[row]) >= 0}
-        return Table(
-            self.steps,
-            rows,
-            self._length,
-            _Bucket(**columns),
-            self._first,
-            self._first_at,
-        )
+        columns_of_all = _Bucket(**columns)
+        return Table(self.steps, rows, self._length, columns_of_all, self._first, self._first_at)
 
     def _flush(self) -> None:
         """Put the newest measurement into its bucket."""
