@@ -88,6 +88,7 @@ setup(
             "trackio>=0.43",  # likewise; in a folder
             "comet_ml>=3.58",  # likewise; offline
             "mlflow-skinny>=3.17",  # likewise; MLflow without its server, in a folder
+            "markdown-it-py>=4.3",  # reads what `weyl-megatron report --markdown` writes
             # megatron-core asks for it where several distributed optimizers share the replicas
             "einops>=0.8",
         ],

@@ -90,18 +90,21 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_instruments(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     report = commands.add_parser(
         "report",
-        help="make one HTML page of watched runs",
+        help="make one HTML page of watched runs, or a summary",
         description=(
             "Makes one self-contained HTML page of one or several runs: folders with the "
-            "stability.jsonl of weyl_megatron.watch.Watch, or the demo's."
+            "stability.jsonl of weyl_megatron.watch.Watch, or the demo's. With --json or "
+            "--markdown it makes a summary in its place; with --out, the page too."
         ),
     )
     report.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, or one of several runs'"
     )
-    report.add_argument(
-        "--out", type=Path, default=Path("report.html"), help="the page (%(default)s)"
-    )
+    report.add_argument("--out", type=Path, help="the page (report.html)")
+    for key, what in (("json", "the summary as JSON"), ("markdown", "as a table of Markdown")):
+        report.add_argument(
+            f"--{key}", nargs="?", const="-", metavar="FILE", help=f"{what}; behind the runs"
+        )
     report.set_defaults(command=_run_of("report.report"))
 
     modes = commands.add_parser("modes", help="simulate the three modes of attention")

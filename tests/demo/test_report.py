@@ -12,7 +12,7 @@ from weyl_megatron.demo.model import GPT
 from weyl_megatron.demo.recipe import RUNS
 from weyl_megatron.demo.report import KINDS, write_report
 from weyl_megatron.report.charts import smooth
-from weyl_megatron.report.runs import matrix_place
+from weyl_megatron.report.run import matrix_place
 
 
 @pytest.fixture(scope="module")

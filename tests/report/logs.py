@@ -126,13 +126,23 @@ def warning(step: int, block: int, head: int, text: str) -> dict[str, Any]:
     return {"event": "warning", "step": step, "block": block, "head": head, "text": text}
 
 
+def spike(step: int, z: float | None = 14.0, action: str = "log", **more: Any) -> dict[str, Any]:
+    """The line of a spike of two matrices, of which the second is the worse."""
+    name = f"h.{step % 7}.attn.q.weight"
+    worse = {"name": name, "norm": z and 0.3 * z, "usual": 1.1, "z": z, **more}
+    matrices = [{"name": "wte.weight", "norm": 2.5, "usual": 1.5, "z": 6.5}, worse]
+    return {"event": "spike", "step": step, "action": action, "matrices": matrices}
+
+
 def records(title: str, collapses: bool) -> list[dict[str, Any]]:
     """A whole log."""
     log = [start(title, uniform_entropy=UNIFORM, interval=10, something=[1])]
     for at in STEPS:
         log.append(step(at, **values(at, collapses)))
         log += [attention_map(at, block, head) for block in (0, 1) for head in (0, 1)]
-    return log + ([warning(70, 1, 0, "entropy <fell> & σ₁ climbed")] if collapses else [])
+    if not collapses:
+        return log
+    return [*log, warning(70, 1, 0, "entropy <fell> & σ₁ climbed"), spike(80), spike(90)]
 
 
 def write_log(folder: Path, lines: list[Any], name: str = "stability.jsonl") -> Path:

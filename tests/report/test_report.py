@@ -31,7 +31,7 @@ from tests.report.logs import (
 from weyl_megatron.report.runs import read_run
 
 PANELS = ["summary", "loss", "rates", "clipped", "projected", "terms", "energy", "logits"]
-PANELS += ["entropy", "modes", "maps", "similarity", "gradients", "sharpness", "warnings"]
+PANELS += ["entropy", "modes", "maps", "similarity", "gradients", "sharpness", "warnings", "spikes"]
 
 
 def test_every_panel_is_drawn(html: str) -> None:
@@ -170,7 +170,7 @@ def test_what_is_not_a_number_is_a_gap(tmp_path: Path) -> None:
 def test_a_run_of_one_measurement_is_drawn_as_dots(tmp_path: Path) -> None:
     log = [start("a", uniform_entropy=UNIFORM), step(10, **values(10, True))]
     html = html_of(write_log(tmp_path / "a", log))
-    assert panels(html) == [name for name in PANELS if name not in ("maps", "warnings")]
+    assert panels(html) == [name for name in PANELS if name not in ("maps", "warnings", "spikes")]
     points = [each.split() for each in re.findall(r'<polyline[^>]*points="([^"]*)"', html)]
     assert len(points) > 40 and all(len(each) == 2 and each[0] == each[1] for each in points)
 
@@ -188,6 +188,18 @@ def test_extreme_numbers_are_drawn_in_finite_places(tmp_path: Path, number: floa
     assert len(panels(html)) == 13
     places = re.findall(r'(?:points|x[12]?|y[12]?|c[xy])="([^"]*)"', html)
     assert len(places) > 500 and not [each for each in places if re.search("nan|inf", each)]
+
+
+def test_small_maps_of_many_blocks_stand_several_in_a_row(tmp_path: Path) -> None:
+    """Where a run is alone; one row a block would be a page of its own."""
+    log = [start("a"), *(attention_map(1, block, head) for block in range(14) for head in (0, 1))]
+    folders = [write_log(tmp_path / name, log) for name in "ab"]
+    for few, columns in ((folders[:1], 3), (folders, 1)):
+        html = html_of(*few)
+        (template, *_) = re.findall(r'id="small-0" style="grid-template-columns:([^"]*)"', html)
+        assert template == " ".join(["auto repeat(2,minmax(0,132px))"] * columns)
+        assert html.count("<span>head 1</span>") == columns * len(few)
+        assert html.count("<span>block 13</span>") >= len(few)
 
 
 def test_runs_of_one_title_are_told_apart(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..report.charts import Axis, Chart, Line, Rule, depth_color
-from ..report.curves import banded, rate_curves, run_color, trend
+from ..report.curves import banded, bands_of, rate_curves, run_color, trend
 from ..report.page import card, cell, figure, grid, legend, page, row, section, table, tile
 from .recipe import (
     ADAMW2,
@@ -221,7 +221,7 @@ def entropy_charts(results: Results) -> list[Chart]:
             lines=[
                 line
                 for name, result in results.runs.items()
-                for line in banded(result.run.title, result.entropy(layer), COLORS[name])
+                for line in banded(result.run.title, bands_of(result.entropy(layer)), COLORS[name])
             ],
             rules=[Rule(uniform, "uniform")],
             width=350,

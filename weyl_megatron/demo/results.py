@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..report.runs import Points
+from ..report.points import Points
 from .recipe import ADAMW2, ADAMW2_AUTO, ADAMW_ALONE, ADAMW_WARMUP, RUNS, Run
 
 # How far above the warmup run the paper's τ may end, in nats per byte.

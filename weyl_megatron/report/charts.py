@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from html import escape
 
 LABEL_GAP = 15.0  # pixels between the labels at the line ends
+MARK = 4  # pixels that a mark is wide to either side
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,15 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A small mark above the axis, at a place along it."""
+
+    x: float
+    name: str
+    color: str
+
+
+@dataclass(frozen=True)
 class Chart:
     """Curves over two axes. `width` and `height` are in CSS pixels; the SVG scales to its box."""
 
@@ -89,6 +99,7 @@ class Chart:
     height: int = 170
     right: int = 10
     margins: tuple[int, int, int] = (34, 30, 42)  # top, bottom, left
+    marks: Sequence[Mark] = ()
 
     def svg(self) -> str:
         """The chart as an `<svg>` element."""
@@ -107,6 +118,7 @@ class Chart:
             f'<svg {inner} viewBox="{left} {top} {right - left} {base - top}">',
             *(self._band(line) for line in self.lines),
             *(self._line(line) for line in self.lines),
+            self._marks(),
             "</svg>",
             self._end_labels(),
             "</svg>",
@@ -168,6 +180,19 @@ class Chart:
         points = self._points(list(zip(line.x, line.y, strict=True)))
         return (
             f'<polyline data-name="{escape(line.name)}" points="{points}" {line.stroke()}{faint}/>'
+        )
+
+    def _marks(self) -> str:
+        """The marks; several of one colour at one pixel are one, which names the first of them."""
+        names: dict[tuple[int, str], list[str]] = {}
+        for mark in self.marks:
+            names.setdefault((round(self._px(mark.x)), mark.color), []).append(mark.name)
+        outline = f"{self.height - self.margins[1]}h{2 * MARK}l-{MARK} -{2 * MARK}z"
+        return "".join(
+            f'<path class="mark" data-at="{x}" '
+            f'data-name="{escape(", ".join(named[:3]) + (", …" if named[3:] else ""))}" '
+            f'style="fill:{color}" d="M{x - MARK} {outline}"/>'
+            for (x, color), named in names.items()
         )
 
     def _points(self, pairs: Sequence[tuple[float, float]]) -> str:

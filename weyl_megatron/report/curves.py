@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
 
 from .charts import Axis, Chart, Line, Rule, depth_color, smooth
+from .groups import Band, Place
 from .page import figure_of_run, legend
-from .runs import Points, Run, evenly, matrix_place, stretches, thin
+from .points import Points, evenly, stretches, thin
+from .run import Run, matrix_place
 
-Place = TypeVar("Place", bound=Hashable)
-
-POINTS = 300  # of a curve, and columns of a heat map
+POINTS = 300  # of a curve at most
+HEADS = 256  # of a run that have a curve each; of more, each block has one
+_PAGE_POINTS = 400_000  # of all curves of a page, about; twelve bytes each
+_LEAST_POINTS = 10  # of a curve, however many there are
+_STEPS = 5_000  # that the page's script knows
 _LEGEND = 12  # blocks that the legend names
 _COLORS = 8  # of runs
 
@@ -45,17 +48,23 @@ class Shown:
 
     @cached_property
     def steps(self) -> list[int]:
-        """All steps at which anything was logged."""
-        steps = {
-            step for each in self.runs for points in each.series.values() for step, _ in points
-        }
-        return sorted(steps | {kept.step for each in self.runs for kept in each.maps} or {1})
+        """The steps at which anything was logged; of very many some, the ends among them."""
+        steps = {step for each in self.runs for step in each.table.steps}
+        steps |= {kept.step for each in self.runs for kept in each.maps}
+        steps |= {spike.step for each in self.runs for spike in each.spikes}
+        return evenly(sorted(steps or {1}), _STEPS)
 
     @cached_property
     def depth(self) -> int:
         """How many blocks there are."""
         numbers = (re.match(r"block/(\d{1,6})/", tag) for each in self.runs for tag in each.series)
         return 1 + max((int(number[1]) for number in numbers if number), default=0)
+
+    @cached_property
+    def most(self) -> int:
+        """How many points a curve may have, so that all of them fit on the page."""
+        drawn = sum(map(_count_curves, self.runs))
+        return min(POINTS, max(_LEAST_POINTS, _PAGE_POINTS // max(1, drawn)))
 
     @property
     def columns(self) -> int:
@@ -87,6 +96,20 @@ class Shown:
         x = Range("step", 0, max(1, self.steps[-1]))
         return Chart(title, x, y, lines, rules, width, height).svg()
 
+    def curves(
+        self,
+        series: Mapping[Place, Points],
+        name: Callable[[Place], str],
+        color: Callable[[Place], str],
+        width: float = 1.25,
+    ) -> list[Line]:
+        """The curves of several places."""
+        return [
+            line
+            for place, points in series.items()
+            for line in curve(name(place), points, color(place), width, most=self.most)
+        ]
+
     def of_run(self, each: Run, body: str, is_named: bool = False, attributes: str = "") -> str:
         return figure_of_run(self.color(each), each.title if is_named else "", body, attributes)
 
@@ -111,18 +134,15 @@ def axis(
     return Range(label, 0.0 if 0 <= low < 0.35 * high else low - pad, high + pad)
 
 
-def curves(
-    series: Mapping[Place, Points],
-    name: Callable[[Place], str],
-    color: Callable[[Place], str],
-    width: float = 1.25,
-) -> list[Line]:
-    """The curves of several places."""
-    return [
-        line
-        for place, points in series.items()
-        for line in curve(name(place), points, color(place), width)
-    ]
+def _count_curves(each: Run) -> int:
+    """About how many curves a run has on the page; a band counts as three."""
+    of_heads = re.compile(r"block/\d+/head/|clip/.*/(?!lr$)[^/]*$")
+    single = sum(of_heads.match(tag) is None for tag in each.series)
+    single += 3 * len({block for block, _ in each.heads("entropy")})
+    for name in ("sec", "effective_rank", "max_logit", "max_logit_mean", "max_logit_bound"):
+        heads = each.heads(name)
+        single += len({block for block, _ in heads}) if len(heads) > HEADS else len(heads)
+    return single
 
 
 def curve(
@@ -144,10 +164,20 @@ def curve(
     return lines
 
 
-def trend(name: str, points: Points, color: str, reach: int, most: int = POINTS) -> list[Line]:
-    """A curve that is smoothed over `reach` points to either side, the single ones faint behind."""
+def trend(
+    name: str,
+    points: Points,
+    color: str,
+    reach: int,
+    most: int = POINTS,
+    means: Points | None = None,
+) -> list[Line]:
+    """A curve that is smoothed over `reach` points to either side, the single ones faint behind.
+
+    `means` are what is smoothed, where it is not the points.
+    """
     smoothed: Points = []
-    for stretch in stretches(points):
+    for stretch in stretches(points if means is None else means):
         values = smooth([value for _, value in stretch], reach)
         smoothed.append((stretch[0][0] - 1, None))
         smoothed += zip((step for step, _ in stretch), values, strict=True)
@@ -156,33 +186,47 @@ def trend(name: str, points: Points, color: str, reach: int, most: int = POINTS)
     return [*behind, *curve(name, smoothed, color, 2.25, most=most)]
 
 
-def by_step(series: Iterable[Points]) -> dict[int, list[float]]:
-    """The numbers of several series, by their steps in ascending order."""
+def bands_of(series: Iterable[Points]) -> list[tuple[int, Band | None]]:
+    """The mean and the range of several series at every step; None where all are gaps."""
     numbers: dict[int, list[float]] = {}
     for points in series:
         for step, value in points:
             numbers.setdefault(step, []).extend([] if value is None else [value])
-    return dict(sorted(numbers.items()))
-
-
-def means(numbers: Mapping[int, Sequence[float]]) -> Points:
-    """The mean of every step; a gap where it has no number."""
     return [
-        (step, sum(values) / len(values) if values else None) for step, values in numbers.items()
+        (step, Band(min(values), sum(values) / len(values), max(values)) if values else None)
+        for step, values in sorted(numbers.items())
     ]
 
 
-def banded(name: str, heads: Iterable[Points], color: str) -> list[Line]:
-    """The mean of several heads, and their range as a band."""
-    of_step = by_step(heads)
+def banded(
+    name: str, bands: Sequence[tuple[int, Band | None]], color: str, most: int = POINTS
+) -> list[Line]:
+    """The mean of several series, and their range as a band."""
+    # The mean and both edges have their points at the same steps: they are not thinned apart.
+    length = math.ceil(len(bands) / most)
+    joined = [_joined(bands[at : at + length]) for at in range(0, len(bands), length)]
+    split: list[list[tuple[int, Band]]] = [[]]
+    for step, band in joined:
+        if band is None:
+            split.append([])
+        else:
+            split[-1].append((step, band))
     lines = []
-    for stretch in stretches(means(of_step)):
-        mean_of = dict(stretch)
-        steps = evenly(list(mean_of), POINTS)
-        band = ([min(of_step[step]) for step in steps], [max(of_step[step]) for step in steps])
-        drawn = curve(name, [(step, mean_of[step]) for step in steps], color)
-        lines += [replace(line, band=band) for line in drawn] if len(steps) > 1 else drawn
+    for stretch in filter(None, split):
+        drawn = curve(name, [(step, band.mean) for step, band in stretch], color, most=most)
+        edges = [band.low for _, band in stretch], [band.high for _, band in stretch]
+        lines += [replace(line, band=edges) for line in drawn] if len(stretch) > 1 else drawn
     return lines
+
+
+def _joined(bands: Sequence[tuple[int, Band | None]]) -> tuple[int, Band | None]:
+    """Bands that follow each other as one: the whole range, and the mean of their means."""
+    step = bands[len(bands) // 2][0]
+    there = [band for _, band in bands if band is not None]
+    if not there:
+        return step, None
+    mean = sum(band.mean for band in there) / len(there)
+    return step, Band(min(band.low for band in there), mean, max(band.high for band in there))
 
 
 def rate_curves(
@@ -190,6 +234,7 @@ def rate_curves(
     schedule: Points,
     name: Callable[[int], str],
     color: Callable[[int], str],
+    most: int = POINTS,
 ) -> dict[str, list[Line]]:
     """The rates of the matrices of each kind, over the dashed schedule.
 
@@ -198,6 +243,7 @@ def rate_curves(
         schedule: the rate before the clip.
         name: of a block.
         color: of a block.
+        most: points of a curve.
     """
     over = curve("schedule", schedule, "var(--ink-3)", 1.0, dashed=True)
     kinds: dict[str, list[Line]] = {}
@@ -209,6 +255,7 @@ def rate_curves(
             matrix if "*" in kind else plain,
             points,
             "var(--ink)" if block is None else color(block),
+            most=most,
         )
     return kinds
 

@@ -35,6 +35,11 @@ function squeeze(svg, width, size) {
     const points = element.getAttribute("points");
     element.setAttribute("points", points.replace(/[^ ,]+(?=,)/g, x => moved(+x).toFixed(1)));
   }
+  for (const mark of svg.querySelectorAll(".mark")) {
+    const to = moved(+mark.dataset.at);
+    mark.setAttribute("transform", "translate(" + (to - mark.dataset.at) + ")");
+    mark.dataset.at = to;
+  }
   const inner = svg.querySelector("svg");
   inner.setAttribute("width", edge - left);
   inner.setAttribute("viewBox", [left, top, edge - left, base - top].join(" "));

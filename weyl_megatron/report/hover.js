@@ -1,6 +1,7 @@
 // The values under the pointer, in every chart. A chart says in its data attributes where its box
 // is and what its axes span; the values are read back from the points of its lines.
 const LISTED = 14; // curves that are listed; of more, those nearest to the pointer
+const NEAR = 5; // pixels from a mark within which it is named
 const box = document.getElementById("values");
 const dataOf = id => JSON.parse(document.getElementById(id)?.textContent ?? "null");
 const allSteps = dataOf("steps");
@@ -64,6 +65,9 @@ function valuesAt(svg, event) {
     const value = scale === "log" ? low * Math.pow(high / low, f) : +low + f * (high - low);
     return [line.dataset.name, line.style.stroke, short(value)];
   });
+  for (const mark of svg.querySelectorAll(".mark"))
+    if (Math.abs(mark.dataset.at - at.x) <= NEAR)
+      rows.push([mark.dataset.name, mark.style.fill, ""]);
   const step = nearestStep(x0 + (cursor - left) / (right - left) * (x1 - x0));
   return {cursor, step, rows, more: nearest.length - listed.length, top, base};
 }

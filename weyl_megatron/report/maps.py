@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Any
 
 from .curves import POINTS, Shown, block_name, head_name
+from .events import MapPlace, pooled
 from .page import grid, legend
-from .runs import Points, Run, evenly, pooled
+from .points import evenly
+from .run import Run
 
 MODES = ("normal", "benign", "malignant", "uniform")
 _SIDES = {64: 20, 32: 6, 16: 0}  # rows and columns of a map on the page, if so many steps fit
+_FACTS = ("entropy", "map_rank", "mode")  # that stand beside a map
+_TALL = 320  # heads of a heat map from which on each has one pixel
+_SMALL = 132  # pixels of a small map at most
+_MANY_BLOCKS, _COLUMNS = 12, 9  # of more blocks, several are in a row of so many columns
+_HEAT_BYTES = 1_200_000  # of the heat maps of a panel
 _CANVAS = '<canvas class="map" width="1" height="1"></canvas>'
 
 
@@ -25,19 +33,26 @@ def modes(shown: Shown) -> str:
 
 def heats(shown: Shown, name: str, scale: float) -> str:
     """Each run's heads over its steps, as canvases that the page's script paints."""
-    bodies = ((each, _heat(each.heads(name), name, scale)) for each in shown.runs)
+    # In base 64, four bytes hold the levels of three heads.
+    heads = sum(len(each.heads(name)) for each in shown.runs)
+    most = min(POINTS, max(1, _HEAT_BYTES * 3 // 4 // max(1, heads)))
+    bodies = ((each, _heat(each, name, scale, most)) for each in shown.runs)
     return grid(shown.columns, (shown.of_run(each, body, is_named=True) for each, body in bodies))
 
 
-def _heat(series: Mapping[tuple[int, int], Points], name: str, scale: float) -> str:
+def _heat(each: Run, name: str, scale: float, most: int) -> str:
+    """A row a head; a column stands for some steps: for their lowest entropy or worst mode."""
+    series = each.heads(name)
     if not series:
         return "<p>Not logged.</p>"
-    steps = evenly(sorted({step for points in series.values() for step, _ in points}), POINTS)
-    rows = map(dict, series.values())
-    levels = bytes(_level(row.get(step), scale, name == "mode") for row in rows for step in steps)
+    extremes = series.lowest if name == "entropy" else series.highest
+    steps, rows = extremes(most)
+    levels = bytes(_level(value, scale, name == "mode") for row in rows for value in row)
     blocks = [block for block, _ in series]
     numbers = evenly(sorted(set(blocks)), 16)
-    height = max(15 * len(numbers), max(3, min(10, 240 // len(series))) * len(series))
+    # A head has three pixels at least, of very many heads one.
+    least = 3 if len(series) <= _TALL else 1
+    height = max(15 * len(numbers), max(least, min(10, 240 // len(series))) * len(series))
     middles = {
         block: (blocks.index(block) + blocks.count(block) / 2) / len(blocks) for block in numbers
     }
@@ -75,7 +90,7 @@ def attention_maps(shown: Shown) -> str:
     for number, each in enumerate(runs):
         body = f'<div class="big" id="big-{number}">{_CANVAS}<p></p></div>'
         large.append(shown.of_run(each, body, is_named=True))
-        small.append(shown.of_run(each, _small_maps(each, number)))
+        small.append(shown.of_run(each, _small_maps(each, number, len(runs) == 1)))
     columns = len(runs) if len(runs) <= 4 else 3
     return _scrubber(len(_map_steps(shown)[0])) + grid(columns, large) + grid(columns, small)
 
@@ -89,13 +104,16 @@ def _scrubber(steps: int) -> str:
     )
 
 
-def _small_maps(each: Run, number: int) -> str:
-    """A run's maps as buttons: a row a block, a column a head."""
+def _small_maps(each: Run, number: int, is_alone: bool) -> str:
+    """A run's maps as buttons: a row a block, a column a head; of many blocks some in a row."""
     cells = _map_places(each)
     heads = sorted({head for _, head in cells})
-    names = (f"{head}" if len(heads) > 6 else f"head {head}" for head in heads)
-    parts = ["<span></span>", *(f"<span>{name}</span>" for name in names)]
-    for block in sorted({block for block, _ in cells}):
+    blocks = sorted({block for block, _ in cells})
+    is_tall = is_alone and len(blocks) > _MANY_BLOCKS
+    beside = max(1, _COLUMNS // (len(heads) + 1)) if is_tall else 1
+    names = [f"<span>{head if len(heads) > 6 else f'head {head}'}</span>" for head in heads]
+    parts = ["<span></span>", *names] * beside
+    for block in blocks:
         parts.append(f"<span>{block_name(block)}</span>")
         for place in ((block, head) for head in heads):
             at = cells.index(place) if place in cells else None
@@ -104,7 +122,8 @@ def _small_maps(each: Run, number: int) -> str:
                 f'aria-label="{head_name(place)}">{_CANVAS}</button>'
             )
             parts.append("<span></span>" if at is None else button)
-    template = f"grid-template-columns:auto repeat({len(heads)},minmax(0,1fr))"
+    columns = f"auto repeat({len(heads)},minmax(0,{_SMALL}px)) " * beside
+    template = f"grid-template-columns:{columns.strip()}"
     return f'<div class="small" id="small-{number}" style="{template}">{"".join(parts)}</div>'
 
 
@@ -140,23 +159,34 @@ def frames(shown: Shown) -> dict[str, Any]:
 
 
 def _cells(each: Run, steps: Sequence[int], side: int) -> list[dict[str, Any]]:
-    logged = {name: each.heads(name) for name in ("entropy", "map_rank", "mode")}
     cells = []
-    for place in _map_places(each):
-        here = {kept.step: kept for kept in each.maps if (kept.block, kept.head) == place}
-        facts = {name: dict(series.get(place, [])) for name, series in logged.items()}
-        newest = [max((at for at in here if at <= step), default=-1) for step in steps]
+    facts: dict[int, dict[str, float | None]] = {}  # of the steps that are shown
+    of_place: dict[tuple[int, int], dict[int, MapPlace]] = {}
+    for kept in each.maps:
+        of_place.setdefault((kept.block, kept.head), {})[kept.step] = kept
+    for place in sorted(of_place):
+        here = of_place[place]
+        newest = _newest(sorted(here), steps)
         used = sorted(set(newest) - {-1})
         drawn = []
         for step in used:
-            small = pooled(here[step], side)
+            if step not in facts:
+                facts[step] = each.numbers_at(step)
+            small = pooled(each.map_at(here[step]), side)
             frame: dict[str, Any] = {"step": step, "rows": small.rows, "cols": small.cols}
-            frame |= {name: values.get(step) for name, values in facts.items()}
+            head = f"block/{place[0]}/head/{place[1]}"
+            frame |= {name: facts[step].get(f"{head}/{name}") for name in _FACTS}
             frame["mode"] = frame["mode"] if frame["mode"] in range(len(MODES)) else None
             drawn.append({**frame, "levels": _base64(small.levels)})
         at = [used.index(step) if step in used else -1 for step in newest]
         cells.append({"block": place[0], "head": place[1], "at": at, "frames": drawn})
     return cells
+
+
+def _newest(logged: Sequence[int], steps: Sequence[int]) -> list[int]:
+    """For each of the steps the last logged one until there; -1 before the first."""
+    counts = (bisect_right(logged, step) for step in steps)
+    return [logged[count - 1] if count else -1 for count in counts]
 
 
 def _base64(data: bytes) -> str:

@@ -91,11 +91,12 @@ def card(body: str) -> str:
     return f'<div class="card">{body}</div>'
 
 
-def legend(entries: Iterable[tuple[str, str]], more: str = "") -> str:
-    """Names and their colours, then the names of ``more``, which is drawn dashed."""
+def legend(entries: Iterable[tuple[str, str]], more: str = "", marked: str = "") -> str:
+    """Names and their colours, then ``more``, which is drawn dashed, and ``marked``, as marks."""
     spans = "".join(f'<span style="--run:{color}">{escape(name)}</span>' for name, color in entries)
     dashed = f'<span class="dashed">{escape(more)}</span>' if more else ""
-    return f'<div class="legend">{spans}{dashed}</div>'
+    marks = f'<span class="marked">{escape(marked)}</span>' if marked else ""
+    return f'<div class="legend">{spans}{dashed}{marks}</div>'
 
 
 def grid(columns: int, figures: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""The panels of a report that are charts and tables: HTML, empty where no run has its data."""
+"""The panels of a report that are charts: HTML, empty where no run has its data."""
 
 from __future__ import annotations
 
@@ -9,29 +9,27 @@ from html import escape
 from itertools import chain
 from typing import Any
 
-from .charts import Axis, Chart, Line, Rule
+from .charts import Axis, Chart, Line, Mark, Rule
 from .curves import (
-    Place,
+    HEADS,
     Range,
     Shown,
     axis,
     banded,
     block_name,
-    by_step,
     curve,
-    curves,
     cut,
     head_name,
-    means,
     rate_curves,
     trend,
 )
-from .maps import MODES, heats
-from .page import cell, figure, grid, legend, row, table
-from .runs import Points, Run, matrix_place
+from .groups import Group, Place
+from .maps import heats
+from .page import figure, grid, legend
+from .points import Points
+from .run import Run, matrix_place
 
 _SMOOTHED_FROM = 100  # points of a loss
-_WARNINGS = 200  # rows of the table
 _WIDTHS = {1: 1080, 2: 530, 3: 347, 4: 256}  # of a chart, by how many stand side by side
 
 _TERMS = {
@@ -63,99 +61,49 @@ _LOGITS = {
     "max_logit_bound": "‖q‖‖k‖ bound of any query",
 }
 _ENERGY = {"sec": "SEC", "effective_rank": "effective rank"}
+_LEAST = ("effective_rank",)  # of which a small number is the bad one
+_SAID = (
+    f"Of a run with more than {HEADS} heads a curve is a block: of its heads the largest number, "
+    "of the effective rank the least."
+)
 _SHARPNESS = {
     "sharpness": "λ₁ of the Hessian",
     "sharpness_adam": "λ₁ of the preconditioned Hessian",
 }
 
 
-def summary(shown: Shown) -> str:
-    """A row a run."""
-    heads = (
-        "run",
-        "last loss",
-        "mean attention entropy",
-        "worst head's SEC",
-        "largest σ₁(W_qᵀW_k)",
-        "heads by mode",
-        "warnings",
-    )
-    return table(heads, (_summary_row(shown, each) for each in shown.runs))
-
-
-def _summary_row(shown: Shown, each: Run) -> str:
-    entropies = [points[-1][1] for points in each.heads("entropy").values()]
-    finite = [value for value in entropies if value is not None]
-    uniform = f"uniform {each.uniform_entropy:.2f}" if each.uniform_entropy else ""
-    sigma: Mapping[Any, Points] = each.heads("sigma_qk") or {
-        (block, None): points for block, points in each.blocks("sigma_qk").items()
-    }
-    first = f"first at step {each.warnings[0].step}" if each.warnings else ""
-    cells = [
-        _last_loss(each),
-        cell(f"{sum(finite) / len(finite):.2f}" if finite else "–", uniform),
-        _largest({place: points[-1:] for place, points in each.heads("sec").items()}),
-        _largest(sigma),
-        f"<td>{_mode_counts(each)}</td>",
-        cell(str(len(each.warnings)), first),
-    ]
-    return row(shown.color(each), each.title, cells)
-
-
-def _last_loss(each: Run) -> str:
-    losses, validation = each.series.get("loss"), each.last("validation_loss")
-    said = f"step {losses[-1][0]}" if losses else ""
-    if validation is not None:
-        said = f"validation {validation:.4g}"
-    if not losses:
-        return cell("–", said)
-    last = losses[-1][1]
-    return cell("not finite" if last is None else f"{last:.4g}", said)
-
-
-def _largest(series: Mapping[Any, Points]) -> str:
-    values = [
-        (value, step, place)
-        for place, points in series.items()
-        for step, value in points
-        if value is not None
-    ]
-    if not values:
-        return cell("–")
-    value, step, (block, head) = max(values, key=lambda point: point[0])
-    where = block_name(block) if head is None else head_name((block, head))
-    return cell(f"{value:.4g}", f"{where}, step {step}")
-
-
-def _mode_counts(each: Run) -> str:
-    modes = [points[-1][1] for points in each.heads("mode").values()]
-    counted = ((mode, name, modes.count(mode)) for mode, name in enumerate(MODES))
-    spans = (
-        f'<b style="--mode:var(--mode-{mode})">{count}</b><span>{name}</span>'
-        for mode, name, count in counted
-    )
-    return f'<span class="modes">{"".join(spans)}</span>' if modes else "–"
-
-
 def loss(shown: Shown) -> str:
-    """All runs' losses in one chart."""
+    """All runs' losses in one chart, with a mark where a norm jumped."""
     runs = [each for each in shown.runs if "loss" in each.series]
     if not runs:
         return ""
-    began = [value for each in runs for _, value in each.series["loss"][:5] if value is not None]
+    losses = {each.title: each.series["loss"] for each in runs}
+    began = [value for points in losses.values() for _, value in points[:5] if value is not None]
     roof = 1.2 * max(began, default=math.inf) + 1e-6
-    y = axis("training loss", (each.series["loss"] for each in runs), log=False, roof=roof)
+    y = axis("training loss", losses.values(), log=False, roof=roof)
     x = Range("step", 0, max(1, shown.steps[-1]))
     lines = [line for each in runs for line in _loss_lines(each, shown.color(each), x, y)]
-    chart = Chart("", x, y, lines, width=1080, height=380, right=220, margins=(24, 32, 46))
-    return grid(1, [shown.legend() + chart.svg()])
+    marks = _spike_marks(shown)
+    margins = (24, 32, 46)
+    chart = Chart("", x, y, lines, (), 1080, 380, right=220, margins=margins, marks=marks)
+    colors = ((each.title, shown.color(each)) for each in shown.runs)
+    marked = "a spike: a norm jumped" if marks else ""
+    return grid(1, [legend(colors, marked=marked) + chart.svg()])
+
+
+def _spike_marks(shown: Shown) -> list[Mark]:
+    return [
+        Mark(spike.step, f"step {spike.step}: {spike.action}", shown.color(each))
+        for each in shown.runs
+        for spike in each.spikes
+    ]
 
 
 def _loss_lines(each: Run, color: str, x: Axis, y: Axis) -> list[Line]:
     """A run's loss, smoothed where it has many points; its name at the end if that is in sight."""
-    points = each.series["loss"]
-    if len(points) >= _SMOOTHED_FROM:
-        lines = trend(each.title, points, color, reach=len(points) // 20)
+    points, means = each.series["loss"], each.series.subset(["loss"]).means()
+    if len(means) >= _SMOOTHED_FROM:
+        lines = trend(each.title, points, color, reach=len(means) // 20, means=means)
     else:
         lines = curve(each.title, points, color, 2.0)
     if lines and x.fraction(lines[-1].x[-1]) > 0.98 and 0 <= y.fraction(lines[-1].y[-1]) <= 1:
@@ -175,7 +123,8 @@ def rates(shown: Shown) -> str:
     parts = []
     for each in runs:
         schedule = each.series.get("lr", [])
-        kinds = rate_curves(each.matrices("lr"), schedule, block_name, shown.block_color)
+        rate = each.matrices("lr")
+        kinds = rate_curves(rate, schedule, block_name, shown.block_color, shown.most)
         charts = (shown.chart(cut(kind, 48), y, lines, 347, 180) for kind, lines in kinds.items())
         parts.append(f"<h3>{escape(each.title)}</h3>{grid(3, map(figure, charts))}")
     return shown.block_legend("schedule") + "".join(parts) if parts else ""
@@ -188,8 +137,8 @@ def clipped(shown: Shown) -> str:
     y = Range("share of clipped matrices", 0, 1.02)
     parts = []
     for each in runs:
-        of_kind = curves(each.shares(), str, colors.__getitem__)
-        of_block = curves(each.block_shares(), block_name, shown.block_color)
+        of_kind = shown.curves(each.shares(), str, colors.__getitem__)
+        of_block = shown.curves(each.block_shares(), block_name, shown.block_color)
         drawn = (("by kind of matrix", of_kind), ("by block", of_block))
         charts = (shown.chart(title, y, lines, 530, 190) for title, lines in drawn if lines)
         parts.append(f"<h3>{escape(each.title)}</h3>{grid(2, map(figure, charts))}")
@@ -211,18 +160,19 @@ def projected(shown: Shown) -> str:
     )
     # The colours of the panel of shares, which has the kinds that are not projected, too.
     colors = _kind_colors(chain((kind for each in shown.runs for kind in each.shares()), kinds))
-    directions = [points for each in runs for points in each.matrices("directions").values()]
-    most = max((value for points in directions for _, value in points if value), default=0)
+    peaks = (each.matrices("directions").largest() for each in runs)
+    most = max((peak.value for peak in peaks if peak is not None), default=0)
     ranges = {key: Range("", 0, 1.02) for key in _PROJECTED}
     ranges["directions"] = Range("", 0, 1.06 * max(most, 1))
     parts = []
     for each in runs:
         drawn = []
         for key, title in _PROJECTED.items():
-            lines = curves(_means(each.matrices(key), _kind), str, colors.__getitem__)
+            lines = shown.curves(_means(each.matrices(key), _kind), str, colors.__getitem__)
             drawn.append((f"{title}, by kind", ranges[key], lines))
         for key, title in _PROJECTED.items():
-            lines = curves(_means(each.matrices(key), _block), block_name, shown.block_color)
+            of_block = _means(each.matrices(key), _block)
+            lines = shown.curves(of_block, block_name, shown.block_color)
             drawn.append((f"{title}, by block", ranges[key], lines))
         charts = (shown.chart(title, y, lines, 347, 180) for title, y, lines in drawn if lines)
         parts.append(f"<h3>{escape(each.title)}</h3>{grid(3, map(figure, charts))}")
@@ -238,16 +188,14 @@ def _block(matrix: str) -> int | None:
     return matrix_place(matrix)[1]
 
 
-def _means(
-    series: Mapping[str, Points], place_of: Callable[[str], Place | None]
-) -> dict[Place, Points]:
+def _means(series: Group[str], place_of: Callable[[str], Place | None]) -> dict[Place, Points]:
     """The mean over the matrices of each place; those that have none are left out."""
-    members: dict[Place, list[Points]] = {}
-    for matrix, points in series.items():
+    members: dict[Place, list[str]] = {}
+    for matrix in series:
         place = place_of(matrix)
         if place is not None:
-            members.setdefault(place, []).append(points)
-    return {place: means(by_step(some)) for place, some in members.items()}
+            members.setdefault(place, []).append(matrix)
+    return {place: series.subset(matrices).means() for place, matrices in members.items()}
 
 
 def terms(shown: Shown) -> str:
@@ -293,7 +241,7 @@ def _of_blocks(shown: Shown, tag: str, each: Run, ranged: Sequence[str], columns
             for points in other.blocks(term).values()
         ),
     )
-    lines = curves(each.blocks(tag), block_name, shown.block_color)
+    lines = shown.curves(each.blocks(tag), block_name, shown.block_color)
     title = {**_TERMS, **_GRADIENTS}.get(tag, tag)
     chart = shown.chart(title, y, lines, _WIDTHS[columns], 170)
     return shown.of_run(each, chart, attributes=f' data-term="{tag}"')
@@ -314,41 +262,78 @@ def _by_head(shown: Shown, titles: Mapping[str, str]) -> str:
     for name, title in titles.items():
         if not any(each.heads(name) for each in shown.runs):
             continue
-        drawn = (points for each in shown.runs for points in each.heads(name).values())
-        y = axis("", drawn, log=False)
-        for each in shown.runs:
+        drawn = [_drawn_heads(each.heads(name), is_least=name in _LEAST) for each in shown.runs]
+        y = axis("", (points for series in drawn for points in series.values()), log=False)
+        for each, series in zip(shown.runs, drawn, strict=True):
             largest = f"(d, {each.header['sec']})" if name == "sec" and "sec" in each.header else ""
-            lines = curves(each.heads(name), head_name, lambda at: shown.block_color(at[0]), 1.0)
+            lines = shown.curves(series, _name, lambda at: shown.block_color(_block_at(at)), 1.0)
             chart = shown.chart(cut(title + largest, 32), y, lines, _WIDTHS[shown.columns], 230)
             figures.append(shown.of_run(each, chart))
-    return _legends(shown) + grid(shown.columns, figures) if figures else ""
+    has_many = any(len(each.heads(name)) > HEADS for each in shown.runs for name in titles)
+    said = f"<p>{_SAID}</p>" if has_many else ""
+    return said + _legends(shown) + grid(shown.columns, figures) if figures else ""
+
+
+def _drawn_heads(heads: Group[tuple[int, int]], is_least: bool) -> Mapping[Any, Points]:
+    """The series of all heads; of very many the largest number of each block's, or the least."""
+    if len(heads) <= HEADS:
+        return heads
+    worst: dict[int, Points] = {}
+    for block in _blocks_of(heads):
+        bands = _inside(heads, block).bands()
+        ends = ((step, band and (band.low if is_least else band.high)) for step, band in bands)
+        worst[block] = list(ends)
+    return worst
+
+
+def _name(place: tuple[int, int] | int) -> str:
+    return block_name(place) if isinstance(place, int) else head_name(place)
+
+
+def _block_at(place: tuple[int, int] | int) -> int:
+    return place if isinstance(place, int) else place[0]
+
+
+def _ends(heads: Group[tuple[int, int]]) -> Points:
+    """The least and the largest number, for the range of an axis."""
+    peaks = (heads.least(), heads.largest())
+    return [(peak.step, peak.value) for peak in peaks if peak is not None]
+
+
+def _blocks_of(heads: Group[tuple[int, int]]) -> list[int]:
+    return sorted({block for block, _ in heads})
+
+
+def _inside(heads: Group[tuple[int, int]], block: int) -> Group[tuple[int, int]]:
+    return heads.subset([place for place in heads if place[0] == block])
 
 
 def entropy(shown: Shown) -> str:
     """Every head as a heat map, then for each block the mean of its heads and their range."""
-    runs = [each for each in shown.runs if each.heads("entropy")]
+    runs = [(each, each.heads("entropy")) for each in shown.runs if each.heads("entropy")]
     if not runs:
         return ""
-    rounded = {round(each.uniform_entropy or 0.0, 3) for each in runs}
+    rounded = {round(each.uniform_entropy or 0.0, 3) for each, _ in runs}
     uniform = sorted(value for value in rounded if value > 0)
-    drawn = (points for each in runs for points in each.heads("entropy").values())
     rooms: Iterable[Points] = ([(0, value * 1.08)] for value in uniform)  # for the rules' names
-    y = axis("attention entropy, nats", chain(drawn, rooms), log=False)
+    y = axis(
+        "attention entropy, nats", chain((_ends(heads) for _, heads in runs), rooms), log=False
+    )
     scale = uniform[-1] if uniform else max(y.high, 1e-3)
     end = "nats, uniform attention" if uniform else "nats"
     ramp = f'<p>0<span class="ramp"></span>{scale:.3g} {end}</p>'
     rules = [Rule(value, "uniform") for value in uniform]
     charts = []
-    for block in sorted({block for each in runs for block, _ in each.heads("entropy")}):
-        lines = [line for each in runs for line in _of_block(each, block, shown.color(each))]
+    for block in sorted({block for _, heads in runs for block in _blocks_of(heads)}):
+        lines = [
+            line
+            for each, heads in runs
+            for line in banded(
+                each.title, _inside(heads, block).bands(), shown.color(each), shown.most
+            )
+        ]
         charts.append(figure(shown.chart(block_name(block), y, lines, 347, 190, rules)))
     return ramp + heats(shown, "entropy", scale) + shown.legend() + grid(3, charts)
-
-
-def _of_block(each: Run, block: int, color: str) -> list[Line]:
-    """A run's entropy in a block."""
-    series = each.heads("entropy")
-    return banded(each.title, (points for at, points in series.items() if at[0] == block), color)
 
 
 def sharpness(shown: Shown) -> str:
@@ -372,17 +357,3 @@ def sharpness(shown: Shown) -> str:
         return ""
     colors = ((each.title, shown.color(each)) for each in shown.runs)
     return legend(colors, "threshold (2 + 2β₁) / ((1 − β₁) η)") + grid(2, charts)
-
-
-def warnings(shown: Shown) -> str:
-    """A row a warning."""
-    given = [(each, warned) for each in shown.runs for warned in each.warnings]
-    if not given:
-        return ""
-    rows = []
-    for each, warned in given[:_WARNINGS]:
-        numbers = (warned.step, warned.block, warned.head)
-        cells = [cell(str(number)) for number in numbers] + [cell(warned.text, kind="text")]
-        rows.append(row(shown.color(each), each.title, cells))
-    more = f"<p>and {len(given) - _WARNINGS} more.</p>" if len(given) > _WARNINGS else ""
-    return table(("run", "step", "block", "head", "warning"), rows) + more

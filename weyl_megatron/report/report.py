@@ -3,26 +3,53 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
-from . import maps, panels
+from . import maps, panels, tables
 from .curves import Shown
 from .page import page, section
-from .runs import Run, expand, read_run
+from .run import Run
+from .runs import DEMO_LOG, LOG, expand, read_run
+from .summary import as_json, as_markdown, summarize
 
 _PAGE_BYTES = 9_000_000  # of a page, about
 _MAP_BYTES = 4_500_000  # of all attention maps on it, at most
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Writes the report of `arguments.runs` to `arguments.out`; prints where, and every note."""
-    notes = write_report(arguments.runs, arguments.out)
-    print(f"The report: {arguments.out}")
-    for note in notes:
-        print(note)
+    """Write what is asked of `arguments.runs`; say where it is, and every note.
+
+    Takes ``out`` Path or None, ``json`` and ``markdown`` str or None: a file, or ``-`` for standard
+    output. Where all are None the page is ``report.html``; where it shares standard output with
+    nothing, what is said goes there.
+    """
+    files = {"json": arguments.json, "markdown": arguments.markdown}
+    asked = {key: file for key, file in files.items() if file is not None}
+    for key, file in asked.items():
+        _check(key, file)
+    if len(asked) == 2 and len(set(asked.values())) == 1:
+        both = "standard output" if arguments.json == "-" else arguments.json
+        raise ValueError(f"report: --json and --markdown got {both}, it takes one of them.")
+    runs, notes = _read(arguments.runs)
+    out = arguments.out or (None if asked else Path("report.html"))
+    lines = [*notes]
+    if out is not None:
+        _write(out, _page(Shown(runs, _MAP_BYTES), notes))
+        lines.insert(0, f"The report: {out}")
+    if asked:
+        summary = summarize(runs, notes)
+        for key, file in asked.items():
+            text = as_json(summary) if key == "json" else as_markdown(summary)
+            if file == "-":
+                sys.stdout.write(text)
+            else:
+                _write(Path(file), text)
+    for line in lines:
+        print(line, file=sys.stderr if "-" in asked.values() else sys.stdout)
     return 0
 
 
@@ -32,6 +59,22 @@ def write_report(folders: Sequence[Path], out: Path) -> list[str]:
     Raises:
         ValueError: none of the folders has anything that can be shown.
     """
+    runs, notes = _read(folders)
+    _write(out, _page(Shown(runs, _MAP_BYTES), notes))
+    return notes
+
+
+def _check(key: str, file: str) -> None:
+    """Refuse what is not meant: a run that stands behind the option, or a run's log."""
+    if file != "-" and (Path(file).is_dir() or Path(file).name in (LOG, DEMO_LOG)):
+        kind = "a folder" if Path(file).is_dir() else "a run's log"
+        raise ValueError(
+            f"report: --{key} got {file}, {kind}, it takes a file or -, and runs stand before it."
+        )
+
+
+def _read(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The runs that can be shown, and what of all could not be read."""
     read = [read_run(folder) for folder in expand(folders)]
     notes = [note for each in read for note in each.notes]
     runs = _distinct([each for each in read if each.is_readable])
@@ -41,14 +84,20 @@ def write_report(folders: Sequence[Path], out: Path) -> list[str]:
         raise ValueError(
             f"report: got {named} without a readable log ({why}), it takes folders of watched runs."
         )
+    return runs, notes
+
+
+def _write(out: Path, text: str) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(_page(Shown(runs, _MAP_BYTES), notes), encoding="utf-8")
-    return notes
+    out.write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class _Panel:
-    """A part of the page; `needs` is what would fill it where `body` finds nothing."""
+    """A part of the page.
+
+    `needs` is what would fill it where `body` finds nothing; where it is empty nothing is said.
+    """
 
     name: str
     title: str
@@ -72,7 +121,10 @@ def _page(shown: Shown, notes: Sequence[str]) -> str:
         for panel, body in bodies.items()
         if body
     ]
-    parts += [_missing([panel for panel, body in bodies.items() if not body]), _noted(notes)]
+    parts += [
+        _missing([panel for panel, body in bodies.items() if panel.needs and not body]),
+        _noted(notes),
+    ]
     title = f"Stability of {len(shown.runs)} runs"
     if len(shown.runs) == 1:
         title = f"Stability: {shown.runs[0].title}"
@@ -117,7 +169,7 @@ _PANELS = (
         "Where the runs stand at their last measurement; σ₁(W_qᵀW_k) is the largest of the whole "
         "run.",
         "any measurement",
-        panels.summary,
+        tables.summary,
     ),
     _Panel(
         "loss",
@@ -235,6 +287,15 @@ _PANELS = (
         "Warnings",
         "As they were given while the runs were training.",
         "a warning; none was given",
-        panels.warnings,
+        tables.warnings,
+    ),
+    _Panel(
+        "spikes",
+        "Spikes",
+        "Steps at which the norm of an update or of a gradient jumped: z says how far it is from "
+        "the usual, by its spread; action whether the step was made (log) or not (skip). The worst "
+        "and the last of each run, in the order of their steps.",
+        "",
+        tables.spikes,
     ),
 )
