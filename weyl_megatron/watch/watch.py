@@ -6,6 +6,7 @@ Under plain torch, FSDP2, DeepSpeed and Megatron.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -303,6 +304,7 @@ class Watch:
             "heads": heads,
             "sec": largest,
             "interval": self._every,
+            "tau": _taus(self._optimizer),
         }
         return JsonLines(out, header)
 
@@ -342,6 +344,13 @@ def _plain_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
     wrapped = getattr(optimizer, "chained_optimizers", [optimizer])
     unwrapped = (_unwrapped(inner) for inner in wrapped)
     return [inner for inner in unwrapped if isinstance(inner, torch.optim.Optimizer)]
+
+
+def _taus(optimizer: Any) -> list[float | str]:
+    """Return every τ that a parameter group asks for; JSON lacks ∞, so that it is "inf"."""
+    groups = [group for each in _plain_optimizers(optimizer) for group in each.param_groups]
+    taus = dict.fromkeys(group.get("tau", math.inf) for group in groups)
+    return ["inf" if tau == math.inf else tau for tau in taus]
 
 
 def _unwrapped(optimizer: Any) -> Any:
