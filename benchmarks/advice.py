@@ -130,7 +130,8 @@ def same_rate() -> Iterable[str]:
             worse = sum(balanced > other + near for balanced, other, near in pairs)
             yield (
                 f"At the same rate balanced ended better than {METHODS[method].title} in {better} "
-                f"of {len(pairs)} cells, and worse by more than {NEAR} in {worse}."
+                f"of {len(pairs)} cells, and worse by more than {NEAR['loss']:g} nats or "
+                f"{NEAR['accuracy']:g} of accuracy in {worse}."
             )
 
 
