@@ -2,7 +2,6 @@
 
     python -m benchmarks.advice --task gpt               the half on which its rules were chosen
     python -m benchmarks.advice --task vit               the half on which they are judged
-    python -m benchmarks.advice --task gpt vit --depths 24
 
 Trains the first 100 of 200 steps, seed 0, watched every 10, asks for advice, and looks up in
 docs/compare/results.jsonl how the run and the advised one ended (three seeds, mean): the regret is

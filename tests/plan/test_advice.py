@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from examples.collapse.model import GPT, GPTConfig
+from tests.processes import ROOT
 from weyl_megatron import AdamW2
 from weyl_megatron.cli import main
 from weyl_megatron.demo.data import load_corpus, sequences, training_offsets
+from weyl_megatron.plan import advice as rules
 from weyl_megatron.plan.advice import Advice, advise, look
 from weyl_megatron.report.runs import read_run
 from weyl_megatron.watch import Watch
@@ -187,14 +189,14 @@ def test_a_warmup_and_more_matrices_than_were_tried_are_said(
 ) -> None:
     many = {
         tag: value
-        for block in range(145)
+        for block in range(73)
         for tag, value in clip(f"blocks.{block}.fc1.weight", 1e-3, 1.0).items()
     }
     run = log(tmp_path / "a", BALANCED, {1: values(5.0, lr=1e-3), 100: values(3.0) | many})
     assert main(["plan", "--run", str(run)]) == 0
     printed = capsys.readouterr().out
     assert "The run has a warmup, and the rules are of runs without one." in printed
-    assert "It has 145 hidden matrices; the rules are of 144 at most." in printed
+    assert "It has 73 hidden matrices; the rules are of 72 at most." in printed
 
 
 def test_a_log_that_does_not_say_enough_is_an_error_of_one_sentence(
@@ -251,3 +253,16 @@ def test_a_watch_names_the_taus_that_groups_ask_for(tmp_path: Path) -> None:
     for name, taus in {"two": ["balanced", "inf"], "adamw": ["inf"]}.items():
         first = (tmp_path / name / "stability.jsonl").read_text(encoding="utf-8").split("\n")[0]
         assert json.loads(first)["tau"] == taus
+
+
+def test_the_page_has_the_numbers_of_the_rules() -> None:
+    page = " ".join((ROOT / "docs" / "which_tau.md").read_text(encoding="utf-8").split())
+    for text in (
+        f'would have under `"balanced"`, {rules._FREE:g} of the rate or more | `"balanced"` | ten',
+        f'| … {rules._HELD:g} to {rules._FREE:g} | `"balanced"` | three times |',
+        f"a mean cosine above {rules._ALIKE:g},",
+        f"grown {rules._GREW:g} times in the median",
+        f"at that about step {rules._WANTED} ({rules._EARLIEST} to {rules._LATEST})",
+    ):
+        assert text in page, text
+    assert (rules._FAR, rules._STEP) == (10.0, 3.0)

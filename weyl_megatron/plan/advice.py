@@ -1,8 +1,8 @@
 """``weyl-megatron plan --run``: which τ and which rate the first hundred steps of a run speak for.
 
 The rules were chosen on the GPTs of ``examples/compare`` with 6 and 12 blocks, and judged on its
-ViTs and on 24 blocks, all in runs of 200 steps without warmup: ``python -m benchmarks.advice`` says
-how often they are right, and docs/which_tau.md has its table.
+ViTs with as many, all in runs of 200 steps without warmup: ``python -m benchmarks.advice`` says how
+often they are right, and docs/which_tau.md has its table.
 
 1. τ is "balanced": at the same rate it ended better than 0.01 and than 0.004 in 63 of the
    comparison's 64 cells, and than AdamW in 54.
@@ -54,8 +54,8 @@ _ROUNDED = 1e-4
 
 _MISSING = "not in the log"
 
-#: The most hidden matrices of a run that the rules were chosen or judged on: 24 blocks.
-_TRIED = 144
+#: The most hidden matrices of a run that the rules were chosen or judged on: 12 blocks.
+_TRIED = 72
 
 #: Kinds of matrices that take no part in the budget of "balanced".
 _IO = ("embedding", "head", "positions", "position bias", "patch embedding")
