@@ -173,7 +173,21 @@ def test_a_number_that_clips_nothing_is_called_adamw(tmp_path: Path) -> None:
     result = advise(look(read_run(run), run))
     assert result.tau_reason == "τ = 100.0 clips nothing at step 100, and is AdamW there"
     assert result.tau == "balanced" and result.lr == pytest.approx(1e-1)
-    assert "would leave hidden matrices 1 of the run's rate" in result.lr_reason
+    assert "would leave at least 1 of the rate to hidden matrices" in result.lr_reason
+
+
+def test_of_a_settled_matrix_no_more_is_known_than_that_it_is_free(tmp_path: Path) -> None:
+    """Its σ₁ in the log are bounds, of W here 0: τ = 0.1 would leave it all of the rate, 0.01 a
+    tenth or more; at τ = ∞ nothing is known.
+    """
+    free = clip("blocks.0.fc1.weight", 1e-2, 0.0) | {"clip/blocks.0.fc1.weight/sigma_weight": 0.0}
+    steps = {1: values(5.0), 100: values(3.0) | free}
+    run = log(tmp_path / "a", {"tau": [0.1]}, steps)
+    hidden = look(read_run(run), run).hidden
+    assert hidden is not None
+    assert hidden.rate_at(0.1) == pytest.approx(1.0) and hidden.rate_at(0.01) == pytest.approx(0.1)
+    infinite = log(tmp_path / "inf", {"tau": ["inf"]}, steps)
+    assert look(read_run(infinite), infinite).hidden is None
 
 
 def test_the_measurement_about_step_100_counts(tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ class Group:
     count: int
     clipped: int
     rate: float  #: α_W / α, the median
-    bounds: tuple[float, ...]  #: σ₁(W) / (α σ₁(U)) of each: Rule 1 is α_W / α = min(1, τ · that)
+    #: σ₁(W) / (α σ₁(U)) of each, or less: Rule 1 is α_W / α = min(1, τ · that)
+    bounds: tuple[float, ...]
 
     def rate_at(self, tau: float) -> float:
         """α_W / α with another τ, the median."""
@@ -162,13 +163,19 @@ def look(run: Run, folder: Path) -> Seen:
         growth_qk=max(_ratios(run.blocks("sigma_qk"), first, step), default=None),
         entropy=min(entropies) / uniform if entropies and uniform else None,
         warned=sum(warned.step <= step for warned in run.warnings),
-        hidden=_group(run, step, lr, is_io=False),
-        io=_group(run, step, lr, is_io=True),
+        hidden=_group(run, step, lr, taus[0], is_io=False),
+        io=_group(run, step, lr, taus[0], is_io=True),
     )
 
 
-def _group(run: Run, step: int, lr: float, is_io: bool) -> Group | None:
-    """Return what was done to the matrices of a kind; None where σ₁(U) was not measured."""
+def _group(run: Run, step: int, lr: float, tau: float | str, is_io: bool) -> Group | None:
+    """Return what was done to the matrices of a kind; None where σ₁(U) was not measured.
+
+    It is not at τ = ∞. With a number as τ, σ₁ of what is not clipped may be bounds that settled it,
+    which tell no more than that τ · σ₁(W) / (α σ₁(U)) is 1 or above.
+    """
+    if tau == math.inf:
+        return None
     rates, sigmas, updates, clips = (
         run.matrices(name) for name in ("lr", "sigma_weight", "sigma_update", "clipped")
     )
@@ -185,7 +192,10 @@ def _group(run: Run, step: int, lr: float, is_io: bool) -> Group | None:
                 f"first group {lr:.3g}; it takes one rate for all."
             )
         shares.append(rate / lr)
-        bounds.append(sigma / (lr * update))
+        bound = sigma / (lr * update)
+        if not is_clipped and isinstance(tau, (int, float)):
+            bound = max(bound, 1 / tau)
+        bounds.append(bound)
         clipped += is_clipped
     return Group(len(names), clipped, median(shares), tuple(bounds)) if shares else None
 
@@ -261,7 +271,9 @@ def _factor(seen: Seen) -> tuple[float, str]:
     share, leaves = seen.hidden.rate, "leaves"
     if seen.taus != (BALANCED,):
         share, leaves = seen.hidden.rate_at(HIDDEN_BUDGET / seen.hidden.count), "would leave"
-    what = f"at step {seen.step} balanced {leaves} hidden matrices {share:.2g} of the run's rate"
+        if seen.hidden.clipped < seen.hidden.count:  # of the others a bound is known
+            leaves = "would leave at least"
+    what = f"at step {seen.step} balanced {leaves} {share:.2g} of the rate to hidden matrices"
     if share >= _HELD:
         return _FAR if share >= _FREE else _STEP, f"{what}, and they could move more"
     return 1.0, f"{what}, and a larger one would move all else alone"
