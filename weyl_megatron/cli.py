@@ -118,14 +118,18 @@ def _add_instruments(commands: argparse._SubParsersAction[argparse.ArgumentParse
 
     plan = commands.add_parser(
         "plan",
-        help="say how long each τ would warm a model up",
+        help="say how long each τ would warm a model up, or what a run's first steps speak for",
         description=(
             "Says, per kind of matrix and for several τ, for how many steps the clip of AdamW² "
             "takes the place of a warmup, and suggests a τ. MODEL: a Hugging Face or timm name, "
-            "the folder of a config.json, a recipe, a checkpoint."
+            "the folder of a config.json, a recipe, a checkpoint. With --run in its place it says "
+            "which τ and which rate the first hundred steps of a watched run speak for, and why."
         ),
     )
-    plan.add_argument("model", metavar="MODEL")
+    plan.add_argument("model", metavar="MODEL", nargs="?")
+    plan.add_argument(
+        "--run", type=Path, help="a folder with the stability.jsonl of weyl_megatron.watch.Watch"
+    )
     plan.add_argument("--lr", type=float, help="peak of the schedule (the recipe's, or 6e-4)")
     plan.add_argument("--steps", type=_at_least(1), help="of the run")
     plan.add_argument("--warmup", type=_at_least(0), help="steps of warmup (the recipe's, or 0)")

@@ -215,8 +215,8 @@ def test_kinds_are_told_by_name(name: str, kind: str) -> None:
 
 
 def arguments(model: Path | str, **others: Any) -> argparse.Namespace:
-    defaults = {"lr": None, "steps": None, "warmup": None, "tau": None, "json": None}
-    return argparse.Namespace(model=str(model), **{**defaults, **others})
+    keys = ("run", "lr", "steps", "warmup", "tau", "json")
+    return argparse.Namespace(model=str(model), **{**dict.fromkeys(keys), **others})
 
 
 def test_a_recipe_brings_its_schedule_and_json_has_the_rows(

@@ -24,6 +24,7 @@ from ..settings import BALANCED, check_settings, read_tau
 from ..spectral import MatrixSpec, PowerIteration, tiles_of_range
 from ..thresholds import Thresholds
 from ..transformer.roles import io_parameters
+from . import advice
 from .forecast import Case, Row, Schedule, follow, kind_of
 from .models import load
 
@@ -265,10 +266,16 @@ def _share_of(step: int | None, steps: int, is_measured: bool) -> str:
 def run(arguments: argparse.Namespace) -> int:
     """Print the plan of ``arguments.model``, write it to ``arguments.json`` if given; return 0.
 
-    Takes ``model`` str, ``lr`` float or None, ``steps`` and ``warmup`` int or None, ``tau`` list of
-    str or None, ``json`` Path or None. What is None is the recipe's, where the model is one; else
-    lr is 6e-4, without warmup.
+    With ``arguments.run`` it is the advice for that run.
+
+    Takes ``model`` str, ``run`` None, ``lr`` float or None, ``steps`` and ``warmup`` int or None,
+    ``tau`` list of str or None, ``json`` Path or None. What is None is the recipe's, where the
+    model is one; else lr is 6e-4, without warmup.
     """
+    if arguments.run is not None:
+        return advice.run(arguments)
+    if arguments.model is None:
+        raise ValueError("plan: MODEL got nothing, it takes a model, or --run and a run's folder.")
     asked = [_number(text) for text in arguments.tau or ()]
     source = load(arguments.model)
     lr = source.lr if arguments.lr is None else arguments.lr

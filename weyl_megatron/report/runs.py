@@ -40,10 +40,10 @@ def expand(folders: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(expanded))
 
 
-def read_run(folder: Path) -> Run:
-    """Read the log of `folder`, as far as it can be read."""
+def read_run(folder: Path, until: int | None = None) -> Run:
+    """Read the log of `folder`, as far as it can be read; of a watched run up to step `until`."""
     is_demo = not (folder / LOG).is_file()
-    reading = _Reading(folder.resolve().name, folder / (DEMO_LOG if is_demo else LOG))
+    reading = _Reading(folder.resolve().name, folder / (DEMO_LOG if is_demo else LOG), until)
     if not is_demo:
         reading.read(reading.take)
     elif reading.log.is_file():
@@ -61,9 +61,10 @@ def _has_log(folder: Path) -> bool:
 class _Reading:
     """A log on its way to a Run."""
 
-    def __init__(self, name: str, log: Path) -> None:
+    def __init__(self, name: str, log: Path, until: int | None) -> None:
         self.name = name
         self.log = log
+        self._until = until
         self.header: dict[str, Any] = {}
         self.notes: list[str] = []
         self._builder = Builder(lambda place: values_of(record_at(log, place)))
@@ -109,6 +110,8 @@ class _Reading:
         step = whole(record.get("step"))
         if step is None:
             return f"a {event} without a number of its step"
+        if self._until is not None and step > self._until:
+            return ""
         if event == "step":
             return self._step(step, record)
         if event == "spike":

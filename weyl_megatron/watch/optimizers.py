@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,6 +53,13 @@ class Optimizers:
     def disarm(self) -> None:
         """Take every hook away again."""
         self._gradients.disarm()
+
+    def taus(self) -> list[float | str]:
+        """Return every τ that a parameter group asks for; JSON lacks ∞, so that it is "inf"."""
+        wrapped = _wrapped(self._optimizer)
+        groups = [group for _, optimizer in wrapped for group in optimizer.param_groups]
+        taus = dict.fromkeys(group.get("tau", math.inf) for group in groups)
+        return ["inf" if tau == math.inf else tau for tau in taus]
 
     def spikes(self) -> list[Told]:
         """Return this rank's spikes that were not returned yet."""

@@ -274,6 +274,7 @@ class Watch:
             "heads": heads,
             "sec": largest,
             "interval": self._every,
+            "tau": self._optimizers.taus(),
         }
         return JsonLines(out, header)
 
