@@ -30,11 +30,12 @@ def run(
     skipped: int = len(BAD),
     steps: int = STEPS,
     bad: tuple[int, ...] = BAD,
+    stats: dict[str, Any] | None = None,
 ) -> list[Tensor]:
     """Train; on the steps in ``bad``, put ``value`` into a gradient on rank 1, or leave them out
     where it is None.
 
-    So many steps as ``skipped`` says are not made then.
+    So many steps as ``skipped`` says are not made then. ``stats`` gets what the last step says.
     """
     torch.manual_seed(0)
     model = GPT(GPTConfig(layers=1, context=16, width=32))
@@ -70,6 +71,8 @@ def run(
                 safe_get_full_fp32_param(one).clone(),
                 safe_get_full_optimizer_state(one, "exp_avg").clone(),
             ]
+    if stats is not None:
+        stats.update(ours.stats())
     engine.destroy()
     return found
 

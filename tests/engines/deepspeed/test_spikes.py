@@ -16,4 +16,5 @@ def test_a_jump_skips_the_step_on_all_ranks_and_in_all_its_parts() -> None:
     results = [line for line in said.splitlines() if line.endswith(": as without that step")]
     assert len(results) == 7 and "DIFFERS" not in said, said
     assert "the norm of all gradients (" in said
+    assert "matrices have the same norms" in said
     assert "not told: AdamW2: spike got 'skip' where no norm of all gradients is told" in said
