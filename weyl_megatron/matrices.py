@@ -291,11 +291,8 @@ class MatrixGroup:
         """Return what the last step did, by the matrix's name."""
         if not self._has_stepped:
             return {}
-        squares = self._squares_of_all
-        if squares is None and not spans_of(self._plan.matrices, 1):
-            squares = self.certificate.squares
-        columns = self._step.measured()
-        return entries(self.names, columns, self._projected, self.certificate.norm, squares)
+        columns, norm = self._step.measured(), self.certificate.norm
+        return entries(self.names, columns, self._projected, norm, self._squares_of_all)
 
     def moved(self) -> Tensor:
         """Return ‖U‖_F, α_W, Σ w² after it, and whether Rule 1 bounded α, of the last step,

@@ -27,8 +27,7 @@ class MatrixStats(NamedTuple):
     share: float | None = None  #: likewise, ‖update‖_F / ‖α U‖_F
     unseen: float | None = None  #: likewise, the factor on what the vectors do not see of α U
     update_norm: float = 0.0  #: ‖U‖_F
-    #: α_W ‖U‖_F / ‖W‖_F after the step; None where there was no update, and of a matrix that ranks
-    #: share where ``spike`` is not set
+    #: α_W ‖U‖_F / ‖W‖_F after the step; None where there was no update, or ``spike`` is not set
     update_ratio: float | None = None
 
 
