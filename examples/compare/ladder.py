@@ -2,10 +2,12 @@
 
     python -m examples.compare ladder                     widths 64, 128 and 256, to resume as ever
     python -m examples.compare ladder --widths 256 --methods muon adamw2-project
+    python -m examples.compare ladder --widths 256 --rate 0.003 --out /tmp/slower
 
 At widths 64 and 128, pre- and post-norm, it is the comparison's own runs: every rate, three seeds,
 200 steps of 512 tokens. At 256, pre-norm only, a method trains for 1,000 steps of 2,048 tokens, at
-the rate and with the warmup that were best for it at 128, with two seeds. β₂ is 0.95.
+the rate and with the warmup that were best for it at 128, or at another rate, with two seeds. β₂ is
+0.95.
 """
 
 from __future__ import annotations
@@ -61,8 +63,11 @@ def climb(
     out: Path,
     procs: int,
     depth: int = DEPTH,
+    rate: float | None = None,
 ) -> None:
-    """Make the runs of these widths that are not there yet, the narrow ones first."""
+    """Make the runs of these widths that are not there yet, the narrow ones first; where the rate
+    was chosen, at ``rate`` if it is given.
+    """
     for width in sorted(widths):
         rung = rungs[width]
         if rung.chosen_at:
@@ -71,6 +76,8 @@ def climb(
                 for norm, method in product(rung.norms, methods)
                 for run in runs_of_the_best(rungs, width, norm, method, read(out), depth)
             ]
+            if rate is not None:
+                chosen = [replace(run, lr=rate) for run in chosen]
             # One stopped half-way has every method once.
             chosen.sort(key=lambda run: run.seed)
             make(chosen, nothing_tuned, out, procs)
@@ -128,6 +135,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--widths", nargs="+", type=int, default=list(RUNGS))
     parser.add_argument("--methods", nargs="+", default=list(CONTENDERS))
+    parser.add_argument("--rate", type=float, help="of width 256, in the place of the best at 128")
     parser.add_argument("--procs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("docs/compare"))
     options = parser.parse_args(arguments)
@@ -141,6 +149,9 @@ def main(arguments: Sequence[str]) -> int:
         raise ValueError(
             f"compare: --procs got {options.procs}, it takes a whole number from 1 on."
         )
+    if options.rate is not None and not 0 < options.rate < float("inf"):
+        raise ValueError(f"compare: --rate got {options.rate}, it takes a number above 0.")
     methods = list(dict.fromkeys(options.methods))
-    climb(RUNGS, sorted(set(options.widths)), methods, options.out, options.procs)
+    widths = sorted(set(options.widths))
+    climb(RUNGS, widths, methods, options.out, options.procs, rate=options.rate)
     return 0
