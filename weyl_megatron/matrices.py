@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,9 +28,6 @@ from .spectral.collectives import all_reduce_spans
 from .spectral.power import BLOCK, COLD_ITERS, rows_of
 from .stats import MatrixStats, entries
 from .thresholds import Thresholds
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 #: The number of U among the operands of the products; W is operand 0.
 _UPDATE = 1
@@ -84,8 +82,6 @@ class MatrixGroup:
         self.is_amsgrad, self.is_adamw, self.clips = is_amsgrad, is_adamw, clips
         self._plan = plan_of(buffers, thresholds.grid)
         self.names = [matrix.name for matrix in self._plan.matrices]
-        #: those of which this is the first of the ranks that share them
-        self.first_here = {each.name for each in self._plan.matrices if _is_first(each.groups)}
         self._device = tensors[0].device
         name = pick(tensors, plain=is_adamw or is_amsgrad)
         self._steers_itself = name == "triton"
@@ -294,6 +290,12 @@ class MatrixGroup:
         columns, norm = self._step.measured(), self.certificate.norm
         return entries(self.names, columns, self._projected, norm, self._squares_of_all)
 
+    @cached_property
+    def first_here(self) -> set[str]:
+        """The matrices of which this is the first of the ranks that share them."""
+        matrices = self._plan.matrices
+        return {m.name for m in matrices if all(dist.get_rank(g) == 0 for g in m.groups)}
+
     def moved(self) -> Tensor:
         """Return ‖U‖_F, α_W, Σ w² after it, and whether Rule 1 bounded α, of the last step,
         ``(4, matrices)``, float64, on the device. Collective.
@@ -384,7 +386,3 @@ class MatrixGroup:
         total = own.clone()
         all_reduce_spans(total, list(spans_of(self._plan.matrices, 1).values()))
         return [torch.where(are_same(total, squares), lower, 0), norm, age, own]
-
-
-def _is_first(groups: Sequence[ProcessGroup]) -> bool:
-    return all(dist.get_rank(group) == 0 for group in groups)

@@ -214,6 +214,7 @@ def test_the_picture_of_widths_is_of_what_is_above_muon(tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         (["--widths", "96"], "compare: --widths got 96, it takes 64, 128, 256."),
+        (["--rate", "0"], "compare: --rate got 0.0, it takes a number above 0."),
         (["--procs", "0"], "compare: --procs got 0, it takes a whole number from 1 on."),
         (
             ["--widths", "256", "--methods", "muon"],
