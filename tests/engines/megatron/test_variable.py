@@ -65,7 +65,8 @@ FORMS = "it takes 'adamw2', 'adamw2:tau=balanced,clip=project' or a JSON object 
         (
             "taw=1",
             "AdamW2: WEYL_MEGATRON got the option 'taw', it takes tau, power_iters, floor_std, "
-            "clip_vectors, io, overrides, nonfinite, nonfinite_limit, clip, vectors, split_fused.",
+            "clip_vectors, io, overrides, nonfinite, nonfinite_limit, spike, clip, vectors, "
+            "split_fused.",
         ),
     ],
 )
