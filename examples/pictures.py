@@ -32,7 +32,7 @@ from weyl_megatron import AdamW2
 from weyl_megatron.demo.data import load_corpus, sequences, training_offsets
 from weyl_megatron.report.charts import Axis, Chart, Line, Rule, smooth
 from weyl_megatron.report.curves import Range, axis
-from weyl_megatron.report.runs import Points
+from weyl_megatron.report.points import Points
 from weyl_megatron.report.sheet import sheet
 from weyl_megatron.watch import Watch
 

@@ -14,7 +14,7 @@ pytest.importorskip("megatron.core", reason="megatron-core is not installed")
 
 from weyl_megatron import AdamW2
 from weyl_megatron.engines.megatron.offload import CpuOffload
-from weyl_megatron.watch.watch import _plain_optimizers
+from weyl_megatron.watch.optimizers import _wrapped
 
 SHAPES = ((6, 5), (7,))
 
@@ -114,5 +114,5 @@ def test_masters_follow_weights_that_were_loaded() -> None:
 
 def test_watch_finds_the_optimizer_inside() -> None:
     offloaded = made(pieces())
-    (found,) = _plain_optimizers(offloaded)
-    assert isinstance(found, AdamW2)
+    ((_, inner),) = _wrapped(offloaded)
+    assert isinstance(inner, AdamW2)
