@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import inf
 from typing import Any
@@ -39,6 +39,15 @@ class Weight:
         if self.kind == "told":
             return 0 if self.shape[0] % 2 == 0 else 1
         return 0 if self.pattern else None
+
+    @property
+    def is_shared_evenly(self) -> bool:
+        """Whether every rank has an equal share of each of its stacked parts."""
+        if self.pattern or self.axis is None or self.dim != self.axis:
+            return False
+        ranks, parts = len(self.cuts) - 1, 3 if self.kind == "qkv" else 2
+        extents = {stop - start for start, stop in pairwise(self.cuts)}
+        return len(extents) == 1 and self.shape[self.axis] // parts % ranks == 0
 
     def matrices(self, whole: Tensor, clip_vectors: bool) -> list[tuple[str, Tensor]]:
         """Return the matrices in a tensor of the whole shape, by the name that they go by."""
@@ -161,7 +170,7 @@ def weights(draw: st.DrawFn, number: int, tp: int, dp: int) -> Weight:
     if dim is not None:
         inner = sorted(draw(st.lists(st.integers(0, shape[dim]), min_size=tp - 1, max_size=tp - 1)))
         cuts = (0, *inner, shape[dim])
-    return Weight(
+    weight = Weight(
         {"qkv": f"h.{number}.c_attn.weight", "told": f"h.{number}.told"}.get(
             kind, f"h.{number}.{kind}"
         ),
@@ -169,6 +178,9 @@ def weights(draw: st.DrawFn, number: int, tp: int, dp: int) -> Weight:
         tuple(sorted(draw(st.lists(SHARE, min_size=dp - 1, max_size=dp - 1)))),
         pattern,
     )
+    # Parts that ranks share out evenly are matrices of rows of all ranks, which one process has to
+    # be told of: tests/engines/torch/test_mesh.py compares them.
+    return replace(weight, dim=None, cuts=(0,)) if weight.is_shared_evenly else weight
 
 
 @st.composite
