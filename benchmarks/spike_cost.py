@@ -9,7 +9,6 @@ in what steps vary by, so that the calls themselves are timed.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.watch_cost import config_of, options_of_a_gpt
 from examples.collapse.model import GPT, GPTConfig
 from weyl_megatron import AdamW2
 from weyl_megatron.spikes import WINDOW, Spikes
@@ -36,23 +36,8 @@ class Timed:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--tokens", type=int, default=1024, help="of one sequence (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    config = GPTConfig(
-        "pre",
-        vocabulary=50257,
-        context=options.tokens,
-        layers=options.layers,
-        heads=options.width // 64,
-        width=options.width,
-    )
+    options = options_of_a_gpt(__doc__, rounds=3).parse_args()
+    config = config_of(options)
     spikes, step, training = cost(config, options.device, options.rounds)
     print(
         f"{options.device}, {config.layers} blocks of width {config.width}: {1e3 * spikes:.2f} ms "

@@ -22,18 +22,22 @@ from weyl_megatron import AdamW2
 from weyl_megatron.watch import Watch
 
 
-def main() -> None:
+def options_of_a_gpt(description: str | None, rounds: int) -> argparse.ArgumentParser:
+    """Return a parser of what to train, and where; GPT-2 124M where nothing is said."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--tokens", type=int, default=1024, help="of one sequence (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--interval", type=int, default=100)
-    options = parser.parse_args()
-    config = GPTConfig(
+    parser.add_argument("--rounds", type=int, default=rounds)
+    return parser
+
+
+def config_of(options: argparse.Namespace) -> GPTConfig:
+    """Return the model that the options ask for."""
+    return GPTConfig(
         "pre",
         vocabulary=50257,
         context=options.tokens,
@@ -41,7 +45,13 @@ def main() -> None:
         heads=options.width // 64,
         width=options.width,
     )
-    share = cost(config, options.device, options.rounds, options.interval)
+
+
+def main() -> None:
+    parser = options_of_a_gpt(__doc__, rounds=4)
+    parser.add_argument("--interval", type=int, default=100)
+    options = parser.parse_args()
+    share = cost(config_of(options), options.device, options.rounds, options.interval)
     print(f"at interval {options.interval} watching takes {share:.2%} of the run's time")
 
 

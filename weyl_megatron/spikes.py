@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -64,6 +64,11 @@ class Jump(NamedTuple):
         return self.clipped is not None
 
 
+def worst_first(jumps: Iterable[Jump]) -> list[Jump]:
+    """Return jumps, the largest z-score first."""
+    return sorted(jumps, key=lambda jump: -jump.z)
+
+
 @dataclass
 class Spike:
     """Steps in a row in which something jumped."""
@@ -80,7 +85,7 @@ class Spike:
 
     def worst(self) -> list[Jump]:
         """Return the jumps, the largest z-score first."""
-        return sorted(self.jumps.values(), key=lambda jump: -jump.z)
+        return worst_first(self.jumps.values())
 
 
 class Window:
@@ -187,12 +192,14 @@ class Spikes:
             for turn in turns:
                 norms |= turn.group.gradient_norms(turn.gathered.stepped)
         names, values = tuple(norms), torch.tensor(list(norms.values()))
-        window = self._of_gradients.setdefault(names, Window(len(names)))
+        window = _window_of(self._of_gradients, names)
         jumps = _jumps(names, values, window, GRADIENT_Z)
         window.add(values)
         has_jumped = self._skips and self._agreed(jumps, guard, turns)
         is_refused = has_jumped and self._in_a_row < _MOST_SKIPPED
         self._in_a_row = self._in_a_row + is_refused if has_jumped else 0
+        if not (jumps or is_refused):
+            return True
         step = _step_of(turns)
         first_here = {name for turn in turns for name in turn.group.first_here}
         if not dist.is_initialized() or dist.get_rank() == 0:
@@ -240,23 +247,17 @@ class Spikes:
             moved.arrival.synchronize()
         norm, rate, squares, clipped = moved.rows
         names = tuple(moved.names)
-        window = self._windows.setdefault(names, Window(len(names)))
+        window = _window_of(self._windows, names)
         jumps = _jumps(names, norm, window, UPDATE_Z)
         window.add(norm)
         if not jumps:
             return
-        numbers = {name: k for k, name in enumerate(names)}
-        ratios, is_clipped = rate * norm / squares.sqrt(), clipped.bool().tolist()
-        self._note(
-            moved.step,
-            "log",
-            [
-                jump._replace(ratio=float(ratios[k]), clipped=is_clipped[k])
-                for jump in jumps
-                for k in (numbers[jump.name],)
-            ],
-            moved.first_here,
-        )
+        ratios = dict(zip(names, (rate * norm / squares.sqrt()).tolist(), strict=True))
+        is_clipped = dict(zip(names, clipped.bool().tolist(), strict=True))
+        updates = [
+            jump._replace(ratio=ratios[jump.name], clipped=is_clipped[jump.name]) for jump in jumps
+        ]
+        self._note(moved.step, "log", updates, moved.first_here)
 
     def _note(
         self, step: int, action: str, jumps: Sequence[Jump], first_here: Collection[str]
@@ -276,6 +277,12 @@ class Spikes:
             LOG.warning("AdamW2: step %d: %s jumped", step, _told(told))
 
 
+def _window_of(windows: dict[tuple[str, ...], Window], names: tuple[str, ...]) -> Window:
+    if names not in windows:  # not at every step, as by setdefault
+        windows[names] = Window(len(names))
+    return windows[names]
+
+
 def _logarithms(values: Tensor) -> Tensor:
     return torch.where((values > 0) & values.isfinite(), values.log(), math.nan).float()
 
@@ -287,7 +294,7 @@ def _jumps(names: Sequence[str], values: Tensor, window: Window, least: float) -
         return []
     columns = zip(names, values.tolist(), window.usual().tolist(), scores.tolist(), strict=True)
     jumps = [Jump(*row) for row in columns if row[3] >= least]
-    return sorted(jumps, key=lambda jump: -jump.z)
+    return worst_first(jumps)
 
 
 def _told(jumps: Sequence[Jump]) -> str:

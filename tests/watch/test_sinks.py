@@ -17,6 +17,7 @@ import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from tests.logged import Lines
 from tests.processes import run_ranks
 from tests.watch.plain_adamw import loss_of, separate, stacked
 from weyl_megatron import AdamW2
@@ -84,9 +85,8 @@ class Written:
                 Comet(self.comet),
                 MLflow(self.mlflow_run),
             ]
-            logger, said = logging.getLogger("weyl_megatron"), []
-            handler = logging.Handler()
-            handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+            logger, handler = logging.getLogger("weyl_megatron"), Lines()
+            said = handler.texts
             logger.addHandler(handler)
             self.steps = narrowing(sinks, out=folder / "run", maps=[0], run="first")
             logger.removeHandler(handler)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.logged import Lines
 from tests.watch import plain_adamw
 from tests.watch.plain_adamw import MODELS, exact_norms, gradients_of, loss_of
 from weyl_megatron.engines.shutdown import shutdown
@@ -93,9 +94,8 @@ def changed_on_one_rank() -> dict[str, Any]:
     engine = started("2-bf16", "separate", "adamw")
     if dist.get_rank() == 1:
         engine.module.blocks[2].attn.q.weight.data.add_(1.0)
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    handler = Lines()
+    said = handler.texts
     logging.getLogger("weyl_megatron").addHandler(handler)
     watch = Watch(engine, every=1)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..optimizer import AdamW2
-from ..spikes import Jump, Spike
+from ..spikes import Jump, Spike, worst_first
 
 
 class Told(NamedTuple):
@@ -26,13 +26,13 @@ class Told(NamedTuple):
             "action": self.action,
             "matrices": [
                 {"name": jump.name, "norm": jump.norm, "usual": jump.usual, "z": jump.z}
-                for jump in sorted(self.jumps.values(), key=lambda jump: -jump.z)
+                for jump in worst_first(self.jumps.values())
             ],
         }
 
     def sentence(self) -> str:
         """Return what jumped most, for an alert."""
-        worst = max(self.jumps.values(), key=lambda jump: jump.z)
+        worst = worst_first(self.jumps.values())[0]
         more = f" and {len(self.jumps) - 1} more" if len(self.jumps) > 1 else ""
         what = "is skipped" if self.action == "skip" else "is made"
         return (

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.engines.torch.meshes import VOCABULARY, Net, fsdp, fsdp_tp, hsdp, tp
+from tests.logged import Lines
 from weyl_megatron import AdamW2
 from weyl_megatron.engines.shutdown import shutdown
 
@@ -34,15 +35,6 @@ CASES: dict[int, dict[str, tuple[Callable[[Net, int], None], str]]] = {
         "fsdp beside tensor parallelism": (fsdp_tp, "h.0.conv.weight"),
     },
 }
-
-
-class Lines(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
 
 
 def held(param: Any) -> Tensor:
