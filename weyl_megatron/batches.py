@@ -83,17 +83,11 @@ def tables_of_seen(
 ) -> list[Table]:
     """Return, per batch, the tiles of matrices of which it is kept what the vectors saw, with its
     places; the last column is whether a tile is measured here, and not on another rank.
-
-    Raises:
-        ValueError: a copy that another rank measures has cut a row that is whole there, so that
-            nothing sums the products of its parts.
     """
     columns, tables = COLUMNS.index("counts"), []
     for members in (seen.matrices.intersection(batch) for batch in batches):
         measured = [tile for tile in plan.tiles if tile.matrix in members]
         replicas = [tile for tile in plan.replicas if tile.matrix in members]
-        for tile in replicas:
-            seen.check_cut(tile)
         tiles = [*measured, *replicas]
         rows = [seen.operand.row(tile) for tile in tiles]
         for number, row in enumerate(rows):

@@ -26,6 +26,7 @@ from .spectral.blocks import can_fit, fitted
 from .spectral.certificate import Certificate, are_same
 from .spectral.collectives import all_reduce_spans
 from .spectral.power import BLOCK, COLD_ITERS, rows_of
+from .spectral.seen import check_cut
 from .stats import MatrixStats, entries
 from .thresholds import Thresholds
 
@@ -107,8 +108,7 @@ class MatrixGroup:
         self._norm_spans = spans_of(self._plan.matrices, 2)
         refusal: ValueError | None = None
         try:
-            if self._steers_itself:
-                self._check_projected(vectors)
+            self._check_projected(vectors)
             self._step = self._make_step(name, power_iters)
         except ValueError as error:  # the other ranks must not wait for this one
             refusal = error
@@ -162,20 +162,16 @@ class MatrixGroup:
         return [self._thresholds.vectors(each, param_groups[number]) for each, number in pairs]
 
     def _check_projected(self, vectors: Sequence[int]) -> None:
-        """Raise ValueError on what the kernels of a GPU do not project."""
+        """Raise ValueError on what cannot be projected here."""
         most = max(vectors, default=0)
-        if most > VECTORS_ON_GPU:
+        if self._steers_itself and most > VECTORS_ON_GPU:
             raise ValueError(
                 f"AdamW2: vectors got {most}, the kernels for a GPU take at most {VECTORS_ON_GPU}, "
                 f"or {KERNEL}=torch."
             )
-        copied = {tile.matrix for tile in self._plan.replicas}.intersection(self._projected)
-        if copied:
-            name = self._plan.matrices[min(copied)].name
-            raise ValueError(
-                f"AdamW2: clip got 'project' for matrix '{name}', of which another rank measures "
-                f"what this one has; the kernels for a GPU take 'scale', or {KERNEL}=torch."
-            )
+        for tile in self._plan.replicas:
+            if vectors[tile.matrix]:
+                check_cut(self._power.blocks, tile)
 
     def _check_ranks(self, name: str, vectors: Sequence[int], refusal: ValueError | None) -> None:
         """Raise ValueError where a rank has refused a matrix, or steps it in another way than the

@@ -14,6 +14,7 @@ from benchmarks.compile_kernels import NOTHING
 from benchmarks.models import MODELS, Named, Shape, is_of_a_block
 from weyl_megatron.device_step import _STALE_ITERS
 from weyl_megatron.kernels import triton_kernel, units
+from weyl_megatron.kernels.passes import Passes, passes_of
 from weyl_megatron.kernels.triton_step import orthonormalize, project
 from weyl_megatron.layouts.buffers import Buffer, Layout, Parameter, Plan, Shard, plan_of
 from weyl_megatron.settings import check_settings
@@ -50,7 +51,7 @@ class Tables(NamedTuple):
 
     shape: Shape
     plan: Plan
-    passes: units.Passes
+    passes: Passes
     products: units.Products
     is_hidden: Sequence[bool]  #: of each matrix
 
@@ -93,7 +94,7 @@ def tables(model: str, gpu: Gpu, width: int) -> Tables:
     everything = [*plan.tiles, *plan.replicas, *plan.rest]
     device = torch.device("cpu")
     sizes = len(plan.tiles), len(plan.matrices)
-    of_passes = units.passes(everything, *sizes, kinds, programs, device)
+    of_passes = passes_of(everything, *sizes, kinds, programs, device)
     bands = [triton_kernel._ROWS[b][operand] for operand, b in enumerate((4, width))]
     of_products = units.products(resident, bands, (4, width), kinds, programs, triton_kernel._COLS)
     return Tables(MODELS[model], plan, of_passes, of_products, is_hidden)

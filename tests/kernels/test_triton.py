@@ -15,7 +15,7 @@ from tests import tolerances
 from tests.kernels.cases import OPTIONS, Case, Rank, State, check_alike, on_every_rank
 from tests.kernels.interpreter import few_iterations, needs_interpreter, quick_interpreter
 from weyl_megatron import AdamW2, MatrixStats, host_step
-from weyl_megatron.kernels import choice, units
+from weyl_megatron.kernels import choice, passes
 
 pytestmark = needs_interpreter
 
@@ -23,7 +23,7 @@ pytestmark = needs_interpreter
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # So that small matrices are several units.
-    monkeypatch.setattr(units, "_LEAST_ELEMENTS", 512)
+    monkeypatch.setattr(passes, "_LEAST_ELEMENTS", 512)
     with quick_interpreter(), tolerances.every_iteration():
         yield
 

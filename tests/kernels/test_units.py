@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from weyl_megatron.kernels import units
+from weyl_megatron.kernels import passes, units
+from weyl_megatron.kernels.passes import passes_of
 from weyl_megatron.spectral.blocks import Blocks, MatrixSpec
 from weyl_megatron.spectral.tiles import Block, Tile, tiles_of_range
 
@@ -99,7 +100,7 @@ def blocks_of(case: Case, widths: tuple[int, int] = (4, 4)) -> Blocks:
 @pytest.fixture(autouse=True)
 def _small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small matrices are cut, too."""
-    monkeypatch.setattr(units, "_LEAST_ELEMENTS", 64)
+    monkeypatch.setattr(passes, "_LEAST_ELEMENTS", 64)
 
 
 @settings(max_examples=40)
@@ -107,7 +108,7 @@ def _small_units(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_pass_goes_once_through_every_element(case: Case, programs: int) -> None:
     everything, measured = [*case.tiles, *case.others], len(case.tiles)
     count = len(case.matrices)
-    cut = units.passes(everything, measured, count, case.dtypes, programs, CPU)
+    cut = passes_of(everything, measured, count, case.dtypes, programs, CPU)
     rows = columns(cut.units, UNIT)
     visits: Counter[tuple[int, int]] = Counter()
     for row in rows:
@@ -125,7 +126,7 @@ def test_a_pass_goes_once_through_every_element(case: Case, programs: int) -> No
         }
     # A matrix's span holds its measured units, and of the rest only what is to be added: its own.
     for matrix, (start, stop) in enumerate(cut.spans.tolist()):
-        own = [n for n, row in enumerate(rows) if row["matrix"] == matrix and row["measured"]]
+        own = [n for n, row in enumerate(rows) if row["matrix"] == matrix and row["made"]]
         assert own == list(range(start, stop))
     # What lies densely is one run, not rows.
     dense = {tile.buffer for tile in everything if tile.rows == 1 or tile.stride == tile.cols}
@@ -241,6 +242,65 @@ def test_pieces_sum_every_column_of_each_strip_once_and_every_unit_s_gram(
     assert len({(row["operand"], row["matrix"]) for row in kinds}) == 2 * len(blocks.matrices)
 
 
+@settings(max_examples=40)
+@given(cases, st.sampled_from([1, 7, 528]), st.sampled_from([(4, 4), (4, 16)]))
+def test_copies_have_units_and_moves_and_are_summed_nowhere(
+    case: Case, programs: int, widths: tuple[int, int]
+) -> None:
+    blocks = blocks_of(case, widths)  # which know the rows that ranks cut
+    copies = [tile for tile in case.tiles if tile.buffer % 2]
+    measured = [tile for tile in case.tiles if tile.buffer % 2 == 0]
+    for operand in blocks.operands:
+        operand.tabulate(blocks.batches, measured, CPU)
+    cut = units.products(blocks, BANDS, widths, case.dtypes, programs, COLS, copies)
+    tables = []
+    for table in (cut.units, cut.strips):
+        rows = columns(table, UNIT)
+        tables.append(rows)
+        own = [row for row in rows if row["buffer"] % 2]
+        assert rows[-len(own) :] == own or not own, "they stand behind what is measured"
+        visits = Counter(
+            (row["buffer"], row["offset"] + line * row["stride"])
+            for row in own
+            for line in range(row["rows"])
+        )
+        assert visits == Counter(
+            (tile.buffer, tile.offset + line * tile.stride)
+            for tile in copies
+            for line in range(tile.rows)
+        )
+        assert {row["operand"] for row in own} <= {1}
+    of_units, strips = tables
+    assert all(row["left"] < 0 for row in of_units if row["buffer"] % 2)
+    for row in strips:
+        assert (row["left"] >= 0) == (row["cols"] < blocks.matrices[row["matrix"]].cols)
+    launched = [unit for launch in cut.of_update for unit in range(*launch[1:])]
+    assert launched == [n for n, row in enumerate(of_units) if row["operand"] == 1]
+    pieces = columns(cut.pieces, PIECE)
+    collected = {number for launch in cut.collections for number in range(*launch[1:])}
+    of_copies = [n for n in range(len(pieces)) if n not in collected]
+    assert all(strips[pieces[n]["strip"]]["buffer"] % 2 for n in of_copies)
+    moved = [number for launch in cut.moves for number in range(*launch[1:])]
+    assert set(of_copies) <= set(moved) and len(moved) == len(set(moved))
+    seen = Counter((pieces[n]["strip"], pieces[n]["start"]) for n in of_copies)
+    assert seen == Counter(
+        (n, col)
+        for n, strip in enumerate(strips)
+        if strip["buffer"] % 2
+        for col in range(0, blocks.matrices[strip["matrix"]].cols, COLS)
+    )
+    for start, stop in cut.spans.tolist():
+        assert not set(range(start, stop)) & set(of_copies)
+    # The passes find their M and V made, and sum nothing of them either.
+    count = len(case.matrices)
+    everything = [*measured, *copies], len(measured), count, case.dtypes, programs, CPU
+    of_passes = passes_of(*everything, set(range(count)))
+    rows = columns(of_passes.units, UNIT)
+    assert all(row["made"] for row in rows)
+    summed = {n for start, stop in of_passes.spans.tolist() for n in range(start, stop)}
+    assert all((n in summed) == (row["buffer"] % 2 == 0) for n, row in enumerate(rows))
+
+
 @pytest.mark.parametrize("programs", [108 * 4, 132 * 4])
 def test_units_hang_on_the_device_not_on_the_depth(
     programs: int, monkeypatch: pytest.MonkeyPatch
@@ -253,9 +313,9 @@ def test_units_hang_on_the_device_not_on_the_depth(
         matrices = [MatrixSpec(f"w{n}", *shape) for n, shape in enumerate(shapes)]
         tiles = [Tile(n, 0, 0, *shape, 0, shape[1], n) for n, shape in enumerate(shapes)]
         case = Case(matrices, tiles, [], [F32] * len(tiles))
-        passes = units.passes(tiles, len(tiles), len(tiles), case.dtypes, programs, CPU)
+        of_passes = passes_of(tiles, len(tiles), len(tiles), case.dtypes, programs, CPU)
         products = units.products(blocks_of(case), BANDS, (4, 4), case.dtypes, programs, COLS)
-        counts.append((len(passes.units), len(products.units)))
+        counts.append((len(of_passes.units), len(products.units)))
         # One unit a matrix more than their shares, which end with the matrix.
         assert counts[-1][0] <= 4 * programs + len(tiles)
         # Rounded up to a band, a share of U is less than a program's, by a third of it in W.

@@ -16,6 +16,7 @@ from ..spectral import ritz
 from ..spectral.blocks import Blocks
 from ..spectral.tiles import Tile
 from . import units
+from .passes import Passes, passes_of
 from .staging import Staging, count_as_changed
 from .stepped import Stepped
 from .triton_step import (
@@ -67,7 +68,7 @@ _MOVED = {4: 4, 8: 4, 16: 4}
 class _Cut(NamedTuple):
     """The tables of units for some dtypes, and where units leave what they sum."""
 
-    passes: units.Passes
+    passes: Passes
     products: units.Products
     lines: Tensor  # Y of whole rows
     grams: Tensor  # (units, b, b): YᵀY of whole rows
@@ -99,8 +100,9 @@ class TritonKernel:
         buffers: int,
         projected: Sequence[int] = (),
     ) -> None:
-        self._blocks, self._tiles, self._measured = blocks, tiles, measured
-        self._projects = bool(projected)
+        self._blocks, self._tiles = blocks, tiles
+        self._measured, self._projected = measured, projected
+        self._copies = [tile for tile in tiles[measured:] if tile.matrix in set(projected)]
         self._matrices = matrices = len(blocks.matrices)
         device = blocks.x.device
         widths = (max(operand.widths, default=1) for operand in blocks.operands)
@@ -108,8 +110,7 @@ class TritonKernel:
         self._programs = _PROGRAMS * multiprocessors(device)
         self._kinds: tuple[units.Dtypes, ...] | None = None  # that the tables are cut for
         self._staging = staging = Staging(buffers, matrices, device)
-        self.pointers, self.hypers = staging.pointers, staging.hypers
-        self.numbers = staging.numbers
+        self.pointers, self.hypers, self.numbers = staging.pointers, staging.hypers, staging.numbers
         self.norms = torch.zeros(matrices, 2, dtype=torch.float64, device=device)
         self.masks = torch.zeros(numbers.MASKS, matrices, dtype=torch.uint8, device=device)
         factors = len(blocks.operands) * matrices * self._widths[1] ** 2
@@ -287,7 +288,7 @@ class TritonKernel:
         decisions.decide_rates[self._grid](
             self.numbers, self.masks, self._matrices, LANES=128, num_warps=1
         )
-        if self._projects:
+        if self._projected:
             blocks = self._now.products.blocks
             project.clip[(len(blocks),)](
                 blocks,
@@ -305,7 +306,7 @@ class TritonKernel:
     def move(self) -> None:
         """Move what waited, at its rate or projected."""
         self._pass(adamw.MOVE.value)
-        if not self._projects:
+        if not self._projected:
             return
         now, cut = self._now, self._now.products
         for dtypes, start, stop in cut.moves:
@@ -374,10 +375,10 @@ class TritonKernel:
         """Cut the tables of units."""
         blocks, device = self._blocks, self._blocks.x.device
         bands = [_ROWS[width][operand] for operand, width in enumerate(self._widths)]
-        of_passes = units.passes(
-            self._tiles, self._measured, self._matrices, kinds, self._programs, device
-        )
-        of_products = units.products(blocks, bands, self._widths, kinds, self._programs, _COLS)
+        counts = self._measured, self._matrices, kinds, self._programs
+        of_passes = passes_of(self._tiles, *counts, device, self._projected)
+        cuts = bands, self._widths, kinds, self._programs, _COLS, self._copies
+        of_products = units.products(blocks, *cuts)
         count, widest = len(of_products.units), max(self._widths)
         return _Cut(
             of_passes,

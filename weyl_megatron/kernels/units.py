@@ -1,4 +1,6 @@
-"""Tables of units: what one program of a GPU works on, cut by how many run at once."""
+"""Tables of units: what one program of a GPU works on, cut by how many run at once. Those of the
+products; passes.py has the others.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ class Dtypes(NamedTuple):
 
 
 #: Columns of a table of units, int64: the buffer, where its first row begins there, rows, columns
-#: and the distance between rows; the matrix (-1: none); whether it is measured here.
+#: and the distance between rows; the matrix (-1: none); whether the products make its M and V here.
 UNIT = (
     "buffer",
     "offset",
@@ -30,7 +32,7 @@ UNIT = (
     "cols",
     "stride",
     "matrix",
-    "measured",
+    "made",
     # Of products only: 0 is W and 1 is U; where its columns of X begin; the matrix's columns n;
     # which of those is its first; where its Y lie in ``lines``, or in ``left`` (-1: it has whole
     # rows); b.
@@ -69,11 +71,8 @@ PIECE = (
 #: its Y in ``left`` begin and how many numbers they are.
 BLOCK = ("operand", "matrix", "x", "z", "n", "width", "left", "lefts")
 
-#: Elements that a unit of an elementwise pass has at least.
-_LEAST_ELEMENTS = 1 << 13
-
-#: Waves of programs in a pass, which sums little: what ends late is short.
-_WAVES = 4
+#: Waves of programs where each sums little: what ends late is short.
+WAVES = 4
 
 #: What an element of U takes beside one of W, in bytes that are read and written: 8 beside 4, and
 #: 20 in the first iteration.
@@ -97,14 +96,6 @@ class Launch(NamedTuple):
     stop: int
 
 
-class Passes(NamedTuple):
-    """The units of the elementwise passes."""
-
-    units: Tensor  # (units, columns of UNIT)
-    launches: list[Launch]
-    spans: Tensor  # (matrices, 2): the units that are measured, from the first to behind the last
-
-
 class Products(NamedTuple):
     """The units of the products, those of U before those of W in every launch, and the pieces of Z
     that are made of their Y.
@@ -122,58 +113,6 @@ class Products(NamedTuple):
     lines: int  # numbers of Y that are kept
     sums: int  # of Z that strips sum
     counters: int  # of strips that are done
-
-
-def passes(
-    tiles: Sequence[Tile],
-    measured: int,
-    matrices: int,
-    dtypes: Sequence[Dtypes],
-    programs: int,
-    device: torch.device,
-) -> Passes:
-    """Cut tiles into runs of elements.
-
-    Args:
-        tiles: all that is stepped; the first ``measured`` are measured here.
-        matrices: how many there are.
-        dtypes: by buffer.
-        programs: how many run at once.
-        device: of the tables.
-    """
-    total = sum(tile.rows * tile.cols for tile in tiles)
-    most = max(_LEAST_ELEMENTS, -(-total // (programs * _WAVES)))
-    rows: list[tuple[Dtypes, int, list[int]]] = []
-    for number, tile in enumerate(tiles):
-        is_measured = int(number < measured)
-        for offset, count, cols in _runs(tile, most):
-            place = [tile.buffer, offset, count, cols, tile.stride, tile.matrix, is_measured]
-            rows.append((dtypes[tile.buffer], tile.matrix if is_measured else -1, place))
-    rows.sort(key=lambda row: (str(row[0]), row[1]))
-    spans = [[0, 0] for _ in range(matrices)]
-    for at, (_, matrix, _) in enumerate(rows):
-        if matrix >= 0:
-            spans[matrix] = [spans[matrix][0] if spans[matrix][1] else at, at + 1]
-    padding = [0] * (len(UNIT) - UNIT.index("operand"))
-    return Passes(
-        _table([[*place, *padding] for _, _, place in rows], len(UNIT), device),
-        _launches(row[0] for row in rows),
-        _table(spans, 2, device),
-    )
-
-
-def _runs(tile: Tile, most: int) -> Iterator[tuple[int, int, int]]:
-    """Yield where a unit's first row begins, rows and columns: a dense tile is one run."""
-    if tile.stride == tile.cols or tile.rows == 1:
-        size = tile.rows * tile.cols
-        step = min(most, size)
-        step = -(-step // 8) * 8
-        for start in range(0, size, step):
-            yield tile.offset + start, 1, min(step, size - start)
-        return
-    step = max(1, most // tile.cols)
-    for row in range(0, tile.rows, step):
-        yield tile.offset + row * tile.stride, min(step, tile.rows - row), tile.cols
 
 
 class _Unit(NamedTuple):
@@ -196,6 +135,7 @@ def products(
     dtypes: Sequence[Dtypes],
     programs: int,
     cols: int,
+    copies: Sequence[Tile] = (),
 ) -> Products:
     """Cut the tiles of W (operand 0) and U (operand 1) into units and strips of rows.
 
@@ -206,30 +146,38 @@ def products(
         dtypes: by buffer.
         programs: how many run at once.
         cols: how many columns of Z a program sums.
+        copies: pieces of projected matrices that another rank measures: M, V and Y are made here,
+            too, and count for nothing.
     """
     device = blocks.x.device
     lists = [[*operand.whole[0].tiles, *operand.cut[0].tiles] for operand in blocks.operands]
+    lists[1] += copies
     lines, room = _lines(lists, padded)
     units: list[_Unit] = []
     strips: list[_Unit] = []
+    of_copies: tuple[list[_Unit], list[_Unit]] = [], []
     shares = _shares(lists, (1, _OF_UPDATE), programs)
-    of_strips = _shares(lists, (1, _OF_UPDATE_AGAIN), programs * _WAVES)
+    of_strips = _shares(lists, (1, _OF_UPDATE_AGAIN), programs * WAVES)
     for number, tiles in enumerate(lists):
-        for tile, line in zip(tiles, lines[number], strict=True):
+        for at, (tile, line) in enumerate(zip(tiles, lines[number], strict=True)):
             shape = blocks.matrices[tile.matrix]
             kinds, is_cut = dtypes[tile.buffer], tile.cols < shape.cols
             whole = _Unit(kinds, number, tile.matrix, is_cut, tile, 0, tile.rows, line)
+            is_copy = number == 1 and at >= len(tiles) - len(copies)
+            to_units, to_strips = of_copies if is_copy else (units, strips)
             least = max(1, -(-shape.rows // _MOST_UNITS))
             rows = max(least, shares[number] // tile.cols)
-            units += _split(whole, -(-rows // bands[number]) * bands[number], padded[number])
+            # Y of a copy's cut rows are those that the ranks sum: what is made of them here is not.
+            made = whole._replace(is_cut=is_cut and not is_copy)
+            to_units += _split(made, -(-rows // bands[number]) * bands[number], padded[number])
             rows = max(least, _LEAST_STRIP, of_strips[number] // cols)
-            strips += _split(whole, rows, padded[number])
+            to_strips += _split(whole, rows, padded[number])
     # A matrix's are together, and the largest begin first, so that small ones fill up the end.
     largest: dict[tuple[int, int], int] = {}
-    for unit in units:
+    for unit in [*units, *of_copies[0]]:
         key = unit.operand, unit.matrix
         largest[key] = max(largest.get(key, 0), unit.rows * unit.tile.cols)
-    for cut in units, strips:
+    for cut in units, strips, *of_copies:
         cut.sort(
             key=lambda unit: (
                 str(unit.dtypes),
@@ -240,21 +188,26 @@ def products(
             )
         )
     pieces, sums, counters = _pieces(blocks, units, strips, cols, dtypes)
+    moved = _copied_pieces(blocks, of_copies[1], len(strips), cols)
+    units, strips = units + of_copies[0], strips + of_copies[1]
     blocks_of = [
         _block_row(operand, number, k, blocks)
         for number, operand in reversed(list(enumerate(blocks.operands)))
         for k in range(len(blocks.matrices))
     ]
     return Products(
-        _table([_unit_row(unit, blocks) for unit in units], len(UNIT), device),
-        _launches(unit.dtypes for unit in units),
-        _launches((unit.dtypes for unit in units), [unit.operand == 1 for unit in units]),
-        _table([_unit_row(strip, blocks) for strip in strips], len(UNIT), device),
-        _table([row for _, row in pieces], len(PIECE), device),
-        _launches(kinds for kinds, _ in pieces),
-        _launches((kinds for kinds, _ in pieces), [_is_of_update(row) for _, row in pieces]),
-        _table(_move_spans([row for _, row in pieces], len(blocks.matrices)), 2, device),
-        _table(blocks_of, len(BLOCK), device),
+        table_of([_unit_row(unit, blocks) for unit in units], len(UNIT), device),
+        launches_of(unit.dtypes for unit in units),
+        launches_of((unit.dtypes for unit in units), [unit.operand == 1 for unit in units]),
+        table_of([_unit_row(strip, blocks) for strip in strips], len(UNIT), device),
+        table_of([row for _, row in [*pieces, *moved]], len(PIECE), device),
+        launches_of(kinds for kinds, _ in pieces),
+        launches_of(
+            (kinds for kinds, _ in [*pieces, *moved]),
+            [_is_of_update(row) for _, row in [*pieces, *moved]],
+        ),
+        table_of(_move_spans([row for _, row in pieces], len(blocks.matrices)), 2, device),
+        table_of(blocks_of, len(BLOCK), device),
         room,
         sums,
         counters,
@@ -330,6 +283,27 @@ def _pieces(
     return rows, sums, counters
 
 
+def _copied_pieces(
+    blocks: Blocks, strips: Sequence[_Unit], first: int, cols: int
+) -> list[tuple[Dtypes, list[int]]]:
+    """Return, with their dtypes, the pieces of Z by which copies move: nothing is summed of them.
+
+    Args:
+        blocks: resident.
+        strips: of copies.
+        first: the number of the first of them.
+        cols: of a piece.
+    """
+    rows: list[tuple[Dtypes, list[int]]] = []
+    for at, strip in enumerate(strips, first):
+        operand, k = blocks.operands[strip.operand], strip.matrix
+        n = blocks.matrices[k].cols
+        head = [strip.operand, k, operand.z_at[k], n, operand.widths[k]]
+        nothing = [0] * (len(PIECE) - PIECE.index("number"))
+        rows += [(strip.dtypes, [*head, col, at, 1, *nothing]) for col in range(0, n, cols)]
+    return rows
+
+
 def _is_of_update(piece: Sequence[int]) -> bool:
     """Whether it is a piece of U's Z."""
     return piece[PIECE.index("operand")] == 1 and piece[PIECE.index("start")] >= 0
@@ -361,7 +335,7 @@ def _block_row(operand: Operand, number: int, k: int, blocks: Blocks) -> list[in
     return [number, k, *places]
 
 
-def _launches(kinds: Iterable[Dtypes], chosen: Sequence[bool] | None = None) -> list[Launch]:
+def launches_of(kinds: Iterable[Dtypes], chosen: Sequence[bool] | None = None) -> list[Launch]:
     """Return the runs of units of equal dtypes, of those that are chosen."""
     launches: list[Launch] = []
     for at, dtypes in enumerate(kinds):
@@ -374,5 +348,5 @@ def _launches(kinds: Iterable[Dtypes], chosen: Sequence[bool] | None = None) -> 
     return launches
 
 
-def _table(rows: list[list[int]], columns: int, device: torch.device) -> Tensor:
+def table_of(rows: list[list[int]], columns: int, device: torch.device) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64).view(-1, columns).to(device)

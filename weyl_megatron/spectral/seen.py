@@ -82,17 +82,6 @@ class Seen:
         first = self.operand.left_at[number]
         return self.left[first : first + self.operand.sizes(number)[2]]
 
-    def check_cut(self, tile: Tile) -> None:
-        """Raise ValueError where a tile has a part of a row whose products nobody sums."""
-        matrix, cut = self.operand.matrices[tile.matrix], self._blocks.cut[tile.matrix]
-        if tile.cols < matrix.cols:
-            rows = torch.arange(tile.row, tile.row + tile.rows)
-            if not torch.isin(rows, cut).all():
-                raise ValueError(
-                    f"AdamW2: matrix '{matrix.name}' got copies that ranks have cut in different "
-                    "rows, which clip='project' does not understand; it takes clip='scale'."
-                )
-
     def change(self, tile: Tile, row: int, piece: Tensor) -> Tensor:
         """Return Y C of a tile's rows from ``row`` on, ``piece`` (rows, tile.cols), of U."""
         part = slice(tile.col, tile.col + tile.cols)
@@ -101,3 +90,17 @@ class Seen:
         else:
             y = piece @ self.operand.block(tile.matrix).T
         return y @ self.operand.image(tile.matrix)[0][:, part]
+
+
+def check_cut(blocks: Blocks, tile: Tile) -> None:
+    """Raise ValueError where a copy, which another rank measures, has a part of a row that is whole
+    there, so that nothing sums the products of its parts.
+    """
+    matrix, cut = blocks.matrices[tile.matrix], blocks.cut[tile.matrix]
+    if tile.cols < matrix.cols:
+        rows = torch.arange(tile.row, tile.row + tile.rows, device=cut.device)
+        if not torch.isin(rows, cut).all():
+            raise ValueError(
+                f"AdamW2: matrix '{matrix.name}' got copies that ranks have cut in different "
+                "rows, which clip='project' does not understand; it takes clip='scale'."
+            )
