@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -47,6 +49,7 @@ def install() -> None:
     _all_to_all()
     _norms()
     _router()
+    _fsdp()
 
 
 def _devices() -> None:
@@ -162,3 +165,18 @@ def _router() -> None:
     if not hasattr(moe_utils, "te_general_gemm"):
         # 0.16 asks for it where Transformer Engine is not installed, too
         moe_utils.te_general_gemm = None
+
+
+def _fsdp() -> None:
+    try:
+        from megatron.core.distributed.fsdp import mcore_fsdp_adapter
+        from megatron.core.distributed.fsdp.src.megatron_fsdp import megatron_fsdp
+    except ImportError:  # megatron-core before 0.15
+        return
+    # It writes the current device behind CUDA's name.
+    on_cpu = ModuleType("torch")
+    on_cpu.__dict__.update(vars(torch), device=lambda *_: CPU, __getattr__=partial(getattr, torch))
+    megatron_fsdp.torch = on_cpu
+    # It asks whether a layer is of Transformer Engine, where that is not installed, too.
+    if not isinstance(mcore_fsdp_adapter.TELinear, type):
+        mcore_fsdp_adapter.TELinear = type("TELinear", (), {})

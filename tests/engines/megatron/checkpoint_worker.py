@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
 from tests import megatron_cpu
 
@@ -54,6 +55,8 @@ class Run:
     def state(self, is_loading: bool) -> dict[str, Any]:
         """Return Megatron's sharded state dict of both."""
         metadata = dict(self.case.get("metadata", {}))  # Megatron writes its process groups into it
+        if "fsdp" in self.case:
+            return self._fsdp_state(is_loading, metadata)
         models = [chunk.module.sharded_state_dict(metadata=metadata) for chunk in self.model]
         state = {f"model{number}": model for number, model in enumerate(models)}
         optimizer = self.optimizer.sharded_state_dict(
@@ -61,7 +64,22 @@ class Run:
         )
         return {**state, "optimizer": optimizer}
 
+    def _fsdp_state(self, is_loading: bool, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Return what Megatron-LM's ``--ckpt-format fsdp_dtensor`` saves by torch."""
+        from megatron.core.distributed.fsdp.src.megatron_fsdp import uneven_dtensor
+
+        (chunk,) = self.model
+        state = {"model": chunk.state_dict()}  # which gives the module its DTensors back
+        state["optimizer"] = self.optimizer.sharded_state_dict(
+            {}, is_loading=is_loading, metadata=metadata
+        )
+        uneven_dtensor.preprocess_state_dict_for_uneven_dtensor(state)
+        return state
+
     def save(self, path: Path) -> None:
+        if "fsdp" in self.case:
+            dcp.save(self.state(is_loading=False), checkpoint_id=path)
+            return
         if dist.get_rank() == 0:
             path.mkdir()
         dist.barrier()
@@ -69,13 +87,21 @@ class Run:
         dist.barrier()
 
     def load(self, path: Path) -> None:
+        if "fsdp" in self.case:
+            state = self.state(is_loading=True)
+            dcp.load(state, checkpoint_id=path)
+            # It was read into the parameters; Float16Module leaves its own name out of the keys.
+            self.model[0].module.load_state_dict(state["model"], strict=False)
+            self.optimizer.load_state_dict(state["optimizer"])
+            return
         loaded = dist_checkpointing.load(self.state(is_loading=True), str(path))
         for number, chunk in enumerate(self.model):
             chunk.module.load_state_dict(loaded[f"model{number}"])
         self.optimizer.load_state_dict(loaded["optimizer"])
 
     def result(self) -> dict[str, Any]:
-        inner = [one.optimizer for one in self.optimizer.chained_optimizers]
+        wrappers = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+        inner = [one.optimizer for one in wrappers]
         steps = {
             float(state["step"]) for one in inner for state in one.state.values() if "step" in state
         }

@@ -37,6 +37,7 @@ EXPERTS = 4
 #: rotated, of what is rotated, and of v.
 Q_RANK, KV_RANK, NOPE, ROPE, VALUE = 14, 10, 6, 4, 5
 STEPS, MICROS, MICRO = 10, 4, 1
+has_meshes = False  # whether any model was Megatron-FSDP's
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # It asks whether a layer is of Transformer Engine, whose classes are None where there is none.
@@ -94,6 +95,8 @@ def stop() -> None:
     parallel_state.destroy_model_parallel()
     gc.collect()  # models and optimizers are cycles that hold them
     dist.barrier()
+    if has_meshes:
+        return  # torch keeps the meshes of DTensors, and finds them again for equal ones
     for group in list(dist.distributed_c10d._world.pg_map):
         if group != dist.group.WORLD:
             dist.destroy_process_group(group)
@@ -164,11 +167,13 @@ def build(case: dict[str, Any]) -> list[nn.Module]:
     config, chunks = config_of(case), case.get("vpp") or 1
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=case.get("config", {}).get("main_grads_dtype", "fp32") == "fp32",
-        overlap_grad_reduce=case.get("overlap", False),
-        overlap_param_gather=case.get("overlap", False),
+        # Megatron-FSDP has it always.
+        overlap_grad_reduce=case.get("overlap", False) or "fsdp" in case,
+        overlap_param_gather=case.get("overlap", False) or "fsdp" in case,
         use_distributed_optimizer=case.get("dist_opt", False),
         num_distributed_optimizer_instances=case.get("instances", 1),
         bucket_size=4000 if case.get("overlap") else None,  # a few layers' worth: several buckets
+        **fully_sharded(case),
     )
     model: list[nn.Module] = []
     for chunk in range(chunks):
@@ -199,15 +204,49 @@ def build(case: dict[str, Any]) -> list[nn.Module]:
         )
         if config.bf16 or config.fp16:
             gpt = Float16Module(config, gpt)
-        model.append(DistributedDataParallel(config, ddp, gpt, disable_bucketing=False))
-    if case.get("overlap"):
+        if "fsdp" in case:  # it takes the weights out of the model
+            with torch.no_grad():
+                draw(case, [gpt])
+            model.append(wrapped(config, ddp, gpt))
+        else:
+            model.append(DistributedDataParallel(config, ddp, gpt, disable_bucketing=False))
+    if case.get("overlap") or "fsdp" in case:
         config.no_sync_func = [chunk.no_sync for chunk in model] if chunks > 1 else model[0].no_sync
     config.finalize_model_grads_func = finalize_model_grads
-    with torch.no_grad():
-        for name, param in named(case, model):
-            full = weight(name, full_shape(param, name, case))
-            param.copy_(cut(name, full, *split_of(param, name, case)))
+    if "fsdp" not in case:
+        with torch.no_grad():
+            draw(case, model)
     return model
+
+
+def fully_sharded(case: dict[str, Any]) -> dict[str, Any]:
+    """Return Megatron-FSDP's part of the configuration; "fsdp" of a case is what it shards."""
+    if "fsdp" not in case:
+        return {}
+    return {
+        "use_megatron_fsdp": True,
+        "data_parallel_sharding_strategy": case["fsdp"],
+        "gradient_reduce_div_fusion": False,  # which is NCCL's alone
+    }
+
+
+def wrapped(config: TransformerConfig, ddp: Any, gpt: nn.Module) -> nn.Module:
+    from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
+    from megatron.core.transformer.transformer_layer import TransformerLayer
+
+    global has_meshes
+    has_meshes = True
+    units = (
+        [TransformerLayer] if ddp.data_parallel_sharding_strategy == "optim_grads_params" else []
+    )
+    device = torch.device("cpu")
+    return FullyShardedDataParallel(config, ddp, gpt, fsdp_unit_modules=units, device=device)
+
+
+def draw(case: dict[str, Any], model: list[nn.Module]) -> None:
+    for name, param in named(case, model):
+        full = weight(name, full_shape(param, name, case))
+        param.copy_(cut(name, full, *split_of(param, name, case)))
 
 
 def layers_per_chunk(case: dict[str, Any]) -> int:
@@ -284,7 +323,10 @@ def whole(case: dict[str, Any], model: list[nn.Module]) -> dict[str, Tensor]:
     """Return the whole model's parameters on every rank; all copies of a piece have to be equal,
     bit for bit.
     """
-    mine = [(n, p.detach().clone(), split_of(p, n, case)) for n, p in named(case, model)]
+    for chunk in model:
+        if "fsdp" in case:  # after a step the module has the weights that it computes with
+            chunk.module._replace_param_with_distributed_if_needed()  # type: ignore[union-attr,operator]
+    mine = [(n, held(p).detach().clone(), split_of(p, n, case)) for n, p in named(case, model)]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     pieces: dict[str, dict[int, Tensor]] = {}
@@ -299,6 +341,21 @@ def whole(case: dict[str, Any], model: list[nn.Module]) -> dict[str, Tensor]:
         name: join(name, [held[rank] for rank in sorted(held)], dims[name])
         for name, held in pieces.items()
     }
+
+
+def held(param: Any) -> Tensor:
+    """Return what this tensor-parallel rank has of a parameter, which may be one of Megatron-FSDP's
+    DTensors. Collective then.
+    """
+    if not hasattr(param, "to_local"):
+        return param  # type: ignore[no-any-return]
+    band, mesh = param.to_local(), param.device_mesh
+    for mesh_dim, placement in enumerate(param.placements):
+        if mesh.mesh_dim_names[mesh_dim] != "tp" and not placement.is_replicate():
+            pieces: list[Any] = [None] * mesh.size(mesh_dim)
+            dist.all_gather_object(pieces, band, group=mesh.get_group(mesh_dim))
+            band = torch.cat(pieces)
+    return band  # type: ignore[no-any-return]
 
 
 def matrices(name: str, full: Tensor, case: dict[str, Any]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from tests import megatron_cpu
 from weyl_megatron.engines.shutdown import shutdown
@@ -81,8 +82,12 @@ def main() -> None:
     cut.is_gtp_weight_remat = False
     model[0].ddp_config.use_megatron_fsdp = True
     found["use_megatron_fsdp"] = said(lambda: adapter._refuse(config(), model))
+    offload = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0}
+    beside = OptimizerConfig(optimizer="adamw2", use_distributed_optimizer=True, **offload)
+    found["optimizer_cpu_offload and FSDP"] = said(lambda: adapter._refuse(beside, model))
     model[0].ddp_config.use_megatron_fsdp = False
-    wrapped = type("TorchFullyShardedDataParallel", (), {"ddp_config": model[0].ddp_config})()
+    wrapped = type("TorchFullyShardedDataParallel", (nn.Module,), {})()
+    wrapped.ddp_config = model[0].ddp_config
     found["torch FSDP2"] = said(lambda: adapter._refuse(config(), [wrapped]))
 
     megatron.enable(overrides=[{"match": "*.nothing", "tau": 0.1}])

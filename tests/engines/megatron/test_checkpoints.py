@@ -27,6 +27,7 @@ MCORE = tuple(map(int, version("megatron-core").split(".")[:2]))
 TP2, TP1, PP2 = {"tp": 2}, {}, {"tp": 1, "pp": 2}
 ANY = {"the same layout": TP2, "TP 1 × DP 4": TP1, "PP 2 × DP 2": PP2}
 SAME = {"the same layout": TP2}
+SAME_DP = {"the same layout": {}}
 FORMATS: dict[str, dict[str, Any]] = {"dp_zero_gather_scatter": SAME}
 if MCORE < (0, 16):
     FORMATS["fully_sharded_model_space"] = ANY
@@ -76,6 +77,13 @@ def cases() -> list[dict[str, Any]]:
             form = {"distrib_optim_sharding_type": kind}
             saving = {"dist_opt": True, "dtype": "bf16", "metadata": form, "config": config}
             found.append({"name": f"{name}-{kind}", **saving, "save": TP2, "loads": SAME})
+    if MCORE >= (0, 16):
+        form = {"distrib_optim_sharding_type": "fsdp_dtensor"}
+        sharded = {"dist_opt": True, "fsdp": "optim_grads_params", "metadata": form, "save": {}}
+        loads = {"the same layout": {}, "HSDP 2 × 2": {"instances": 2}}
+        found.append({"name": "fsdp", **sharded, "loads": loads})
+        narrow = {"dtype": "bf16", "config": PRECISION}
+        found.append({"name": "fsdp-precision", **sharded, **narrow, "loads": SAME_DP})
     # Megatron's own Adam, as most who try AdamW² will come from; with τ = ∞ both are the same.
     infinite = {"optimizer": "adamw2", "options": {"tau": float("inf")}}
     adam = {"optimizer": "adam", "save": TP2, "loads": {"the same layout": {**TP2, **infinite}}}

@@ -55,6 +55,7 @@ PRECISION = {"use_precision_aware_optimizer": True}
 NARROW = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
 GRADS = {"main_grads_dtype": "bf16"}
 ALL = {**PRECISION, **NARROW, **GRADS}
+FSDP = {"fsdp": "optim_grads_params", **DIST_OPT}
 OFFLOAD = {"optimizer_cpu_offload": True, "optimizer_offload_fraction": 1.0}
 
 #: What is spread, by number of ranks. "against" names the run of one process that it has to follow.
@@ -111,6 +112,14 @@ SPREAD: dict[int, list[dict[str, Any]]] = {
         },
         {"name": "ep2-offload", "ep": 2, **MOE, **DIST_OPT, "config": OFFLOAD},
         {"name": "pp2-offload", "pp": 2, **DIST_OPT, "config": OFFLOAD},
+        {"name": "fsdp2", **FSDP},
+        {"name": "fsdp2-whole-params", **FSDP, "fsdp": "optim_grads"},
+        {"name": "fsdp2-whole", **FSDP, "fsdp": "no_shard"},
+        {"name": "fsdp2-project", **FSDP, **PROJECT},
+        {"name": "fsdp2-auto", **FSDP, **AUTO},
+        {"name": "fsdp2-moe", **FSDP, **MOE},
+        {"name": "fsdp2-bf16", **FSDP, **BF16},
+        {"name": "fsdp2-bf16-moments", **FSDP, **BF16, "config": ALL},
     ],
     3: [
         {"name": "dp3-distopt", **DIST_OPT, "micros": 3, "against": "reference-3"},
@@ -136,6 +145,9 @@ SPREAD: dict[int, list[dict[str, Any]]] = {
             **MOE,
             "dispatcher": "allgather",
         },
+        {"name": "tp2-fsdp2-sp", "tp": 2, "sp": True, **FSDP},
+        {"name": "tp2-fsdp2-project", "tp": 2, **FSDP, **PROJECT},
+        {"name": "hsdp2-fsdp2", **FSDP, "instances": 2},
     ],
 }
 
@@ -158,12 +170,16 @@ QUICK = {
     "dp2-bf16-offload",
     "dp2-offload-all",
     "tp2-mla",
+    "fsdp2",
+    "fsdp2-project",
 }
 CASES = quick_and_slow([case for cases in SPREAD.values() for case in cases], QUICK)
 
 
 def megatron_fault(case: dict[str, Any]) -> str | None:
     """Say what this release of megatron-core cannot do itself."""
+    if MCORE < (0, 16) and "fsdp" in case:
+        return "Megatron-FSDP's parameters are DTensors from megatron-core 0.16 on"
     if MCORE < (0, 16) and case.get("tp", 1) > case.get("query_groups", 6):
         return "megatron-core before 0.16 has no more tensor-parallel ranks than query groups"
     return None
@@ -380,10 +396,16 @@ def test_what_cannot_be_right_is_refused_in_one_sentence() -> None:
             "tensor-parallel ranks."
         ),
         "decoupled_weight_decay": "AdamW2: decoupled_weight_decay got False, it takes True.",
-        "use_megatron_fsdp": "AdamW2: use_megatron_fsdp got True, it takes False.",
+        "use_megatron_fsdp": (
+            "AdamW2: use_megatron_fsdp got True, it takes the Megatron-FSDP of megatron-core 0.16 "
+            "or newer, whose parameters are DTensors."
+        ),
+        "optimizer_cpu_offload and FSDP": (
+            "AdamW2: optimizer_cpu_offload got True beside use_megatron_fsdp, it takes False."
+        ),
         "torch FSDP2": (
             "AdamW2: the model is wrapped in TorchFullyShardedDataParallel, whose layout AdamW2 "
-            "does not understand; it takes Megatron's DistributedDataParallel."
+            "does not understand; it takes Megatron's DistributedDataParallel or Megatron-FSDP."
         ),
         "override": (
             "AdamW2: overrides got the match '*.nothing', which matches no parameter's name (the "

@@ -259,7 +259,7 @@ def test_another_optimizer_flag_is_refused() -> None:
         arguments.extend(argparse.ArgumentParser())
 
 
-@pytest.mark.parametrize("flag", ["use_megatron_fsdp", "use_torch_fsdp2", "optimizer_cuda_graph"])
+@pytest.mark.parametrize("flag", ["use_torch_fsdp2", "optimizer_cuda_graph"])
 def test_what_no_adamw2_can_do_is_refused(megatron: StandIn, flag: str) -> None:
     arguments.install()
     args = parse("--optimizer", "adamw2")

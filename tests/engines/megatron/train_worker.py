@@ -84,6 +84,8 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     if case.get("overlap"):
         for chunk in model:
             chunk.start_param_sync(force_sync=True)
+    # Megatron-FSDP's optimizer is in no chain where it is alone.
+    wrappers = getattr(optimizer, "chained_optimizers", [optimizer])
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(
         everyone, {name: tuple(entry) for name, entry in megatron.stats(optimizer).items()}
@@ -92,8 +94,8 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         "weights": gpt.whole(case, model),
         "stats": everyone,
         "exact": exact(before, case),
-        "wrappers": [type(one).__name__ for one in optimizer.chained_optimizers],
-        "inner": type(optimizer.chained_optimizers[0].optimizer).__name__,
+        "wrappers": [type(wrapper).__name__ for wrapper in wrappers],
+        "inner": type(wrappers[0].optimizer).__name__,
     }
 
 

@@ -22,6 +22,7 @@ from ...optimizer import AdamW2
 from ...settings import check_settings
 from ...stats import MatrixStats
 from . import precision
+from .fsdp import has_dtensors
 from .layout import groups_of
 from .offload import CpuOffload, offload
 from .warmup import look_at_schedules
@@ -312,7 +313,6 @@ def _refuse(config: Any, model: Sequence[Any]) -> None:
         (config, "decoupled_weight_decay", True),
         (config, "use_layer_wise_distributed_optimizer", False),
         (config, "optimizer_cuda_graph", False),
-        (ddp, "use_megatron_fsdp", False),
         (ddp, "use_custom_fsdp", False),
     )
     for holder, key, taken in takes:
@@ -320,11 +320,18 @@ def _refuse(config: Any, model: Sequence[Any]) -> None:
         if bool(got) is not taken:
             raise ValueError(f"AdamW2: {key} got {got!r}, it takes {taken!r}.")
     precision.refuse(config)
+    if getattr(ddp, "use_megatron_fsdp", False):
+        precision.refuse_beside_fsdp(config)
+        if not all(map(has_dtensors, model)):
+            raise ValueError(
+                "AdamW2: use_megatron_fsdp got True, it takes the Megatron-FSDP of megatron-core "
+                "0.16 or newer, whose parameters are DTensors."
+            )
     for chunk in model:
-        if "FullySharded" in type(chunk).__name__:
+        if "FullySharded" in type(chunk).__name__ and not has_dtensors(chunk):
             raise ValueError(
                 f"AdamW2: the model is wrapped in {type(chunk).__name__}, whose layout AdamW2 does "
-                f"not understand; it takes Megatron's DistributedDataParallel."
+                "not understand; it takes Megatron's DistributedDataParallel or Megatron-FSDP."
             )
         _refuse_weight_shards(chunk)
 

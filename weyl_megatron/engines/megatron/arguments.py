@@ -24,7 +24,6 @@ _PREFIX = f"{NAME}_"
 #: Megatron's flags, by their names in its namespace, under which no optimizer of ours can be built
 #: or can be right.
 _EXCLUDED = (
-    "use_megatron_fsdp",
     "use_torch_fsdp2",
     "optimizer_cuda_graph",
 )

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ...layouts.buffers import Buffer, Layout, Parameter, Shard, Spread
 from ...layouts.modules import kinds_of
 from ...layouts.tensor_parallel import band_of, shardings_of
-from .modules import fused_weights, global_names
+from .fsdp import fsdp_buffers, is_fsdp
+from .modules import fused_weights, global_names, shape_of
 from .offload import CpuOffload
 
 if TYPE_CHECKING:
@@ -65,8 +66,9 @@ def read_layout(
         ValueError: the wrapper, or a module, is one whose layout is not understood.
     """
     parameters = _parameters(model, groups, split_fused)
+    buffers = fsdp_buffers if is_fsdp(wrapper) else _buffers
     return Layout(
-        list(_buffers(wrapper, stepped, lambda param: parameters[id(param)])),
+        list(buffers(wrapper, stepped, lambda param: parameters[id(param)])),
         parameters=list(parameters.values()),
         gather=None if is_part else lambda facts: _gather(facts, groups),
         is_part=is_part,
@@ -90,7 +92,9 @@ def stepped_layout(
         ValueError: see :func:`read_layout`.
     """
     kind = type(wrapper).__name__
-    if kind == "DistributedOptimizer":  # has on every rank those, too, of which others have all
+    if is_fsdp(wrapper):
+        stepped = [param for group in wrapper.optimizer.param_groups for param in group["params"]]
+    elif kind == "DistributedOptimizer":  # has on every rank those, too, of which others have all
         stepped = [param for buffer in wrapper.buffers for param in buffer.param_index_map]
     elif kind == "Float16OptimizerWithFloat16Params":
         halves, floats = wrapper.float16_groups, wrapper.fp32_from_fp32_groups
@@ -191,10 +195,14 @@ def _parameters(
     experts = {number for number in params if ".experts." in names[number]}
     shardings = {
         **shardings_of(
-            [(names[n], p) for n, p in params.items() if n not in experts], groups.tensor
+            [(names[n], p) for n, p in params.items() if n not in experts],
+            groups.tensor,
+            shape_of=shape_of,
         ),
         **shardings_of(
-            [(names[n], p) for n, p in params.items() if n in experts], groups.expert_tensor
+            [(names[n], p) for n, p in params.items() if n in experts],
+            groups.expert_tensor,
+            shape_of=shape_of,
         ),
     }
     fused = fused_weights(model, shardings) if split_fused else {}
@@ -204,7 +212,7 @@ def _parameters(
         tied = _tied(p, groups.embedding)
         described[number] = band_of(
             _TIED_NAME if tied else names[number],
-            p.shape,
+            shape_of(p),
             shardings.get(number),
             spreads=tied,
             fused=fused.get(number),

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...layouts.buffers import model_names
@@ -38,6 +39,14 @@ def global_names(model: Sequence[nn.Module], expert_rank: int) -> dict[int, str]
         for whole_name, name in model_names(numbered).items():
             names[id(numbered[whole_name])] = f"chunk{number}.{name}" if name in taken else name
     return names
+
+
+def shape_of(param: Tensor) -> torch.Size:
+    """Return the shape of what this tensor-parallel rank has of a parameter: Megatron-FSDP's are
+    DTensors of the whole, which know the parameter that they stand for.
+    """
+    shape: torch.Size = getattr(param, "orig_param", param).shape
+    return shape
 
 
 def _renamed(chunk: nn.Module, expert_rank: int) -> Iterator[tuple[str, str]]:
@@ -85,7 +94,7 @@ def fused_weights(
             for weight, pattern, labels in _patterns(module):
                 sharding = shardings.get(id(weight))
                 is_cut = sharding is not None and sharding.dim == 0
-                rows = sum(sharding.sizes) if sharding and is_cut else weight.shape[0]
+                rows = sum(sharding.sizes) if sharding and is_cut else shape_of(weight)[0]
                 if min(pattern) > 0 and rows % sum(pattern) == 0:
                     fused[id(weight)] = interleaved(pattern, labels, rows)
     return fused
@@ -111,7 +120,7 @@ def _patterns(module: nn.Module) -> Iterator[tuple[Tensor, list[int], tuple[str,
             yield weight, *known
     if getattr(config, "gated_linear_unit", False):
         for weight in _weights(module, "linear_fc1"):
-            yield weight, [_chunk(module, config) or weight.shape[0] // 2] * 2, ("gate", "up")
+            yield weight, [_chunk(module, config) or shape_of(weight)[0] // 2] * 2, ("gate", "up")
 
 
 def _mla_patterns(

@@ -54,6 +54,14 @@ def refuse(config: Any) -> None:
             )
 
 
+def refuse_beside_fsdp(config: Any) -> None:
+    """Raise one sentence for what Megatron-FSDP's optimizer cannot have: it keeps the masters."""
+    if getattr(config, "optimizer_cpu_offload", False):
+        raise ValueError(
+            "AdamW2: optimizer_cpu_offload got True beside use_megatron_fsdp, it takes False."
+        )
+
+
 def refuse_patched(config: Any) -> None:
     """Raise one sentence for what a patched tree, which builds the wrapper itself, cannot do."""
     for key in _OPTIONS:

@@ -14,6 +14,7 @@ from ...layouts.buffers import Layout
 from ...moments import Dtypes
 from ...nonfinite import Guard
 from ..engine import Known
+from .fsdp import complete, is_fsdp
 from .layout import Groups, read_layout
 
 
@@ -48,6 +49,8 @@ class Megatron:
         )
         wrapper.init_state_fn = lambda optimizer, _=None: optimizer.allocate_state()
         _complete_checkpoints(wrapper)
+        if is_fsdp(wrapper):
+            complete(wrapper)
         _forget_at_saves(wrapper)
         _note_norm(wrapper)
 

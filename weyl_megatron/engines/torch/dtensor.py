@@ -49,17 +49,24 @@ class _Groups:
         return self._by_ranks.setdefault(tuple(dist.get_process_group_ranks(group)), group)
 
 
-def placed(named: Sequence[tuple[str, Tensor]]) -> dict[int, Placed]:
+def placed(
+    named: Sequence[tuple[str, Tensor]], *, is_last_outermost: bool = False
+) -> dict[int, Placed]:
     """Return where the pieces of DTensors lie, by ``id``. Collective over their meshes.
 
     Args:
         named: (name, parameter), in the same order on every rank; plain ones are passed over.
+        is_last_outermost: whether of several mesh dimensions that cut one of a parameter the last
+            cuts first, and the placements do not say so.
 
     Raises:
         ValueError: a parameter is spread in a way that is no box on every rank.
     """
     named = [(name, tensor) for name, tensor in named if is_on_mesh(tensor)]
-    cuts = [_cuts(name, tensor, number) for number, (name, tensor) in enumerate(named)]
+    cuts = [
+        _cuts(name, tensor, number, is_last_outermost)
+        for number, (name, tensor) in enumerate(named)
+    ]
     groups = _Groups()
     extents = [list(local(tensor).shape) for _, tensor in named]
     starts = [[0] * tensor.dim() for _, tensor in named]
@@ -89,7 +96,7 @@ def placed(named: Sequence[tuple[str, Tensor]]) -> dict[int, Placed]:
     }
 
 
-def _cuts(name: str, tensor: Any, number: int) -> list[_Cut]:
+def _cuts(name: str, tensor: Any, number: int, is_last_outermost: bool) -> list[_Cut]:
     """Return the dimensions of a parameter that its mesh cuts.
 
     Raises:
@@ -119,7 +126,7 @@ def _cuts(name: str, tensor: Any, number: int) -> list[_Cut]:
         while bands > 1 and at < len(order):
             bands, at = bands // mesh.size(order[at]), at + 1
         packed += [dim % tensor.dim()] if bands != 1 else []
-        order.insert(at, mesh_dim)
+        order.insert(len(order) if is_last_outermost else at, mesh_dim)
     if any(len(orders[dim]) > 1 for dim in packed):
         raise ValueError(
             f"AdamW2: parameter '{name}' is a DTensor with the placements {placements} on a mesh "
