@@ -178,5 +178,5 @@ def _fsdp() -> None:
     on_cpu.__dict__.update(vars(torch), device=lambda *_: CPU, __getattr__=partial(getattr, torch))
     megatron_fsdp.torch = on_cpu
     # It asks whether a layer is of Transformer Engine, where that is not installed, too.
-    if not isinstance(mcore_fsdp_adapter.TELinear, type):
+    if not isinstance(getattr(mcore_fsdp_adapter, "TELinear", None), type):
         mcore_fsdp_adapter.TELinear = type("TELinear", (), {})
