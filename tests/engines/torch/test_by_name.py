@@ -108,8 +108,8 @@ def test_timms_train_script_takes_the_name_and_its_options(tmp_path: Path) -> No
     model = "img_size=32 patch_size=8 depth=2 embed_dim=48 num_heads=2"
     flags = (
         f"--data-dir {tmp_path} --model vit_tiny_patch16_224 --img-size 32 --num-classes 2 -b 8 "
-        f"--model-kwargs {model} --epochs 2 --warmup-epochs 0 --cooldown-epochs 0 --device cpu "
-        f"-j 0 --output {tmp_path} --lr 1e-3 --weight-decay 0.05 --layer-decay 0.8 "
+        f"--model-kwargs {model} --epochs 13 --warmup-epochs 0 --cooldown-epochs 0 --device cpu "
+        f"-j 1 --output {tmp_path} --lr 1e-3 --weight-decay 0.05 --layer-decay 0.8 "
         "--opt adamw2 --opt-kwargs tau=balanced clip=project"
     )
     run = subprocess.run(
@@ -123,7 +123,9 @@ def test_timms_train_script_takes_the_name_and_its_options(tmp_path: Path) -> No
     assert run.returncode == 0, printed[-6000:]
     assert "Created AdamW2 (adamw2) optimizer" in printed and "tau: balanced" in printed
     [saved] = tmp_path.glob("*/last.pth.tar")
-    groups = torch.load(saved, weights_only=False)["optimizer"]["param_groups"]
+    optimizer = torch.load(saved, weights_only=False)["optimizer"]
+    assert {float(state["step"]) for state in optimizer["state"].values()} == {52.0}
+    groups = optimizer["param_groups"]
     assert len(groups) > 3  # of layers
     assert "blocks.1.attn.qkv.weight[v]" in str(groups[0]["adamw2_power"])
 
