@@ -173,10 +173,10 @@ def _fsdp() -> None:
         from megatron.core.distributed.fsdp.src.megatron_fsdp import megatron_fsdp
     except ImportError:  # megatron-core before 0.15
         return
-    # It writes the current device behind CUDA's name.
+    # Both write the current device behind CUDA's name.
     on_cpu = ModuleType("torch")
     on_cpu.__dict__.update(vars(torch), device=lambda *_: CPU, __getattr__=partial(getattr, torch))
-    megatron_fsdp.torch = on_cpu
+    megatron_fsdp.torch = mcore_fsdp_adapter.torch = on_cpu
     # It asks whether a layer is of Transformer Engine, where that is not installed, too.
     if not isinstance(getattr(mcore_fsdp_adapter, "TELinear", None), type):
         mcore_fsdp_adapter.TELinear = type("TELinear", (), {})

@@ -19,8 +19,9 @@ from tests import megatron_cpu
 
 def install(checkout: Path) -> None:
     """Answer the calls of the Megatron-LM in ``checkout`` to CUDA from the CPU, in this process."""
-    # Megatron asks for it on the GPUs that it believes to see
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    # Megatron asks for it on the GPUs that it believes to see, and Megatron-FSDP for more
+    is_fsdp = "--use-megatron-fsdp" in sys.argv
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "8" if is_fsdp else "1"
     torch._dynamo.config.disable = True  # its fused functions would be compiled for some minutes
     _dataset_helpers(checkout)
     sys.path.insert(0, str(checkout))

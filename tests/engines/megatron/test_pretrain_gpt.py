@@ -482,6 +482,28 @@ def test_pretrain_gpt_trains(pretrain: Callable[[str, str], tuple[Losses, list[s
 
 
 @needs_checkout
+def test_megatron_fsdp_trains_and_resumes_as_the_distributed_optimizer_does(
+    pretrain: Callable[[str, str], tuple[Losses, list[str]]], tmp_path: Path
+) -> None:
+    """Loss and norm to the last digit that is printed, from the start and from a checkpoint."""
+    sharded = (
+        "--use-megatron-fsdp --data-parallel-sharding-strategy optim_grads_params "
+        "--no-gradient-reduce-div-fusion --ckpt-format fsdp_dtensor"
+    )
+    runs = []
+    for name, flags in {"usual": "--ckpt-format torch_dist", "sharded": sharded}.items():
+        folder = tmp_path / name
+        flags += " --optimizer adamw2 --use-distributed-optimizer --tensor-model-parallel-size 1"
+        first, classes = pretrain("adapter", f"{flags} --save {folder} --save-interval 3")
+        assert set(classes) == {"AdamW2"} and len(first) == 5
+        (folder / "latest_checkpointed_iteration.txt").write_text("3")
+        resumed, _ = pretrain("adapter", f"{flags} --load {folder}")
+        assert len(resumed) == 2
+        runs.append((first, resumed))
+    assert runs[0] == runs[1]
+
+
+@needs_checkout
 def test_the_script_itself_trains_under_the_variable_what_it_trains_through_the_module(
     pretrain: Callable[[str, str], tuple[Losses, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

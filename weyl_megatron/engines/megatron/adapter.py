@@ -309,18 +309,20 @@ def _refuse(config: Any, model: Sequence[Any]) -> None:
     cannot see.
     """
     ddp = getattr(model[0], "ddp_config", None) if model else None
+    has_fsdp = getattr(ddp, "use_megatron_fsdp", False)
     takes = (
         (config, "decoupled_weight_decay", True),
         (config, "use_layer_wise_distributed_optimizer", False),
         (config, "optimizer_cuda_graph", False),
-        (ddp, "use_custom_fsdp", False),
+        # It is Megatron-FSDP's name of before, and from 0.16 on set beside the new one.
+        (None if has_fsdp else ddp, "use_custom_fsdp", False),
     )
     for holder, key, taken in takes:
         got = getattr(holder, key, taken)
         if bool(got) is not taken:
             raise ValueError(f"AdamW2: {key} got {got!r}, it takes {taken!r}.")
     precision.refuse(config)
-    if getattr(ddp, "use_megatron_fsdp", False):
+    if has_fsdp:
         precision.refuse_beside_fsdp(config)
         if not all(map(has_dtensors, model)):
             raise ValueError(
