@@ -15,10 +15,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.fsdp2 import fully_shard
 from tests.watch import plain_adamw
 from tests.watch.plain_adamw import MODELS, exact_norms, gradients_of, loss_of
 from weyl_megatron.engines.shutdown import shutdown

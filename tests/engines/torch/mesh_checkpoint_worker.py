@@ -42,7 +42,7 @@ RUNS = {
 
 def make(layout: str, options: dict[str, Any], cls: type = AdamW2) -> tuple[Any, Any]:
     torch.manual_seed(0)
-    net = meshes.Net()
+    net = meshes.Net(**meshes.OVER_TENSOR_PARALLELISM)  # of every layout: one reads the other's
     if layout != "whole":
         getattr(meshes, layout)(net, dist.get_world_size())
     if cls is AdamW2:

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -26,6 +25,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from tests import tolerances
 from tests.engines.torch.mesh_worker import batch
 from tests.engines.torch.meshes import PROJECT, Net, fsdp, tp
+from tests.fsdp2 import fully_shard
 from weyl_megatron import AdamW2
 from weyl_megatron.engines.shutdown import shutdown
 

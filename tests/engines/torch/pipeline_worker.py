@@ -22,7 +22,8 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 from torch.nn import functional
 
 from tests import tolerances
-from tests.engines.torch.meshes import VOCABULARY, fully_shard, whole
+from tests.engines.torch.meshes import VOCABULARY, whole
+from tests.fsdp2 import fully_shard
 from weyl_megatron import AdamW2, MatrixStats
 from weyl_megatron.engines.shutdown import shutdown
 
