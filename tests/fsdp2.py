@@ -118,9 +118,7 @@ def _means() -> None:
     """
     reduce, scatter = dist.all_reduce, dist.reduce_scatter_tensor
 
-    def all_reduce(
-        tensor: Tensor, op: Any = SUM, group: Any = None, async_op: bool = False
-    ) -> Any:
+    def all_reduce(tensor: Tensor, op: Any = SUM, group: Any = None, async_op: bool = False) -> Any:
         if op != MEAN:
             return reduce(tensor, op, group, async_op)
         reduce(tensor, SUM, group)

@@ -218,7 +218,11 @@ def whole(tensor: Tensor) -> Tensor:
     """
     if not isinstance(tensor, DTensor):
         return tensor.detach().clone()
-    held, mesh, placements = tensor.to_local().detach().clone(), tensor.device_mesh, tensor.placements
+    held, mesh, placements = (
+        tensor.to_local().detach().clone(),
+        tensor.device_mesh,
+        tensor.placements,
+    )
     # What is cut last is joined first: FSDP2 cuts the bands of tensor parallelism, to its right.
     is_inner = [getattr(placement, "split_factor", 1) > 1 for placement in placements]
     for mesh_dim in sorted(range(mesh.ndim), key=lambda dim: (is_inner[dim], dim), reverse=True):
