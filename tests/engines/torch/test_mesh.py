@@ -9,13 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests import fsdp2
 from tests.engines.torch.meshes import CASES
 from tests.processes import run_ranks
 
 WORKER = Path(__file__).with_name("mesh_worker.py")
 CHECKPOINTS = Path(__file__).with_name("mesh_checkpoint_worker.py")
 FAULTS = Path(__file__).with_name("mesh_faults_worker.py")
+PAGE = Path(__file__).parents[3] / "docs" / "fsdp2.md"
 
 Rows = dict[str, dict[str, str]]
 
@@ -60,6 +63,26 @@ def test_a_spread_model_trains_as_one_process_trains_it(
     if outcome == "lacks":
         pytest.skip(f"torch: {said}")
     assert outcome == "agrees", said
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ("`Shard(1)` for some parameters", fsdp2.lacking("shard_placement_fn")),
+        ("`ignored_params`", fsdp2.lacking("ignored_params")),
+        ("FSDP2 × tensor parallelism, uneven", fsdp2.lacking(uneven=True)),
+    ],
+)
+def test_the_page_says_which_torch_a_row_begins_with(row: str, sentence: str | None) -> None:
+    """So that no newer torch passes a row over."""
+    page = [line.strip("| ").split(" | ") for line in PAGE.read_text("utf-8").splitlines()]
+    (first,) = (cells[3] for cells in page if cells[0] == row and len(cells) == 5)
+    (said,) = (cells[1] for cells in page if cells[0] == row and len(cells) == 2)
+    installed, begins = (
+        tuple(map(int, version.split(".")[:2])) for version in (torch.__version__, first)
+    )
+    assert (sentence is None) == (installed >= begins)
+    assert said == f'"{sentence}"' or sentence is None
 
 
 def test_a_distributed_checkpoint_goes_on_at_another_number_of_ranks(tmp_path: Path) -> None:
