@@ -196,9 +196,8 @@ def main() -> None:
                 print(f"{case.name}: {outcome}: {said}", flush=True)
     if sys.argv[1:] and dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(rows))
-    shutdown()
-    if not sys.argv[1:] and any("failed" in outcome for outcome in rows.values()):
-        sys.exit("a row failed")
+    has_failed = any("failed" in outcome for outcome in rows.values())
+    shutdown(int(has_failed and not sys.argv[1:]))  # with FILE the reader tells
 
 
 if __name__ == "__main__":
