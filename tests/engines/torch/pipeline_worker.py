@@ -97,12 +97,23 @@ class _All:
             work.wait()
 
 
-def wait_for_all_transfers() -> None:
-    """Let a schedule of torch 2.5 to 2.7, which drops all but the last of the transfers that it
-    starts together, wait for all: gloo loses what is dropped, and 1F1B hangs. torch 2.8 does so.
+def mend_transfers() -> None:
+    """Let schedules of older torch run on gloo.
+
+    Those of torch 2.5 to 2.7 wait for the last alone of the transfers that they start together;
+    gloo loses what is dropped, and 1F1B hangs. Those of torch 2.9 begin with an integer of 8 bytes
+    that is received as a float of 4, which ends the process; gloo does without this greeting.
     """
     if not hasattr(schedules, "_wait_batch_p2p"):
         schedules._batch_p2p = lambda ops, desc=None: _All(ops) if ops else None
+    greeting = getattr(PipelineStage, "_get_init_p2p_neighbors_ops", None)
+    if greeting is not None:
+
+        def fitting(stage: PipelineStage) -> list[Any]:
+            ops = greeting(stage)
+            return ops if len({op.tensor.dtype for op in ops}) == 1 else []
+
+        PipelineStage._get_init_p2p_neighbors_ops = fitting
 
 
 @dataclass(frozen=True)
@@ -243,7 +254,7 @@ def check_refusals(mesh: DeviceMesh) -> None:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    wait_for_all_transfers()
+    mend_transfers()
     dist.init_process_group("gloo")
     shards = dist.get_world_size() // STAGES
     mesh = init_device_mesh("cpu", (STAGES, shards), mesh_dim_names=("pp", "dp"))
