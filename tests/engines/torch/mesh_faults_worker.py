@@ -120,7 +120,9 @@ def packed() -> None:
         for key, entry in expected.items():
             assert abs(entries[key].sigma_update / entry.sigma_update - 1) < 1e-4, key
             assert entry.clipped
-        assert torch.allclose(weight.full_tensor(), alone, rtol=1e-4)
+        expected_piece = distribute_tensor(alone.detach(), mesh, placements)
+        # torch 2.11 joins no such pieces: every rank compares its own.
+        assert torch.allclose(weight.to_local(), expected_piece.to_local(), rtol=1e-4)
 
 
 def nan_on_one_rank() -> None:
