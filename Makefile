@@ -81,8 +81,11 @@ MATRIX := 0.16.9+2.5.0 0.18.9+2.9.1
 MEGATRON := 0.14.0+2.6.0 0.18.2+2.9.1 0.19.2+2.9.1
 PYTHON312 ?= python3.12
 
-# What torch itself spreads: meshes, pipelines, experts. 2.5 has FSDP2 for CUDA alone, and that is passed over.
-TORCHES := 2.5.1 2.6.0 2.8.0
+# What torch itself spreads: meshes, pipelines, experts. The oldest, those that rows of docs/fsdp2.md begin with, the first
+# that needs no stand-in of tests/fsdp2.py, and the newest but that of `make test`.
+TORCHES := 2.5.1 2.6.0 2.7.1 2.8.0 2.9.1 2.13.0
+MESHES := $(addprefix tests/engines/torch/test_,mesh.py mesh_nonfinite.py experts.py pipelining.py dcp.py) \
+	tests/watch/test_mesh.py tests/transformer/test_mesh.py
 
 test-matrix: test $(MATRIX:%=matrix-%) $(MEGATRON:%=megatron-%) $(TORCHES:%=meshes-%)
 
@@ -90,8 +93,7 @@ meshes-%:
 	test -x .venv-meshes-$*/bin/python || $(PYTHON) -m venv .venv-meshes-$*
 	.venv-meshes-$*/bin/python -m pip install --quiet --disable-pip-version-check pytest hypothesis pyyaml \
 		"numpy<2.4" "setuptools<81" torch==$* -e .
-	OMP_NUM_THREADS=1 .venv-meshes-$*/bin/python -m pytest -q tests/engines/torch/test_pipelining.py \
-		tests/engines/torch/test_experts.py tests/engines/torch/test_mesh.py
+	OMP_NUM_THREADS=1 .venv-meshes-$*/bin/python -m pytest -q $(MESHES)
 
 matrix-%:
 	$(MAKE) VENV=.venv-$* DEEPSPEED=$(firstword $(subst +, ,$*)) TORCH=$(lastword $(subst +, ,$*)) matrix-run

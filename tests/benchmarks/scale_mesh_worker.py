@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from benchmarks.scale_count import CLIPS, OPTIONS, vectors_of
 from tests.benchmarks.scale_worker import MODEL, RATES
+from tests.fsdp2 import fully_shard
 from weyl_megatron import AdamW2
 from weyl_megatron.engines.shutdown import shutdown
 

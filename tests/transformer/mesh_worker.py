@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from examples.collapse.model import GPT, GPTConfig
+from tests.fsdp2 import fully_shard
 from weyl_megatron import AdamW2
 from weyl_megatron.engines.shutdown import shutdown
 from weyl_megatron.transformer.reparam import fold, sigma_reparam, sigmas

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -27,6 +26,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from examples.collapse.model import GPT, GPTConfig
+from tests.fsdp2 import MixedPrecisionPolicy, fully_shard
 from weyl_megatron import AdamW2
 from weyl_megatron.engines.shutdown import shutdown
 from weyl_megatron.watch.sharpness import sharpness

@@ -33,10 +33,7 @@ def drawn(number: int, step: int) -> Tensor:
 
 
 def spread(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
-    made = distribute_tensor(tensor, mesh, placements)
-    if made.to_local().is_contiguous():
-        return made
-    return from_local(tensor, mesh, placements)  # torch 2.5 leaves a view of the whole
+    return distribute_tensor(tensor, mesh, placements)
 
 
 def from_local(tensor: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:

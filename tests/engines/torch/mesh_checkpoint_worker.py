@@ -42,11 +42,12 @@ RUNS = {
 
 def make(layout: str, options: dict[str, Any], cls: type = AdamW2) -> tuple[Any, Any]:
     torch.manual_seed(0)
-    net = meshes.Net()
+    net = meshes.Net(**meshes.OVER_TENSOR_PARALLELISM)  # of every layout: one reads the other's
     if layout != "whole":
         getattr(meshes, layout)(net, dist.get_world_size())
-    if cls is AdamW2:
-        options = {"tau": 0.03, "io": ["wte*"], **options}
+    if cls is not AdamW2:  # torch's, which takes names from 2.6 on
+        return net, cls(net.parameters(), lr=1e-2, weight_decay=0.1, **options)
+    options = {"tau": 0.03, "io": ["wte*"], **options}
     return net, cls(net.named_parameters(), lr=1e-2, weight_decay=0.1, **options)
 
 

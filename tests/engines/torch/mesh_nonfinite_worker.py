@@ -16,7 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.engines.torch.meshes import VOCABULARY, Net, fsdp, fsdp_tp, hsdp, tp
+from tests.engines.torch.meshes import (
+    OVER_TENSOR_PARALLELISM,
+    VOCABULARY,
+    Net,
+    fsdp,
+    fsdp_tp,
+    hsdp,
+    tp,
+)
 from tests.logged import Lines
 from weyl_megatron import AdamW2
 from weyl_megatron.engines.shutdown import shutdown
@@ -54,7 +62,7 @@ def backward(net: nn.Module, factor: float = 1.0) -> None:
 
 def made(spread: Callable[[Net, int], None], mode: str) -> tuple[Net, AdamW2]:
     torch.manual_seed(0)
-    net = Net()
+    net = Net(**(OVER_TENSOR_PARALLELISM if spread is fsdp_tp else {}))
     spread(net, dist.get_world_size())
     return net, AdamW2(net.named_parameters(), lr=1e-2, tau=0.03, nonfinite=mode)
 

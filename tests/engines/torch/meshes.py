@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._composable import replicate
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -17,20 +18,16 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-try:
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-except ImportError:  # torch 2.5
-    from torch.distributed._composable.fsdp import (
-        CPUOffloadPolicy,
-        MixedPrecisionPolicy,
-        fully_shard,
-    )
-
-#: Whether FSDP2 of this torch runs without a GPU: that of 2.5 asks for CUDA, that of 2.6 for a
-#: stream that records events.
-HAS_FSDP2 = hasattr(torch.cpu.Stream, "record_event")
+from tests import fsdp2
+from tests.fsdp2 import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 VOCABULARY = 37
+
+#: A net whose every dimension four ranks share out evenly.
+EVEN = {"width": 12, "hidden": 8, "experts": 4}
+
+#: Where FSDP2 of this torch shards no other over tensor parallelism, that; else one of odd shapes.
+OVER_TENSOR_PARALLELISM = EVEN if fsdp2.lacking(uneven=True) else {}
 
 
 class Block(nn.Module):
@@ -186,8 +183,10 @@ CASES: dict[int, Sequence[Case]] = {
         Case("hsdp", hsdp),
         Case("hsdp, projected", hsdp, PROJECT),
         Case("hsdp, settled", hsdp, lr=1e-5),
-        Case("fsdp and tensor parallel", fsdp_tp, tensor=2),
-        Case("fsdp and tensor parallel, projected", fsdp_tp, PROJECT, tensor=2),
+        Case("even fsdp and tensor parallel", fsdp_tp, tensor=2, net=EVEN),
+        Case("even fsdp and tensor parallel, projected", fsdp_tp, PROJECT, EVEN, tensor=2),
+        Case("uneven fsdp and tensor parallel", fsdp_tp, tensor=2),
+        Case("uneven fsdp and tensor parallel, projected", fsdp_tp, PROJECT, tensor=2),
     ),
     5: (
         Case("fsdp", fsdp, net={"width": 13}),
@@ -202,12 +201,34 @@ CASES: dict[int, Sequence[Case]] = {
 }
 
 
-def runs(case: Case) -> bool:
-    """Whether this torch spreads a model so on the CPU."""
-    return HAS_FSDP2 or case.spread in (tp, replicated)
+def lacking(case: Case) -> str | None:
+    """Return what this torch says where it cannot spread a model so, or None where it can."""
+    if case.spread is by_columns:
+        return fsdp2.lacking("shard_placement_fn")
+    if case.spread is with_ignored:
+        return fsdp2.lacking("ignored_params")
+    return fsdp2.lacking(uneven=case.spread is fsdp_tp and case.net != EVEN)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return all of a parameter. Collective."""
-    held = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return held.detach().clone()
+    """Return all of a parameter. Collective over its mesh.
+
+    It is put together from the ranks' pieces: ``full_tensor()`` of torch 2.8 has rows in another
+    order where FSDP2 shards uneven bands.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().clone()
+    held, mesh, placements = (
+        tensor.to_local().detach().clone(),
+        tensor.device_mesh,
+        tensor.placements,
+    )
+    # What is cut last is joined first: FSDP2 cuts the bands of tensor parallelism, to its right.
+    is_inner = [getattr(placement, "split_factor", 1) > 1 for placement in placements]
+    for mesh_dim in sorted(range(mesh.ndim), key=lambda dim: (is_inner[dim], dim), reverse=True):
+        dim = getattr(placements[mesh_dim], "dim", None)
+        if dim is not None:
+            pieces: list[Any] = [None] * mesh.size(mesh_dim)
+            dist.all_gather_object(pieces, held, group=mesh.get_group(mesh_dim))
+            held = torch.cat(pieces, dim)
+    return held
