@@ -1,5 +1,6 @@
 """torchrun worker: watches three steps of examples/collapse's GPT that torch spreads over ranks
-(FSDP2, HSDP); writes the last measurement, and what is refused.
+(FSDP2, HSDP; tensor parallelism is tp_worker.py's); writes the last measurement, and what is
+refused.
 
 Usage: mesh_worker.py OUT_DIR. One process watches the model whole; the global batch is the same at
 any number of processes.
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -98,20 +99,11 @@ def measured(model: GPT, folder: Path) -> dict[str, float]:
     return values
 
 
-def tensor_parallel(model: GPT, mesh: DeviceMesh) -> None:
+def tp(model: GPT) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in model.blocks:
         plan = {"mlp.fc1": ColwiseParallel(), "mlp.fc2": RowwiseParallel()}
         parallelize_module(block, mesh, plan)
-
-
-def tp(model: GPT) -> None:
-    tensor_parallel(model, init_device_mesh("cpu", (dist.get_world_size(),)))
-
-
-def fsdp_tp(model: GPT) -> None:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    tensor_parallel(model, mesh["tp"])
-    fsdp(model, mesh=mesh["dp"])
 
 
 def part_of_ranks(model: GPT) -> None:
@@ -131,14 +123,11 @@ def sharpness_of(model: GPT, *, is_between: bool) -> float:
 REFUSED: dict[int, dict[str, Callable[[], Any]]] = {
     1: {},
     2: {
-        "tensor parallelism": lambda: Watch(made(tp)),
         "sharpness": lambda: sharpness_of(made(fsdp), is_between=False),
+        "sharpness of bands": lambda: sharpness_of(made(tp), is_between=False),
         "sharpness between": lambda: sharpness_of(made(root_alone), is_between=True),
     },
-    4: {
-        "fsdp and tensor parallelism": lambda: Watch(made(fsdp_tp)),
-        "part of ranks": lambda: Watch(made(part_of_ranks)),
-    },
+    4: {"part of ranks": lambda: Watch(made(part_of_ranks))},
 }
 
 

@@ -65,9 +65,14 @@ class Weight(NamedTuple):
     cut: _Cut  # the parameter to this matrix
 
     def read(self) -> Tensor:
+        """Return the matrix."""
+        return self.cut(self.held())
+
+    def held(self) -> Tensor:
+        """Return the parameter; a DTensor is one still."""
         with only_looking(self.owner):
             parameter: Tensor = getattr(self.owner, self.attribute)
-        return self.cut(parameter.detach())
+        return parameter.detach()
 
     @property
     def parameter(self) -> nn.Parameter | None:
