@@ -30,6 +30,7 @@ from torch.distributed.tensor.parallel import (
 from examples.collapse.model import GPT, GPTConfig
 from weyl_megatron import AdamW2
 from weyl_megatron.engines.shutdown import shutdown
+from weyl_megatron.transformer.reparam import sigma_reparam
 from weyl_megatron.watch.sharpness import sharpness
 from weyl_megatron.watch.watch import Watch
 
@@ -64,9 +65,24 @@ def checkpointed(model: GPT) -> None:
     fsdp(model)
 
 
+def converted(model: GPT) -> None:
+    sigma_reparam(model, exclude=("head",))
+
+
+def fsdp_converted(model: GPT) -> None:
+    converted(model)
+    fsdp(model)
+
+
 CASES: dict[int, dict[str, Callable[[GPT], None]]] = {
-    1: {"whole": whole},
-    2: {"fsdp": fsdp, "root": root_alone, "bf16": half, "checkpointed": checkpointed},
+    1: {"whole": whole, "whole converted": converted},
+    2: {
+        "fsdp": fsdp,
+        "root": root_alone,
+        "bf16": half,
+        "checkpointed": checkpointed,
+        "converted": fsdp_converted,
+    },
     4: {"hsdp": hsdp},
 }
 

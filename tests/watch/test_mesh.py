@@ -36,6 +36,15 @@ def test_the_numbers_are_those_of_one_process(case: str, measured: Path) -> None
     assert values == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
+def test_converted_layers_are_measured_as_they_compute(measured: Path) -> None:
+    """σReparam's Ŵ, which is there only while its layer computes."""
+    expected, values = read(measured, "whole converted"), read(measured, "converted")
+    assert values.keys() == expected.keys()
+    # γ after two steps; sums in another order as above.
+    assert 0.9 < expected["block/0/sigma_q"] < 1.1
+    assert values == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
 def test_weights_of_mixed_precision_are_measured_as_they_compute(measured: Path) -> None:
     expected, values = read(measured, "whole"), read(measured, "bf16")
     assert values.keys() == expected.keys()

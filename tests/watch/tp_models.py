@@ -25,6 +25,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from examples.collapse.model import GPT, GPTConfig
+from weyl_megatron.transformer.reparam import sigma_reparam
 
 CONFIG = GPTConfig(norm="pre", vocabulary=50, context=16, layers=2, heads=4, width=24)
 
@@ -107,6 +108,7 @@ MODELS: dict[str, Callable[[], GPT]] = {
     "stacked": lambda: with_attention(StackedAttention),
     "by hand": lambda: with_attention(AttentionByHand),
     "llama": llama,
+    "converted": lambda: GPT(CONFIG),  # by σReparam, once it is spread
 }
 
 
@@ -264,7 +266,7 @@ class Case:
 CASES: dict[int, tuple[Case, ...]] = {
     1: tuple(
         Case(f"whole {model}", model, None)
-        for model in ("plain", "post", "shared", "stacked", "llama")
+        for model in ("plain", "post", "shared", "stacked", "llama", "converted")
     ),
     2: (
         Case("usual", "plain", usual),
@@ -278,12 +280,14 @@ CASES: dict[int, tuple[Case, ...]] = {
         Case("sequence on mesh", "plain", sequence_on_mesh),
         Case("sequence by layer", "plain", sequence_by_layer),
         Case("llama", "llama", by_its_own_plan),
+        Case("converted", "converted", usual),
     ),
     4: (
         Case("fsdp usual", "plain", usual, "fsdp"),
         Case("fsdp sequence", "plain", sequence, "fsdp"),
         Case("fsdp shared", "shared", usual, "fsdp"),
         Case("fsdp stacked", "stacked", stack_behind_gather, "fsdp"),
+        Case("fsdp converted", "converted", sequence, "fsdp"),
     ),
 }
 
@@ -303,17 +307,25 @@ REFUSED: dict[int, tuple[Case, ...]] = {
 def made(case: Case, ranks: int) -> nn.Module:
     """Return the model, spread over all ranks."""
     torch.manual_seed(3)
-    model = MODELS[case.model]()
+    model: Any = MODELS[case.model]()
     if case.spread is None:
-        return model
+        return converted(model) if case.model == "converted" else model
     if not case.data:
-        return case.spread(model, init_device_mesh("cpu", (ranks,))) or model
+        model = case.spread(model, init_device_mesh("cpu", (ranks,))) or model
+        return converted(model) if case.model == "converted" else model
     mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("dp", "tp"))
     case.spread(model, mesh["tp"])
     if case.data == "ddp":
         return DistributedDataParallel(model, device_mesh=mesh["dp"])
+    if case.model == "converted":
+        converted(model)
     if case.data == "fsdp":
         for block in model.blocks:
             fully_shard(block, mesh=mesh["dp"])
         fully_shard(model, mesh=mesh["dp"])
+    return model
+
+
+def converted(model: GPT) -> GPT:
+    sigma_reparam(model, exclude=("head",))
     return model
