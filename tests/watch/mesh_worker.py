@@ -126,6 +126,12 @@ def part_of_ranks(model: GPT) -> None:
     fsdp(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))["dp"])
 
 
+def sharpness_beside_bands(model: GPT) -> float:
+    """Sharpness of parameters that are whole, in a model of which others are not."""
+    tokens = batch(0)
+    return sharpness(lambda: model(tokens[:, :-1], tokens[:, 1:]), [model.wte.weight])
+
+
 def sharpness_of(model: GPT, *, is_between: bool) -> float:
     """Sharpness of DTensors, or of what is plain and whole between forward and backward."""
     tokens = batch(0)
@@ -141,6 +147,7 @@ REFUSED: dict[int, dict[str, Callable[[], Any]]] = {
     2: {
         "sharpness": lambda: sharpness_of(made(fsdp), is_between=False),
         "sharpness of bands": lambda: sharpness_of(made(tp), is_between=False),
+        "sharpness beside bands": lambda: sharpness_beside_bands(made(tp)),
         "sharpness between": lambda: sharpness_of(made(root_alone), is_between=True),
     },
     4: {"part of ranks": lambda: Watch(made(part_of_ranks))},

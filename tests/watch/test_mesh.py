@@ -60,6 +60,8 @@ def said(folder: Path, ranks: int) -> dict[str, str]:
 
 def test_sharpness_of_what_no_rank_has_whole_is_refused_in_a_sentence(measured: Path) -> None:
     refused = said(measured, 2)
+    sentence = refused.pop("sharpness beside bands")
+    assert "in its graph, of torch's tensor parallelism" in sentence
     assert set(refused) == {"sharpness", "sharpness between", "sharpness of bands"}
     for case, sentence in refused.items():
         assert "is partitioned, it takes whole parameters" in sentence, (case, sentence)

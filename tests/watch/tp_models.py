@@ -260,7 +260,7 @@ class Case:
     name: str
     model: str
     spread: Spread | None
-    data: str = ""  # how there are ranks with other data: "" (not), "fsdp", "ddp", "nothing"
+    data: str = ""  # how there are ranks with other data: "" (not), "fsdp", "hsdp", …
 
 
 CASES: dict[int, tuple[Case, ...]] = {
@@ -289,6 +289,7 @@ CASES: dict[int, tuple[Case, ...]] = {
         Case("fsdp stacked", "stacked", stack_behind_gather, "fsdp"),
         Case("fsdp converted", "converted", sequence, "fsdp"),
     ),
+    8: (Case("hsdp sequence", "plain", sequence, "hsdp"),),
 }
 
 REFUSED: dict[int, tuple[Case, ...]] = {
@@ -301,6 +302,7 @@ REFUSED: dict[int, tuple[Case, ...]] = {
         Case("two meshes", "plain", two_meshes),
     ),
     4: (Case("ddp", "plain", usual, "ddp"), Case("part of ranks", "plain", usual, "nothing")),
+    8: (),
 }
 
 
@@ -313,16 +315,18 @@ def made(case: Case, ranks: int) -> nn.Module:
     if not case.data:
         model = case.spread(model, init_device_mesh("cpu", (ranks,))) or model
         return converted(model) if case.model == "converted" else model
-    mesh = init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("dp", "tp"))
+    shape = (2, ranks // 4, 2) if case.data == "hsdp" else (1, ranks // 2, 2)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("copies", "dp", "tp"))
     case.spread(model, mesh["tp"])
     if case.data == "ddp":
         return DistributedDataParallel(model, device_mesh=mesh["dp"])
     if case.model == "converted":
         converted(model)
-    if case.data == "fsdp":
+    if case.data in ("fsdp", "hsdp"):
+        shared = mesh["copies", "dp"] if case.data == "hsdp" else mesh["dp"]
         for block in model.blocks:
-            fully_shard(block, mesh=mesh["dp"])
-        fully_shard(model, mesh=mesh["dp"])
+            fully_shard(block, mesh=shared)
+        fully_shard(model, mesh=shared)
     return model
 
 
