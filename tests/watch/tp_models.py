@@ -92,6 +92,14 @@ def with_attention(make: Callable[[], nn.Module]) -> GPT:
     return model
 
 
+def uneven() -> GPT:
+    """Three heads, and an MLP that three ranks share out as 17, 17 and 16."""
+    model = GPT(GPTConfig("pre", 50, 16, 2, 3, 24))
+    for block in model.blocks:
+        block.mlp.fc1, block.mlp.fc2 = nn.Linear(24, 50), nn.Linear(50, 24)
+    return model
+
+
 def llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -108,6 +116,7 @@ MODELS: dict[str, Callable[[], GPT]] = {
     "stacked": lambda: with_attention(StackedAttention),
     "by hand": lambda: with_attention(AttentionByHand),
     "llama": llama,
+    "uneven": uneven,
     "converted": lambda: GPT(CONFIG),  # by σReparam, once it is spread
 }
 
@@ -130,6 +139,12 @@ def each(model: GPT, mesh: DeviceMesh, plan: dict[str, Any], *, is_local: bool =
 
 def usual(model: GPT, mesh: DeviceMesh) -> None:
     each(model, mesh, attention() | MLP)
+
+
+def on_mesh_between(model: GPT, mesh: DeviceMesh) -> None:
+    """What fc1 puts out stays a DTensor: torch takes no uneven shares of tensors."""
+    plan = {"mlp.fc1": ColwiseParallel(use_local_output=False), "mlp.fc2": RowwiseParallel()}
+    each(model, mesh, attention() | plan)
 
 
 def mlp_alone(model: GPT, mesh: DeviceMesh) -> None:
@@ -266,7 +281,7 @@ class Case:
 CASES: dict[int, tuple[Case, ...]] = {
     1: tuple(
         Case(f"whole {model}", model, None)
-        for model in ("plain", "post", "shared", "stacked", "llama", "converted")
+        for model in ("plain", "post", "shared", "stacked", "llama", "uneven", "converted")
     ),
     2: (
         Case("usual", "plain", usual),
@@ -282,6 +297,7 @@ CASES: dict[int, tuple[Case, ...]] = {
         Case("llama", "llama", by_its_own_plan),
         Case("converted", "converted", usual),
     ),
+    3: (Case("uneven", "uneven", on_mesh_between),),
     4: (
         Case("fsdp usual", "plain", usual, "fsdp"),
         Case("fsdp sequence", "plain", sequence, "fsdp"),
@@ -301,6 +317,7 @@ REFUSED: dict[int, tuple[Case, ...]] = {
         Case("by hand", "by hand", usual),
         Case("two meshes", "plain", two_meshes),
     ),
+    3: (),
     4: (Case("ddp", "plain", usual, "ddp"), Case("part of ranks", "plain", usual, "nothing")),
     8: (),
 }
