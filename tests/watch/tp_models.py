@@ -14,9 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    ParallelStyle,
     PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
@@ -179,9 +187,34 @@ def stack_of_rank(model: GPT, mesh: DeviceMesh) -> None:
         block.attn.num_heads //= mesh.size()
 
 
+class Whole(ParallelStyle):
+    """Whole on every rank, whose gradients are of its heads alone."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        def put(_: nn.Module, inputs: Any, mesh: DeviceMesh) -> Any:
+            return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
+
+        def take(_: nn.Module, output: Any, __: DeviceMesh) -> Any:
+            return output.to_local(grad_placements=[Partial()])
+
+        return distribute_module(module, device_mesh, None, put, take)
+
+
 def keys_whole(model: GPT, mesh: DeviceMesh) -> None:
-    """Queries by rows; the keys that they share are whole on every rank."""
-    each(model, mesh, {"attn.q": ColwiseParallel(), "attn.o": RowwiseParallel()})
+    """Queries by rows; the keys and values that they share are whole on every rank."""
+    plan = {"attn.k": Whole(), "attn.v": Whole()}
+    each(model, mesh, attention() | MLP | plan)
+
+
+def parts_of_heads(model: GPT, mesh: DeviceMesh) -> None:
+    """Half of the only head's keys on each rank, and all of them behind a gather."""
+    gathers = ColwiseParallel(output_layouts=Replicate())
+    each(model, mesh, attention() | {"attn.k": gathers, "attn.v": gathers})
+
+
+def values_by_rows(model: GPT, mesh: DeviceMesh) -> None:
+    """Queries and values by rows; keys are whole."""
+    each(model, mesh, attention() | {"attn.k": Whole()})
 
 
 def around(model: GPT, mesh: DeviceMesh, head: ColwiseParallel) -> None:
@@ -277,16 +310,17 @@ class Case:
     spread: Spread | None
     data: str = ""  # how there are ranks with other data: "" (not), "fsdp", "hsdp", …
 
+    def __str__(self) -> str:
+        return self.name
+
 
 CASES: dict[int, tuple[Case, ...]] = {
-    1: tuple(
-        Case(f"whole {model}", model, None)
-        for model in ("plain", "post", "shared", "stacked", "llama", "uneven", "converted")
-    ),
+    1: tuple(Case(f"whole {model}", model, None) for model in MODELS if model != "by hand"),
     2: (
         Case("usual", "plain", usual),
         Case("post", "post", usual),
         Case("shared", "shared", usual),
+        Case("single", "single", keys_whole),
         Case("on mesh", "plain", on_mesh),
         Case("behind gather", "plain", behind_gather),
         Case("mlp alone", "plain", mlp_alone),
@@ -302,16 +336,24 @@ CASES: dict[int, tuple[Case, ...]] = {
         Case("fsdp usual", "plain", usual, "fsdp"),
         Case("fsdp sequence", "plain", sequence, "fsdp"),
         Case("fsdp shared", "shared", usual, "fsdp"),
+        Case("fsdp single", "single", keys_whole, "fsdp"),
         Case("fsdp stacked", "stacked", stack_behind_gather, "fsdp"),
         Case("fsdp converted", "converted", sequence, "fsdp"),
     ),
     8: (Case("hsdp sequence", "plain", sequence, "hsdp"),),
 }
 
+#: Those that torch's AdamW trains, too.
+ADAMW = (
+    *(f"whole {model}" for model in ("plain", "shared", "single", "stacked", "llama")),
+    *("usual", "shared", "single", "stacked", "sequence", "llama", "fsdp usual", "fsdp sequence"),
+)
+
 REFUSED: dict[int, tuple[Case, ...]] = {
     1: (),
     2: (
-        Case("shared keys", "single", keys_whole),
+        Case("values by rows", "shared", values_by_rows),
+        Case("parts of heads", "single", parts_of_heads),
         Case("stack of rank", "stacked", stack_of_rank),
         Case("by columns", "plain", by_columns),
         Case("by hand", "by hand", usual),

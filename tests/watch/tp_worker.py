@@ -21,7 +21,7 @@ from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.watch import plain_adamw
-from tests.watch.tp_models import CASES, REFUSED, Case, made
+from tests.watch.tp_models import ADAMW, CASES, REFUSED, Case, made
 from weyl_megatron.engines.shutdown import shutdown
 from weyl_megatron.watch.watch import Watch
 
@@ -79,7 +79,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     folder, ranks = Path(sys.argv[1]), dist.get_world_size()
     for case in CASES[ranks]:
-        for kind in STEPS:
+        for kind in ("adamw2", "adamw") if case.name in ADAMW else ("adamw2",):
             values = measured(case, kind, folder / f"{case.name}-{kind}")
             if dist.get_rank() == 0:
                 (folder / f"{case.name}-{kind}.json").write_text(json.dumps(values))

@@ -36,6 +36,7 @@ class Band(NamedTuple):
     dim: int | None = None  # 0: these are rows, 1: columns, None: it is whole
     start: int = 0  # the first of them
     group: ProcessGroup | None = None  # whose ranks have the others
+    total: int = 0  # of all ranks, where torch shares them out
     is_gathered: bool = False  # of a stack that ranks share out
 
     def sigma(self, role: str, name: str) -> float:
@@ -63,6 +64,7 @@ class Heads(NamedTuple):
     heads: int
     key_heads: int
     first: int  # among those of the model
+    times: int  # heads that share a key
     ranks: int = 1  # that share the heads out
 
 
@@ -100,13 +102,16 @@ def heads_of_rank(block: Block, bands: Mapping[str, Band], queries: Tensor | Non
     """
     query, key = bands.get("q"), bands.get("k")
     if query is None or key is None or block.group is not None:
-        return Heads(block.heads, block.key_heads, block.first_head)
+        return _heads(block.heads, block.key_heads, block.first_head)
     if query.dim is None and key.dim is None and not query.is_gathered:
-        return Heads(block.heads, block.key_heads, 0)
-    if not query.is_gathered and (query.dim != 0 or key.dim != 0):
+        return _heads(block.heads, block.key_heads, 0)
+    value = bands.get("v", key)
+    is_whole = key.dim is None and value.dim is None
+    if not query.is_gathered and (query.dim != 0 or (key.dim != 0 and not is_whole)):
         raise ValueError(
-            f"watch: W_q and W_k of {block.name} got {_words(query)} and {_words(key)} on each "
-            "rank, they take rows of both (ColwiseParallel), a head's on one rank, or all of both."
+            f"watch: W_q, W_k and W_v of {block.name} got {_words(query)}, {_words(key)} and "
+            f"{_words(value)} on each rank, they take rows of W_q (ColwiseParallel), a head's on "
+            "one rank, with rows of the others or all of both; or all of W_q and W_k."
         )
     size = _head_size(block) if queries is None else queries.shape[-1]
     if size is None:
@@ -123,15 +128,21 @@ def heads_of_rank(block: Block, bands: Mapping[str, Band], queries: Tensor | Non
                 f"and an attention of {queries.shape[1]} heads on each rank, it takes one of all "
                 f"{rows[0] // size}: ColwiseParallel(output_layouts=Replicate())."
             )
-        return Heads(rows[0] // size, rows[2] // size, 0)
-    if any(count % size for count in rows) or rows[1] * rows[2] != rows[0] * rows[3]:
+        return _heads(rows[0] // size, rows[2] // size, 0)
+    ranks = dist.get_world_size(query.group)
+    whole_keys = rows[2] if is_whole else key.total
+    if any(count % size for count in (*rows, whole_keys)) or query.total % whole_keys:
+        is_shared = False
+    else:  # where this rank's queries begin, its keys do
+        is_shared = is_whole or rows[1] * rows[2] == rows[0] * rows[3]
+    if not is_shared:
         raise ValueError(
             f"watch: {block.name} got {len(query.matrix)} rows of W_q and {len(key.matrix)} of W_k "
             f"on this rank, it takes whole heads of {size} rows with the keys that they share: as "
-            "many ranks as divide the keys' heads."
+            "many ranks as divide the keys' heads, or all keys on each."
         )
-    ranks = dist.get_world_size(query.group)
-    return Heads(rows[0] // size, rows[2] // size, rows[1] // size, ranks)
+    times = query.total // whole_keys
+    return Heads(rows[0] // size, rows[2] // size, rows[1] // size, times, ranks)
 
 
 def read_bands(block: Block, owner: nn.Module, *, is_lent: bool) -> dict[str, Band]:
@@ -182,7 +193,9 @@ def read_bands(block: Block, owner: nn.Module, *, is_lent: bool) -> dict[str, Ba
         # As torch cuts: so many for each rank, and what is left for the last.
         share = -(-tensor.shape[placement.dim] // mesh.size())
         start = min(share * mesh.get_local_rank(), tensor.shape[placement.dim])
-        bands[role] = Band(weight.cut(held), dim, start, mesh.get_group())
+        bands[role] = Band(
+            weight.cut(held), dim, start, mesh.get_group(), tensor.shape[placement.dim]
+        )
     return bands
 
 
@@ -208,6 +221,19 @@ def sigma_of_product(left: Band, right: Band, name: str, along: int) -> float | 
         return None
     group = right.group if left.dim is None else left.group
     return spectra.sigma_of_product(first.T if along == 0 else first, second, name, group)
+
+
+def spectra_of_heads(query: Band, key: Band, heads: Heads) -> Tensor:
+    """Return the singular values of W_qᵀW_k of this rank's heads, as spectra.head_spectra does."""
+    if query.dim is None or key.dim is not None:
+        return spectra.head_spectra(query.matrix, key.matrix, heads.heads, heads.key_heads)
+    keys = key.repeated(heads.key_heads, heads.times).matrix
+    own = keys.narrow(0, query.start, len(query.matrix))
+    return spectra.head_spectra(query.matrix, own, heads.heads, heads.heads)
+
+
+def _heads(heads: int, key_heads: int, first: int) -> Heads:
+    return Heads(heads, key_heads, first, heads // key_heads)
 
 
 def _head_size(block: Block) -> int | None:

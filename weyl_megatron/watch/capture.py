@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..layouts.local import is_fully_sharded, is_on_mesh, local
 from ..transformer.blocks import Block
-from . import spectra
+from . import bands, spectra
 from .attention import (
     attention_logits,
     attention_of,
@@ -34,7 +34,7 @@ from .attention import (
     visible,
 )
 from .attention_calls import AttentionCalls, heads_here
-from .bands import Band, Heads, heads_of_rank, read_bands, sigma_of_product
+from .bands import Band, Heads
 from .ranks import MAX, MEAN, NORM, ONCE, Reading
 from .tokens import Tokens, first_tensor, norm, similarity, tokens_of
 
@@ -194,7 +194,7 @@ class Capture:
         def hook(_: nn.Module, args: tuple[Any, ...], *__: Any) -> None:
             if self._inside is not block:
                 return
-            self._weights |= read_bands(block, owner, is_lent=self._is_lent)
+            self._weights |= bands.read_bands(block, owner, is_lent=self._is_lent)
             if owner is block.norms[0] and self._given is not None and self._given.is_cut is None:
                 # SequenceParallel has put it on its mesh by now.
                 x = first_tensor(args, {})
@@ -239,15 +239,15 @@ class Capture:
         for role, band in weights.items():
             sigmas[f"sigma_{role}"] = band.sigma(role, f"{tag}/{role}")
         heads = self._heads(block)
-        times = heads.heads // heads.key_heads
         rows = dict(weights)
         for role in {"k", "v"} & weights.keys():
             # Values may be whole where ranks have some of the keys.
-            ranks = heads.ranks if weights[role].dim is None else 1
-            rows[role] = weights[role].repeated(heads.key_heads * ranks, times)
+            is_all = weights[role].dim is None and weights["k"].dim == 0
+            ranks = heads.ranks if is_all else 1
+            rows[role] = weights[role].repeated(heads.key_heads * ranks, heads.times)
         for name, (left, right, along) in _PRODUCTS.items():
             if left in weights and right in weights:
-                sigma = sigma_of_product(weights[left], rows[right], f"{tag}/{name}", along)
+                sigma = bands.sigma_of_product(weights[left], rows[right], f"{tag}/{name}", along)
                 if sigma is None:
                     raise ValueError(
                         f"watch: W_{left} and W_{right} of {block.name} are cut in ways that do "
@@ -268,7 +268,7 @@ class Capture:
             self._of_heads(block, columns, ONCE)
 
     def _heads(self, block: Block) -> Heads:
-        return heads_of_rank(block, self._weights, self._queries)
+        return bands.heads_of_rank(block, self._weights, self._queries)
 
     def _are_shared(self, tokens: Tokens) -> bool:
         """Whether torch's tensor-parallel ranks have other tokens of the same sequences."""
@@ -313,9 +313,8 @@ class Capture:
         queries, self._queries = self._queries, q.detach()
         heads = self._heads(block)
         if q.shape[1] == heads.heads * heads.ranks > heads.heads:  # behind a gather
-            times = q.shape[1] // k.shape[1]
-            q = q.narrow(1, heads.first, heads.heads)
-            k = k.narrow(1, heads.first // times, heads.heads // times)
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+            q, k = (x.narrow(1, heads.first, heads.heads) for x in (q, k))
         if q.shape[1] != heads.heads:
             self._queries = queries
             return
@@ -370,9 +369,8 @@ class Capture:
         if block.has_bias or self._input is None or not {"q", "k"} <= self._weights.keys():
             return None
         values = self._head_spectra(block)
-        group = self.group
-        if group is not None and not self._are_shared(self._input):
-            group = None
+        is_shared = self.group is not None and self._are_shared(self._input)
+        group = self.group if is_shared else None
         x = self._batch_first(self._input.x)[: self.sequences].float()  # (batch, tokens, d)
         energies = [spectra.sigma_of_rows(sequence, "x", group) ** 2 for sequence in x]
         energy = torch.tensor(energies, device=values.device)
@@ -386,9 +384,8 @@ class Capture:
         The entropy's bound asks for them before all else is measured.
         """
         if self._spectra is None:
-            query, key = self._weights["q"].matrix, self._weights["k"].matrix
-            heads = self._heads(block)
-            self._spectra = spectra.head_spectra(query, key, heads.heads, heads.key_heads)
+            query, key = self._weights["q"], self._weights["k"]
+            self._spectra = bands.spectra_of_heads(query, key, self._heads(block))
         return self._spectra
 
     def _batch_first(self, x: Tensor) -> Tensor:
