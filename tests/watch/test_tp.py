@@ -77,7 +77,7 @@ def test_the_header_has_the_heads_of_the_model_or_says_nothing(measured: Path) -
 
 SENTENCES = {
     "values by rows": "W_q, W_k and W_v of blocks.0 got rows, all and rows on each rank",
-    "parts of heads": "got 12 rows of W_q and 3 of W_k on this rank, it takes whole heads of 6 rows",
+    "parts of heads": "got 12 rows of W_q and 3 of W_k on this rank, it takes whole heads of 6",
     "stack of rank": "an attention of 2 heads on each rank, it takes one of all 4: ColwiseParallel",
     "by columns": "W_q, W_k and W_v of blocks.0 got rows, columns and rows on each rank",
     "by hand": "an attention that was not seen and has no head_dim",
