@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tests.processes import ROOT
+from tests.processes import ROOT, run_ranks
 from weyl_megatron import AdamW2
 from weyl_megatron.demo.data import load_corpus, sequences, training_offsets
 from weyl_megatron.demo.model import GPT, GPTConfig
@@ -23,6 +23,8 @@ from weyl_megatron.plan.forecast import kind_of
 from weyl_megatron.plan.models import load
 from weyl_megatron.plan.plan import Row, plan, run, suggest
 from weyl_megatron.rule import balanced_floor
+
+MESH_WORKER = Path(__file__).parent / "mesh_worker.py"
 
 STEPS, LR = 120, 2e-3
 
@@ -355,15 +357,19 @@ def test_a_hub_that_cannot_be_reached_is_told_in_a_sentence(
         run(arguments("someone/some-model"))
 
 
-def test_parameters_that_are_spread_over_ranks_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_the_plan_of_a_model_on_a_mesh_is_that_of_the_whole_model(ranks: int) -> None:
+    assert "all agree" in run_ranks("torch", MESH_WORKER, ranks)
+
+
+def test_a_file_with_pieces_of_ranks_is_refused(tmp_path: Path) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
         mesh = init_device_mesh("cpu", (2,))
         weight = distribute_tensor(torch.randn(8, 4), mesh, [Shard(0)])
         path = tmp_path / "piece.pt"
         torch.save({"layer.weight": weight}, path)
-        for named in ([("layer.weight", weight)], load(str(path)).named):
-            with pytest.raises(ValueError, match=r"'layer.weight' is spread over ranks .* takes w"):
-                plan(named, LR)
+        with pytest.raises(ValueError, match=r"'layer.weight' of .* is spread over ranks .* takes"):
+            load(str(path))
     finally:
         dist.destroy_process_group()

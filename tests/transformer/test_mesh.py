@@ -61,7 +61,8 @@ def test_what_is_spread_already_is_refused_in_a_sentence(
     for case in ("reparam", "reparam between"):
         assert refused[case] == (
             "sigma_reparam: 'blocks.0.attn.q' is spread over ranks already, it takes a whole "
-            "layer: convert before fully_shard."
+            "layer, or one that tensor parallelism cut along one dimension: convert after "
+            "parallelize_module and before fully_shard."
         )
     for case in ("init", "learned"):
         assert refused[case].startswith(f"residual: mode got '{case}', but blocks.0's attention's")

@@ -1,5 +1,6 @@
 """torchrun worker: watches three steps of examples/collapse's GPT that torch spreads over ranks
-(FSDP2, HSDP); writes the last measurement, and what is refused.
+(FSDP2, HSDP; tensor parallelism is tp_worker.py's); writes the last measurement, and what is
+refused.
 
 Usage: mesh_worker.py OUT_DIR. One process watches the model whole; the global batch is the same at
 any number of processes.
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -29,6 +30,7 @@ from examples.collapse.model import GPT, GPTConfig
 from tests.fsdp2 import MixedPrecisionPolicy, fully_shard
 from weyl_megatron import AdamW2
 from weyl_megatron.engines.shutdown import shutdown
+from weyl_megatron.transformer.reparam import sigma_reparam
 from weyl_megatron.watch.sharpness import sharpness
 from weyl_megatron.watch.watch import Watch
 
@@ -63,9 +65,24 @@ def checkpointed(model: GPT) -> None:
     fsdp(model)
 
 
+def converted(model: GPT) -> None:
+    sigma_reparam(model, exclude=("head",))
+
+
+def fsdp_converted(model: GPT) -> None:
+    converted(model)
+    fsdp(model)
+
+
 CASES: dict[int, dict[str, Callable[[GPT], None]]] = {
-    1: {"whole": whole},
-    2: {"fsdp": fsdp, "root": root_alone, "bf16": half, "checkpointed": checkpointed},
+    1: {"whole": whole, "whole converted": converted},
+    2: {
+        "fsdp": fsdp,
+        "root": root_alone,
+        "bf16": half,
+        "checkpointed": checkpointed,
+        "converted": fsdp_converted,
+    },
     4: {"hsdp": hsdp},
 }
 
@@ -98,24 +115,21 @@ def measured(model: GPT, folder: Path) -> dict[str, float]:
     return values
 
 
-def tensor_parallel(model: GPT, mesh: DeviceMesh) -> None:
+def tp(model: GPT) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in model.blocks:
         plan = {"mlp.fc1": ColwiseParallel(), "mlp.fc2": RowwiseParallel()}
         parallelize_module(block, mesh, plan)
 
 
-def tp(model: GPT) -> None:
-    tensor_parallel(model, init_device_mesh("cpu", (dist.get_world_size(),)))
-
-
-def fsdp_tp(model: GPT) -> None:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    tensor_parallel(model, mesh["tp"])
-    fsdp(model, mesh=mesh["dp"])
-
-
 def part_of_ranks(model: GPT) -> None:
     fsdp(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))["dp"])
+
+
+def sharpness_beside_bands(model: GPT) -> float:
+    """Sharpness of parameters that are whole, in a model of which others are not."""
+    tokens = batch(0)
+    return sharpness(lambda: model(tokens[:, :-1], tokens[:, 1:]), [model.wte.weight])
 
 
 def sharpness_of(model: GPT, *, is_between: bool) -> float:
@@ -131,14 +145,12 @@ def sharpness_of(model: GPT, *, is_between: bool) -> float:
 REFUSED: dict[int, dict[str, Callable[[], Any]]] = {
     1: {},
     2: {
-        "tensor parallelism": lambda: Watch(made(tp)),
         "sharpness": lambda: sharpness_of(made(fsdp), is_between=False),
+        "sharpness of bands": lambda: sharpness_of(made(tp), is_between=False),
+        "sharpness beside bands": lambda: sharpness_beside_bands(made(tp)),
         "sharpness between": lambda: sharpness_of(made(root_alone), is_between=True),
     },
-    4: {
-        "fsdp and tensor parallelism": lambda: Watch(made(fsdp_tp)),
-        "part of ranks": lambda: Watch(made(part_of_ranks)),
-    },
+    4: {"part of ranks": lambda: Watch(made(part_of_ranks))},
 }
 
 

@@ -36,6 +36,15 @@ def test_the_numbers_are_those_of_one_process(case: str, measured: Path) -> None
     assert values == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
+def test_converted_layers_are_measured_as_they_compute(measured: Path) -> None:
+    """σReparam's Ŵ, which is there only while its layer computes."""
+    expected, values = read(measured, "whole converted"), read(measured, "converted")
+    assert values.keys() == expected.keys()
+    # γ after two steps; sums in another order as above.
+    assert 0.9 < expected["block/0/sigma_q"] < 1.1
+    assert values == pytest.approx(expected, rel=1e-5, abs=1e-7)
+
+
 def test_weights_of_mixed_precision_are_measured_as_they_compute(measured: Path) -> None:
     expected, values = read(measured, "whole"), read(measured, "bf16")
     assert values.keys() == expected.keys()
@@ -49,15 +58,19 @@ def said(folder: Path, ranks: int) -> dict[str, str]:
     return answers
 
 
-def test_what_no_rank_has_whole_is_refused_in_a_sentence(measured: Path) -> None:
-    refused = said(measured, 2) | said(measured, 4)
-    assert set(refused) >= {"tensor parallelism", "fsdp and tensor parallelism", "part of ranks"}
+def test_sharpness_of_what_no_rank_has_whole_is_refused_in_a_sentence(measured: Path) -> None:
+    refused = said(measured, 2)
+    sentence = refused.pop("sharpness beside bands")
+    assert "in its graph, of torch's tensor parallelism" in sentence
+    assert set(refused) == {"sharpness", "sharpness between", "sharpness of bands"}
     for case, sentence in refused.items():
-        if case.startswith("sharpness"):
-            assert "is partitioned, it takes whole parameters" in sentence, (case, sentence)
-        else:
-            assert sentence.startswith("watch: parameter '"), (case, sentence)
-            assert "it takes those of FSDP2 and HSDP over all ranks" in sentence, (case, sentence)
+        assert "is partitioned, it takes whole parameters" in sentence, (case, sentence)
+
+
+def test_a_mesh_without_some_ranks_is_refused_in_a_sentence(measured: Path) -> None:
+    sentence = said(measured, 4)["part of ranks"]
+    assert sentence.startswith("watch: parameter '")
+    assert "on a mesh of shape (2,), it takes those of FSDP2, HSDP, tensor" in sentence
 
 
 def test_the_report_is_that_of_any_run(measured: Path, tmp_path: Path) -> None:

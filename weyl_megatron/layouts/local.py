@@ -38,6 +38,22 @@ def local(tensor: Any) -> Any:
     return held.wait() if hasattr(held, "wait") else held  # of a collective under way
 
 
+def laid_like(tensor: Any, held: Tensor) -> Any:
+    """Return a DTensor that is spread as another one, of what this rank holds of it; with a
+    gradient.
+    """
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        held,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
 def local_gradient(tensor: Tensor) -> Tensor | None:
     """Return the gradient of what this rank holds of a tensor; None: there is none.
 

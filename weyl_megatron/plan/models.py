@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layouts.buffers import model_names
+from ..layouts.local import is_on_mesh
 from ..settings import read_tau
 
 #: Above so many parameters a Hugging Face model is initialised a block at a time.
@@ -261,6 +262,12 @@ def _checkpoint(path: Path) -> Source:
     tensors = _once(state) if isinstance(state, Mapping) else {}
     if not tensors:
         raise ValueError(f"plan: {path} has no tensors by name, it takes a state dict.")
+    for key, tensor in tensors.items():
+        if is_on_mesh(tensor):
+            raise ValueError(
+                f"plan: '{key}' of {path} is spread over ranks (a DTensor), it takes whole "
+                "tensors: save what get_model_state_dict with full_state_dict=True returns."
+            )
     return Source(path.name, tensors.items())
 
 

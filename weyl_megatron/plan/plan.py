@@ -16,12 +16,14 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..layouts.buffers import Layout, Parameter
+from ..engines.torch.dtensor import placed
+from ..layouts.buffers import Buffer, Layout, Parameter, Shard, plan_of
 from ..layouts.kinds import Kind
-from ..layouts.local import is_on_mesh
+from ..layouts.local import is_on_mesh, local
 from ..layouts.modules import kinds_of
+from ..layouts.plain import mesh_buffer
 from ..settings import BALANCED, check_settings, read_tau
-from ..spectral import MatrixSpec, PowerIteration, tiles_of_range
+from ..spectral import PowerIteration
 from ..thresholds import Thresholds
 from ..transformer.roles import io_parameters
 from . import advice
@@ -73,8 +75,9 @@ def plan(
     The rows are in the order of ``taus`` and then of the parameters.
 
     Args:
-        named: (name, parameter), whole; read once and not kept, so that they may be made one at a
-            time.
+        named: (name, parameter); read once and not kept, so that they may be made one at a time.
+            Of DTensors no rank needs more than it has: collective then, in the same order on all
+            ranks, which get the same rows.
         lr: α, the schedule's highest.
         taus: numbers and "balanced".
         steps: of a cosine from ``lr`` to ``min_lr``; None: the rate stays.
@@ -83,8 +86,8 @@ def plan(
         module: says what each parameter is: convolutions and experts, embeddings and the head.
 
     Raises:
-        ValueError: a number that is none, no matrix among the parameters, or "balanced" where
-            nothing says which is the head.
+        ValueError: a number that is none, no matrix among the parameters, "balanced" where nothing
+            says which is the head, or a DTensor that is spread in a way that AdamW2 refuses.
     """
     taus = _check(lr, taus, steps, warmup)
     end = lr / 10 if min_lr is None else min_lr
@@ -149,26 +152,33 @@ def _measured(named: Iterable[tuple[str, Tensor]], owned: Mapping[str, Kind]) ->
     """
     matrices = []
     for name, tensor in named:
-        if is_on_mesh(tensor):
-            raise ValueError(
-                f"plan: parameter '{name}' is spread over ranks (a DTensor), it takes whole ones: "
-                "plan before fully_shard and parallelize_module."
-            )
-        parameter = Parameter(name, tuple(tensor.shape), kind=owned.get(name))
-        grid = None
-        if tensor.is_floating_point() and tensor.numel():
-            grid = Thresholds(_SETTINGS, Layout([], None, [parameter]), False).grid(parameter)
-        if grid is None:
+        if not (tensor.is_floating_point() and tensor.numel()):
             continue
-        tiles = list(tiles_of_range(grid.blocks, grid.width, 0, tensor.numel(), 0))
-        specs = [MatrixSpec(name + shape.suffix, shape.rows, shape.cols) for shape in grid.matrices]
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        sigmas = PowerIteration(specs, tiles).sigmas([[flat]])[0].tolist()
+        flat, buffer = _buffer(name, tensor, owned.get(name))
+        grids = Thresholds(_SETTINGS, Layout([], None, [buffer.shards[0].parameter]), False)
+        pieces = plan_of([buffer], grids.grid)
+        if not pieces.matrices:
+            continue
+        power = PowerIteration(pieces.matrices, pieces.tiles, device=flat.device)
         matrices += [
             _Matrix(parameter, spec.name, spec.rows, spec.cols, sigma)
-            for spec, sigma in zip(specs, sigmas, strict=True)
+            for parameter, spec, sigma in zip(
+                pieces.parameters, pieces.matrices, power.sigmas([[flat]])[0].tolist(), strict=True
+            )
         ]
     return matrices
+
+
+def _buffer(name: str, tensor: Tensor, kind: Kind | None) -> tuple[Tensor, Buffer]:
+    """Return what this rank has of a parameter, flat, and where it lies in it."""
+    if is_on_mesh(tensor):
+        place = placed([(name, tensor)])[id(tensor)]
+        # On the device whose ranks can sum: a process group may be for GPUs alone.
+        held = local(tensor).detach().contiguous().view(-1)
+        return held, mesh_buffer(tensor, name, *place, kind)
+    parameter = Parameter(name, tuple(tensor.shape), kind=kind)
+    buffer = Buffer(tensor, (Shard(parameter, 0, tensor.numel(), 0),))
+    return tensor.detach().cpu().contiguous().view(-1), buffer
 
 
 def _check(

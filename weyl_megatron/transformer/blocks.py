@@ -125,8 +125,8 @@ def _norms(block: nn.Module, attention: nn.Module) -> Iterator[tuple[nn.Module, 
         # BERT's second norm is inside its attention.
         if id(module) in inside and not path.endswith("LayerNorm"):
             continue
-        has_weight = isinstance(getattr(module, "weight", None), Tensor)
-        if "Norm" in type(module).__name__ and has_weight:
+        is_norm = "Norm" in type(module).__name__
+        if is_norm and isinstance(getattr(module, "weight", None), Tensor):
             yield module, ""
         elif hasattr(module, "layer_norm_weight"):
             yield module, "layer_norm_"

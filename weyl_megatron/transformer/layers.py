@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 _Cut = Callable[[Tensor], Tensor]
 
@@ -65,9 +65,14 @@ class Weight(NamedTuple):
     cut: _Cut  # the parameter to this matrix
 
     def read(self) -> Tensor:
+        """Return the matrix."""
+        return self.cut(self.held())
+
+    def held(self) -> Tensor:
+        """Return the parameter; a DTensor is one still."""
         with only_looking(self.owner):
             parameter: Tensor = getattr(self.owner, self.attribute)
-        return self.cut(parameter.detach())
+        return parameter.detach()
 
     @property
     def parameter(self) -> nn.Parameter | None:
@@ -230,7 +235,15 @@ def layer_at(module: nn.Module, path: str) -> nn.Module | None:
     layer: Any = module
     for part in path.split("."):
         layer = getattr(layer, part, None)
-    return layer if isinstance(layer, nn.Module) and hasattr(layer, "weight") else None
+    return layer if isinstance(layer, nn.Module) and _has_weight(layer) else None
+
+
+def _has_weight(layer: nn.Module) -> bool:
+    """Whether there is a weight; one that is computed of another is not computed for that.
+
+    FSDP2 has the other one whole only while the layer computes.
+    """
+    return is_parametrized(layer, "weight") or hasattr(layer, "weight")
 
 
 def whole_weight(layer: nn.Module) -> Weight:

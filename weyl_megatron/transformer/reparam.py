@@ -17,11 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..layouts.local import is_fully_sharded, is_on_mesh
+from ..layouts.local import is_fully_sharded, is_on_mesh, laid_like, local
 from ..spectral.blocks import start_block
 from ..spectral.step import SharedByGroup, SumOverGroup, power_step
 from .blocks import find_blocks
 from .megatron import gated_state_dict, is_gated, sharded_state_dict, tensor_parallel_group
+from .mesh import band_of, cut_like, first_of_band, is_band, register_parameter
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -53,15 +54,20 @@ class SigmaReparam(nn.Module):
     ) -> None:
         super().__init__()
         self._group, self._dim, self._statistics_only = group, dim, statistics_only
-        matrix = weight.detach().flatten(1).float()
+        held = local(weight.detach())
+        matrix = held.flatten(1).float()
         cols, first = matrix.shape[1], 0
         if group is not None and dim == 1:
             first, cols = cols * dist.get_rank(group), cols * dist.get_world_size(group)
+            if is_on_mesh(weight):
+                first, cols = first_of_band(weight, group, dim)
         start = start_block(name, cols, 1)[first : first + matrix.shape[1], 0]
         u = torch.zeros(matrix.shape[0], device=matrix.device)
         v = start.to(matrix.device, torch.float32)
         for _ in range(_FIRST_STEPS):
             u, v = power_step(matrix, v, group, dim)
+        if is_on_mesh(weight) and dim is not None:
+            u, v = (cut_like(weight, u, 0), v) if dim == 0 else (u, cut_like(weight, v, 1))
         self.register_buffer("u", u)
         self.register_buffer("v", v)
         sigma = float(self.sigma(weight.detach()))
@@ -72,7 +78,7 @@ class SigmaReparam(nn.Module):
             )
         if not statistics_only:
             # (1,): DeepSpeed takes no parameter without a dimension.
-            start = weight.new_tensor([1.0 if gamma == "one" else sigma])
+            start = held.new_tensor([1.0 if gamma == "one" else sigma])
             self.gamma = nn.Parameter(start, requires_grad=weight.requires_grad)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -82,8 +88,7 @@ class SigmaReparam(nn.Module):
         is_backward = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if self.training and not is_backward:
             with torch.no_grad():
-                matrix = weight.detach().flatten(1).float()
-                self.u, self.v = power_step(matrix, self.v, self._group, self._dim)
+                self._turn(local(weight.detach()).flatten(1).float())
         if self._statistics_only:
             return weight
         sigma = self.sigma(weight)
@@ -91,13 +96,31 @@ class SigmaReparam(nn.Module):
         scale = torch.where(is_there, self.gamma.float() / torch.where(is_there, sigma, 1), 0)
         if self._group is not None:
             scale = SharedByGroup.apply(scale, self._group)
-        return (weight.float() * scale).to(weight.dtype)
+        held = local(weight)
+        scaled: Tensor = (held.float() * scale).to(held.dtype)
+        return laid_like(weight, scaled) if is_on_mesh(weight) else scaled
 
     def sigma(self, weight: Tensor) -> Tensor:
         """Return uᵀ W v, the estimate of σ₁(W), a scalar in float32 with a gradient."""
+        u, v = local(self.u), local(self.v)
         with torch.autocast(weight.device.type, enabled=False):  # see power_step
-            sigma: Tensor = self.u @ (weight.flatten(1).float() @ self.v)
+            sigma: Tensor = u @ (local(weight).flatten(1).float() @ v)
         return sigma if self._group is None else SumOverGroup.apply(sigma, self._group)
+
+    def sigma_of_whole(self, weight: Tensor) -> Tensor:
+        """Return the same of all of a weight whose bands ranks have. Collective."""
+        vectors: tuple[Any, Any] = (self.u, self.v)
+        u, v = (x.full_tensor() if is_on_mesh(x) else x for x in vectors)
+        with torch.autocast(weight.device.type, enabled=False):
+            sigma: Tensor = u @ (weight.flatten(1).float() @ v)
+        return sigma
+
+    def _turn(self, matrix: Tensor) -> None:
+        """Take a power step with what this rank has of W."""
+        u, v = power_step(matrix, local(self.v), self._group, self._dim)
+        for name, new in (("u", u), ("v", v)):
+            old = getattr(self, name)
+            setattr(self, name, laid_like(old, new) if is_on_mesh(old) else new)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SigmaReparam:
         """Move with the model, but stay in float32: half a vector's digits are half of σ₁'s."""
@@ -134,9 +157,10 @@ def sigma_reparam(
 
     Raises:
         ValueError: nothing matches; a layer is converted already, tied to another, zero, on the
-            meta device, partitioned by ZeRO-3 or spread by torch (call it before ``fully_shard``);
-            a Megatron layer fuses the accumulation of gradients, which needs a parameter; a layer
-            computes with weights of its own (torch's MultiheadAttention, Transformer Engine).
+            meta device, partitioned by ZeRO-3 or spread by torch otherwise than in bands (call it
+            after ``parallelize_module`` and before ``fully_shard``); a Megatron layer fuses the
+            accumulation of gradients, which needs a parameter; a layer computes with weights of its
+            own (torch's MultiheadAttention, Transformer Engine).
     """
     if gamma not in ("one", "sigma"):
         raise ValueError(f"sigma_reparam: gamma got {gamma!r}, it takes 'one' or 'sigma'.")
@@ -166,8 +190,10 @@ def sigma_reparam(
         parametrize.register_parametrization(layer, "weight", made[name])
         layer.train(training)
         vars(layer.parametrizations.weight.original).update(attributes)
+        # The class is this layer's alone since then.
+        if isinstance(layer, nn.Linear):
+            type(layer).register_parameter = register_parameter  # type: ignore[assignment]
         if hasattr(layer, "sharded_state_dict"):
-            # The class is this layer's alone since then.
             sharded = gated_state_dict if id(layer) in gated else sharded_state_dict
             type(layer).sharded_state_dict = sharded
     return list(chosen)
@@ -214,8 +240,9 @@ def sigmas(model: nn.Module) -> dict[str, float]:
     tracked = {}
     for name, layer, parametrization in _converted(model):
         original = layer.parametrizations.weight.original
-        if is_on_mesh(original):
-            original = original.full_tensor()
+        if is_on_mesh(original) and original.device_mesh.size() > 1:
+            tracked[name] = float(parametrization.sigma_of_whole(original.full_tensor()))
+            continue
         if _is_partitioned(original):
             raise ValueError(
                 f"sigmas: '{name}' is partitioned by ZeRO-3, it takes "
@@ -305,10 +332,11 @@ def _check(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
                 f"sigma_reparam: '{name}' has no weight of its own; leave it out with "
                 f"exclude=('{name}',)."
             )
-        if is_sharded or is_on_mesh(weight):
+        if is_sharded or (is_on_mesh(weight) and not is_band(weight)):
             raise ValueError(
-                f"sigma_reparam: '{name}' is spread over ranks already, it takes a whole layer: "
-                "convert before fully_shard."
+                f"sigma_reparam: '{name}' is spread over ranks already, it takes a whole layer, or "
+                "one that tensor parallelism cut along one dimension: convert after "
+                "parallelize_module and before fully_shard."
             )
         if weight.is_meta:
             raise ValueError(
@@ -343,7 +371,9 @@ def _parametrization(
 ) -> SigmaReparam:
     weight: Any = layer.weight
     group, dim = None, None
-    if getattr(weight, "tensor_model_parallel", False):
+    if is_on_mesh(weight):
+        group, dim = band_of(weight)
+    elif getattr(weight, "tensor_model_parallel", False):
         group, dim = tensor_parallel_group(layer), int(weight.partition_dim)
         if dist.get_world_size(group) == 1:
             group, dim = None, None

@@ -12,16 +12,15 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from ..layouts.local import is_fully_sharded, is_on_mesh
+from ..layouts.local import is_fully_sharded, is_on_mesh, local
 from ..transformer.blocks import Block
-from . import spectra
+from . import bands, spectra
 from .attention import (
     attention_logits,
     attention_of,
@@ -34,11 +33,18 @@ from .attention import (
     stable_rank,
     visible,
 )
-from .ranks import MAX, MEAN, NORM, ONCE, Reading, refuse_band
+from .attention_calls import AttentionCalls, heads_here
+from .bands import Band, Heads
+from .ranks import MAX, MEAN, NORM, ONCE, Reading
+from .tokens import Tokens, first_tensor, norm, similarity, tokens_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 _LOGGER = logging.getLogger("weyl_megatron")
 
-_ROLES_OF_ROWS, _ROLES_OF_COLUMNS = ("q", "k", "v", "1"), ("o", "2")
+#: The products: left, right, and the dimension of left that they sum over.
+_PRODUCTS = {"qk": ("q", "k", 0), "ov": ("o", "v", 1), "21": ("2", "1", 1)}
 
 
 class Map(NamedTuple):
@@ -62,7 +68,8 @@ class Capture:
         largest: s of SEC(d_q, s).
         maps: heads (in the whole model) of each block whose map is kept.
         is_first: whether this rank reads what all ranks of its tensor-parallel group know.
-        sequence_parallel: whether these ranks share out the tokens between blocks.
+        sequence_parallel: whether Megatron's ranks share out the tokens between blocks.
+        group: torch's tensor-parallel group, where it has several ranks; None: there is none.
     """
 
     root: nn.Module
@@ -73,19 +80,23 @@ class Capture:
     maps: Sequence[int]
     is_first: bool = True
     sequence_parallel: bool = False
+    group: ProcessGroup | None = None
 
     def __post_init__(self) -> None:
         self.readings: dict[str, Reading] = {}
         self.attention_maps: list[Map] = []
-        self._weights: dict[str, Tensor] = {}
+        self._weights: dict[str, Band] = {}
         self._spectra: Tensor | None = None  # of the heads' W_qᵀW_k
-        self._input: Tensor | None = None  # of the attention
+        self._given: Tokens | None = None  # to the block
+        self._input: Tokens | None = None  # of the attention
+        self._queries: Tensor | None = None  # (batch, heads, tokens, d), as attention is seen
+        self._shared: dict[int, bool] = {}  # whether ranks share out a block's tokens
         self._inside: Block | None = None
         self._done: set[int] = set()
         self._is_caught = False  # the attention of the block that computes
         self._missed: set[int] = set()
         self._handles: list[Any] = []
-        self._mode = _AttentionCalls(self._attended)
+        self._mode = AttentionCalls(self._attended)
         self._is_on = False
         self._is_lent = False  # whether weights go back before a block's hooks are called
 
@@ -134,54 +145,68 @@ class Capture:
             if block.number in self._done:
                 return
             self._inside, self._weights, self._input, self._is_caught = block, {}, None, False
-            self._spectra = None
-            x = _first_tensor(args, kwargs)
+            self._spectra = self._given = self._queries = None
+            x = first_tensor(args, kwargs)
             if x is None:
                 return
-            tag = f"block/{block.number}"
-            with torch.no_grad():
-                if self.is_first or self.sequence_parallel:
-                    self.readings[f"{tag}/x"] = Reading(_norm(x), NORM)
-                if self.is_first and not self.sequence_parallel:
-                    likeness = _similarity(self._batch_first(x))
-                    self.readings[f"{tag}/similarity"] = Reading(likeness, MEAN)
-            if x.requires_grad and (self.is_first or self.sequence_parallel):
-                x.register_hook(self._gradient(f"{tag}/grad_x"))  # type: ignore[no-untyped-call]
+            given = tokens_of(x, block.name)
+            if self.group is None:
+                self._shared[block.number] = self.sequence_parallel
+                self._tell(block, given.x)
+            else:  # as the block ends, when its attention has said how many tokens there are
+                self._given = given._replace(x=given.x.clone())
+            if x.requires_grad:
+                x.register_hook(self._gradient(block, x))  # type: ignore[no-untyped-call]
 
         return hook
 
-    def _gradient(self, tag: str) -> Callable[[Tensor], None]:
-        def hook(gradient: Tensor) -> None:
-            self.readings.setdefault(tag, Reading(_norm(gradient), NORM))
+    def _tell(self, block: Block, x: Tensor) -> None:
+        """‖x‖ of what the block is given, and how alike its tokens are."""
+        tag, is_shared = f"block/{block.number}", self._shared[block.number]
+        with torch.no_grad():
+            if self.is_first or is_shared:
+                self.readings[f"{tag}/x"] = Reading(norm(x), NORM)
+            if not self.sequence_parallel and (self.is_first or is_shared):
+                likeness = similarity(self._batch_first(x), self.group if is_shared else None)
+                self.readings[f"{tag}/similarity"] = Reading(likeness, MEAN)
+
+    def _gradient(self, block: Block, x: Any) -> Callable[[Tensor], None]:
+        placements = x.placements if is_on_mesh(x) else None
+
+        def hook(gradient: Any) -> None:
+            if is_on_mesh(gradient):
+                gradient = gradient.redistribute(placements=placements)
+            if self.is_first or self._shared[block.number]:
+                tag = f"block/{block.number}/grad_x"
+                self.readings.setdefault(tag, Reading(norm(gradient), NORM))
 
         return hook
 
     def _attention_entered(self, block: Block) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self._inside is block and not self.sequence_parallel:
-                x = _first_tensor(args, kwargs)
-                self._input = None if x is None else self._batch_first(x.detach())
+                x = first_tensor(args, kwargs)
+                self._input = None if x is None else tokens_of(x, f"{block.name}'s attention")
 
         return hook
 
     def _computes(self, block: Block, owner: nn.Module) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], *__: Any) -> None:
             if self._inside is not block:
                 return
-            for role, weight in block.weights.items():
-                if weight.owner is owner:
-                    matrix = weight.read()
-                    if is_on_mesh(matrix):
-                        refuse_band(f"{block.name}, {role}", matrix)
-                    is_lent = self._is_lent or weight.is_lent
-                    self._weights[role] = matrix.clone() if is_lent else matrix
-            for which, norm in enumerate(block.norms):
-                if norm is owner and self.is_first:
+            self._weights |= bands.read_bands(block, owner, is_lent=self._is_lent)
+            if owner is block.norms[0] and self._given is not None and self._given.is_cut is None:
+                # SequenceParallel has put it on its mesh by now.
+                x = first_tensor(args, {})
+                is_cut = tokens_of(x, block.name).is_cut if x is not None else None
+                self._given = self._given._replace(is_cut=is_cut)
+            for which, layer in enumerate(block.norms):
+                if layer is owner and self.is_first:
                     for kind, name in (("weight", "gain"), ("bias", "bias")):
                         value = block.norm(which, kind)
                         if value is not None:
                             tag = f"block/{block.number}/norm{which + 1}_{name}"
-                            self.readings[tag] = Reading(_norm(value), ONCE)
+                            self.readings[tag] = Reading(norm(value), ONCE)
 
         return hook
 
@@ -196,28 +221,38 @@ class Capture:
                     "scaled_dot_product_attention; its weights are measured, its entropy is not.",
                     block.name,
                 )
+            if self._given is not None:
+                self._shared[block.number] = self._are_shared(self._given)
+                self._tell(block, self._given.x)
             with torch.no_grad():
                 self._measure(block)
             self._done.add(block.number)
-            self._inside, self._weights, self._input = None, {}, None
+            self._inside, self._weights = None, {}
+            self._input = self._given = self._queries = None
 
         return hook
 
     def _measure(self, block: Block) -> None:
         """σ₁ of the block's matrices and of their products, and the spectra of its heads."""
-        weights = {role: _computed(matrix) for role, matrix in self._weights.items()}
-        tag, group = f"block/{block.number}", block.group
+        tag, weights = f"block/{block.number}", self._weights
         sigmas: dict[str, float] = {}
-        for role, matrix in weights.items():
-            measure = spectra.sigma_of_rows if role in _ROLES_OF_ROWS else spectra.sigma_of_columns
-            sigmas[f"sigma_{role}"] = measure(matrix, f"{tag}/{role}", group)
-        shared = [role for role in ("k", "v") if role in weights]
-        rows = weights | {role: self._per_head(block, weights[role]) for role in shared}
-        pairs = {"qk": ("q", "k"), "ov": ("o", "v"), "21": ("2", "1")}
-        for name, (left, right) in pairs.items():
+        for role, band in weights.items():
+            sigmas[f"sigma_{role}"] = band.sigma(role, f"{tag}/{role}")
+        heads = self._heads(block)
+        rows = dict(weights)
+        for role in {"k", "v"} & weights.keys():
+            # Values may be whole where ranks have some of the keys.
+            is_all = weights[role].dim is None and weights["k"].dim == 0
+            ranks = heads.ranks if is_all else 1
+            rows[role] = weights[role].repeated(heads.key_heads * ranks, heads.times)
+        for name, (left, right, along) in _PRODUCTS.items():
             if left in weights and right in weights:
-                first = weights[left].T if left == "q" else weights[left]
-                sigma = spectra.sigma_of_product(first, rows[right], f"{tag}/{name}", group)
+                sigma = bands.sigma_of_product(weights[left], rows[right], f"{tag}/{name}", along)
+                if sigma is None:
+                    raise ValueError(
+                        f"watch: W_{left} and W_{right} of {block.name} are cut in ways that do "
+                        "not fit, they take a ColwiseParallel before a RowwiseParallel."
+                    )
                 sigmas[f"sigma_{name}"] = sigma
         if self.is_first:
             for name, value in sigmas.items():
@@ -232,17 +267,20 @@ class Capture:
             }
             self._of_heads(block, columns, ONCE)
 
-    def _per_head(self, block: Block, matrix: Tensor) -> Tensor:
-        """Keys or values, once for every head that shares them."""
-        if block.heads == block.key_heads:
-            return matrix
-        rows = matrix.view(block.key_heads, -1, matrix.shape[-1])
-        return rows.repeat_interleave(block.heads // block.key_heads, 0).flatten(0, 1)
+    def _heads(self, block: Block) -> Heads:
+        return bands.heads_of_rank(block, self._weights, self._queries)
+
+    def _are_shared(self, tokens: Tokens) -> bool:
+        """Whether torch's tensor-parallel ranks have other tokens of the same sequences."""
+        whole = None if self._queries is None else self._queries.shape[2]
+        ranks, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
+        return tokens.is_shared(whole, ranks, rank)
 
     def _of_heads(self, block: Block, columns: dict[str, Tensor], kind: str) -> None:
+        heads = self._heads(block)
         for name, values in columns.items():
             for head, value in enumerate(values.tolist()):
-                tag = f"block/{block.number}/head/{block.first_head + head}/{name}"
+                tag = f"block/{block.number}/head/{heads.first + head}/{name}"
                 self.readings[tag] = Reading(value, kind)
 
     def _core(self, block: Block, core: nn.Module) -> Callable[..., None]:
@@ -268,7 +306,17 @@ class Capture:
             q, k: ``(batch, heads, tokens, d)``; heads may share keys.
         """
         block = self._inside
-        if block is None or q.dim() != 4 or q.shape[1] != block.heads:
+        if block is None or q.dim() != 4:
+            return
+        if is_on_mesh(q):
+            q, k, mask = heads_here(q), heads_here(k), local(mask)
+        queries, self._queries = self._queries, q.detach()
+        heads = self._heads(block)
+        if q.shape[1] == heads.heads * heads.ranks > heads.heads:  # behind a gather
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+            q, k = (x.narrow(1, heads.first, heads.heads) for x in (q, k))
+        if q.shape[1] != heads.heads:
+            self._queries = queries
             return
         self._is_caught = True
         with torch.no_grad(), self._mode.paused():
@@ -308,9 +356,9 @@ class Capture:
                 "uniform_entropy": Reading(uniform, ONCE),
                 "map_rows": Reading(min(attention.shape[-2:]), ONCE),
             }
-            for head in self.maps:
-                if 0 <= head - block.first_head < block.heads:
-                    kept = attention[0, head - block.first_head].cpu()
+            for head in self.maps if self.is_first or heads.ranks > 1 or block.group else ():
+                if 0 <= head - heads.first < heads.heads:
+                    kept = attention[0, head - heads.first].cpu()
                     self.attention_maps.append(Map(block.number, head, rows.tolist(), kept))
 
     def _bound(self, block: Block, scale: float, keys: Tensor) -> Tensor | None:
@@ -321,8 +369,10 @@ class Capture:
         if block.has_bias or self._input is None or not {"q", "k"} <= self._weights.keys():
             return None
         values = self._head_spectra(block)
-        x = self._input[: self.sequences].float()  # (batch, tokens, d)
-        energies = [spectra.sigma_of_rows(sequence, "x") ** 2 for sequence in x]
+        is_shared = self.group is not None and self._are_shared(self._input)
+        group = self.group if is_shared else None
+        x = self._batch_first(self._input.x)[: self.sequences].float()  # (batch, tokens, d)
+        energies = [spectra.sigma_of_rows(sequence, "x", group) ** 2 for sequence in x]
         energy = torch.tensor(energies, device=values.device)
         sigma = scale * values[:, :1] * energy  # (heads, batch)
         bound: Tensor = entropy_bound(sigma.unsqueeze(-1), keys.to(values.device)).mean((1, 2))
@@ -335,65 +385,10 @@ class Capture:
         """
         if self._spectra is None:
             query, key = self._weights["q"], self._weights["k"]
-            self._spectra = spectra.head_spectra(query, key, block.heads, block.key_heads)
+            self._spectra = bands.spectra_of_heads(query, key, self._heads(block))
         return self._spectra
 
     def _batch_first(self, x: Tensor) -> Tensor:
         """(batch, tokens, d); Megatron has the tokens first."""
         is_megatron = any(hasattr(block.attention, "linear_qkv") for block in self.blocks)
         return x.transpose(0, 1) if is_megatron else x
-
-
-class _AttentionCalls(TorchFunctionMode):
-    """Sees every call of scaled_dot_product_attention, by whatever module."""
-
-    def __init__(self, seen: Callable[[Tensor, Tensor, Tensor | None, bool, float], None]) -> None:
-        super().__init__()
-        self._seen, self._is_paused = seen, False
-
-    def paused(self) -> _Pause:
-        return _Pause(self)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and not self._is_paused:
-            names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-            given = dict(zip(names, args, strict=False)) | kwargs
-            q, k, mask = given["query"], given["key"], given.get("attn_mask")
-            is_causal, scale = bool(given.get("is_causal", False)), given.get("scale")
-            scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-            self._seen(q, k, mask, is_causal, scale)
-        return func(*args, **kwargs)
-
-
-class _Pause:
-    def __init__(self, mode: _AttentionCalls) -> None:
-        self._mode = mode
-
-    def __enter__(self) -> None:
-        self._mode._is_paused = True
-
-    def __exit__(self, *_: Any) -> None:
-        self._mode._is_paused = False
-
-
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    named = (kwargs.get(name) for name in ("hidden_states", "x", "src", "query"))
-    return next((value for value in (*args, *named) if isinstance(value, Tensor)), None)
-
-
-def _computed(matrix: Tensor) -> Tensor:
-    return matrix if matrix.dtype == torch.float64 else matrix.float()
-
-
-def _norm(x: Tensor) -> float:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return float(torch.linalg.vector_norm(x.detach(), dtype=dtype))
-
-
-def _similarity(x: Tensor) -> float:
-    """The mean cosine of the angle between two tokens of a sequence (batch, tokens, d)."""
-    tokens = x.shape[1]
-    directions = F.normalize(x.detach().float(), dim=-1)
-    pairs = directions.sum(1).square().sum(-1) - directions.square().sum((1, 2))
-    return float(pairs.mean()) / max(1, tokens * (tokens - 1))

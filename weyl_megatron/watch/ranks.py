@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 from torch import nn
 
 from ..layouts.local import is_fully_sharded, is_on_mesh
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 #: How the readings of several ranks become one: they are the same on all, their mean, the root of
 #: the sum of their squares, or the largest.
@@ -24,10 +27,16 @@ class Reading(NamedTuple):
 
 
 class Ranks:
-    """Where this rank stands among those that train the model."""
+    """Where this rank stands among those that train the model.
+
+    Raises:
+        ValueError: torch spreads a parameter in a way that is neither data parallelism nor tensor
+            parallelism over all ranks.
+    """
 
     def __init__(self, engine: Any, chunks: Sequence[nn.Module]) -> None:
         self.data_parallel, self.data_rank, self.tensor_rank = 1, 0, 0
+        self.tensor_group: ProcessGroup | None = None  # torch's, where it has several ranks
         self.sequence_parallel, self.is_writer = False, True
         if not (dist.is_available() and dist.is_initialized()):
             return
@@ -43,39 +52,74 @@ class Ranks:
             self.tensor_rank = state.get_tensor_model_parallel_rank()
             self.sequence_parallel = bool(config.sequence_parallel)
             return
+        grid = _Grid(chunks)
+        if grid.data or grid.tensor:
+            self.data_parallel, self.tensor_group = max(1, len(grid.data)), grid.tensor_group
+            if grid.data:
+                self.data_rank = grid.data.index(dist.get_rank())
+            if grid.tensor:
+                self.tensor_rank = grid.tensor.index(dist.get_rank())
+            return
         group = getattr(engine, "data_parallel_group", None)
         self.data_parallel, self.data_rank = dist.get_world_size(group), dist.get_rank(group)
 
 
-def refuse_bands(chunks: Sequence[nn.Module]) -> None:
-    """Raise ValueError where torch spreads a parameter in another way than FSDP2 and HSDP do.
+class _Grid:
+    """The ranks as torch's meshes have them: those with other data, times those with other bands.
 
-    These have every parameter whole while its layer computes, and every rank has tokens of its own.
+    Under FSDP2 and HSDP a parameter's mesh begins with the ranks that have other data; they lend
+    each other all of it while its layer computes. What is left then is tensor parallelism's.
     """
-    for chunk in chunks:
-        is_sharded = is_fully_sharded(chunk)
-        for name, parameter in chunk.named_parameters():
-            if is_on_mesh(parameter):
-                refuse_band(name, parameter, is_whole_in_forward=is_sharded)
+
+    def __init__(self, chunks: Sequence[nn.Module]) -> None:
+        self.data: tuple[int, ...] = ()  # with this rank among them; (): no parameter says
+        self.tensor: tuple[int, ...] = ()
+        self.tensor_group: ProcessGroup | None = None
+        last: tuple[str, Any] | None = None
+        for chunk in chunks:
+            is_sharded = is_fully_sharded(chunk)
+            for name, parameter in chunk.named_parameters():
+                if hasattr(parameter, "_st_info"):  # DDP's, of what was a DTensor
+                    raise ValueError(
+                        f"watch: parameter '{name}' got DDP over tensor parallelism, which makes "
+                        "new parameters in every forward pass; it takes FSDP2 or HSDP over it."
+                    )
+                if is_on_mesh(parameter):
+                    last = (name, parameter)
+                    self._add(name, parameter, is_sharded)
+        ranks = max(1, len(self.data)) * max(1, len(self.tensor))
+        if last is not None and ranks != dist.get_world_size():
+            raise _refusal(*last)
+
+    def _add(self, name: str, parameter: Any, is_sharded: bool) -> None:
+        mesh, placements = parameter.device_mesh, parameter.placements
+        place = mesh.get_coordinate()
+        shared = 0  # dimensions of ranks with other data
+        if is_sharded:
+            is_copied = placements[0].is_replicate()  # by HSDP, or by tensor parallelism alone
+            shared = 1 if not is_copied else 2 if mesh.ndim > 1 else 0
+        if place is None or mesh.ndim > shared + 1:
+            raise _refusal(name, parameter)
+        data: tuple[int, ...] = ()
+        if shared:
+            beside: tuple[Any, ...] = (..., *place[shared:])
+            data = tuple(mesh.mesh[beside].flatten().tolist())
+        tensor: tuple[int, ...] = ()
+        if mesh.ndim > shared and mesh.size(shared) > 1:
+            tensor = tuple(mesh.mesh[tuple(place[:shared])].flatten().tolist())
+        if (data and self.data not in ((), data)) or (tensor and self.tensor not in ((), tensor)):
+            raise _refusal(name, parameter)
+        self.data = data or self.data
+        if tensor and not self.tensor:
+            self.tensor, self.tensor_group = tensor, mesh.get_group(shared)
 
 
-def refuse_band(name: str, parameter: Any, *, is_whole_in_forward: bool = False) -> None:
-    """Raise ValueError where a DTensor is not whole on every rank while its layer computes.
-
-    Args:
-        name: the parameter's.
-        parameter: the DTensor.
-        is_whole_in_forward: whether ``fully_shard`` was called on its module.
-    """
-    mesh, outer = parameter.device_mesh, parameter.placements[:-1]
-    # FSDP2's mesh has one dimension, HSDP's one of copies more.
-    is_data_parallel = not outer or (len(outer) == 1 and outer[0].is_replicate())
-    if is_whole_in_forward and is_data_parallel and mesh.size() == dist.get_world_size():
-        return
-    raise ValueError(
+def _refusal(name: str, parameter: Any) -> ValueError:
+    mesh = parameter.device_mesh
+    return ValueError(
         f"watch: parameter '{name}' got the placements {parameter.placements} on a mesh of shape "
-        f"{tuple(mesh.shape)}, it takes those of FSDP2 and HSDP over all ranks: under tensor "
-        "parallelism no rank has a layer's weights whole."
+        f"{tuple(mesh.shape)}, it takes those of FSDP2, HSDP, tensor parallelism in one dimension "
+        "and both together, which name all ranks."
     )
 
 

@@ -26,6 +26,10 @@ _PARTITIONED = (
     "to 2)."
 )
 
+#: What torch puts into a graph where tensor parallelism changes how a tensor is spread. Backward it
+#: is computed without a graph of its own, so that second derivatives lack all of it.
+_REDISTRIBUTED = ("RedistributeBackward", "_FromTorchTensorBackward", "_ToTorchTensorBackward")
+
 __all__ = ["adam_preconditioner", "adam_threshold", "sharpness"]
 
 
@@ -57,8 +61,8 @@ def sharpness(
         tol: it stops where an eigenvalue is proved to lie within this share of the estimate.
 
     Raises:
-        ValueError: parameters that are partitioned or have no gradient, a loss that is no scalar, a
-            bad number.
+        ValueError: parameters that are partitioned or have no gradient, a loss that is no scalar or
+            that torch's tensor parallelism computes, a bad number.
     """
     parameters = list(parameters)
     _check(parameters, iterations, tol)
@@ -185,6 +189,7 @@ def _hessian(
             raise ValueError(
                 f"sharpness: loss returned the shape {tuple(value.shape)}, it takes a scalar."
             )
+        _refuse_redistributed(value)
         first = torch.autograd.grad(value.sum(), parameters, create_graph=True, allow_unused=True)
     # FSDP2's parameters, whole from a forward pass on, are freed by the backward pass.
     for number, parameter in enumerate(parameters):
@@ -217,6 +222,22 @@ def _hessian(
         return result
 
     return product, sum(sizes)
+
+
+def _refuse_redistributed(value: Tensor) -> None:
+    """Raise ValueError where torch's tensor parallelism is in the graph of a loss."""
+    nodes, seen = [value.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() in _REDISTRIBUTED:
+            raise ValueError(
+                f"sharpness: loss has {node.name()} in its graph, of torch's tensor parallelism, "
+                "which has no second derivative; it takes a model that is whole on every rank."
+            )
+        nodes += [before for before, _ in node.next_functions]
 
 
 def _lanczos(

@@ -10,15 +10,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..layouts.local import is_on_mesh
 from ..transformer.blocks import Block, find_blocks
 from .attention import classify_numbers
+from .bands import heads_of_model
 from .capture import Capture, Map
 from .jumps import Told, together
 from .optimizers import Optimizers
-from .ranks import MEAN, NORM, ONCE, Ranks, Reading, gather, joined, refuse_bands
+from .ranks import MEAN, NORM, ONCE, Ranks, Reading, gather, joined
 from .sinks import Alerting, JsonLines, Sink, engine_sinks
 from .warning import Warnings
 
@@ -54,8 +55,9 @@ class Watch:
             :func:`weyl_megatron.transformer.blocks.find_blocks`.
 
     Raises:
-        ValueError: the model's attention is not recognised, torch's tensor parallelism spreads it,
-            or a setting is impossible.
+        ValueError: the model's attention is not recognised, torch spreads the model over a part of
+            the ranks, or a setting is impossible. The first forward pass raises it where a block is
+            spread in a way that no head's weights are on one rank.
 
     Example::
 
@@ -95,7 +97,6 @@ class Watch:
             self._optimizer = getattr(engine, "basic_optimizer", None)
         self._chunks: list[nn.Module] = [engine.module] if engine is not None else _chunks(model)
         self._every = every
-        refuse_bands(self._chunks)
         counted = int(getattr(engine, "global_steps", 0))
         self._step = counted if steps_done is None else steps_done
         self._before = self._step - counted  # steps that the engine does not count
@@ -114,6 +115,7 @@ class Watch:
                 maps=maps,
                 is_first=ranks.tensor_rank == 0,
                 sequence_parallel=ranks.sequence_parallel,
+                group=ranks.tensor_group,
             )
             for chunk, chunk_blocks in zip(self._chunks, chunks_blocks, strict=True)
         ]
@@ -188,7 +190,7 @@ class Watch:
             if tag.endswith("/grad_x"):
                 readings[tag] = Reading(reading.value * scale, NORM)
         if loss is not None:
-            value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+            value = float(_whole(loss.detach()) if isinstance(loss, Tensor) else loss)
             readings["loss"] = Reading(value, MEAN)
         for tag, number in {**more, **self._optimizers.values()}.items():
             readings[tag] = Reading(float(number), ONCE)
@@ -264,19 +266,23 @@ class Watch:
         self, out: Path | str, run: str, chunks_blocks: Sequence[Sequence[Block]], largest: int
     ) -> JsonLines:
         blocks = [block for chunk_blocks in chunks_blocks for block in chunk_blocks]
-        group = blocks[0].group
-        heads = blocks[0].heads * (1 if group is None else dist.get_world_size(group))
+        is_spread = any(capture.group is not None for capture in self._captures)
         # Those of other pipeline stages are known by their numbers in the tags.
         names = [block.name for block in blocks]
         header = {
             "run": run or Path(out).name,
             "blocks": names,
-            "heads": heads,
+            "heads": heads_of_model(blocks[0], is_spread=is_spread),
             "sec": largest,
             "interval": self._every,
             "tau": self._optimizers.taus(),
         }
         return JsonLines(out, header)
+
+
+def _whole(loss: Any) -> Any:
+    """Return the loss that all ranks have, where tensor parallelism leaves it to them together."""
+    return loss.full_tensor() if is_on_mesh(loss) else loss
 
 
 def _chunks(model: Any) -> list[nn.Module]:
