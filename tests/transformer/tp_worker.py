@@ -23,10 +23,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.parametrize import is_parametrized
 
 from examples.collapse.model import GPT
+from tests.fsdp2 import fully_shard
 from tests.watch.tp_models import MODELS, behind_gather, sequence, usual
 from weyl_megatron import AdamW2
 from weyl_megatron.engines.shutdown import shutdown

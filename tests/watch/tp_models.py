@@ -13,7 +13,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -33,6 +32,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from examples.collapse.model import GPT, GPTConfig
+from tests.fsdp2 import fully_shard
 from weyl_megatron.transformer.reparam import sigma_reparam
 
 CONFIG = GPTConfig(norm="pre", vocabulary=50, context=16, layers=2, heads=4, width=24)
