@@ -6,7 +6,8 @@ behind a parameter that stays.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,15 @@ from torch import Tensor, nn
 def is_on_mesh(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor; ``torch.distributed.tensor`` need not be imported."""
     return hasattr(type(tensor), "to_local")
+
+
+def remembered(tensor: Tensor) -> Callable[[], Tensor | None]:
+    """Return a reference to a tensor, that does not keep a plain one alive.
+
+    A DTensor it does: ``Module.to`` puts other content into DTensors, by
+    ``torch.utils.swap_tensors``, which refuses a tensor that has a weak reference.
+    """
+    return (lambda: tensor) if is_on_mesh(tensor) else weakref.ref(tensor)
 
 
 def is_fully_sharded(module: nn.Module) -> bool:

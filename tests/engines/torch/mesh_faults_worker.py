@@ -123,6 +123,27 @@ def packed() -> None:
         assert torch.allclose(weight.full_tensor(), alone, rtol=1e-4)
 
 
+def moved_between_steps() -> None:
+    """Trainers that take turns with a generator move the model away and back: the run is the one
+    that was left alone, bit for bit, and matrices keep their names.
+    """
+    ended = []
+    for is_moved in (False, True):
+        torch.manual_seed(0)
+        net = Net()
+        fsdp(net, 2)
+        optimizer = AdamW2(net.named_parameters(), lr=1e-2, tau=0.03, io=["wte*"])
+        for step in range(4):
+            if is_moved and step != 1:  # before the first, and between two
+                net.to(torch.float64).to(torch.float32)
+            net(batch(step, 2)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ended.append(([param.to_local() for param in net.parameters()], optimizer.stats()))
+    (stayed, entries), (moved, entries_moved) = ended
+    assert all(map(torch.equal, stayed, moved)) and entries == entries_moved
+
+
 def nan_on_one_rank() -> None:
     for mode in ("skip", "raise"):
         net = Net()
@@ -182,6 +203,7 @@ def main() -> None:
         moments_elsewhere()
         gradients_elsewhere()
         packed()
+        moved_between_steps()
         nan_on_one_rank()
         print("all said", flush=True)
     shutdown()
