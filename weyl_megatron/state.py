@@ -186,8 +186,8 @@ def check_placements(
 ) -> None:
     """Raise ValueError where a moment is spread over ranks in another way than its parameter."""
     (expected,) = placements_of([tensor])
-    keys = moment_keys(group)
-    for key, got in zip(keys, placements_of([state.get(key) for key in keys]), strict=True):
+    keys = [key for key in moment_keys(group) if key in state]  # what is missing is said elsewhere
+    for key, got in zip(keys, placements_of([state[key] for key in keys]), strict=True):
         if got != expected:
             raise ValueError(
                 f"AdamW2: '{key}' of parameter '{name}' got the placements {got}, it takes its "

@@ -80,6 +80,8 @@ def moments_elsewhere() -> None:
     state = optimizer.state[weight]
     state["exp_avg"] = DTensor.from_local(moment, mesh, [Replicate()])
     assert "placements" in said(optimizer.step), said(optimizer.step)
+    del state["exp_avg"]
+    assert "holds step, exp_avg_sq, it takes exp_avg" in said(optimizer.step)
 
 
 def gradients_elsewhere() -> None:
