@@ -89,8 +89,8 @@ def read_options(text: str | None) -> dict[str, Any]:
         key, _, value = entry.partition("=")
         if entry and not (key and value and key not in options):
             raise ValueError(
-                f"AdamW2: optim_args got {entry!r}, it takes pairs such as 'tau=0.01,clip=project', "
-                "each once."
+                f"AdamW2: optim_args got {entry!r}, it takes pairs such as 'tau=0.01,clip=project',"
+                " each once."
             )
         if entry:
             options[key] = _value(value)
