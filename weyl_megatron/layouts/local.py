@@ -27,6 +27,16 @@ def remembered(tensor: Tensor) -> Callable[[], Tensor | None]:
     return (lambda: tensor) if is_on_mesh(tensor) else weakref.ref(tensor)
 
 
+def specification(tensor: Tensor) -> Any:
+    """Return what has the mesh, the placements and the whole shape of a tensor of which a rank
+    holds a piece; None: it is whole.
+
+    A DTensor has them itself. DDP over a dimension of a mesh puts the pieces of tensor-parallel
+    DTensors into the model as plain parameters, and notes there of what.
+    """
+    return tensor if is_on_mesh(tensor) else getattr(tensor, "_st_info", None)
+
+
 def is_fully_sharded(module: nn.Module) -> bool:
     """Whether ``fully_shard`` was called on a module, or on one in it.
 

@@ -48,6 +48,7 @@ def plain_buffer(
 def mesh_buffer(
     tensor: Tensor,
     name: str,
+    shape: tuple[int, ...],
     box: Box,
     spreads: tuple[Spread, ...],
     bands: Bands | None = None,
@@ -58,6 +59,7 @@ def mesh_buffer(
     Args:
         tensor: the parameter.
         name: its name.
+        shape: of the whole.
         box: where this rank's piece lies.
         spreads: the groups that it is spread over.
         bands: where each rank has its shares of a fused weight's parts.
@@ -75,9 +77,7 @@ def mesh_buffer(
             f"AdamW2: parameter '{name}' is a DTensor whose piece on this rank has its dimensions "
             "in another order in memory, it takes row after row."
         )
-    parameter = Parameter(
-        name, tuple(tensor.shape), box, spreads, bands, kind=kind, is_frozen=is_frozen(tensor)
-    )
+    parameter = Parameter(name, shape, box, spreads, bands, kind=kind, is_frozen=is_frozen(tensor))
     return Buffer(tensor, (Shard(parameter, 0, held.numel(), 0),))
 
 

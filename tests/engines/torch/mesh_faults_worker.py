@@ -50,6 +50,13 @@ def made_too_early() -> None:
         backward(net)
         sentence = said(optimizer.step)
         assert "make AdamW2 after them" in sentence, sentence
+    net = Net()
+    tp(net, 2)
+    optimizer = AdamW2(net.named_parameters(), io=["wte*"])
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    backward(nn.parallel.DistributedDataParallel(net, device_mesh=mesh["dp"]))
+    sentence = said(optimizer.step)
+    assert "make AdamW2 after them" in sentence, sentence
 
 
 def partial() -> None:

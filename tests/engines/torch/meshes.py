@@ -138,12 +138,19 @@ def replicated(net: Net, world: int) -> None:
     replicate(net)
 
 
+def tp_ddp(net: Net, world: int) -> nn.Module:
+    """DDP over a mesh's dimension: the pieces of tensor-parallel DTensors become parameters."""
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+    tensor_parallel(net, mesh["tp"])
+    return nn.parallel.DistributedDataParallel(net, device_mesh=mesh["dp"])
+
+
 @dataclass(frozen=True)
 class Case:
     """How a model is spread and trained."""
 
     name: str
-    spread: Callable[[Net, int], None]
+    spread: Callable[[Net, int], nn.Module | None]  # returns what is called in its place, if any
     options: dict[str, Any] = field(default_factory=dict)  # of AdamW2
     net: dict[str, Any] = field(default_factory=dict)
     tensor: int = 1  # so many ranks in a row have the same rows of a batch; 0: all of them
@@ -188,6 +195,8 @@ CASES: dict[int, Sequence[Case]] = {
         Case("hsdp, settled", hsdp, lr=1e-5),
         Case("fsdp and tensor parallel", fsdp_tp, tensor=2),
         Case("fsdp and tensor parallel, projected", fsdp_tp, PROJECT, tensor=2),
+        Case("DDP and tensor parallel", tp_ddp, tensor=2),
+        Case("DDP and tensor parallel, projected", tp_ddp, PROJECT, tensor=2),
     ),
     5: (
         Case("fsdp", fsdp, net={"width": 13}),
@@ -204,10 +213,15 @@ CASES: dict[int, Sequence[Case]] = {
 
 def runs(case: Case) -> bool:
     """Whether this torch spreads a model so on the CPU."""
-    return HAS_FSDP2 or case.spread in (tp, replicated)
+    return HAS_FSDP2 or case.spread in (tp, replicated, tp_ddp)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return all of a parameter. Collective."""
+    spec = getattr(tensor, "_st_info", None)
+    if spec is not None:
+        tensor = DTensor.from_local(
+            tensor.detach(), spec.mesh, spec.placements, shape=spec.shape, stride=spec.stride
+        )
     held = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return held.detach().clone()

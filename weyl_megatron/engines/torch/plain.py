@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 
 from ...layouts.buffers import Layout
-from ...layouts.local import is_on_mesh
+from ...layouts.local import specification
 from ...layouts.plain import mesh_buffer, plain_buffer, why_foreign
 from ...layouts.tensor_parallel import shardings_of
 from ...moments import Dtypes
@@ -37,8 +37,8 @@ class PlainTorch:
             if tensor.grad is not None or why_foreign(tensor) is None
         ]
         named = [(names[id(tensor)], tensor) for tensor in tensors]
-        whole = [(name, tensor) for name, tensor in named if not is_on_mesh(tensor)]
-        refuse_replaced(whole, tensors)
+        refuse_replaced(named)
+        whole = [(name, tensor) for name, tensor in named if specification(tensor) is None]
         shardings = shardings_of(whole, known.tp_group)
         places = placed(named)
         buffers = [
