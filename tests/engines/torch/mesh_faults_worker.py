@@ -50,6 +50,18 @@ def made_too_early() -> None:
         backward(net)
         sentence = said(optimizer.step)
         assert "make AdamW2 after them" in sentence, sentence
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            net = Net()
+        fsdp(net, 2)
+        optimizer = AdamW2(net.named_parameters(), io=["wte*"])
+        others = {
+            name: torch.zeros_like(param, device="cpu") for name, param in net.state_dict().items()
+        }
+        net.load_state_dict(others, assign=True)
+        backward(net)
+        sentence = said(optimizer.step)
+        assert "make AdamW2 after them" in sentence, sentence
     net = Net()
     tp(net, 2)
     optimizer = AdamW2(net.named_parameters(), io=["wte*"])

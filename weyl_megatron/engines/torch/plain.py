@@ -37,7 +37,7 @@ class PlainTorch:
             if tensor.grad is not None or why_foreign(tensor) is None
         ]
         named = [(names[id(tensor)], tensor) for tensor in tensors]
-        refuse_replaced(named)
+        refuse_replaced([(names[id(tensor)], tensor) for tensor in known.tensors()])
         whole = [(name, tensor) for name, tensor in named if specification(tensor) is None]
         shardings = shardings_of(whole, known.tp_group)
         places = placed(named)

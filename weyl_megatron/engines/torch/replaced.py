@@ -18,10 +18,12 @@ def refuse_replaced(named: Sequence[tuple[str, Tensor]]) -> None:
     that DDP sees, after the optimizer was made.
 
     It would be stepped for ever without a gradient, and the model would not move. All that tells is
-    that the other, of the same shape, has the gradient that the parameter lacks.
+    that the other, of the same shape, has the gradient that the parameter lacks. A DTensor that
+    another took the place of is told where no parameter has a gradient: else the other may be a
+    second optimizer's.
 
     Args:
-        named: (name, parameter), of all that are stepped.
+        named: (name, parameter), of all in the parameter groups.
     """
     idle = {
         (tuple(tensor.shape), is_on_mesh(tensor)): name
@@ -31,17 +33,19 @@ def refuse_replaced(named: Sequence[tuple[str, Tensor]]) -> None:
     if not idle or not dist.is_available() or not dist.is_initialized():
         return
     held = {id(tensor) for _, tensor in named}
+    are_all_idle = all(tensor.grad is None for _, tensor in named)
     for other in gc.get_objects():
         if not issubclass(type(other), Tensor):  # isinstance would ask proxies, which import
             continue
         whole = specification(other)
         if whole is None or not isinstance(other, nn.Parameter) or id(other) in held:
             continue
-        shape, is_piece = tuple(whole.shape), not is_on_mesh(other)
-        name = idle.get((shape, False)) or (idle.get((shape, True)) if is_piece else None)
+        shape, takes_any = tuple(whole.shape), are_all_idle or not is_on_mesh(other)
+        name = idle.get((shape, False)) or (idle.get((shape, True)) if takes_any else None)
         if name is not None and other.grad is not None:
             raise ValueError(
                 f"AdamW2: parameter '{name}' got no gradient, and a DTensor of its shape that is "
                 "not among the optimizer's has one; it takes the parameters that fully_shard, "
-                "parallelize_module and DDP leave in the model: make AdamW2 after them."
+                "parallelize_module, DDP and load_state_dict(assign=True) leave in the model: make "
+                "AdamW2 after them."
             )
