@@ -93,7 +93,7 @@ def test_a_parameter_group_s_tau_is_checked_too() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("state_dtype", "bfloat16"), ("power_iters", 3), ("overrides", []), ("nonfinite", None)],
+    [("state_dtype", "bfloat16"), ("power_iters", 3), ("overrides", [{}]), ("nonfinite", "off")],
 )
 def test_a_parameter_group_s_key_that_would_do_nothing_is_refused(key: str, value: Any) -> None:
     with pytest.raises(ValueError) as error:

@@ -16,21 +16,6 @@ from .settings import (
     read_tau,
 )
 
-#: Options that the optimizer has and its groups do not: in a group they would do nothing.
-_SHARED = (
-    "power_iters",
-    "floor_std",
-    "clip_vectors",
-    "io",
-    "overrides",
-    "nonfinite",
-    "nonfinite_limit",
-    "spike",
-    "state_dtype",
-    "tp_group",
-    "budget_group",
-)
-
 
 def options_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return what every parameter group has of its own of ``tau``, ``clip`` and ``vectors``."""
@@ -65,7 +50,9 @@ def read_group(group: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     Raises:
         ValueError: one of them is impossible, or is the optimizer's alone.
     """
-    if shared := [key for key in _SHARED if key in group]:
+    # torch's ZeroRedundancyOptimizer repeats in its groups what the optimizer has.
+    given = settings.given.items()
+    if shared := [key for key, value in given if key in group and group[key] != value]:
         raise ValueError(
             f"AdamW2: a parameter group got {shared[0]} {group[shared[0]]!r}, which the optimizer "
             "takes for all of them; a group takes lr, betas, eps, weight_decay, amsgrad, maximize, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import isnan
 from numbers import Real
@@ -67,6 +67,7 @@ class Settings:
     vectors: int | None = None
     state_dtype: moments.Dtypes | None = None
     spike: str | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)  # as it was, of what groups cannot have
 
     def override(self, name: str, key: str, default: Any = None) -> Any:
         """Return what the last override that matches ``name`` says of ``key``, or ``default``."""
@@ -161,6 +162,17 @@ def check_settings(
         vectors=vectors,
         state_dtype=moments.read(state_dtype),
         spike=spike,
+        given={
+            "power_iters": power_iters,
+            "floor_std": floor_std,
+            "clip_vectors": clip_vectors,
+            "io": io,
+            "overrides": overrides,
+            "nonfinite": nonfinite,
+            "nonfinite_limit": nonfinite_limit,
+            "spike": spike,
+            "state_dtype": state_dtype,
+        },
     )
 
 

@@ -15,7 +15,7 @@ from ...nonfinite import Guard
 from ..engine import Known, register
 from .dtensor import placed
 from .replaced import refuse_replaced
-from .stages import gathered
+from .stages import gathered, refuse_partition
 
 
 class PlainTorch:
@@ -48,6 +48,7 @@ class PlainTorch:
             for name, tensor in named
         ]
         if known.budget_group is None:
+            refuse_partition(known.param_groups)
             return Layout(buffers, known.kinds)
         gather = functools.partial(gathered, group=known.budget_group)
         return Layout(buffers, known.kinds, gather=gather)
