@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.wrapped import Wrapped
 from weyl_megatron import AdamW2
 
 INFINITE = float("inf")
@@ -137,6 +138,10 @@ SPOILED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     ),
     "no memory": (lambda moment: moment.to("meta"), r"on meta, it takes its parameter's .* on cpu"),
     "storage taken away": (shorter, r"got a storage of 0 bytes, it takes 252"),
+    "a wrapper": (
+        Wrapped,
+        r"'exp_avg.*' of parameter 'w' is a Wrapped, whose memory other tensors",
+    ),
     "sparse": (lambda moment: moment.to_sparse(), r"it takes exp_avg, exp_avg_sq, dense tensors"),
     "missing": (
         lambda moment: None,

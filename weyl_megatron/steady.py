@@ -32,7 +32,8 @@ Columns = list[list[Any]]
 #: Makes the state of a tensor, of a parameter group, that has none.
 Allocate = Callable[[Tensor, dict[str, Any]], None]
 
-_FORM = attrgetter("shape"), attrgetter("dtype"), attrgetter("device"), Tensor.stride
+#: A tensor of another type may wrap others, and have no memory itself.
+_FORM = attrgetter("shape"), attrgetter("dtype"), attrgetter("device"), Tensor.stride, type
 
 
 def forms_of(tensors: Sequence[Tensor]) -> Columns:

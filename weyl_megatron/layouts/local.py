@@ -50,12 +50,20 @@ def is_fully_sharded(module: nn.Module) -> bool:
 def local(tensor: Any) -> Any:
     """Return what this rank holds of a tensor; whatever is no DTensor comes back as it is.
 
-    Without gradients this is the DTensor's own memory.
+    Without gradients this is the DTensor's own memory, also where that is in a wrapper, as weights
+    are that FSDP2 gathers in float8.
     """
     if not is_on_mesh(tensor):
         return tensor
     held = tensor.to_local()
-    return held.wait() if hasattr(held, "wait") else held  # of a collective under way
+    held = held.wait() if hasattr(held, "wait") else held  # of a collective under way
+    while hasattr(held, "__tensor_flatten__"):
+        names, _ = held.__tensor_flatten__()
+        content = getattr(held, names[0])
+        if len(names) > 1 or (content.shape, content.dtype) != (held.shape, held.dtype):
+            break
+        held = content
+    return held
 
 
 def local_gradient(tensor: Tensor) -> Tensor | None:

@@ -110,6 +110,14 @@ def storage_order(tensor: Tensor) -> list[int]:
     return sorted(range(tensor.dim()), key=lambda dim: tensor.stride(dim), reverse=True)
 
 
+def lacks_memory(tensor: Tensor) -> bool:
+    """Whether a tensor wraps others, and has a storage without an address itself.
+
+    Of one whose storage was freed the size is 0.
+    """
+    return tensor.data_ptr() == 0 and tensor.numel() > 0 and tensor.untyped_storage().nbytes() > 0
+
+
 def why_foreign(tensor: Tensor) -> str | None:
     """Return why a parameter cannot be stepped as it is, as the end of a sentence; None: it can."""
     if is_on_mesh(tensor):
@@ -122,6 +130,10 @@ def why_foreign(tensor: Tensor) -> str | None:
     if tensor.is_meta:
         return (
             f"is on the meta device, it takes one with memory (torch.optim.AdamW: {_FUSED_ON_META})"
+        )
+    if lacks_memory(tensor):
+        return (
+            f"is a {type(tensor).__name__}, whose memory other tensors have; it takes a plain one"
         )
     if any(
         stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)

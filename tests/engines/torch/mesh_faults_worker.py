@@ -26,6 +26,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from tests import tolerances
 from tests.engines.torch.mesh_worker import batch
 from tests.engines.torch.meshes import PROJECT, Net, fsdp, tp
+from tests.wrapped import Wrapped
 from weyl_megatron import AdamW2
 from weyl_megatron.engines.shutdown import shutdown
 
@@ -117,6 +118,25 @@ def gradients_elsewhere() -> None:
     for optimizer in optimizers:
         optimizer.step()
     assert torch.allclose(weight.full_tensor(), alone, rtol=1e-5)
+
+
+def wrapped() -> None:
+    """What a rank has may be in a wrapper, as with weights that FSDP2 gathers in float8."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole, grad = torch.randn(6, 4), torch.randn(6, 4)
+    dist.broadcast(whole, 0)
+    dist.broadcast(grad, 0)
+    weights = []
+    for wrap in (Wrapped, torch.Tensor.clone):
+        piece = wrap(whole.chunk(2)[dist.get_rank()].clone())
+        weight = nn.Parameter(DTensor.from_local(piece, mesh, [Shard(0)]))
+        optimizer = AdamW2([("w", weight)], lr=1.0)
+        for _ in range(2):
+            weight.grad = distribute_tensor(grad, mesh, [Shard(0)])
+            optimizer.step()
+        weights.append(piece)
+    assert torch.equal(weights[0].content, weights[1])
+    assert not torch.equal(weights[1], whole.chunk(2)[dist.get_rank()])
 
 
 def packed() -> None:
@@ -224,6 +244,7 @@ def main() -> None:
         moments_elsewhere()
         gradients_elsewhere()
         packed()
+        wrapped()
         moved_between_steps()
         nan_on_one_rank()
         print("all said", flush=True)
