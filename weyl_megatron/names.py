@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .layouts.buffers import model_name
 from .layouts.local import remembered
@@ -20,6 +21,11 @@ class _Place(NamedTuple):
     name: str
     dims: int
     tensor: Callable[[], Tensor | None]  # None: it is no more
+
+
+def _dims(param: Tensor) -> int:
+    """Return how many dimensions a parameter has; -1: a lazy module does not know yet."""
+    return -1 if is_lazy(param) else param.dim()
 
 
 class ParameterNames:
@@ -44,7 +50,7 @@ class ParameterNames:
             for longer in (f"group{number}.{name}", f"{place}.{name}"):
                 name = longer if name in taken else name
             taken.add(name)
-            group.append(_Place(name, param.dim(), remembered(param)))
+            group.append(_Place(name, _dims(param), remembered(param)))
         self._places.append(group)
 
     def resolve(self, groups: Sequence[Mapping[str, Any]]) -> dict[int, str]:
@@ -72,7 +78,7 @@ class ParameterNames:
         taken = {place.name for place in known.values()}
         for position, param in enumerate(params):
             if id(param) in known:
-                yield known[id(param)]
+                yield known[id(param)]._replace(dims=_dims(param))
                 continue
             is_free = position < len(places) and gone[position]
             may_be_many = param.dim() < 2 and len(params) < len(places)
