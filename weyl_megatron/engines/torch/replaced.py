@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ...environment import LOG
 from ...layouts.local import is_on_mesh, specification
 
 
@@ -18,9 +19,9 @@ def refuse_replaced(named: Sequence[tuple[str, Tensor]]) -> None:
     that DDP sees, after the optimizer was made.
 
     It would be stepped for ever without a gradient, and the model would not move. All that tells is
-    that the other, of the same shape, has the gradient that the parameter lacks. A DTensor that
-    another took the place of is told where no parameter has a gradient: else the other may be a
-    second optimizer's.
+    that the other, of the same shape, has the gradient that the parameter lacks. Of two DTensors
+    the other may be a second optimizer's: where no parameter has a gradient, the log says it, and
+    it is raised of those without memory.
 
     Args:
         named: (name, parameter), of all in the parameter groups.
@@ -34,18 +35,26 @@ def refuse_replaced(named: Sequence[tuple[str, Tensor]]) -> None:
         return
     held = {id(tensor) for _, tensor in named}
     are_all_idle = all(tensor.grad is None for _, tensor in named)
+    have_memory = not any(tensor.is_meta for _, tensor in named)
     for other in gc.get_objects():
         if not issubclass(type(other), Tensor):  # isinstance would ask proxies, which import
             continue
         whole = specification(other)
         if whole is None or not isinstance(other, nn.Parameter) or id(other) in held:
             continue
-        shape, takes_any = tuple(whole.shape), are_all_idle or not is_on_mesh(other)
-        name = idle.get((shape, False)) or (idle.get((shape, True)) if takes_any else None)
-        if name is not None and other.grad is not None:
-            raise ValueError(
-                f"AdamW2: parameter '{name}' got no gradient, and a DTensor of its shape that is "
-                "not among the optimizer's has one; it takes the parameters that fully_shard, "
-                "parallelize_module, DDP and load_state_dict(assign=True) leave in the model: make "
-                "AdamW2 after them."
-            )
+        shape = tuple(whole.shape)
+        plain, spread = idle.get((shape, False)), idle.get((shape, True))
+        is_sure = plain is not None or not is_on_mesh(other) or not have_memory
+        name = plain or (spread if are_all_idle or not is_on_mesh(other) else None)
+        if name is None or other.grad is None:
+            continue
+        sentence = (
+            f"AdamW2: parameter '{name}' got no gradient, and a DTensor of its shape that is not "
+            "among the optimizer's has one; it takes the parameters that fully_shard, "
+            "parallelize_module, DDP and load_state_dict(assign=True) leave in the model: make "
+            "AdamW2 after them."
+        )
+        if is_sure:
+            raise ValueError(sentence)
+        LOG.warning(sentence)
+        return
