@@ -89,6 +89,17 @@ def hsdp(net: Net, world: int) -> None:
     shard_blocks(net, mesh)
 
 
+def hsdp_3x2(net: Net, world: int) -> None:
+    shard_blocks(net, init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "s")))
+
+
+def hsdp_tp(net: Net, world: int) -> None:
+    shape = (2, world // 4, 2)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards", "tp"))
+    tensor_parallel(net, mesh["tp"])
+    shard_blocks(net, mesh["replicas", "shards"])
+
+
 def tensor_parallel(net: Net, mesh: DeviceMesh) -> None:
     for block in net.h:
         plan = {
@@ -161,6 +172,7 @@ class Case:
 
 
 PROJECT = {"clip": "project"}
+EVEN = {"width": 12, "hidden": 10, "experts": 4}
 NARROW = {"state_dtype": "bfloat16", "betas": (0.9, 0.95)}
 
 #: By the number of ranks; one launch of so many runs all of them.
@@ -173,13 +185,19 @@ CASES: dict[int, Sequence[Case]] = {
         Case("fsdp, M and V in bfloat16", fsdp, NARROW),
         Case("fsdp, amsgrad", fsdp, {"amsgrad": True, "clip_vectors": True}),
         Case("bf16", half, is_half=True),
+        Case("bf16, projected", half, PROJECT, is_half=True),
         Case("tensor parallel", tp, tensor=0),
         Case("tensor parallel, projected", tp, PROJECT, tensor=0),
-        Case("columns", by_columns, net={"width": 12, "hidden": 10, "experts": 4}),
+        Case("columns", by_columns, net=EVEN),
+        Case("columns, projected", by_columns, PROJECT, net=EVEN),
         Case("offloaded", offloaded),
+        Case("offloaded, projected", offloaded, PROJECT),
         Case("ignored", with_ignored, tensor=0),
+        Case("ignored, projected", with_ignored, PROJECT, tensor=0),
         Case("replicated", replicated),
+        Case("replicated, projected", replicated, PROJECT),
         Case("accumulated", fsdp, batches=2),
+        Case("accumulated, projected", fsdp, PROJECT, batches=2),
         Case("gradients clipped", fsdp, clip_norm=0.1),
     ),
     3: (
@@ -207,6 +225,12 @@ CASES: dict[int, Sequence[Case]] = {
         Case(
             "uneven fsdp and tensor parallel, projected", fsdp_tp, PROJECT, {"width": 13}, tensor=2
         ),
+        Case("hsdp, 2 x 3", hsdp),
+        Case("hsdp, 3 x 2, projected", hsdp_3x2, PROJECT),
+    ),
+    8: (
+        Case("hsdp and tensor parallel", hsdp_tp, tensor=2),
+        Case("hsdp and tensor parallel, projected", hsdp_tp, PROJECT, tensor=2),
     ),
 }
 

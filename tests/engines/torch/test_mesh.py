@@ -19,7 +19,7 @@ needs_fsdp2 = pytest.mark.skipif(not HAS_FSDP2, reason="FSDP2 of this torch need
 
 
 @pytest.mark.parametrize(
-    "world", [2, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 5, 6))]
+    "world", [2, 4, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 5, 6, 8))]
 )
 def test_a_spread_model_trains_as_one_process_trains_it(world: int) -> None:
     """See mesh_worker.py: weights to 1e-5, statistics and copies alike on all ranks."""
