@@ -1,12 +1,16 @@
-"""torchrun worker, 2 ranks: DDP against the one-process reference; FSDP1 must be refused, not
-misread.
+"""torchrun worker, 2 ranks: DDP, and torch's ZeroRedundancyOptimizer, against the one-process
+reference; FSDP1 must be refused, not misread.
 """
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from tests import net as nets
@@ -38,6 +42,34 @@ def ddp() -> None:
     assert set(optimizer.stats()) == {"embed.weight", "up.weight", "down.weight", "head.weight"}
 
 
+def partitioned(tau: object, **others: object) -> str:
+    """torch's ZeRO-1, whose ranks have other parameters each, as one process; return what is said
+    in its first step.
+    """
+    alone = nets.make_net()
+    model = DistributedDataParallel(copy.deepcopy(alone))
+    options: dict[str, Any] = {"lr": 0.01, "tau": tau}
+    single = AdamW2(alone.parameters(), model=alone, **options)
+    spread = ZeroRedundancyOptimizer(model.parameters(), AdamW2, model=model, **options, **others)
+    for batches in nets.batches(2):
+        single.zero_grad()
+        spread.zero_grad()
+        for micro in batches.flatten(0, 1):
+            alone(micro).backward()
+            model(micro).backward()
+        single.step()
+        try:
+            spread.step()
+        except ValueError as error:
+            return str(error)
+    entries = spread.optim.stats()
+    expected = {name: single.stats()[name].tau for name in entries}
+    assert entries and {name: entry.tau for name, entry in entries.items()} == expected
+    for weight, other in zip(alone.parameters(), model.parameters(), strict=True):
+        assert (weight - other).norm() / weight.norm() < 1e-5  # float32 sums in another order
+    return "nothing"
+
+
 def refused(params: object, grad_of: list[torch.Tensor]) -> bool:
     optimizer = AdamW2(params)  # type: ignore[arg-type]
     for param in grad_of:
@@ -53,6 +85,9 @@ def main() -> None:
     tolerances.make_every_iteration()  # so that no rounding decides on one
     dist.init_process_group("gloo")
     ddp()
+    assert partitioned(0.02) == "nothing"
+    assert partitioned("balanced", budget_group=dist.group.WORLD) == "nothing"
+    assert "ZeroRedundancyOptimizer, whose ranks" in partitioned("balanced")
     flat = FullyShardedDataParallel(
         nets.make_net(), device_id=torch.device("cpu"), use_orig_params=False
     )

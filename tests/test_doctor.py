@@ -53,6 +53,7 @@ def test_it_names_versions_and_the_kernel_that_will_run(capsys: pytest.CaptureFi
     [
         ("adamw2:tau=auto", "1", "Megatron's adam is AdamW2, tau='auto'", 0),
         ("taw=1", "1", "AdamW2: WEYL_MEGATRON got the option 'taw', it takes tau, ", 1),
+        ("tau=0", "1", "AdamW2: WEYL_MEGATRON's tau got 0, it takes a number above 0 ", 1),
         ("adamw2", "0", "not read where TORCH_DEVICE_BACKEND_AUTOLOAD=0", 1),
     ],
 )

@@ -24,6 +24,7 @@ ROOMS = (
     "kernels",
     "moments",
     "settings",
+    "group_options",
     "transformer",
     "thresholds",
     "nonfinite",

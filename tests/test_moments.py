@@ -91,6 +91,28 @@ def test_v_is_kept_in_float32_where_bfloat16_would_freeze_it(
     ]
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_v_becomes_float32_where_beta2_becomes_what_would_freeze_it(amsgrad: bool) -> None:
+    """As schedules of β₂ do between steps; a run that had float32 from there on is the same."""
+    ended = []
+    for dtypes in ("bfloat16", ("bfloat16", "float32")):
+        optimizer, params = made(state_dtype="bfloat16", amsgrad=amsgrad)
+        step(optimizer, params, 0)
+        state = copy.deepcopy(optimizer.state_dict())
+        if dtypes != "bfloat16":
+            optimizer, other = made(state_dtype=dtypes, amsgrad=amsgrad)
+            for param, twin in zip(params, other, strict=True):
+                twin.data.copy_(param.data)
+            optimizer.load_state_dict(state)
+            params = other
+        optimizer.param_groups[0]["betas"] = (0.9, 0.999)
+        for seed in range(1, 4):
+            step(optimizer, params, seed)
+        ended.append(params)
+        assert kinds(optimizer, params) == {(torch.bfloat16, torch.float32)}
+    assert all(map(torch.equal, *ended))
+
+
 def test_bfloat16_s_v_would_stand_still_beyond_that_beta2_and_moves_below_it() -> None:
     """What the limit is for: V, one for long, and gradients of 0.7 from now on."""
     moved = {}

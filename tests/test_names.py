@@ -117,3 +117,20 @@ def test_a_copy_takes_the_names_on() -> None:
     optimizer = AdamW2(net.named_parameters())
     _, twin = copy.deepcopy((net, optimizer))
     assert step(twin) == step(optimizer) == {"weight"}
+
+
+def test_a_lazy_modules_parameters_are_taken_before_they_have_shapes() -> None:
+    """As torch.optim.AdamW takes them; the first forward makes them in their places."""
+    ended = []
+    for cls in (AdamW2, torch.optim.AdamW):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.LazyLinear(4), nn.LazyLinear(3, bias=False))
+        options: dict[str, Any] = {"tau": float("inf")} if cls is AdamW2 else {}
+        optimizer = cls(net.named_parameters(), lr=0.1, foreach=False, **options)
+        for _ in range(2):
+            net(torch.ones(2, 5)).square().mean().backward()
+            optimizer.step()
+        ended.append([param.detach() for param in net.parameters()])
+        if isinstance(optimizer, AdamW2):
+            assert list(optimizer.stats()) == ["0.weight", "1.weight"]
+    assert all(map(torch.equal, *ended))

@@ -13,6 +13,7 @@ from torch import nn
 
 from tests import net as nets
 from tests.processes import run_ranks
+from tests.wrapped import Wrapped
 from weyl_megatron import AdamW2, MatrixStats
 from weyl_megatron.engines.given import GivenLayout
 from weyl_megatron.layouts.buffers import Layout
@@ -324,6 +325,7 @@ def test_what_it_cannot_step_is_named() -> None:
         (torch.ones(2, 2, dtype=torch.complex64), "complex64"),
         (torch.ones(4, 1).expand(4, 3), "share memory"),
         (torch.ones(2, 2, device="meta"), "meta device"),
+        (Wrapped(torch.ones(2, 2)), "is a Wrapped, whose memory other tensors have"),
     ]
     for tensor, message in ugly:
         parameter = nn.Parameter(tensor)

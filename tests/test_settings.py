@@ -91,6 +91,19 @@ def test_a_parameter_group_s_tau_is_checked_too() -> None:
         AdamW2([{"params": [torch.nn.Parameter(torch.ones(2, 2))], "tau": 0}])
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("state_dtype", "bfloat16"), ("power_iters", 3), ("overrides", [{}]), ("nonfinite", "off")],
+)
+def test_a_parameter_group_s_key_that_would_do_nothing_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(ValueError) as error:
+        AdamW2([{"params": [torch.nn.Parameter(torch.ones(2, 2))], key: value}])
+    assert str(error.value) == (
+        f"AdamW2: a parameter group got {key} {value!r}, which the optimizer takes for all of "
+        "them; a group takes lr, betas, eps, weight_decay, amsgrad, maximize, tau, clip, vectors."
+    )
+
+
 #: What is said of clip and vectors wherever they are given; what is no number of vectors.
 WORDS = "svd", True, None
 NO_NUMBERS = 0, 65, 2.5, True, "8", -1, float("nan")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.wrapped import Wrapped
 from weyl_megatron import AdamW2
 
 INFINITE = float("inf")
@@ -137,9 +138,14 @@ SPOILED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     ),
     "no memory": (lambda moment: moment.to("meta"), r"on meta, it takes its parameter's .* on cpu"),
     "storage taken away": (shorter, r"got a storage of 0 bytes, it takes 252"),
+    "a wrapper": (
+        Wrapped,
+        r"'exp_avg.*' of parameter 'w' is a Wrapped, whose memory other tensors",
+    ),
+    "sparse": (lambda moment: moment.to_sparse(), r"it takes exp_avg, exp_avg_sq, dense tensors"),
     "missing": (
         lambda moment: None,
-        r"the state of parameter 'w' holds .*, it takes exp_avg, exp_avg_sq",
+        r"the state of parameter 'w' holds .*, it takes exp_avg, exp_avg_sq, dense tensors",
     ),
 }
 
@@ -160,7 +166,9 @@ def test_a_moment_that_does_not_fit_is_refused_before_anything_moves(
     optimizer.state[weight][key] = spoil(optimizer.state[weight][key])
     with pytest.raises(ValueError, match=sentence) as error:
         optimizer.step()
-    assert "\n" not in str(error.value) and (key in str(error.value) or how == "missing")
+    assert "\n" not in str(error.value) and (
+        key in str(error.value) or how in ("missing", "sparse")
+    )
     assert torch.equal(other, before) and optimizer.state[other]["step"] == 1
 
 

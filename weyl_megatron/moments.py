@@ -63,14 +63,19 @@ def dtype_of(
 
 def warn_of_frozen(dtype: torch.dtype, group: Mapping[str, Any], what: str) -> bool:
     """Whether V of a dtype would stand still; the log says so once."""
-    beta2 = float(group["betas"][1])
-    is_frozen = dtype == torch.bfloat16 and beta2 > _MOST_BETA2
+    is_frozen = dtype == torch.bfloat16 and freezes(group)
     if is_frozen:
+        beta2 = float(group["betas"][1])
         say_once(
             f"AdamW2: exp_avg_sq in torch.bfloat16 stands still at beta2 {beta2:g}, it {what}; "
             f"bfloat16 takes a beta2 of {_MOST_BETA2} at most."
         )
     return is_frozen
+
+
+def freezes(group: Mapping[str, Any]) -> bool:
+    """Whether V in bfloat16 would stand still at the β₂ of a parameter group."""
+    return float(group["betas"][1]) > _MOST_BETA2
 
 
 def keep(

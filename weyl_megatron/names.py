@@ -5,13 +5,14 @@ Patterns, start vectors, statistics and checkpoints hang on it.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .layouts.buffers import model_name
+from .layouts.local import remembered
 
 
 class _Place(NamedTuple):
@@ -19,14 +20,19 @@ class _Place(NamedTuple):
 
     name: str
     dims: int
-    tensor: weakref.ReferenceType[Tensor]
+    tensor: Callable[[], Tensor | None]  # None: it is no more
+
+
+def _dims(param: Tensor) -> int:
+    """Return how many dimensions a parameter has; -1: a lazy module does not know yet."""
+    return -1 if is_lazy(param) else param.dim()
 
 
 class ParameterNames:
     """The names of the parameters in an optimizer's groups.
 
     A parameter without a name goes by its place, ``group0.param3``. One that was put in the place
-    of another inherits its name. Parameters are not kept alive.
+    of another inherits its name. Parameters are not kept alive, DTensors until the next step.
     """
 
     def __init__(self) -> None:
@@ -44,7 +50,7 @@ class ParameterNames:
             for longer in (f"group{number}.{name}", f"{place}.{name}"):
                 name = longer if name in taken else name
             taken.add(name)
-            group.append(_Place(name, param.dim(), weakref.ref(param)))
+            group.append(_Place(name, _dims(param), remembered(param)))
         self._places.append(group)
 
     def resolve(self, groups: Sequence[Mapping[str, Any]]) -> dict[int, str]:
@@ -72,12 +78,12 @@ class ParameterNames:
         taken = {place.name for place in known.values()}
         for position, param in enumerate(params):
             if id(param) in known:
-                yield known[id(param)]
+                yield known[id(param)]._replace(dims=_dims(param))
                 continue
             is_free = position < len(places) and gone[position]
             may_be_many = param.dim() < 2 and len(params) < len(places)
             if is_free and places[position].dims == param.dim() and not may_be_many:
-                yield places[position]._replace(tensor=weakref.ref(param))
+                yield places[position]._replace(tensor=remembered(param))
                 continue
             if any(gone) and param.dim() < 2:  # may be what an engine makes of many
                 name = places[gone.index(True)].name
@@ -91,7 +97,7 @@ class ParameterNames:
             while name in taken:
                 name += "+"
             taken.add(name)
-            yield _Place(name, param.dim(), weakref.ref(param))
+            yield _Place(name, param.dim(), remembered(param))
 
     def known(self) -> dict[int, str]:
         """Return the names of the parameters that were there last, by ``id``."""

@@ -10,21 +10,13 @@ from torch import Tensor, nn
 
 from . import moments, packed
 from .engines import engine as engines
+from .group_options import check_group, options_of, read_group, restore_options
 from .layouts.modules import SeenModel
 from .matrix_groups import MatrixGroups, Turn, is_adamw
 from .names import ParameterNames, take_names
 from .nonfinite import Guard
 from .saved import write
-from .settings import (
-    BALANCED,
-    check_adamw,
-    check_group,
-    check_settings,
-    options_of,
-    project_any,
-    read_group,
-    restore_options,
-)
+from .settings import BALANCED, check_adamw, check_settings, project_any
 from .spikes import Spike, Spikes
 from .state import check_loaded, check_saved_groups, counts_on_host, new_state, steps_done
 from .stats import MatrixStats

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from .matrices import SavedMatrix
+from .settings import VECTORS
+from .spectral.power import BLOCK
 
-#: The keys in a state: the blocks of all matrices; and the step, how many matrices these are, the
-#: lengths of their blocks, and the certificate's numbers.
+#: The keys in a state: the blocks of all matrices, and zeros, so that a checkpoint of one ``clip``
+#: has the size that the other expects; and the step, how many matrices these are, the lengths of
+#: their blocks, and the certificate's numbers.
 KEYS = ("adamw2_vectors", "adamw2_bounds")
 
 #: What keeps a state dict by parameters' names, and its function that calls ``step`` to have the
@@ -63,9 +66,13 @@ def pack(matrices: Sequence[SavedMatrix]) -> dict[str, Tensor]:
     bounds = [bound.double() for matrix in matrices for bound in matrix.bounds]
     header = [matrices[0].step, len(matrices), *(block.numel() for block in blocks)]
     numbers = torch.tensor(header, dtype=torch.float64, device=bounds[0].device)
-    return dict(
-        zip(KEYS, (torch.cat(blocks), torch.cat([numbers, torch.stack(bounds)])), strict=True)
+    missing = (  # of U's vectors, of which W's tell the length
+        of_weight.numel() // BLOCK * VECTORS - of_update.numel()
+        for of_weight, of_update in zip(blocks[::2], blocks[1::2], strict=True)
     )
+    padding = blocks[0].new_zeros(sum(max(0, count) for count in missing))
+    vectors = torch.cat([*blocks, padding])
+    return dict(zip(KEYS, (vectors, torch.cat([numbers, torch.stack(bounds)])), strict=True))
 
 
 def unpack(packed: Mapping[str, Tensor]) -> list[SavedMatrix]:
@@ -78,9 +85,9 @@ def unpack(packed: Mapping[str, Tensor]) -> list[SavedMatrix]:
         return []
     lengths = [int(length) for length in numbers[2 : 2 + 2 * count].tolist()]
     bounds = numbers[2 + 2 * count :]
-    if sum(lengths) != vectors.numel() or bounds.numel() % count:
+    if sum(lengths) > vectors.numel() or bounds.numel() % count:
         return []
-    blocks = torch.split(vectors, lengths)
+    blocks = torch.split(vectors[: sum(lengths)], lengths)
     each = bounds.view(count, -1)
     return [
         SavedMatrix(step, list(blocks[2 * k : 2 * k + 2]), list(each[k].unbind()), is_global=True)

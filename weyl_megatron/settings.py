@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from math import isnan
 from numbers import Real
@@ -67,6 +67,7 @@ class Settings:
     vectors: int | None = None
     state_dtype: moments.Dtypes | None = None
     spike: str | None = None
+    given: Mapping[str, Any] = field(default_factory=dict)  # as it was, of what groups cannot have
 
     def override(self, name: str, key: str, default: Any = None) -> Any:
         """Return what the last override that matches ``name`` says of ``key``, or ``default``."""
@@ -125,7 +126,7 @@ def check_settings(
         raise ValueError(
             f"AdamW2: power_iters got {power_iters!r}, it takes a whole number from 1 on."
         )
-    if not _is_number(floor_std) or not 0 <= floor_std < float("inf"):
+    if not is_number(floor_std) or not 0 <= floor_std < float("inf"):
         raise ValueError(
             f"AdamW2: floor_std got {floor_std!r}, it takes a number from 0 (no floor) on."
         )
@@ -161,6 +162,17 @@ def check_settings(
         vectors=vectors,
         state_dtype=moments.read(state_dtype),
         spike=spike,
+        given={
+            "power_iters": power_iters,
+            "floor_std": floor_std,
+            "clip_vectors": clip_vectors,
+            "io": io,
+            "overrides": overrides,
+            "nonfinite": nonfinite,
+            "nonfinite_limit": nonfinite_limit,
+            "spike": spike,
+            "state_dtype": state_dtype,
+        },
     )
 
 
@@ -201,45 +213,6 @@ def project_any(settings: Settings, groups: Sequence[Mapping[str, Any]]) -> bool
     return any(clip_of(group, settings)[0] == PROJECT for group in groups)
 
 
-def options_of(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return what every parameter group has of its own of ``tau``, ``clip`` and ``vectors``."""
-    keys = "tau", "clip", "vectors"
-    return [{key: group[key] for key in keys if key in group} for group in groups]
-
-
-def restore_options(
-    groups: Sequence[MutableMapping[str, Any]],
-    options: Sequence[Mapping[str, Any]],
-    saved: Sequence[Mapping[str, Any]],
-) -> None:
-    """Give every parameter group, as it was loaded, its own ``clip`` and ``vectors``, as those of a
-    checkpoint are of another run, and τ where the checkpoint, of an AdamW, has none.
-
-    Args:
-        groups: the optimizer's.
-        options: what :func:`options_of` returned of them before.
-        saved: the groups of the state dict.
-    """
-    for group, own, loaded in zip(groups, options, saved, strict=True):
-        group.pop("clip", None)
-        group.pop("vectors", None)
-        group.update(own)
-        group["tau"] = read_tau("a parameter group's tau", loaded.get("tau", own["tau"]))
-        group.update({"foreach": None, "fused": None, "capturable": False})
-
-
-def read_group(group: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
-    """Return a parameter group that is added, with the options that it has of its own checked.
-
-    Raises:
-        ValueError: one of them is impossible.
-    """
-    holder, (clip, _) = "a parameter group's ", clip_of(group, settings)
-    check_clip(group, clip, holder)
-    check_harmless(group)
-    return {**group, "tau": read_tau(f"{holder}tau", group.get("tau", settings.tau))}
-
-
 def check_harmless(given: Mapping[str, Any]) -> None:
     """Raise ValueError where a key of AdamW configurations has a value that changes something."""
     for key, value in given.items():
@@ -248,22 +221,6 @@ def check_harmless(given: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"AdamW2: {key} got {value!r}, it takes {' or '.join(map(repr, taken))}."
             )
-
-
-def check_group(group: Mapping[str, Any]) -> None:
-    """Check what may have become of a parameter group since it was made.
-
-    Raises:
-        ValueError: a hyperparameter is no number, or a flag asks for what is not done.
-    """
-    check_harmless(group)
-    numbers = {key: (group[key],) for key in ("lr", "eps", "weight_decay")}
-    for key, values in {"betas": group["betas"], **numbers}.items():
-        if not all(_is_number(value) or _is_scalar(value) for value in values):
-            raise ValueError(
-                f"AdamW2: a parameter group's {key} got {group[key]!r}, it takes numbers."
-            )
-    check_clip(group, PROJECT, "a parameter group's ")
 
 
 def check_adamw(
@@ -291,12 +248,12 @@ def check_adamw(
             "(torch.optim.AdamW: `fused` and `foreach` cannot be `True` together)."
         )
     for key, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        number = float(value) if key == "lr" and _is_scalar(value) else value
-        if not _is_number(number) or not 0 <= number < float("inf"):
+        number = float(value) if key == "lr" and is_scalar(value) else value
+        if not is_number(number) or not 0 <= number < float("inf"):
             raise _refusal(f"{key} got {value!r}, it takes a number from 0 on", **{key: value})
     pair = betas if isinstance(betas, Sequence) and len(betas) == 2 else ()
-    numbers = list(map(float, pair)) if pair and all(map(_is_scalar, pair)) else list(pair)
-    if len(numbers) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in numbers):
+    numbers = list(map(float, pair)) if pair and all(map(is_scalar, pair)) else list(pair)
+    if len(numbers) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in numbers):
         raise _refusal(
             f"betas got {betas!r}, it takes two numbers from 0 up to, but without, 1", betas=betas
         )
@@ -328,7 +285,7 @@ def read_tau(key: str, tau: Any) -> float | str:
     """
     if isinstance(tau, str) and tau in _SPELLINGS:
         return BALANCED
-    if not _is_number(tau) or isnan(tau) or tau <= 0:
+    if not is_number(tau) or isnan(tau) or tau <= 0:
         raise ValueError(
             f"AdamW2: {key} got {tau!r}, it takes a number above 0 (infinity is AdamW) or "
             "'balanced'."
@@ -387,12 +344,13 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_scalar(value: Any) -> bool:
+def is_scalar(value: Any) -> bool:
     """True of a tensor of one element, as torch.optim.AdamW takes rate and betas."""
     return isinstance(value, Tensor) and value.numel() == 1
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """True of a real number that is no flag."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

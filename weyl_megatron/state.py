@@ -152,7 +152,8 @@ def fit_moments(
     dtypes: Dtypes | None = None,
 ) -> None:
     """Check M and V of a weight (line 2). Those in another memory order, of a checkpoint or from
-    before the weight became channels_last, are replaced in ``state``.
+    before the weight became channels_last, are replaced in ``state``, as is V in bfloat16 where a
+    β₂ that became larger would freeze it.
 
     Args:
         state: of the weight, allocated.
@@ -169,14 +170,22 @@ def fit_moments(
     keys = moment_keys(group)
     for key in keys:
         moment = local(state.get(key))
-        if not isinstance(moment, Tensor):
+        if not isinstance(moment, Tensor) or moment.layout != torch.strided:
             raise ValueError(
                 f"AdamW2: the state of parameter '{name}' holds {', '.join(map(str, state))}, it "
-                f"takes {', '.join(keys)}."
+                f"takes {', '.join(keys)}, dense tensors."
             )
         is_other = dtypes is not None and moment.dtype in {*dtypes, torch.float32}
         of_moment = form._replace(dtype=moment.dtype) if is_other else form
         _check(moment, of_moment, f"'{key}'", name)
+        if (
+            key != MOMENTS[0]
+            and dtypes is not None
+            and moment.dtype == torch.bfloat16
+            and dtype_of(key, moment, group, dtypes) == torch.float32
+        ):
+            state[key] = state[key].float()
+            moment = local(state[key])
         if moment.stride() != form.stride:
             state[key] = in_order_of(weight, moment)
 
@@ -186,8 +195,8 @@ def check_placements(
 ) -> None:
     """Raise ValueError where a moment is spread over ranks in another way than its parameter."""
     (expected,) = placements_of([tensor])
-    keys = moment_keys(group)
-    for key, got in zip(keys, placements_of([state.get(key) for key in keys]), strict=True):
+    keys = [key for key in moment_keys(group) if key in state]  # what is missing is said elsewhere
+    for key, got in zip(keys, placements_of([state[key] for key in keys]), strict=True):
         if got != expected:
             raise ValueError(
                 f"AdamW2: '{key}' of parameter '{name}' got the placements {got}, it takes its "

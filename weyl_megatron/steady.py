@@ -15,7 +15,7 @@ from .kernels import Hyper, Stepped
 from .kernels.stepped import Form
 from .layouts.buffers import Buffer
 from .layouts.local import is_on_mesh, local, local_gradient, placements_of
-from .moments import Dtypes
+from .moments import Dtypes, freezes
 from .state import (
     Counts,
     check_gradient,
@@ -32,7 +32,8 @@ Columns = list[list[Any]]
 #: Makes the state of a tensor, of a parameter group, that has none.
 Allocate = Callable[[Tensor, dict[str, Any]], None]
 
-_FORM = attrgetter("shape"), attrgetter("dtype"), attrgetter("device"), Tensor.stride
+#: A tensor of another type may wrap others, and have no memory itself.
+_FORM = attrgetter("shape"), attrgetter("dtype"), attrgetter("device"), Tensor.stride, type
 
 
 def forms_of(tensors: Sequence[Tensor]) -> Columns:
@@ -83,6 +84,7 @@ class _Passed(NamedTuple):
 
     numbers: list[int]  # of the tensors that had a gradient
     amsgrad: list[int]  # the places among them of those that have the largest V
+    freezing: list[bool]  # of the groups, whether V in bfloat16 would stand still
     columns: Columns | None  # None: these cannot be compared
     reordered: list[int]  # the places of gradients in another memory order than their weight
 
@@ -148,8 +150,10 @@ class Members:
         amsgrad = self._places(numbers, "amsgrad")
         states = [state.get(self.tensors[number], {}) for number in numbers]
         held = self._held(grads, states, amsgrad)
-        seen, passed = (numbers, amsgrad, held.columns()), self._passed
-        if passed is None or passed.columns is None or passed[:3] != seen:
+        # Without dtypes moments are kept as their weights, whatever β₂ becomes.
+        freezing = [] if dtypes is None else list(map(freezes, self.groups))
+        seen, passed = (numbers, amsgrad, freezing, held.columns()), self._passed
+        if passed is None or passed.columns is None or passed[:4] != seen:
             self._passed = None
             states = [
                 self._checked(number, weights[number], grad, state, allocate, dtypes)
@@ -159,7 +163,7 @@ class Members:
             strides = [self.forms[number].stride for number in numbers]
             pairs = enumerate(zip(grads, strides, strict=True))
             reordered = [place for place, (grad, stride) in pairs if grad.stride() != stride]
-            passed = self._passed = _Passed(numbers, amsgrad, held.columns(), reordered)
+            passed = self._passed = _Passed(*seen[:3], held.columns(), reordered)
         for place in passed.reordered:
             grads[place] = in_order_of(weights[numbers[place]], grads[place])
         self._negate(numbers, grads)

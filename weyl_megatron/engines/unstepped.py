@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..environment import LOG
+from ..layouts.local import is_on_mesh
 
 _OPTIONS = ("lr", "betas", "eps", "weight_decay", "tau")
 
@@ -39,8 +40,11 @@ _seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def note_made(optimizer: torch.optim.Optimizer) -> None:
-    """Remember an AdamW2, with the parameters that it has now."""
-    params = (param for group in optimizer.param_groups for param in group["params"])
+    """Remember an AdamW2, with the parameters that it has now, but for DTensors, which no engine
+    puts others in the place of and which take no weak reference (see ``remembered``).
+    """
+    listed = (param for group in optimizer.param_groups for param in group["params"])
+    params = (param for param in listed if not is_on_mesh(param))
     made = _Made(
         tuple(map(weakref.ref, params)), {key: optimizer.defaults[key] for key in _OPTIONS}
     )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layouts.plain import storage_order
+from ..layouts.plain import lacks_memory, storage_order
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,13 @@ def check_form(tensor: Tensor, form: Form, extent: int, what: str, name: str) ->
 
 def check_memory(tensor: Tensor, extent: int, what: str, name: str) -> None:
     """Raise ValueError where a tensor's storage ends before its ``extent`` elements do, as after
-    ``resize_(0)``.
+    ``resize_(0)``, or is other tensors'.
     """
+    if lacks_memory(tensor):
+        raise ValueError(
+            f"AdamW2: {what} of parameter '{name}' is a {type(tensor).__name__}, whose memory "
+            "other tensors have, it takes a plain tensor."
+        )
     end = (tensor.storage_offset() + extent) * tensor.itemsize
     held = tensor.untyped_storage().nbytes()
     if held < end and extent:

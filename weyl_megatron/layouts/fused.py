@@ -171,8 +171,9 @@ def explicit_fused(
         axis = next((axis for axis, dim in enumerate(dims) if shape[dim] == sum(sizes)), None)
     if axis is None:
         raise ValueError(
-            f"overrides: 'fused' of parameter '{name}' got {option!r}, but it takes a number of "
-            f"parts that divides, or sizes that add up to, a dimension of its shape {tuple(shape)}."
+            f"AdamW2: overrides' 'fused' of parameter '{name}' got {option!r}, but it takes a "
+            "number of parts that divides, or sizes that add up to, a dimension of its shape "
+            f"{tuple(shape)}."
         )
     labels = [str(part) for part in range(len(sizes))]
     if axis == 0 or is_stack:

@@ -6,7 +6,8 @@ behind a parameter that stays.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,25 @@ from torch import Tensor, nn
 def is_on_mesh(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor; ``torch.distributed.tensor`` need not be imported."""
     return hasattr(type(tensor), "to_local")
+
+
+def remembered(tensor: Tensor) -> Callable[[], Tensor | None]:
+    """Return a reference to a tensor, that does not keep a plain one alive.
+
+    A DTensor it does: ``Module.to`` puts other content into DTensors, by
+    ``torch.utils.swap_tensors``, which refuses a tensor that has a weak reference.
+    """
+    return (lambda: tensor) if is_on_mesh(tensor) else weakref.ref(tensor)
+
+
+def specification(tensor: Tensor) -> Any:
+    """Return what has the mesh, the placements and the whole shape of a tensor of which a rank
+    holds a piece; None: it is whole.
+
+    A DTensor has them itself. DDP over a dimension of a mesh puts the pieces of tensor-parallel
+    DTensors into the model as plain parameters, and notes there of what.
+    """
+    return tensor if is_on_mesh(tensor) else getattr(tensor, "_st_info", None)
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
@@ -30,12 +50,20 @@ def is_fully_sharded(module: nn.Module) -> bool:
 def local(tensor: Any) -> Any:
     """Return what this rank holds of a tensor; whatever is no DTensor comes back as it is.
 
-    Without gradients this is the DTensor's own memory.
+    Without gradients this is the DTensor's own memory, also where that is in a wrapper, as weights
+    are that FSDP2 gathers in float8.
     """
     if not is_on_mesh(tensor):
         return tensor
     held = tensor.to_local()
-    return held.wait() if hasattr(held, "wait") else held  # of a collective under way
+    held = held.wait() if hasattr(held, "wait") else held  # of a collective under way
+    while hasattr(held, "__tensor_flatten__"):
+        names, _ = held.__tensor_flatten__()
+        content = getattr(held, names[0])
+        if len(names) > 1 or (content.shape, content.dtype) != (held.shape, held.dtype):
+            break
+        held = content
+    return held
 
 
 def laid_like(tensor: Any, held: Tensor) -> Any:

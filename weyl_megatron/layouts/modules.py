@@ -22,6 +22,7 @@ from .adapters import (
 from .buffers import model_names
 from .fused import plain_name
 from .kinds import Kind
+from .local import is_on_mesh
 from .projections import split_rows
 
 _VECTOR, _MATRIX, _STACK = Kind("vector"), Kind("matrix"), Kind("experts")
@@ -115,7 +116,8 @@ class SeenModel:
     def __init__(
         self, model: nn.Module | None = None, kinds: Mapping[str, Kind] | None = None
     ) -> None:
-        self._names: dict[int, tuple[weakref.ReferenceType[Tensor], str]] = {}  # by id
+        self._names: dict[int, str] = {}  # by id
+        self._plain: dict[int, weakref.ReferenceType[Tensor]] = {}  # whose ids may be others' later
         self.kinds = dict(kinds or {})
         if model is None:
             return
@@ -126,16 +128,15 @@ class SeenModel:
         named = dict(model.named_parameters())
         names = {id(named[whole]): name for whole, name in model_names(named).items()}
         for param in named.values():
-            self._names[id(param)] = weakref.ref(param), names[id(param)]
+            self._names[id(param)] = names[id(param)]
+            if not is_on_mesh(param):  # Module.to refuses DTensors that have a weak reference
+                self._plain[id(param)] = weakref.ref(param)
         self.kinds |= kinds_of(model, names)
 
     def names(self, params: Sequence[Tensor]) -> list[str | None]:
         """Return the model's names of its parameters; None of others."""
-        seen = (self._names.get(id(param)) for param in params)
-        return [
-            known[1] if known and known[0]() is param else None
-            for known, param in zip(seen, params, strict=True)
-        ]
+        others = {number for number, reference in self._plain.items() if reference() is None}
+        return [None if id(param) in others else self._names.get(id(param)) for param in params]
 
     def check_knows(self, names: Iterable[str]) -> None:
         """Raise ValueError where a model was shown that has none of the parameters."""

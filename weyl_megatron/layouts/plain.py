@@ -48,6 +48,7 @@ def plain_buffer(
 def mesh_buffer(
     tensor: Tensor,
     name: str,
+    shape: tuple[int, ...],
     box: Box,
     spreads: tuple[Spread, ...],
     bands: Bands | None = None,
@@ -58,6 +59,7 @@ def mesh_buffer(
     Args:
         tensor: the parameter.
         name: its name.
+        shape: of the whole.
         box: where this rank's piece lies.
         spreads: the groups that it is spread over.
         bands: where each rank has its shares of a fused weight's parts.
@@ -75,9 +77,7 @@ def mesh_buffer(
             f"AdamW2: parameter '{name}' is a DTensor whose piece on this rank has its dimensions "
             "in another order in memory, it takes row after row."
         )
-    parameter = Parameter(
-        name, tuple(tensor.shape), box, spreads, bands, kind=kind, is_frozen=is_frozen(tensor)
-    )
+    parameter = Parameter(name, shape, box, spreads, bands, kind=kind, is_frozen=is_frozen(tensor))
     return Buffer(tensor, (Shard(parameter, 0, held.numel(), 0),))
 
 
@@ -110,6 +110,14 @@ def storage_order(tensor: Tensor) -> list[int]:
     return sorted(range(tensor.dim()), key=lambda dim: tensor.stride(dim), reverse=True)
 
 
+def lacks_memory(tensor: Tensor) -> bool:
+    """Whether a tensor wraps others, and has a storage without an address itself.
+
+    Of one whose storage was freed the size is 0.
+    """
+    return tensor.data_ptr() == 0 and tensor.numel() > 0 and tensor.untyped_storage().nbytes() > 0
+
+
 def why_foreign(tensor: Tensor) -> str | None:
     """Return why a parameter cannot be stepped as it is, as the end of a sentence; None: it can."""
     if is_on_mesh(tensor):
@@ -122,6 +130,10 @@ def why_foreign(tensor: Tensor) -> str | None:
     if tensor.is_meta:
         return (
             f"is on the meta device, it takes one with memory (torch.optim.AdamW: {_FUSED_ON_META})"
+        )
+    if lacks_memory(tensor):
+        return (
+            f"is a {type(tensor).__name__}, whose memory other tensors have; it takes a plain one"
         )
     if any(
         stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)

@@ -58,6 +58,19 @@ FORMS = "it takes 'adamw2', 'adamw2:tau=balanced,clip=project' or a JSON object 
     ("text", "sentence"),
     [
         ("1", f"AdamW2: WEYL_MEGATRON got '1', {FORMS}"),
+        (" ", f"AdamW2: WEYL_MEGATRON got ' ', {FORMS}"),
+        (",", f"AdamW2: WEYL_MEGATRON got ',', {FORMS}"),
+        (
+            '{"tau": 0.1, "tau": 0.2}',
+            'AdamW2: WEYL_MEGATRON got \'{"tau": 0.1, "tau": 0.2}\' (tau is there twice), '
+            f"{FORMS}",
+        ),
+        (
+            "adamw2:tau=0",
+            "AdamW2: WEYL_MEGATRON's tau got 0, it takes a number above 0 (infinity is AdamW) or "
+            "'balanced'.",
+        ),
+        ("split_fused=1", "AdamW2: WEYL_MEGATRON's split_fused got 1, it takes True or False."),
         ("adam", f"AdamW2: WEYL_MEGATRON got 'adam', {FORMS}"),
         ("adamw2:tau", f"AdamW2: WEYL_MEGATRON got 'adamw2:tau', {FORMS}"),
         ("muon:tau=1", f"AdamW2: WEYL_MEGATRON got 'muon:tau=1', {FORMS}"),

@@ -133,7 +133,15 @@ def read(net: Any, optimizer: Any, path: Path, form: StateDictOptions, **planner
 
 
 def switch(layout: str, folder: Path) -> None:
-    """AdamW's run goes on under AdamW², and AdamW²'s under AdamW."""
+    """AdamW's run goes on under AdamW², and AdamW²'s under AdamW; a scaled one projected, and the
+    reverse.
+    """
+    for name, is_flat, clip in (("flat", True, "project"), ("nested, projected", False, "scale")):
+        net, optimizer = make(layout, {"clip": clip})
+        form = StateDictOptions(flatten_optimizer_state_dict=is_flat)
+        read(net, optimizer, folder / name, form)
+        _, entries = go_on(net, optimizer)
+        assert any(entry[3] for entry in entries.values()), "nothing was clipped"
     expected = torch.load(folder / "AdamW.pt")
     net, optimizer = make(layout, {})
     read(net, optimizer, folder / "AdamW", StateDictOptions(), allow_partial_load=True)

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -26,8 +27,10 @@ from tests import tolerances
 from tests.engines.torch.mesh_worker import batch
 from tests.engines.torch.meshes import PROJECT, Net, fsdp, tp
 from tests.fsdp2 import fully_shard
+from tests.wrapped import Wrapped
 from weyl_megatron import AdamW2
 from weyl_megatron.engines.shutdown import shutdown
+from weyl_megatron.environment import LOG
 
 
 def backward(net: Any) -> None:
@@ -50,6 +53,28 @@ def made_too_early() -> None:
         backward(net)
         sentence = said(optimizer.step)
         assert "make AdamW2 after them" in sentence, sentence
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            net = Net()
+        fsdp(net, 2)
+        optimizer = AdamW2(net.named_parameters(), io=["wte*"])
+        others = {
+            name: torch.zeros_like(param, device="cpu") for name, param in net.state_dict().items()
+        }
+        net.load_state_dict(others, assign=True)
+        backward(net)
+        logged: list[str] = []
+        with patch.object(LOG, "warning", logged.append):
+            sentence = said(optimizer.step)
+        told = sentence if device == "meta" else "".join(logged)  # these may be another optimizer's
+        assert "make AdamW2 after them" in told, (device, sentence, logged)
+    net = Net()
+    tp(net, 2)
+    optimizer = AdamW2(net.named_parameters(), io=["wte*"])
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    backward(nn.parallel.DistributedDataParallel(net, device_mesh=mesh["dp"]))
+    sentence = said(optimizer.step)
+    assert "make AdamW2 after them" in sentence, sentence
 
 
 def partial() -> None:
@@ -80,6 +105,8 @@ def moments_elsewhere() -> None:
     state = optimizer.state[weight]
     state["exp_avg"] = DTensor.from_local(moment, mesh, [Replicate()])
     assert "placements" in said(optimizer.step), said(optimizer.step)
+    del state["exp_avg"]
+    assert "holds step, exp_avg_sq, it takes exp_avg" in said(optimizer.step)
 
 
 def gradients_elsewhere() -> None:
@@ -96,6 +123,25 @@ def gradients_elsewhere() -> None:
     for optimizer in optimizers:
         optimizer.step()
     assert torch.allclose(weight.full_tensor(), alone, rtol=1e-5)
+
+
+def wrapped() -> None:
+    """What a rank has may be in a wrapper, as with weights that FSDP2 gathers in float8."""
+    mesh = init_device_mesh("cpu", (2,))
+    whole, grad = torch.randn(6, 4), torch.randn(6, 4)
+    dist.broadcast(whole, 0)
+    dist.broadcast(grad, 0)
+    weights = []
+    for wrap in (Wrapped, torch.Tensor.clone):
+        piece = wrap(whole.chunk(2)[dist.get_rank()].clone())
+        weight = nn.Parameter(DTensor.from_local(piece, mesh, [Shard(0)]))
+        optimizer = AdamW2([("w", weight)], lr=1.0)
+        for _ in range(2):
+            weight.grad = distribute_tensor(grad, mesh, [Shard(0)])
+            optimizer.step()
+        weights.append(piece)
+    assert torch.equal(weights[0].content, weights[1])
+    assert not torch.equal(weights[1], whole.chunk(2)[dist.get_rank()])
 
 
 def packed() -> None:
@@ -123,6 +169,27 @@ def packed() -> None:
         expected_piece = distribute_tensor(alone.detach(), mesh, placements)
         # torch 2.11 joins no such pieces: every rank compares its own.
         assert torch.allclose(weight.to_local(), expected_piece.to_local(), rtol=1e-4)
+
+
+def moved_between_steps() -> None:
+    """Trainers that take turns with a generator move the model away and back: the run is the one
+    that was left alone, bit for bit, and matrices keep their names.
+    """
+    ended = []
+    for is_moved in (False, True):
+        torch.manual_seed(0)
+        net = Net()
+        fsdp(net, 2)
+        optimizer = AdamW2(net.named_parameters(), lr=1e-2, tau=0.03, io=["wte*"])
+        for step in range(4):
+            if is_moved and step != 1:  # before the first, and between two
+                net.to(torch.float64).to(torch.float32)
+            net(batch(step, 2)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ended.append(([param.to_local() for param in net.parameters()], optimizer.stats()))
+    (stayed, entries), (moved, entries_moved) = ended
+    assert all(map(torch.equal, stayed, moved)) and entries == entries_moved
 
 
 def nan_on_one_rank() -> None:
@@ -184,6 +251,8 @@ def main() -> None:
         moments_elsewhere()
         gradients_elsewhere()
         packed()
+        wrapped()
+        moved_between_steps()
         nan_on_one_rank()
         print("all said", flush=True)
     shutdown()

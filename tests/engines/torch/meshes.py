@@ -86,6 +86,17 @@ def hsdp(net: Net, world: int) -> None:
     shard_blocks(net, mesh)
 
 
+def hsdp_3x2(net: Net, world: int) -> None:
+    shard_blocks(net, init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "s")))
+
+
+def hsdp_tp(net: Net, world: int) -> None:
+    shape = (2, world // 4, 2)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "shards", "tp"))
+    tensor_parallel(net, mesh["tp"])
+    shard_blocks(net, mesh["replicas", "shards"])
+
+
 def tensor_parallel(net: Net, mesh: DeviceMesh) -> None:
     for block in net.h:
         plan = {
@@ -135,12 +146,19 @@ def replicated(net: Net, world: int) -> None:
     replicate(net)
 
 
+def tp_ddp(net: Net, world: int) -> nn.Module:
+    """DDP over a mesh's dimension: the pieces of tensor-parallel DTensors become parameters."""
+    mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+    tensor_parallel(net, mesh["tp"])
+    return nn.parallel.DistributedDataParallel(net, device_mesh=mesh["dp"])
+
+
 @dataclass(frozen=True)
 class Case:
     """How a model is spread and trained."""
 
     name: str
-    spread: Callable[[Net, int], None]
+    spread: Callable[[Net, int], nn.Module | None]  # returns what is called in its place, if any
     options: dict[str, Any] = field(default_factory=dict)  # of AdamW2
     net: dict[str, Any] = field(default_factory=dict)
     tensor: int = 1  # so many ranks in a row have the same rows of a batch; 0: all of them
@@ -151,6 +169,7 @@ class Case:
 
 
 PROJECT = {"clip": "project"}
+EVEN = {"width": 12, "hidden": 10, "experts": 4}
 NARROW = {"state_dtype": "bfloat16", "betas": (0.9, 0.95)}
 
 #: By the number of ranks; one launch of so many runs all of them.
@@ -163,13 +182,19 @@ CASES: dict[int, Sequence[Case]] = {
         Case("fsdp, M and V in bfloat16", fsdp, NARROW),
         Case("fsdp, amsgrad", fsdp, {"amsgrad": True, "clip_vectors": True}),
         Case("bf16", half, is_half=True),
+        Case("bf16, projected", half, PROJECT, is_half=True),
         Case("tensor parallel", tp, tensor=0),
         Case("tensor parallel, projected", tp, PROJECT, tensor=0),
-        Case("columns", by_columns, net={"width": 12, "hidden": 10, "experts": 4}),
+        Case("columns", by_columns, net=EVEN),
+        Case("columns, projected", by_columns, PROJECT, net=EVEN),
         Case("offloaded", offloaded),
+        Case("offloaded, projected", offloaded, PROJECT),
         Case("ignored", with_ignored, tensor=0),
+        Case("ignored, projected", with_ignored, PROJECT, tensor=0),
         Case("replicated", replicated),
+        Case("replicated, projected", replicated, PROJECT),
         Case("accumulated", fsdp, batches=2),
+        Case("accumulated, projected", fsdp, PROJECT, batches=2),
         Case("gradients clipped", fsdp, clip_norm=0.1),
     ),
     3: (
@@ -187,6 +212,8 @@ CASES: dict[int, Sequence[Case]] = {
         Case("even fsdp and tensor parallel, projected", fsdp_tp, PROJECT, EVEN, tensor=2),
         Case("uneven fsdp and tensor parallel", fsdp_tp, tensor=2),
         Case("uneven fsdp and tensor parallel, projected", fsdp_tp, PROJECT, tensor=2),
+        Case("DDP and tensor parallel", tp_ddp, tensor=2),
+        Case("DDP and tensor parallel, projected", tp_ddp, PROJECT, tensor=2),
     ),
     5: (
         Case("fsdp", fsdp, net={"width": 13}),
@@ -197,6 +224,12 @@ CASES: dict[int, Sequence[Case]] = {
         Case(
             "uneven fsdp and tensor parallel, projected", fsdp_tp, PROJECT, {"width": 13}, tensor=2
         ),
+        Case("hsdp, 2 x 3", hsdp),
+        Case("hsdp, 3 x 2, projected", hsdp_3x2, PROJECT),
+    ),
+    8: (
+        Case("hsdp and tensor parallel", hsdp_tp, tensor=2),
+        Case("hsdp and tensor parallel, projected", hsdp_tp, PROJECT, tensor=2),
     ),
 }
 
@@ -207,7 +240,7 @@ def lacking(case: Case) -> str | None:
         return fsdp2.lacking("shard_placement_fn")
     if case.spread is with_ignored:
         return fsdp2.lacking("ignored_params")
-    return fsdp2.lacking(uneven=case.spread is fsdp_tp and case.net != EVEN)
+    return fsdp2.lacking(uneven=case.spread in (fsdp_tp, hsdp_tp) and case.net != EVEN)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -216,6 +249,11 @@ def whole(tensor: Tensor) -> Tensor:
     It is put together from the ranks' pieces: ``full_tensor()`` of torch 2.8 has rows in another
     order where FSDP2 shards uneven bands.
     """
+    spec = getattr(tensor, "_st_info", None)  # of a piece that DDP put into the model
+    if spec is not None:
+        tensor = DTensor.from_local(
+            tensor.detach(), spec.mesh, spec.placements, shape=spec.shape, stride=spec.stride
+        )
     if not isinstance(tensor, DTensor):
         return tensor.detach().clone()
     held, mesh, placements = (

@@ -217,8 +217,10 @@ def test_the_options_in_optim_args() -> None:
         "floor_std": 1e-3,
         "clip_vectors": True,
     }
-    with pytest.raises(ValueError, match=r"^AdamW2: optim_args got 'tau', it takes pairs such as"):
-        read_options("tau")
+    for text, entry in (("tau", "tau"), ("tau=", "tau="), ("=1", "=1"), ("a=1,a=2", "a=2")):
+        sentence = rf"^AdamW2: optim_args got '{entry}', it takes pairs such as"
+        with pytest.raises(ValueError, match=sentence):
+            read_options(text)
 
 
 @pytest.mark.slow

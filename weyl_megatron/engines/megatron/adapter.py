@@ -87,12 +87,22 @@ def enable(
         "clip": clip,
         "vectors": vectors,
     }
+    options = {**given, "split_fused": split_fused}
+    check_options(options)
+    _install()
+    _options.clear()
+    _options.update(options)
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError, one sentence, where one of the options of :func:`enable`, all of which are
+    given, is impossible.
+    """
+    given = dict(options)
+    split_fused = given.pop("split_fused")
     check_settings(**given, others={})
     if not isinstance(split_fused, bool):
         raise ValueError(f"AdamW2: split_fused got {split_fused!r}, it takes True or False.")
-    _install()
-    _options.clear()
-    _options.update(given, split_fused=split_fused)
 
 
 def stats(optimizer: Any) -> dict[str, MatrixStats]:

@@ -62,11 +62,11 @@ def fsdp_buffers(
     places = placed([(known.name, param) for param, known in described], is_last_outermost=True)
     for param, known in described:
         held = local(param)
-        whole = _in_the_whole(known, places[id(param)], tuple(param.shape))
+        whole = _in_the_whole(known, places[id(param)])
         yield Buffer(param, (Shard(whole, 0, held.numel(), 0),))
 
 
-def _in_the_whole(parameter: Parameter, place: Placed, shape: tuple[int, ...]) -> Parameter:
+def _in_the_whole(parameter: Parameter, place: Placed) -> Parameter:
     """Return a parameter with the box and all the groups of a rank's piece."""
     known = {tuple(dist.get_process_group_ranks(spread.group)) for spread in place.spreads}
     others = (
@@ -74,4 +74,4 @@ def _in_the_whole(parameter: Parameter, place: Placed, shape: tuple[int, ...]) -
         for spread in parameter.spreads  # of what tensor parallelism leaves alone, and a tied one
         if tuple(dist.get_process_group_ranks(spread.group)) not in known
     )
-    return parameter._replace(shape=shape, box=place.box, spreads=(*place.spreads, *others))
+    return parameter._replace(shape=place.shape, box=place.box, spreads=(*place.spreads, *others))

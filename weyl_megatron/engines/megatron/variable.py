@@ -24,12 +24,13 @@ import torch.distributed as dist
 from ...environment import IN_MEGATRON
 from ..on_import import when_imported
 from . import arguments
-from .adapter import NAME, _options_of, enable
+from .adapter import NAME, _options_of, check_options, enable
 
 #: Megatron's name for what AdamW2 takes the place of.
 _ADAM = "adam"
 
-_OPTIONS = tuple(inspect.signature(enable).parameters)
+_DEFAULTS = {key: each.default for key, each in inspect.signature(enable).parameters.items()}
+_OPTIONS = tuple(_DEFAULTS)
 _WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 #: What was printed already.
@@ -63,18 +64,19 @@ def read(text: str) -> dict[str, Any]:
             options as a JSON object.
 
     Raises:
-        ValueError: one sentence.
+        ValueError: one sentence: it cannot be read, or an option is impossible.
     """
     stripped = text.strip()
     name, colon, rest = stripped.partition(":")
+    is_named = name.strip().lower() == NAME
     if not stripped.startswith("{"):
-        if name.strip().lower() == NAME:
+        if is_named:
             stripped = rest.strip()
-        elif colon and "=" not in name:
+        elif (colon and "=" not in name) or not stripped.strip(" ,"):
             raise _unreadable(text)
     if stripped.startswith("{"):
         try:
-            options: dict[str, Any] = json.loads(stripped)
+            options: dict[str, Any] = json.loads(stripped, object_pairs_hook=_object)
         except ValueError as error:
             raise _unreadable(text, f" ({error})") from None
     else:
@@ -84,7 +86,21 @@ def read(text: str) -> dict[str, Any]:
             raise ValueError(
                 f"AdamW2: {IN_MEGATRON} got the option {key!r}, it takes {', '.join(_OPTIONS)}."
             )
+    try:
+        check_options({**_DEFAULTS, **options})
+    except ValueError as error:
+        keys = "|".join(_OPTIONS)
+        raise ValueError(
+            re.sub(rf"^AdamW2: (?=({keys})\b)", f"AdamW2: {IN_MEGATRON}'s ", str(error))
+        ) from None
     return options
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, as Python does where no key is there twice."""
+    if twice := [key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number])]:
+        raise ValueError(f"{twice[0]} is there twice")
+    return dict(pairs)
 
 
 def _pairs(text: str, stripped: str) -> dict[str, Any]:
@@ -117,13 +133,7 @@ def _take(factory: ModuleType, options: Mapping[str, Any]) -> None:
     if hasattr(factory, "_get_megatron_emerging_optimizer"):
         # Below the adapter's wrapper, which asks its caller's frame for more.
         _refuse_calls(factory, "_get_megatron_emerging_optimizer")
-    try:
-        enable(**options)
-    except ValueError as error:
-        keys = "|".join(_OPTIONS)
-        raise ValueError(
-            re.sub(rf"^AdamW2: (?=({keys})\b)", f"AdamW2: {IN_MEGATRON}'s ", str(error))
-        ) from None
+    enable(**options)
     name_of_build = "_get_megatron_optimizer_based_on_param_groups"
     build: Callable[..., Any] = getattr(factory, name_of_build)
     signature, adam = inspect.signature(build), factory.Adam
@@ -190,11 +200,10 @@ def _other(name: str) -> ValueError:
 def _say(name: str, config: Any) -> None:
     """Print, on the first rank and once, what Megatron's name stands for."""
     rank = dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
-    defaults = {key: each.default for key, each in inspect.signature(enable).parameters.items()}
     options = [
         f"{key}={value!r}"
         for key, value in _options_of(config).items()
-        if key == "tau" or value != defaults[key]
+        if key == "tau" or value != _DEFAULTS[key]
     ]
     line = (
         f"AdamW2: Megatron's optimizer '{name}' is AdamW2 in this process, "

@@ -82,17 +82,18 @@ def read_options(text: str | None) -> dict[str, Any]:
     """Return the options of ``"tau=0.01,clip=project"``.
 
     Raises:
-        ValueError: an entry is no pair.
+        ValueError: an entry is no pair, or its key is there twice.
     """
     options: dict[str, Any] = {}
     for entry in (text or "").replace(" ", "").split(","):
-        key, sign, value = entry.partition("=")
-        if sign:
-            options[key] = _value(value)
-        elif entry:
+        key, _, value = entry.partition("=")
+        if entry and not (key and value and key not in options):
             raise ValueError(
-                f"AdamW2: optim_args got {entry!r}, it takes pairs such as 'tau=0.01,clip=project'."
+                f"AdamW2: optim_args got {entry!r}, it takes pairs such as 'tau=0.01,clip=project',"
+                " each once."
             )
+        if entry:
+            options[key] = _value(value)
     return options
 
 

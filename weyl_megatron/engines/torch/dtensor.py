@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...layouts.buffers import Bands, Spread
 from ...layouts.grid import Box
-from ...layouts.local import is_on_mesh, local
+from ...layouts.local import local, specification
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -24,9 +24,24 @@ if TYPE_CHECKING:
 class Placed(NamedTuple):
     """Where this rank's piece of a parameter lies, and the groups that have the others."""
 
+    shape: tuple[int, ...]  # of the whole
     box: Box
     spreads: tuple[Spread, ...]
     bands: Bands | None
+
+
+class _Piece(NamedTuple):
+    """What this rank has of a parameter, and what torch says of the whole."""
+
+    name: str
+    held: Tensor
+    device_mesh: Any
+    placements: tuple[Any, ...]
+    shape: tuple[int, ...]
+
+    def dim(self) -> int:
+        """How many dimensions it has."""
+        return len(self.shape)
 
 
 class _Cut(NamedTuple):
@@ -55,54 +70,58 @@ def placed(
     """Return where the pieces of DTensors lie, by ``id``. Collective over their meshes.
 
     Args:
-        named: (name, parameter), in the same order on every rank; plain ones are passed over.
+        named: (name, parameter), in the same order on every rank; whole ones are passed over.
         is_last_outermost: whether of several mesh dimensions that cut one of a parameter the last
             cuts first, and the placements do not say so.
 
     Raises:
         ValueError: a parameter is spread in a way that is no box on every rank.
     """
-    named = [(name, tensor) for name, tensor in named if is_on_mesh(tensor)]
-    cuts = [
-        _cuts(name, tensor, number, is_last_outermost)
-        for number, (name, tensor) in enumerate(named)
+    spread = [(tensor, specification(tensor), name) for name, tensor in named]
+    tensors = [tensor for tensor, whole, _ in spread if whole is not None]
+    pieces_here = [
+        _Piece(name, local(tensor), whole.device_mesh, whole.placements, tuple(whole.shape))
+        for tensor, whole, name in spread
+        if whole is not None
     ]
+    cuts = [_cuts(piece, number, is_last_outermost) for number, piece in enumerate(pieces_here)]
     groups = _Groups()
-    extents = [list(local(tensor).shape) for _, tensor in named]
-    starts = [[0] * tensor.dim() for _, tensor in named]
+    extents = [list(piece.held.shape) for piece in pieces_here]
+    starts = [[0] * piece.dim() for piece in pieces_here]
     totals = [list(each) for each in extents]
     bands: dict[int, Bands] = {}
     levels = max((len(cut.mesh_dims) for each in cuts for cut in each), default=0)
     for level in range(levels):
         of_level = [cut for each in cuts for cut in each if level < len(cut.mesh_dims)]
-        for cut, place, pieces in _pieces(named, of_level, level, groups, totals):
+        for cut, place, pieces in _pieces(pieces_here, of_level, level, groups, totals):
             starts[cut.parameter][cut.dim] += sum(pieces[:place])
             totals[cut.parameter][cut.dim] = sum(pieces)
             if cut.is_packed:
                 bands[cut.parameter] = Bands(cut.dim, tuple(pieces))
-    for (name, tensor), total in zip(named, totals, strict=True):
-        if tuple(total) != tuple(tensor.shape):
+    for piece, total in zip(pieces_here, totals, strict=True):
+        if tuple(total) != piece.shape:
             raise ValueError(
-                f"AdamW2: parameter '{name}' got pieces that add up to {tuple(total)} on its ranks,"
-                f" it takes its shape, {tuple(tensor.shape)}."
+                f"AdamW2: parameter '{piece.name}' got pieces that add up to {tuple(total)} on its "
+                f"ranks, it takes its shape, {piece.shape}."
             )
     return {
         id(tensor): Placed(
+            piece.shape,
             Box(tuple(starts[number]), tuple(extents[number])),
-            tuple(_spreads(tensor, groups)) if cuts[number] else (),
+            tuple(_spreads(piece, groups)) if cuts[number] else (),
             bands.get(number),
         )
-        for number, (_, tensor) in enumerate(named)
+        for number, (tensor, piece) in enumerate(zip(tensors, pieces_here, strict=True))
     }
 
 
-def _cuts(name: str, tensor: Any, number: int, is_last_outermost: bool) -> list[_Cut]:
+def _cuts(tensor: _Piece, number: int, is_last_outermost: bool) -> list[_Cut]:
     """Return the dimensions of a parameter that its mesh cuts.
 
     Raises:
         ValueError: it is partial, or this rank is not in the mesh, or the order is not understood.
     """
-    mesh, placements = tensor.device_mesh, tensor.placements
+    name, mesh, placements = tensor.name, tensor.device_mesh, tensor.placements
     if mesh.get_coordinate() is None:
         raise ValueError(
             f"AdamW2: parameter '{name}' is a DTensor on a mesh without this rank, it takes one "
@@ -138,7 +157,7 @@ def _cuts(name: str, tensor: Any, number: int, is_last_outermost: bool) -> list[
 
 
 def _pieces(
-    named: Sequence[tuple[str, Any]],
+    pieces_here: Sequence[_Piece],
     cuts: Sequence[_Cut],
     level: int,
     groups: _Groups,
@@ -148,7 +167,7 @@ def _pieces(
     of what the ranks there have, in order.
 
     Args:
-        named: the parameters.
+        pieces_here: of the parameters.
         cuts: those that have a mesh dimension at this level.
         level: 0 for the innermost mesh dimension of each.
         groups: of their meshes.
@@ -156,7 +175,7 @@ def _pieces(
     """
     by_group: dict[ProcessGroup, list[tuple[_Cut, int]]] = {}
     for cut in cuts:
-        mesh, mesh_dim = named[cut.parameter][1].device_mesh, cut.mesh_dims[level]
+        mesh, mesh_dim = pieces_here[cut.parameter].device_mesh, cut.mesh_dims[level]
         place = mesh.get_coordinate()[mesh_dim]
         by_group.setdefault(groups.of(mesh, mesh_dim), []).append((cut, place))
     for group, members in by_group.items():
@@ -167,7 +186,7 @@ def _pieces(
             yield cut, place, [extent for _, extent in sorted(pieces)]
 
 
-def _spreads(tensor: Any, groups: _Groups) -> Iterator[Spread]:
+def _spreads(tensor: _Piece, groups: _Groups) -> Iterator[Spread]:
     """Yield the groups of a parameter that some mesh dimension cuts; the others have copies."""
     mesh = tensor.device_mesh
     for mesh_dim, (placement, place) in enumerate(

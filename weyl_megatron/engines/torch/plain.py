@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 
 from ...layouts.buffers import Layout
-from ...layouts.local import is_on_mesh
+from ...layouts.local import specification
 from ...layouts.plain import mesh_buffer, plain_buffer, why_foreign
 from ...layouts.tensor_parallel import shardings_of
 from ...moments import Dtypes
@@ -15,7 +15,7 @@ from ...nonfinite import Guard
 from ..engine import Known, register
 from .dtensor import placed
 from .replaced import refuse_replaced
-from .stages import gathered
+from .stages import gathered, refuse_partition
 
 
 class PlainTorch:
@@ -37,8 +37,8 @@ class PlainTorch:
             if tensor.grad is not None or why_foreign(tensor) is None
         ]
         named = [(names[id(tensor)], tensor) for tensor in tensors]
-        whole = [(name, tensor) for name, tensor in named if not is_on_mesh(tensor)]
-        refuse_replaced(whole, tensors)
+        refuse_replaced([(names[id(tensor)], tensor) for tensor in known.tensors()])
+        whole = [(name, tensor) for name, tensor in named if specification(tensor) is None]
         shardings = shardings_of(whole, known.tp_group)
         places = placed(named)
         buffers = [
@@ -48,6 +48,7 @@ class PlainTorch:
             for name, tensor in named
         ]
         if known.budget_group is None:
+            refuse_partition(known.param_groups)
             return Layout(buffers, known.kinds)
         gather = functools.partial(gathered, group=known.budget_group)
         return Layout(buffers, known.kinds, gather=gather)
