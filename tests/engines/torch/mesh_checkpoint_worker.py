@@ -99,10 +99,17 @@ def save(layout: str, folder: Path) -> None:
 
 
 def load(layout: str, folder: Path) -> None:
-    for name, (is_flat, options) in RUNS.items():
+    """Go on from what two ranks saved; three save it anew, and one goes on from that, too."""
+    again = folder / "again"
+    from_three = [(name, again) for name in RUNS if dist.get_world_size() == 1]
+    for name, source in [*((name, folder) for name in RUNS), *from_three]:
+        is_flat, options = RUNS[name]
         net, optimizer = make(layout, options)
         form = StateDictOptions(flatten_optimizer_state_dict=is_flat)
-        read(net, optimizer, folder / name, form)
+        read(net, optimizer, source / name, form)
+        if dist.get_world_size() == 3:
+            model, state = get_state_dict(net, optimizer, options=form)
+            dcp.save({"model": model, "optimizer": state}, checkpoint_id=again / name)
         expected, entries = torch.load(folder / f"{name}.pt", weights_only=False)
         ended, entries_here = go_on(net, optimizer)
         is_same = all(torch.equal(ended[key], expected[key]) for key in expected)

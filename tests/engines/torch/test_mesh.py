@@ -86,7 +86,9 @@ def test_the_page_says_which_torch_a_row_begins_with(row: str, sentence: str | N
 
 
 def test_a_distributed_checkpoint_goes_on_at_another_number_of_ranks(tmp_path: Path) -> None:
-    """Bit for bit where the layout is the same; nested and flat; from AdamW and to it."""
+    """Bit for bit where the layout is the same; nested and flat; saved by 2 ranks, anew by 3, and
+    read by 1; from AdamW and to it.
+    """
     assert "done" in run_ranks("torch", CHECKPOINTS, 2, "save", "fsdp", str(tmp_path))
     for world, layout in ((2, "fsdp"), (3, "fsdp"), (1, "whole"), (4, "fsdp_tp")):
         printed = run_ranks("torch", CHECKPOINTS, world, "load", layout, str(tmp_path))
