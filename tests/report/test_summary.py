@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from markdown_it import MarkdownIt
 
 from examples.collapse.model import GPT, GPTConfig
 from tests.demo.synthetic import synthetic_results
@@ -118,8 +117,9 @@ def test_json_has_the_numbers_that_were_measured(
 
 def cells_of(text: str) -> list[list[list[str]]]:
     """The tables of Markdown, in them the text of each cell; there is nothing but text in it."""
+    parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark")
     tables: list[list[list[str]]] = []
-    for token in MarkdownIt("commonmark").enable("table").parse(text):
+    for token in parser.enable("table").parse(text):
         assert token.type != "html_block"
         if token.type == "table_open":
             tables.append([])

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from tests import fsdp2
@@ -259,7 +258,7 @@ def test_accelerate_s_wrapper_is_looked_into(kind: Any) -> None:
     model, wrapped = separate(), separate()
     optimizer = kind(model.named_parameters(), lr=0.01)
     expected = stepped(optimizer, model, whole_step(optimizer))
-    accelerator = Accelerator(cpu=True)
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
     prepared, wrapper = accelerator.prepare(wrapped, kind(wrapped.named_parameters(), lr=0.01))
     values = stepped(wrapper, prepared, whole_step(wrapper))
     assert values == expected and len(gradients(values)) == 9

@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import wandb
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from tests.logged import Lines
@@ -23,6 +21,11 @@ from tests.watch.plain_adamw import loss_of, separate, stacked
 from weyl_megatron import AdamW2
 from weyl_megatron.watch.sinks import Comet, Csv, MLflow, Sink, TensorBoard, Trackio, WandB
 from weyl_megatron.watch.watch import Watch
+
+wandb = pytest.importorskip("wandb")
+EventAccumulator = pytest.importorskip(
+    "tensorboard.backend.event_processing.event_accumulator"
+).EventAccumulator
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

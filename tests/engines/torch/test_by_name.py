@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 
 from tests import tolerances
 from tests.engines.torch.test_plugin import python
@@ -99,6 +98,8 @@ def test_a_release_without_what_is_joined_can_be_imported() -> None:
 def test_timms_train_script_takes_the_name_and_its_options(tmp_path: Path) -> None:
     """In no wheel and no source distribution; of a checkout whose release is that installed."""
     pytest.importorskip("timm")
+    from PIL import Image
+
     for split in ("train", "validation"):
         for label in range(2):
             (tmp_path / split / str(label)).mkdir(parents=True)
