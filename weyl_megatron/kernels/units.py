@@ -188,7 +188,7 @@ def products(
             )
         )
     pieces, sums, counters = _pieces(blocks, units, strips, cols, dtypes)
-    moved = _copied_pieces(blocks, of_copies[1], len(strips), cols)
+    all_pieces = [*pieces, *_copied_pieces(blocks, of_copies[1], len(strips), cols)]
     units, strips = units + of_copies[0], strips + of_copies[1]
     blocks_of = [
         _block_row(operand, number, k, blocks)
@@ -200,11 +200,10 @@ def products(
         launches_of(unit.dtypes for unit in units),
         launches_of((unit.dtypes for unit in units), [unit.operand == 1 for unit in units]),
         table_of([_unit_row(strip, blocks) for strip in strips], len(UNIT), device),
-        table_of([row for _, row in [*pieces, *moved]], len(PIECE), device),
+        table_of([row for _, row in all_pieces], len(PIECE), device),
         launches_of(kinds for kinds, _ in pieces),
         launches_of(
-            (kinds for kinds, _ in [*pieces, *moved]),
-            [_is_of_update(row) for _, row in [*pieces, *moved]],
+            (kinds for kinds, _ in all_pieces), [_is_of_update(row) for _, row in all_pieces]
         ),
         table_of(_move_spans([row for _, row in pieces], len(blocks.matrices)), 2, device),
         table_of(blocks_of, len(BLOCK), device),

@@ -325,7 +325,8 @@ def whole(case: dict[str, Any], model: list[nn.Module]) -> dict[str, Tensor]:
     """
     for chunk in model:
         if "fsdp" in case:  # after a step the module has the weights that it computes with
-            chunk.module._replace_param_with_distributed_if_needed()  # type: ignore[union-attr,operator]
+            sharded: Any = chunk.module
+            sharded._replace_param_with_distributed_if_needed()
     mine = [(n, held(p).detach().clone(), split_of(p, n, case)) for n, p in named(case, model)]
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)

@@ -74,7 +74,7 @@ def enable(
         ValueError: an option is impossible; or this megatron-core builds its optimizers in another
             way.
     """
-    given = {
+    options = {
         "tau": tau,
         "power_iters": power_iters,
         "floor_std": floor_std,
@@ -86,8 +86,8 @@ def enable(
         "spike": spike,
         "clip": clip,
         "vectors": vectors,
+        "split_fused": split_fused,
     }
-    options = {**given, "split_fused": split_fused}
     check_options(options)
     _install()
     _options.clear()
@@ -340,7 +340,7 @@ def _refuse(config: Any, model: Sequence[Any]) -> None:
                 "0.16 or newer, whose parameters are DTensors."
             )
     for chunk in model:
-        if "FullySharded" in type(chunk).__name__ and not has_dtensors(chunk):
+        if "FullySharded" in type(chunk).__name__ and not has_fsdp:
             raise ValueError(
                 f"AdamW2: the model is wrapped in {type(chunk).__name__}, whose layout AdamW2 does "
                 "not understand; it takes Megatron's DistributedDataParallel or Megatron-FSDP."
